@@ -1,0 +1,73 @@
+"""Data-efficient image transformers with a pretrained-weights hub: DeiT and its neighbours.
+
+Start here: `from_pretrained(name)`, `Classifier(name)`, `list_models()`, `create_model(name)`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from .errors import (
+    CheckpointError,
+    ConfigError,
+    DeitModelsError,
+    FetchError,
+    ImageError,
+    IntegrityError,
+    ManifestError,
+    MissingExtraError,
+    UnknownModelError,
+)
+from .registry import create_model, list_models, model_info, register_model
+
+if TYPE_CHECKING:
+    from .hub.load import from_pretrained
+    from .hub.publish import push_to_hub, save_pretrained
+    from .predict import Classifier, attention_maps
+    from .transforms import transform_for
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "Classifier",
+    "ConfigError",
+    "DeitModelsError",
+    "FetchError",
+    "ImageError",
+    "IntegrityError",
+    "ManifestError",
+    "MissingExtraError",
+    "UnknownModelError",
+    "__version__",
+    "attention_maps",
+    "create_model",
+    "from_pretrained",
+    "list_models",
+    "model_info",
+    "push_to_hub",
+    "register_model",
+    "save_pretrained",
+    "transform_for",
+]
+
+# Loaded when first used: each needs torch, torchvision or huggingface_hub, which listing models does not.
+_LAZY = {
+    "Classifier": ".predict",
+    "attention_maps": ".predict",
+    "from_pretrained": ".hub.load",
+    "push_to_hub": ".hub.publish",
+    "save_pretrained": ".hub.publish",
+    "transform_for": ".transforms",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_LAZY[name], __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

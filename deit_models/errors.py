@@ -1,0 +1,39 @@
+"""Every error this package raises on purpose; each is also the builtin a caller would expect to catch."""
+
+from __future__ import annotations
+
+
+class DeitModelsError(Exception):
+    """Base of all errors raised by deit-models: the message says what was given, what was expected, what to do."""
+
+
+class UnknownModelError(DeitModelsError, ValueError):
+    """A name that is neither a registered model, nor a local path, nor a Hub repository."""
+
+
+class ConfigError(DeitModelsError, ValueError):
+    """A model option that does not exist, or whose value does not fit the others or the input."""
+
+
+class ManifestError(DeitModelsError, ValueError):
+    """`weights/manifest.toml` is missing or breaks its own rules."""
+
+
+class FetchError(DeitModelsError, OSError):
+    """A file could not be obtained: no network, no permission, no such file, no space."""
+
+
+class CheckpointError(DeitModelsError, ValueError):
+    """A weights file is damaged, unsafe, or not the model it is said to be; no tensor of it was used."""
+
+
+class IntegrityError(CheckpointError):
+    """A file's SHA-256 is not the recorded one."""
+
+
+class ImageError(DeitModelsError, ValueError):
+    """An image cannot be decoded, or is refused because of its size."""
+
+
+class MissingExtraError(DeitModelsError, ImportError):
+    """An optional dependency is not installed; the message names the `pip install` to run."""

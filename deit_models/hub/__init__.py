@@ -1,0 +1,1 @@
+"""The weights hub: what is published (manifest), bytes (fetch), tensor names (layouts), models (load), back (publish)."""

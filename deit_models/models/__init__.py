@@ -1,0 +1,1 @@
+"""Model families: one file each, pure `nn.Module`, no I/O and no training code."""

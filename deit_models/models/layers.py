@@ -1,0 +1,155 @@
+"""What model families share unchanged: the base class, stochastic depth, initialisation, position resizing."""
+
+from __future__ import annotations
+
+from os import PathLike
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from ..registry import Origin
+
+Layout = Literal["native", "timm", "transformers"]
+
+
+class HeadLogits(NamedTuple):
+    """The logits of each head, (B, num_classes); `dist` is None where the model has no distillation head."""
+
+    cls: Tensor
+    dist: Tensor | None
+
+
+class LayerTokens(NamedTuple):
+    """Tokens after one block: `prefix` (B, P, D) in the model's order, `patches` as a feature map (B, D, h, w)."""
+
+    prefix: Tensor
+    patches: Tensor
+
+
+class ImageClassifier(nn.Module):
+    """Base of every model family: carries the config, the origin of the weights, and the way back to disk or Hub.
+
+    `config` is the family's frozen dataclass; `origin` says which registered model this is and what belongs to its
+    weights (evaluation transform, class names, licence), and is None for a model built by hand from its class.
+    """
+
+    head_names: ClassVar[tuple[str, ...]]
+    """Submodules that depend on `num_classes`: the only tensors a checkpoint may lack."""
+
+    origin: Origin | None = None
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return int(self.config.num_classes)
+
+    def forward_heads(self, x: Tensor) -> HeadLogits:
+        """Logits of each head, whatever the mode; x is (B, C, H, W)."""
+        raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        """Classify x, (B, C, H, W) -> (B, num_classes).
+
+        Models with a distillation head return (class logits, distillation logits) in training mode, and in eval mode
+        the mean of the two. The DeiT paper speaks of adding softmax outputs; the authors' code, from which the
+        published accuracies come, averages the logits.
+        """
+        cls, dist = self.forward_heads(x)
+        if dist is None:
+            return cls
+        return (cls, dist) if self.training else (cls + dist) / 2
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
+        """Write config.json, model.safetensors and a model card; see `deit_models.hub.publish.save_pretrained`."""
+        from ..hub import publish
+
+        publish.save_pretrained(self, save_directory, layout=layout)
+
+    def push_to_hub(
+        self, repo_id: str, *, layout: Layout = "native", token: str | None = None, private: bool | None = None
+    ) -> str:
+        """Upload the folder `save_pretrained` writes; see `deit_models.hub.publish.push_to_hub`."""
+        from ..hub import publish
+
+        return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drop the whole residual branch of a sample with probability `rate`.
+
+    Shape: any (B, ...), unchanged. Kept branches are scaled by 1 / (1 - rate).
+    Source: Huang et al. 2016, used by DeiT with a rate growing linearly over the blocks (table 9).
+    """
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Drop or scale each sample of x."""
+        if self.rate == 0.0 or not self.training:
+            return x
+        keep = 1.0 - self.rate
+        mask = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep)
+        return x * mask / keep
+
+    def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
+        return f"rate={self.rate:g}"
+
+
+def init_vit_weights(model: nn.Module) -> None:
+    """Initialise linear layers with a truncated normal of std 0.02 and zero biases, in place.
+
+    Everything else keeps torch's default: LayerNorm is 1 and 0 already, and the authors leave the patch projection
+    alone. Tokens and positions are the model's own to fill. Source: DeiT, section 6; the authors' `_init_weights`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=0.02)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def resize_pos_embed(
+    pos_embed: Tensor, *, num_prefix: int, grid: tuple[int, int], source_grid: tuple[int, int] | None = None
+) -> Tensor:
+    """Fit position embeddings to another patch grid; the prefix tokens' positions pass through unchanged.
+
+    Args:
+        pos_embed: the embeddings, prefix positions first.
+        num_prefix: how many leading positions belong to no patch (class token, distillation token).
+        grid: the wanted (h, w) in patches.
+        source_grid: the (h, w) they were made for; a square grid if not given.
+
+    Shape: (1, P + N, D) float -> (1, P + h * w, D), same dtype.
+    Raises: ConfigError: N is not a square number and no `source_grid` is given, or `source_grid` does not hold N.
+    Source: DeiT section 3 (fine-tuning at higher resolution); bicubic, align_corners=False, no antialiasing, as in
+        the authors' script.
+    """
+    num_patches = pos_embed.shape[1] - num_prefix
+    if source_grid is None:
+        side = round(max(num_patches, 0) ** 0.5)
+        source_grid = (side, side)
+    if source_grid[0] * source_grid[1] != num_patches:
+        raise ConfigError(
+            f"{num_patches} patch positions do not fill a grid of {source_grid[0]}x{source_grid[1]}; "
+            f"pass the grid the checkpoint was trained with"
+        )
+    if source_grid == grid:
+        return pos_embed
+    prefix, patches = pos_embed[:, :num_prefix], pos_embed[:, num_prefix:]
+    # (1, N, D) -> (1, D, h, w); in float32, because bicubic sums of half-precision values lose digits
+    image = patches.float().reshape(1, *source_grid, -1).permute(0, 3, 1, 2)
+    image = F.interpolate(image, size=grid, mode="bicubic", align_corners=False)
+    patches = image.flatten(2).transpose(1, 2).to(pos_embed.dtype)
+    return torch.cat([prefix, patches], dim=1)

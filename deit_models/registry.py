@@ -1,0 +1,186 @@
+"""Names: what can be built, and what is known of it. Listing needs no torch; a family is imported on first use."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+from .errors import ConfigError, ManifestError, UnknownModelError
+from .hub.manifest import Checkpoint, Preprocessing, load_manifest
+
+if TYPE_CHECKING:
+    import torch
+
+    from .models.layers import ImageClassifier
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """A registered model: which class builds it, from which config."""
+
+    name: str
+    model_class: Callable[[Any], ImageClassifier]
+    config: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What belongs to a model besides its tensors.
+
+    Attributes:
+        name: the registered model it is a variant of.
+        preprocessing: the evaluation transform of these weights.
+        class_names: a name for each logit, where the checkpoint brings them.
+        dataset: what the weights were trained on; None for random weights.
+        licence: SPDX identifier of the weights.
+        source: where the weights came from; None for random weights.
+        revision: commit of the Hub repository they came from.
+        sha256: digest of the weights file, where it was computed.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    licence: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+
+
+_specs: dict[str, ModelSpec] = {}
+
+
+def register_model(name: str, model_class: Callable[[Any], ImageClassifier], config: Any, **overrides: Any) -> None:
+    """Make `model_class(config)` available under a name; `overrides` replace fields of the config.
+
+    Raises: ConfigError: the name is taken, or a field does not exist.
+    """
+    if name in _specs:
+        raise ConfigError(f"model {name!r} is already registered; choose another name")
+    _specs[name] = ModelSpec(name=name, model_class=model_class, config=override(config, overrides))
+
+
+def override(config: Any, overrides: dict[str, Any]) -> Any:
+    """The config with some fields replaced. Raises: ConfigError: an unknown field; the nearest ones are named."""
+    known = [field.name for field in fields(config)]
+    for name in overrides:
+        if name == "pretrained":
+            raise ConfigError("create_model gives random weights; use deit_models.from_pretrained(name) for trained ones")
+        if name not in known:
+            raise ConfigError(f"unknown option {name!r} for {type(config).__name__}{_nearest(name, known)}")
+    return replace(config, **overrides)
+
+
+def check_positive(config: Any, *names: str) -> None:
+    """Raise ConfigError unless each named field is a whole number above 0."""
+    for name in names:
+        value = getattr(config, name)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ConfigError(f"{name}={value!r} is not a whole number above 0")
+
+
+def model_spec(name: str) -> ModelSpec:
+    """The registration of a name; imports its family if need be. Raises: UnknownModelError: no such name."""
+    if name not in _specs and name in load_manifest():
+        family = load_manifest()[name].family
+        importlib.import_module(f".models.{family}", package=__package__)
+        if name not in _specs:
+            raise ManifestError(f"manifest.toml lists {name}, but models/{family}.py does not register it")
+    if name not in _specs:
+        raise unknown_model(name)
+    return _specs[name]
+
+
+def unknown_model(name: str) -> UnknownModelError:
+    """The error for a name that is not registered, with the three nearest that are."""
+    return UnknownModelError(f"unknown model {name!r}{_nearest(name, _names())}")
+
+
+def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
+    """Registered names that match a glob, sorted by family and size of the name's parts as in the manifest.
+
+    Args:
+        pattern: shell-style, e.g. "deit_*distilled*".
+        pretrained: only names with published weights.
+    """
+    manifest = load_manifest()
+    names = (name for name in _names() if not pretrained or (name in manifest and manifest[name].sources))
+    return fnmatch.filter(names, pattern)
+
+
+def create_model(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+) -> ImageClassifier:
+    """Build a registered model with random weights, in training mode.
+
+    Args:
+        name: one of `list_models()`.
+        device: where to put it.
+        dtype: floating-point type of its parameters.
+        **overrides: fields of the family's config, e.g. num_classes=10, img_size=(224, 448), drop_path_rate=0.1.
+
+    Raises: UnknownModelError: no such name. ConfigError: an unknown option, or values that do not fit together.
+    """
+    spec = model_spec(name)
+    config = override(spec.config, overrides)
+    model = spec.model_class(config)
+    model.origin = Origin(name=name, preprocessing=default_preprocessing(name, config.image_hw))
+    return model.to(device=device, dtype=dtype) if device is not None or dtype is not None else model
+
+
+def default_preprocessing(name: str, image_hw: tuple[int, int]) -> Preprocessing:
+    """The authors' evaluation transform of a model at an input size (height, width) in pixels.
+
+    Models outside the manifest get DeiT's: shorter side to int(size / 0.875), bicubic, centre crop.
+    """
+    known = load_manifest().get(name)
+    base = known.preprocessing if known is not None else Preprocessing(resize=256, crop=(224, 224))
+    return base.at_size(image_hw)
+
+
+def model_info(name: str) -> Checkpoint:
+    """What is known of a model: parameters, MACs, input size, accuracy, licence, sources, evaluation transform.
+
+    A model registered at run time, which the manifest cannot know, has its figures counted from its definition.
+    Raises: UnknownModelError: no such name.
+    """
+    manifest = load_manifest()
+    if name in manifest:
+        return manifest[name]
+    return _measure(model_spec(name))
+
+
+def _measure(spec: ModelSpec) -> Checkpoint:
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    height, width = spec.config.image_hw
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model = spec.model_class(spec.config).eval()
+        model(torch.empty(1, spec.config.in_chans, height, width))
+    return Checkpoint(
+        name=spec.name,
+        family=type(model).__name__,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        macs=counter.get_total_flops() // 2,
+        input_size=max(height, width),
+        num_classes=model.num_classes,
+        distilled=getattr(spec.config, "distilled", False),
+        preprocessing=default_preprocessing(spec.name, (height, width)),
+    )
+
+
+def _names() -> list[str]:
+    """Manifest order first, then what was registered at run time."""
+    return list(dict.fromkeys([*load_manifest(), *_specs]))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str:
+    """How an error message ends: the three nearest known names."""
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+    return f"; nearest: {', '.join(close)}" if close else ""
