@@ -70,7 +70,9 @@ def override(config: Any, overrides: dict[str, Any]) -> Any:
     known = [field.name for field in fields(config)]
     for name in overrides:
         if name == "pretrained":
-            raise ConfigError("create_model gives random weights; use deit_models.from_pretrained(name) for trained ones")
+            raise ConfigError(
+                "create_model gives random weights; use deit_models.from_pretrained(name) for trained ones"
+            )
         if name not in known:
             raise ConfigError(f"unknown option {name!r} for {type(config).__name__}{_nearest(name, known)}")
     return replace(config, **overrides)
@@ -102,7 +104,7 @@ def unknown_model(name: str) -> UnknownModelError:
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
-    """Registered names that match a glob, sorted by family and size of the name's parts as in the manifest.
+    """Registered names that match a glob, in the order of the manifest.
 
     Args:
         pattern: shell-style, e.g. "deit_*distilled*".

@@ -94,13 +94,17 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
         tensor = torch.as_tensor(source)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor[None]
     else:
-        raise ImageError(f"{type(source).__name__} is not an image; pass a path, bytes, a PIL image, an array or a tensor")
+        raise ImageError(
+            f"{type(source).__name__} is not an image; pass a path, bytes, a PIL image, an array or a tensor"
+        )
     return _tensor_to_rgb(tensor, shape=tuple(source.shape))
 
 
 def _tensor_to_rgb(tensor: Tensor, shape: tuple[int, ...]) -> PIL.Image.Image:
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise ImageError(f"shape {shape} is not an image; expected an (H, W, C) array or a (C, H, W) tensor, C = 1, 3 or 4")
+        raise ImageError(
+            f"shape {shape} is not an image; expected an (H, W, C) array or a (C, H, W) tensor, C = 1, 3 or 4"
+        )
     if tensor.is_floating_point():
         low, high = (float(bound) for bound in tensor.aminmax())
         if not (low >= 0 and high <= 1):

@@ -100,7 +100,11 @@ def main() -> None:
     test_images, test_labels, _ = load_images(args.data / "test")
     model = deit_models.create_model(args.model, num_classes=len(classes))
     model.origin = dataclasses.replace(
-        model.origin, class_names=tuple(classes), dataset="CIFAR-10", licence="Apache-2.0", source=str(Path(__file__).name)
+        model.origin,
+        class_names=tuple(classes),
+        dataset="CIFAR-10",
+        licence="Apache-2.0",
+        source=str(Path(__file__).name),
     )
     normalise = Normalise(model.origin.preprocessing.mean, model.origin.preprocessing.std)
     optimizer = torch.optim.AdamW(parameter_groups(model, args.weight_decay), lr=args.lr)
@@ -156,7 +160,9 @@ def main() -> None:
 
     model.half().eval().save_pretrained(args.out / "model")
     fp16 = deit_models.from_pretrained(args.out / "model")
-    print(f"float16 file, all {len(test_labels)} test images: {accuracy(fp16, test_images, test_labels, normalise):.2f} %")
+    print(
+        f"float16 file, all {len(test_labels)} test images: {accuracy(fp16, test_images, test_labels, normalise):.2f} %"
+    )
 
 
 if __name__ == "__main__":

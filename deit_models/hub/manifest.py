@@ -152,7 +152,9 @@ def weights_dir() -> Path:
     for folder in (package / "weights", package.parent / "weights"):
         if (folder / "manifest.toml").is_file():
             return folder
-    raise ManifestError(f"no weights/manifest.toml in or beside {package}; the installation is incomplete, reinstall it")
+    raise ManifestError(
+        f"no weights/manifest.toml in or beside {package}; the installation is incomplete, reinstall it"
+    )
 
 
 @cache

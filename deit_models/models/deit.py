@@ -261,7 +261,11 @@ class DeiT(ImageClassifier):
         """
         depth = self.config.depth
         wanted = list(range(depth - layers, depth)) if isinstance(layers, int) else [i % depth for i in layers]
-        if not wanted or min(wanted) < 0 or (not isinstance(layers, int) and not all(-depth <= i < depth for i in layers)):
+        if (
+            not wanted
+            or min(wanted) < 0
+            or (not isinstance(layers, int) and not all(-depth <= i < depth for i in layers))
+        ):
             raise ConfigError(f"layers={layers}; this model has blocks 0 to {depth - 1}")
         grid, prefix = self._input_grid(x), self.config.num_prefix_tokens
         tokens, collected = self.forward_tokens(x), {}
