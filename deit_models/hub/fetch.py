@@ -1,0 +1,262 @@
+"""Bytes: a file from the Hub or a URL, cached, complete, and with the right SHA-256. huggingface_hub does the transport."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from tempfile import NamedTemporaryFile
+from urllib.parse import urlsplit
+
+import huggingface_hub
+from huggingface_hub import cached_assets_path, constants, hf_hub_download
+from huggingface_hub import errors as hub_errors
+from huggingface_hub.utils import WeakFileLock, tqdm
+
+from ..errors import FetchError, IntegrityError
+
+logger = logging.getLogger(__name__)
+
+ATTEMPTS = 3
+RETRY_DELAY_S = 1.0
+"""Before the second attempt; doubled before the third."""
+TIMEOUT_S = 30.0
+CHUNK_BYTES = 1 << 20
+
+
+class NoSuchFileError(FetchError):
+    """The repository exists and has no such file at that revision."""
+
+
+class TransientError(FetchError):
+    """A failure that a second attempt may cure: a busy server, a lost connection."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """How files are fetched: the keywords of `from_pretrained` that concern the network and the cache."""
+
+    revision: str | None = None
+    token: str | bool | None = None
+    cache_dir: str | os.PathLike[str] | None = None
+    local_files_only: bool = False
+
+    def at(self, revision: str | None) -> Access:
+        """The same access to another revision, unless the caller pinned one."""
+        return self if self.revision is not None else replace(self, revision=revision)
+
+    @property
+    def offline(self) -> bool:
+        """Whether the network must not be touched, by argument or by HF_HUB_OFFLINE."""
+        return self.local_files_only or huggingface_hub.is_offline_mode()
+
+
+def hub_file(repo_id: str, filename: str, access: Access) -> Path:
+    """A file of a Hub repository, from the cache or the network.
+
+    Raises: NoSuchFileError: the repository lacks it. FetchError: anything else, with the reason and what to do.
+    """
+    for attempt in range(ATTEMPTS):
+        try:
+            return _hub_file(repo_id, filename, access)
+        except TransientError as error:
+            if attempt == ATTEMPTS - 1:
+                raise
+            _wait(attempt, error)
+    raise AssertionError("unreachable")
+
+
+def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
+    where = f"{repo_id}/{filename}" + (f" at {access.revision}" if access.revision else "")
+    try:
+        path = hf_hub_download(
+            repo_id,
+            filename,
+            revision=access.revision,
+            token=access.token,
+            cache_dir=access.cache_dir,
+            local_files_only=access.offline,
+        )
+    except hub_errors.LocalEntryNotFoundError as error:
+        if access.offline:
+            raise FetchError(f"{where} is not in the cache, and offline; load it once with network, or pass a path") from error
+        raise FetchError(f"{where}: {constants.ENDPOINT} cannot be reached, and the file is not in the cache") from error
+    except hub_errors.EntryNotFoundError as error:
+        raise NoSuchFileError(f"{where}: the repository has no such file") from error
+    except hub_errors.GatedRepoError as error:
+        raise FetchError(f"{where}: gated; accept its terms on {constants.ENDPOINT}/{repo_id}, then pass token=...") from error
+    except hub_errors.RevisionNotFoundError as error:
+        raise FetchError(f"{where}: no such revision; pass a branch, a tag or a full commit id") from error
+    except hub_errors.RepositoryNotFoundError as error:
+        raise FetchError(
+            f"{where}: no such repository, or a private one; for a private one pass token=... or run `hf auth login`"
+        ) from error
+    except hub_errors.HfHubHTTPError as error:
+        status = getattr(error.response, "status_code", 0)
+        kind = TransientError if status >= 500 or status == 429 else FetchError
+        raise kind(f"{where}: the server answered {status}") from error
+    except hub_errors.HFValidationError as error:
+        raise FetchError(f"{repo_id!r} is not a Hub repository id: {_first_line(error)}") from error
+    except OSError as error:
+        # a full disk carries an errno; a download that came out short or a lost connection does not
+        kind = FetchError if error.errno is not None else TransientError
+        raise kind(f"{where}: {_first_line(error)}") from error
+    except Exception as error:
+        # The client lets its HTTP library's own errors through, and the two major versions use different libraries.
+        if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore")):
+            raise TransientError(f"{where}: connection lost ({_first_line(error)})") from error
+        raise
+    return Path(path)
+
+
+def optional_hub_file(repo_id: str, filename: str, access: Access) -> Path | None:
+    """Like `hub_file`, but None where the repository has no such file (or, offline, the cache has none)."""
+    try:
+        return hub_file(repo_id, filename, access)
+    except NoSuchFileError:
+        return None
+    except FetchError:
+        if access.offline:
+            return None
+        raise
+
+
+def commit_of(path: Path) -> str | None:
+    """The commit a cached Hub file belongs to: the cache's `snapshots/<commit>/` folder."""
+    parts = path.parts
+    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+
+
+def etag_digest(path: Path) -> str | None:
+    """The SHA-256 the Hub announced for a cached large file: the name of the blob it links to."""
+    blob = path.resolve().name
+    return blob if len(blob) == 64 and set(blob) <= set("0123456789abcdef") else None
+
+
+def assets_dir(namespace: str, access: Access) -> Path:
+    """Where this package keeps what the Hub's own cache has no place for, created if need be."""
+    parent = None if access.cache_dir is None else Path(access.cache_dir) / "assets"
+    return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
+
+
+def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
+    """A plain download, cached under its file name; a broken-off one is resumed by the next attempt.
+
+    Args:
+        url: http or https.
+        access: cache folder and offline flag.
+        digest: leading digits of the SHA-256, checked before the file gets its name.
+
+    Raises: FetchError: offline, or the server or the disk failed. IntegrityError: other bytes than announced.
+    """
+    name = PurePosixPath(urlsplit(url).path).name
+    path = assets_dir("downloads", access) / name
+    if path.exists():
+        return path
+    if access.offline:
+        raise FetchError(f"{url} is not in the cache, and offline; load it once with network, or pass a path")
+    with WeakFileLock(path.with_suffix(".lock")):
+        for attempt in range(ATTEMPTS):
+            if path.exists():  # another process fetched it while this one waited
+                break
+            try:
+                _download(url, path, digest)
+            except TransientError as error:
+                if attempt == ATTEMPTS - 1:
+                    raise
+                _wait(attempt, error)
+    return path
+
+
+def _download(url: str, path: Path, digest: str | None) -> None:
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    if request.type not in ("http", "https"):
+        raise FetchError(f"{url}: only http and https addresses are fetched")
+    try:
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            resumed = response.status == 206
+            left = int(response.headers.get("Content-Length") or -1)
+            with part.open("ab" if resumed else "wb") as file:
+                got = _copy(response, file, total=left, name=path.name)
+    except urllib.error.HTTPError as error:
+        if error.code == 416:  # nothing left to resume: the part is whole, or is not of this file
+            part.unlink()
+        kind = TransientError if error.code >= 500 or error.code in (416, 429) else FetchError
+        raise kind(f"{url}: the server answered {error.code}") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+        raise TransientError(f"{url}: connection lost ({_first_line(error)})") from error
+    except OSError as error:
+        raise FetchError(f"{url}: cannot write {part}: {_first_line(error)}") from error
+    if left >= 0 and got < left:
+        raise TransientError(f"{url}: connection lost after {got} of {left} bytes")
+    try:
+        check_digest(part, digest, name=url)
+    except IntegrityError:
+        part.unlink()
+        raise
+    os.replace(part, path)
+
+
+def _copy(response: object, file: object, *, total: int, name: str) -> int:
+    got = 0
+    with tqdm(total=total if total > 0 else None, unit="B", unit_scale=True, desc=name, name="deit_models.fetch") as bar:
+        while chunk := response.read(CHUNK_BYTES):  # type: ignore[attr-defined]  # urllib's responses have no public type
+            file.write(chunk)  # type: ignore[attr-defined]
+            got += len(chunk)
+            bar.update(len(chunk))
+    return got
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file as 64 hex digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def check_digest(path: Path, expected: str | None, *, name: str | None = None) -> str | None:
+    """Compare a file's SHA-256 with the known leading digits; gives the full digest, or None where none is known.
+
+    Raises: IntegrityError: they differ.
+    """
+    if expected is None:
+        return None
+    actual = sha256_of(path)
+    if not actual.startswith(expected):
+        raise IntegrityError(f"{name or path}: SHA-256 is {actual[:16]}..., expected {expected[:16]}...; the file was changed")
+    return actual
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
+        temporary = Path(file.name)
+    try:
+        yield temporary
+        os.chmod(temporary, 0o644)  # temporary files are private by default, published ones are not
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _wait(attempt: int, error: Exception) -> None:
+    delay = RETRY_DELAY_S * 2**attempt
+    logger.warning("%s; trying again in %g s", error, delay)
+    time.sleep(delay)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
