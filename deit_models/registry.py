@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 import importlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,13 @@ class ModelSpec:
     """A registered model: which class builds it, from which config."""
 
     name: str
-    model_class: Callable[[Any], ImageClassifier]
+    model_class: type[ImageClassifier]
     config: Any
+
+    @property
+    def family(self) -> str:
+        """Name of the model family, as in the manifest."""
+        return self.model_class.family
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,11 +60,12 @@ class Origin:
 _specs: dict[str, ModelSpec] = {}
 
 
-def register_model(name: str, model_class: Callable[[Any], ImageClassifier], config: Any, **overrides: Any) -> None:
+def register_model(name: str, model_class: type[ImageClassifier], config: Any, **overrides: Any) -> None:
     """Make `model_class(config)` available under a name; `overrides` replace fields of the config.
 
     Raises: ConfigError: the name is taken, or a field does not exist.
     """
+    _import_family(name)  # a manifest name is taken even before its family was first used
     if name in _specs:
         raise ConfigError(f"model {name!r} is already registered; choose another name")
     _specs[name] = ModelSpec(name=name, model_class=model_class, config=override(config, overrides))
@@ -88,14 +94,31 @@ def check_positive(config: Any, *names: str) -> None:
 
 def model_spec(name: str) -> ModelSpec:
     """The registration of a name; imports its family if need be. Raises: UnknownModelError: no such name."""
-    if name not in _specs and name in load_manifest():
-        family = load_manifest()[name].family
-        importlib.import_module(f".models.{family}", package=__package__)
-        if name not in _specs:
-            raise ManifestError(f"manifest.toml lists {name}, but models/{family}.py does not register it")
+    family = _import_family(name)
+    if name not in _specs and family is not None:
+        raise ManifestError(f"manifest.toml lists {name}, but models/{family}.py does not register it")
     if name not in _specs:
         raise unknown_model(name)
     return _specs[name]
+
+
+def _import_family(name: str) -> str | None:
+    """Have the family of a manifest name register its models; None for a name that is not in the manifest."""
+    if name not in load_manifest():
+        return None
+    family = load_manifest()[name].family
+    importlib.import_module(f".models.{family}", package=__package__)
+    return family
+
+
+def family_spec(family: str) -> ModelSpec:
+    """Any model of a family, for its class and the type of its config. Raises: ConfigError: no such family."""
+    for name, checkpoint in load_manifest().items():
+        if checkpoint.family == family:
+            return model_spec(name)
+    raise ConfigError(
+        f"unknown model family {family!r}; known: {', '.join(sorted({c.family for c in load_manifest().values()}))}"
+    )
 
 
 def unknown_model(name: str) -> UnknownModelError:
@@ -167,7 +190,7 @@ def _measure(spec: ModelSpec) -> Checkpoint:
         model(torch.empty(1, spec.config.in_chans, height, width))
     return Checkpoint(
         name=spec.name,
-        family=type(model).__name__,
+        family=spec.family,
         params=sum(parameter.numel() for parameter in model.parameters()),
         macs=counter.get_total_flops() // 2,
         input_size=max(height, width),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import stat
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -42,27 +45,56 @@ def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
     """
     name = f"{len(source)} bytes" if isinstance(source, bytes) else fspath(source)
     if not isinstance(source, bytes):
-        path = Path(source)
-        if not path.is_file():
-            raise ImageError(f"{name}: {'is a directory' if path.is_dir() else 'no such file'}; expected an image file")
-        if path.stat().st_size == 0:
-            raise ImageError(f"{name}: the file is empty")
+        _check_file(Path(source), name)
+    with _explained(name):
+        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            return _show(image, name)
+
+
+def _check_file(path: Path, name: str) -> None:
+    try:
+        mode, size = path.stat().st_mode, path.stat().st_size
+    except (OSError, ValueError) as error:  # ValueError: a null character in the path
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        raise ImageError(f"{name}: {reason}; expected an image file") from error
+    if not stat.S_ISREG(mode):
+        kind = "is a directory" if stat.S_ISDIR(mode) else "not a regular file"
+        raise ImageError(f"{name}: {kind}; expected an image file")
+    if size == 0:
+        raise ImageError(f"{name}: the file is empty")
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into an ImageError that names the image, and keep its warnings quiet."""
     try:
         with warnings.catch_warnings():
-            # Pillow warns from half the limit on; the limit is checked here, and a warning per photo helps nobody.
+            # A photo with odd metadata, or above half the pixel limit, gets a warning each: noise in a folder run.
+            warnings.simplefilter("ignore", UserWarning)
             warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-                if image.width * image.height > MAX_IMAGE_PIXELS:
-                    raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
-                image.load()
-                return to_rgb(PIL.ImageOps.exif_transpose(image))
+            yield
+    except ImageError:
+        raise
     except PIL.UnidentifiedImageError as error:
         raise ImageError(f"{name}: not an image in a format Pillow knows") from error
     except PIL.Image.DecompressionBombError as error:
         raise ImageError(f"{name}: {error}") from error
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        # Pillow's decoders raise all four for damaged data
+    except PermissionError as error:
+        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
+    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
+        # Pillow's decoders raise all of these for damaged data, the AVIF one RuntimeError
         raise ImageError(f"{name}: damaged image ({error})") from error
+
+
+def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
+    """Decode, turn upright, convert to RGB; refuses what is too large, or is a program rather than a picture."""
+    if image.width * image.height > MAX_IMAGE_PIXELS:
+        raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
+    if image.format == "EPS":
+        # Pillow would run Ghostscript on it, whatever the file's suffix says
+        raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
+    image.load()
+    return to_rgb(PIL.ImageOps.exif_transpose(image))
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -87,17 +119,31 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, (str, PathLike, bytes)):
         return decode_image(source)
     if isinstance(source, PIL.Image.Image):
-        return to_rgb(PIL.ImageOps.exif_transpose(source))
+        name = getattr(source, "filename", "") or "PIL image"
+        with _explained(name):
+            return _show(source, name)
     if isinstance(source, Tensor):
-        tensor = source
+        tensor = source.detach()
     elif hasattr(source, "__array_interface__"):
-        tensor = torch.as_tensor(source)
+        tensor = _array_to_tensor(source)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor[None]
     else:
         raise ImageError(
             f"{type(source).__name__} is not an image; pass a path, bytes, a PIL image, an array or a tensor"
         )
     return _tensor_to_rgb(tensor, shape=tuple(source.shape))
+
+
+def _array_to_tensor(source: Any) -> Tensor:
+    import numpy as np  # not a dependency: whoever has an array has numpy
+
+    try:
+        # A copy in C order: torch takes neither read-only arrays nor negative strides (`bgr[..., ::-1]`).
+        return torch.from_numpy(np.array(source, order="C"))
+    except TypeError as error:
+        raise ImageError(
+            f"array of type {source.dtype} is not an image; expected uint8 or floats from 0 to 1"
+        ) from error
 
 
 def _tensor_to_rgb(tensor: Tensor, shape: tuple[int, ...]) -> PIL.Image.Image:
@@ -136,7 +182,8 @@ class EvalTransform:
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
         resized = TF.resize(rgb, size, interpolation=self._interpolation)
         cropped = TF.center_crop(resized, list(spec.crop))
-        return TF.normalize(TF.to_dtype(TF.pil_to_tensor(cropped), scale=True), list(spec.mean), list(spec.std))
+        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
+        return TF.normalize(TF.pil_to_tensor(cropped).to(torch.float32).div(255), list(spec.mean), list(spec.std))
 
     def __repr__(self) -> str:
         spec = self.preprocessing

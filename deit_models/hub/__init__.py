@@ -1,1 +1,1 @@
-"""The weights hub: what is published (manifest), bytes (fetch), tensor names (layouts), models (load), back (publish)."""
+"""The weights hub: what is published, its bytes, names and config, a verified model from them, and the way back."""

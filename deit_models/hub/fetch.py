@@ -1,4 +1,4 @@
-"""Bytes: a file from the Hub or a URL, cached, complete, and with the right SHA-256. huggingface_hub does the transport."""
+"""Bytes: a file from the Hub or a URL, cached, complete, with the right SHA-256. huggingface_hub does the transport."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from urllib.parse import urlsplit
 import huggingface_hub
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils import WeakFileLock, tqdm
+from huggingface_hub.utils._fixes import WeakFileLock
+from huggingface_hub.utils.tqdm import tqdm
 
 from ..errors import FetchError, IntegrityError
 
@@ -73,6 +74,20 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
     raise AssertionError("unreachable")
 
 
+# What a refusal of the Hub means for the user; the first class that fits decides.
+_REFUSALS: tuple[tuple[type[Exception], type[FetchError], str], ...] = (
+    (hub_errors.EntryNotFoundError, NoSuchFileError, "the repository has no such file"),
+    (hub_errors.GatedRepoError, FetchError, "gated; accept its terms on its page, then pass token=..."),
+    (hub_errors.RevisionNotFoundError, FetchError, "no such revision; pass a branch, a tag or a full commit id"),
+    (
+        hub_errors.RepositoryNotFoundError,
+        FetchError,
+        "no such repository, or a private one; for a private one pass token=... or run `hf auth login`",
+    ),
+    (hub_errors.HFValidationError, FetchError, "not a valid repository id; expected owner/name"),
+)
+
+
 def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
     where = f"{repo_id}/{filename}" + (f" at {access.revision}" if access.revision else "")
     try:
@@ -81,39 +96,35 @@ def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
             filename,
             revision=access.revision,
             token=access.token,
-            cache_dir=access.cache_dir,
+            cache_dir=None if access.cache_dir is None else Path(access.cache_dir),
             local_files_only=access.offline,
         )
     except hub_errors.LocalEntryNotFoundError as error:
         if access.offline:
-            raise FetchError(f"{where} is not in the cache, and offline; load it once with network, or pass a path") from error
-        raise FetchError(f"{where}: {constants.ENDPOINT} cannot be reached, and the file is not in the cache") from error
-    except hub_errors.EntryNotFoundError as error:
-        raise NoSuchFileError(f"{where}: the repository has no such file") from error
-    except hub_errors.GatedRepoError as error:
-        raise FetchError(f"{where}: gated; accept its terms on {constants.ENDPOINT}/{repo_id}, then pass token=...") from error
-    except hub_errors.RevisionNotFoundError as error:
-        raise FetchError(f"{where}: no such revision; pass a branch, a tag or a full commit id") from error
-    except hub_errors.RepositoryNotFoundError as error:
-        raise FetchError(
-            f"{where}: no such repository, or a private one; for a private one pass token=... or run `hf auth login`"
-        ) from error
-    except hub_errors.HfHubHTTPError as error:
+            reason = "not in the cache, and offline; load it once with network, or pass a path"
+        else:
+            reason = f"{constants.ENDPOINT} cannot be reached, and the file is not in the cache"
+        raise FetchError(f"{where}: {reason}") from error
+    except Exception as error:
+        for refusal, kind, reason in _REFUSALS:
+            if isinstance(error, refusal):
+                raise kind(f"{where}: {reason}") from error
+        raise _failure(error, where) from error
+    return Path(path)
+
+
+def _failure(error: Exception, where: str) -> Exception:
+    """A failed transfer as one of our errors; anything that is not one comes back as it is."""
+    if isinstance(error, hub_errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         kind = TransientError if status >= 500 or status == 429 else FetchError
-        raise kind(f"{where}: the server answered {status}") from error
-    except hub_errors.HFValidationError as error:
-        raise FetchError(f"{repo_id!r} is not a Hub repository id: {_first_line(error)}") from error
-    except OSError as error:
-        # a full disk carries an errno; a download that came out short or a lost connection does not
-        kind = FetchError if error.errno is not None else TransientError
-        raise kind(f"{where}: {_first_line(error)}") from error
-    except Exception as error:
-        # The client lets its HTTP library's own errors through, and the two major versions use different libraries.
-        if type(error).__module__.partition(".")[0].startswith(("httpx", "httpcore")):
-            raise TransientError(f"{where}: connection lost ({_first_line(error)})") from error
-        raise
-    return Path(path)
+        return kind(f"{where}: the server answered {status}")
+    if isinstance(error, hub_errors.HTTPError):  # whatever HTTP library the installed client uses
+        return TransientError(f"{where}: connection lost ({_first_line(error)})")
+    if isinstance(error, OSError):
+        # a full disk carries an errno; a download that came out short does not
+        return (FetchError if error.errno is not None else TransientError)(f"{where}: {_first_line(error)}")
+    return error
 
 
 def optional_hub_file(repo_id: str, filename: str, access: Access) -> Path | None:
@@ -208,7 +219,9 @@ def _download(url: str, path: Path, digest: str | None) -> None:
 
 def _copy(response: object, file: object, *, total: int, name: str) -> int:
     got = 0
-    with tqdm(total=total if total > 0 else None, unit="B", unit_scale=True, desc=name, name="deit_models.fetch") as bar:
+    size = total if total > 0 else None
+    # disable=None: a bar on a terminal, none in a pipe
+    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:  # type: ignore[no-untyped-call]
         while chunk := response.read(CHUNK_BYTES):  # type: ignore[attr-defined]  # urllib's responses have no public type
             file.write(chunk)  # type: ignore[attr-defined]
             got += len(chunk)
@@ -234,7 +247,9 @@ def check_digest(path: Path, expected: str | None, *, name: str | None = None) -
         return None
     actual = sha256_of(path)
     if not actual.startswith(expected):
-        raise IntegrityError(f"{name or path}: SHA-256 is {actual[:16]}..., expected {expected[:16]}...; the file was changed")
+        raise IntegrityError(
+            f"{name or path}: SHA-256 is {actual[:16]}..., expected {expected[:16]}...; the file was changed"
+        )
     return actual
 
 

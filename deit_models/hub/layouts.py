@@ -1,7 +1,7 @@
 """Tensor names, three ways: the authors' (native), timm's and transformers', read and written.
 
-A rule ties one native name to the names that hold the same numbers elsewhere. Where there are several, the native tensor
-is their concatenation along the rows (the authors fuse query, key and value; transformers keeps them apart).
+A rule ties one native name to the names that hold the same numbers elsewhere. Where there are several, the native
+tensor is their concatenation along the rows: the authors fuse query, key and value, transformers keeps them apart.
 """
 
 from __future__ import annotations
@@ -128,7 +128,9 @@ def from_native(
 
     Args:
         tensors: a model's state dict.
-        family, naming, distilled: as in `to_native`.
+        family: the model's family.
+        naming: the wanted names.
+        distilled: whether the model has a distillation head.
         body_prefix: put before every name outside the heads, e.g. "vit." for transformers.
     """
     renamed: dict[str, Tensor] = {}

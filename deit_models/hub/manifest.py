@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -42,7 +42,8 @@ class Preprocessing:
         known = {field.name for field in fields(cls)}
         if not {"resize", "crop"} <= set(data) <= known:
             raise ConfigError(f"preprocessing has fields {sorted(data)}; expected some of {sorted(known)}")
-        return cls(**{key: tuple(value) if isinstance(value, list) else value for key, value in data.items()})
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -58,12 +59,10 @@ class Preprocessing:
         """
         if crop == self.crop:
             return self
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
         if isinstance(self.resize, int):
-            values["resize"] = max(crop) * self.resize // max(self.crop)
-        else:
-            values["resize"] = tuple(new * r // old for new, r, old in zip(crop, self.resize, self.crop, strict=True))
-        return Preprocessing(**{**values, "crop": crop})
+            return replace(self, crop=crop, resize=max(crop) * self.resize // max(self.crop))
+        height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
+        return replace(self, crop=crop, resize=(height, width))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,9 +10,10 @@ Parameters carry the authors' names, which timm kept. Reading order: config, pat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -179,6 +180,7 @@ class Block(nn.Module):
 class DeiT(ImageClassifier):
     """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
 
+    family: ClassVar[str] = "deit"
     head_names: ClassVar[tuple[str, ...]] = ("head", "head_dist")
 
     def __init__(self, config: DeiTConfig) -> None:
@@ -187,9 +189,10 @@ class DeiT(ImageClassifier):
         width, (h, w) = config.embed_dim, config.grid
         self.patch_embed = PatchEmbed(config)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
-        self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         # order: class, distillation, patches
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_prefix_tokens + h * w, width))
+        # after pos_embed, as the authors register it: optimizer states of their checkpoints count parameters in order
+        self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         self.pos_drop = nn.Dropout(config.drop_rate)
         last = max(config.depth - 1, 1)
         self.blocks = nn.Sequential(
@@ -213,7 +216,7 @@ class DeiT(ImageClassifier):
         Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
         """
         grid = self._input_grid(x)
-        tokens = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
+        tokens: list[Tensor] = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix = torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1)
         pos_embed = resize_pos_embed(
             self.pos_embed, num_prefix=self.config.num_prefix_tokens, grid=grid, source_grid=self.config.grid
@@ -279,10 +282,26 @@ class DeiT(ImageClassifier):
     def attention_maps(self, x: Tensor) -> Tensor:
         """Attention probabilities of every block: (B, C, H, W) -> (depth, B, heads, P + N, P + N)."""
         tokens, maps = self.forward_tokens(x), []
-        for block in self.blocks:
+        for block in cast("Iterable[Block]", self.blocks):
             maps.append(block.attn.weights(block.norm1(tokens)))
             tokens = block(tokens)
         return torch.stack(maps)
+
+    @classmethod
+    def describe_state(cls, state: Mapping[str, Tensor], config: DeiTConfig) -> DeiTConfig:
+        """The config of a bare state dict: `config` with the number of classes and the square size of its tensors."""
+        if "head.weight" in state:
+            config = replace(config, num_classes=state["head.weight"].shape[0])
+        if "pos_embed" in state:
+            side = math.isqrt(max(state["pos_embed"].shape[1] - config.num_prefix_tokens, 1))
+            config = replace(config, img_size=side * config.patch_size)
+        return config
+
+    def fit_state(self, state: Mapping[str, Tensor], made_for: DeiTConfig) -> dict[str, Tensor]:
+        """The state with its positions resized to this model's grid."""
+        prefix, grid = self.config.num_prefix_tokens, self.config.grid
+        pos_embed = resize_pos_embed(state["pos_embed"], num_prefix=prefix, grid=grid, source_grid=made_for.grid)
+        return {**state, "pos_embed": pos_embed}
 
     def no_weight_decay(self) -> set[str]:
         """Parameters the authors exclude from weight decay besides biases and norms.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -38,6 +39,8 @@ class ImageClassifier(nn.Module):
     weights (evaluation transform, class names, licence), and is None for a model built by hand from its class.
     """
 
+    family: ClassVar[str]
+    """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
     head_names: ClassVar[tuple[str, ...]]
     """Submodules that depend on `num_classes`: the only tensors a checkpoint may lack."""
 
@@ -51,6 +54,24 @@ class ImageClassifier(nn.Module):
     def num_classes(self) -> int:
         """Number of logits."""
         return int(self.config.num_classes)
+
+    @classmethod
+    def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:
+        """The config of a bare native state dict: `config` with the classes and the size its tensors were made for."""
+        raise NotImplementedError(f"{cls.__name__} does not define describe_state")
+
+    def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
+        """A native state dict made for the config `made_for`, fitted to this model's size, as a new dict."""
+        raise NotImplementedError(f"{type(self).__name__} does not define fit_state")
+
+    def reset_heads(self) -> None:
+        """Give the heads fresh weights, in place; also brings them from the meta device to the CPU."""
+        for name in self.head_names:
+            head = getattr(self, name)
+            if head is not None:
+                if any(parameter.is_meta for parameter in head.parameters()):
+                    head.to_empty(device="cpu")
+                init_vit_weights(head)
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of each head, whatever the mode; x is (B, C, H, W)."""

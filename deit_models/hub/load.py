@@ -1,0 +1,273 @@
+"""A verified model from any place it is published: locate, check the bytes, map the names, compare, assign.
+
+Each step is one function, in that order, and each refuses rather than guesses: what `from_pretrained` returns is
+complete, finite, and of the shape its description promises. No random weights are allocated on the way: the model is
+built on the meta device and takes over the memory-mapped tensors of the file.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
+from ..models.layers import ImageClassifier
+from ..registry import Origin, family_spec, override, unknown_model
+from . import fetch
+from .configs import Description, describe_registered, read_config
+from .fetch import Access
+from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
+from .weights import read_tensors, verified_state
+
+logger = logging.getLogger(__name__)
+
+CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+REFERENCE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """A weights file on this machine: what it is said to be, and what is known of its bytes."""
+
+    weights: Path
+    description: Description
+    source: str
+    digest: str | None = None
+    payload: str | None = None
+    revision: str | None = None
+    reference_logits: tuple[float, ...] | None = None
+
+
+def from_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    model: str | None = None,
+    num_classes: int | None = None,
+    img_size: int | tuple[int, int] | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> ImageClassifier:
+    """Load published or own weights into a model, verified, in eval mode.
+
+    Args:
+        source: a registered name (the manifest says where its weights are; its sources are tried in turn), a directory
+            with config.json and weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or
+            this package's layout.
+        model: the registered model a bare weights file without config.json holds.
+        num_classes: another number of classes than the checkpoint's; the heads are then made anew.
+        img_size: another input size in pixels, one number or (height, width); positions are interpolated.
+        revision: branch, tag or commit of a Hub repository.
+        token: Hub token for private repositories; by default the one `hf auth login` stored.
+        cache_dir: where to keep downloads; by default the Hub's cache.
+        local_files_only: use only what is on this machine, as HF_HUB_OFFLINE=1 does.
+        device: where to put the model; by default the CPU.
+        dtype: floating-point type of its parameters, whatever the file's; by default float32.
+
+    Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: the file
+        is damaged, unsafe, or another model; IntegrityError: its SHA-256 is not the recorded one. ConfigError: options
+        that do not fit.
+    """
+    access = Access(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
+
+    def build(located: Located) -> ImageClassifier:
+        return _build(located, changes, access).to(device=device, dtype=dtype or torch.float32).eval()
+
+    name, path = os.fspath(source), Path(source)
+    if isinstance(source, str) and name in load_manifest() and not (model is not None and path.exists()):
+        return _from_manifest(load_manifest()[name], access, build)
+    if path.exists():
+        return build(_locate_path(path, model))
+    if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return build(_locate_repo(name, access))
+    if os.sep in name or path.suffix:
+        raise UnknownModelError(f"{name!r} is neither a file or directory here nor a Hub repository (owner/name)")
+    raise unknown_model(name)
+
+
+def _from_manifest(
+    checkpoint: Checkpoint, access: Access, build: Callable[[Located], ImageClassifier]
+) -> ImageClassifier:
+    """The first source of a checkpoint that gives a sound model; a failed one is logged, and the next is tried."""
+    sources = [source for source in checkpoint.sources if access.revision is None or source.repo is not None]
+    if not sources:
+        wanted = f" at revision {access.revision}" if checkpoint.sources else ""
+        raise FetchError(
+            f"no weights of {checkpoint.name} are published{wanted}; "
+            f"create_model({checkpoint.name!r}) builds it with random weights"
+        )
+    failures: list[str] = []
+    for source in sources:
+        try:
+            return build(_locate_source(checkpoint, source, access))
+        except (FetchError, CheckpointError) as error:
+            failures.append(str(error))
+            logger.warning("%s: %s", checkpoint.name, error)
+            last = error
+    if len(failures) == 1:
+        raise last
+    kind = CheckpointError if all(isinstance(last, CheckpointError) for _ in failures) else FetchError
+    raise kind(f"no source of {checkpoint.name} gave its weights: {'; '.join(failures)}") from last
+
+
+def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Located:
+    description = describe_registered(checkpoint.name)
+    if source.repo is not None:
+        at = access.at(source.revision)
+        weights = _hub_weights(source.repo, at)
+        # a digest belongs to the recorded revision, not to one the caller chose
+        digest = source.digest if access.revision is None else None
+    elif source.url is not None:
+        weights, digest = fetch.url_file(source.url, access, digest=source.digest), source.digest
+    else:
+        weights, digest = weights_dir() / str(source.file), source.digest
+        if not weights.is_file():
+            raise FetchError(f"{weights} is missing; the installation is incomplete, reinstall it")
+    return Located(
+        weights=weights,
+        description=description,
+        source=str(source),
+        digest=digest or fetch.etag_digest(weights),
+        payload=source.payload,
+        revision=fetch.commit_of(weights),
+        reference_logits=None if source.sha256 else checkpoint.reference_logits,
+    )
+
+
+def _locate_repo(repo_id: str, access: Access) -> Located:
+    """A Hub repository; one the manifest knows gets the authors' transform, labels and recorded digest."""
+    known = find_repo(repo_id)
+    if known is not None:
+        checkpoint, source = known
+        return _locate_source(checkpoint, source, access)
+    config = fetch.hub_file(repo_id, CONFIG_NAME, access)
+    processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access)
+    weights = _hub_weights(repo_id, access)
+    return Located(
+        weights=weights,
+        description=read_config(_json(config), None if processor is None else _json(processor)),
+        source=repo_id,
+        digest=fetch.etag_digest(weights),
+        revision=fetch.commit_of(weights),
+    )
+
+
+def _hub_weights(repo_id: str, access: Access) -> Path:
+    for name in WEIGHTS_NAMES:
+        try:
+            return fetch.hub_file(repo_id, name, access)
+        except fetch.NoSuchFileError:
+            continue
+        except FetchError:
+            # offline, the cache cannot tell "not there" from "not fetched": the other name may be cached
+            if not access.offline or name == WEIGHTS_NAMES[-1]:
+                raise
+    raise FetchError(f"{repo_id} has no {' or '.join(WEIGHTS_NAMES)}")
+
+
+def _locate_path(path: Path, model: str | None) -> Located:
+    folder = path if path.is_dir() else path.parent
+    if path.is_dir():
+        found = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
+        if not found:
+            raise CheckpointError(f"{path} has no {' or '.join(WEIGHTS_NAMES)}")
+        path = found[0]
+    config, processor = folder / CONFIG_NAME, folder / PROCESSOR_NAME
+    if model is not None:
+        description = describe_registered(model)
+        # another training of the same model: nothing but its shape is known
+        origin = Origin(name=model, preprocessing=description.origin.preprocessing)
+        description = replace(description, origin=origin)
+    elif config.is_file():
+        description = read_config(_json(config), _json(processor) if processor.is_file() else None)
+    else:
+        raise ConfigError(f"{path} has no config.json beside it; say which model it is: model='deit_...'")
+    return Located(weights=path, description=description, source=str(path))
+
+
+def _json(path: Path) -> Mapping[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
+    return data
+
+
+def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageClassifier:
+    description = located.description
+    if changes:
+        override(description.config, changes)  # refuse impossible options before anything is read
+    tensors, sha256 = read_tensors(
+        located.weights, access, source=located.source, digest=located.digest, payload=located.payload
+    )
+    model_class = family_spec(description.family).model_class
+    try:
+        if description.layout is None:
+            description = replace(description, config=model_class.describe_state(tensors, description.config))
+        state = verified_state(tensors, model_class, description.config)
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(f"{located.source}: {error}") from error
+    with torch.device("meta"):
+        model = model_class(override(description.config, changes))
+    state = model.fit_state(state, description.config)
+    remade = model.num_classes != description.config.num_classes
+    if remade:
+        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in model.head_names}
+    model.load_state_dict(state, strict=not remade, assign=True)
+    if remade:
+        model.reset_heads()
+    model.origin = _origin(located, description, model, sha256=sha256, remade=remade)
+    if located.reference_logits is not None and not changes:
+        check_reference(model, located.reference_logits)
+    return model
+
+
+def _origin(
+    located: Located, description: Description, model: ImageClassifier, *, sha256: str | None, remade: bool
+) -> Origin:
+    known = description.origin
+    return replace(
+        known,
+        preprocessing=known.preprocessing.at_size(model.config.image_hw),
+        class_names=None if remade else known.class_names,
+        source=located.source,
+        revision=located.revision,
+        sha256=sha256,
+    )
+
+
+def reference_input(config: Any) -> Tensor:
+    """The fixed image batch recorded logits belong to: waves of different length per channel, (1, C, H, W) float32."""
+    height, width = config.image_hw
+    rows, columns = torch.arange(height).float()[:, None], torch.arange(width).float()[None, :]
+    return torch.stack([torch.sin(rows * (0.05 + 0.03 * c) + columns * 0.07 + c) for c in range(config.in_chans)])[None]
+
+
+@torch.inference_mode()
+def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None:
+    """Compare the first logits for `reference_input` with recorded ones.
+
+    Raises: CheckpointError: they differ by more than REFERENCE_TOLERANCE; the weights are not the published ones.
+    """
+    training = model.training
+    logits = model.eval()(reference_input(model.config).to(next(model.parameters())))[0, : len(expected)]
+    model.train(training)
+    difference = float((logits.float().cpu() - torch.tensor(expected)).abs().max())
+    if not difference <= REFERENCE_TOLERANCE:
+        raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")

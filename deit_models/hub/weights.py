@@ -1,0 +1,170 @@
+"""Bytes to tensors: a weights file read safely, and compared with the model it is said to be."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import pickle
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..models.layers import ImageClassifier
+from . import fetch
+from .fetch import Access
+from .layouts import tell_naming, to_native
+
+logger = logging.getLogger(__name__)
+
+PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
+# Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
+PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
+
+
+def read_tensors(
+    path: Path, access: Access, *, source: str, digest: str | None = None, payload: str | None = None
+) -> tuple[dict[str, Tensor], str | None]:
+    """The tensors of a weights file, memory-mapped, and its SHA-256 where it was computed.
+
+    A pickle is read with `weights_only=True` and converted to safetensors in the cache, once: later loads map the copy.
+    A cached download that fails its digest is removed, so that the next load fetches it anew.
+
+    Args:
+        path: the file; its suffix tells a pickle from safetensors.
+        access: where the cache is.
+        source: where the file came from, for messages.
+        digest: the leading digits of its SHA-256, where known.
+        payload: the key of the state dict in a pickle, where known.
+
+    Raises: CheckpointError: not a weights file, damaged, or a pickle that holds more than tensors.
+        IntegrityError: the digest differs.
+    """
+    try:
+        actual = fetch.check_digest(path, digest, name=source)
+    except CheckpointError:
+        _forget(path)
+        raise
+    if path.suffix in PICKLE_SUFFIXES:
+        actual = actual or fetch.sha256_of(path)
+        return _read_pickle(path, access, source=source, digest=actual, payload=payload), actual
+    return _read_safetensors(path), actual
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        with path.open("rb") as file:
+            start = file.read(64).lstrip().lower()
+        what = "a web page, not weights" if start.startswith((b"<!doctype", b"<html")) else "truncated or damaged"
+        raise CheckpointError(f"{path} is {what} ({error})") from error
+
+
+def _read_pickle(path: Path, access: Access, *, source: str, digest: str, payload: str | None) -> dict[str, Tensor]:
+    converted = fetch.assets_dir("converted", access) / f"{digest}-{payload or 'auto'}.safetensors"
+    record = converted.with_suffix(".json")
+    if converted.is_file() and record.is_file():
+        try:
+            fetch.check_digest(converted, json.loads(record.read_text(encoding="utf-8"))["sha256"])
+            return _read_safetensors(converted)
+        except (CheckpointError, ValueError, KeyError) as error:
+            logger.warning("%s; converting %s again", error, path)
+    tensors = unpickle_tensors(path, payload=payload)
+    with fetch.atomic_write(converted) as temporary:
+        save_file(tensors, temporary, metadata={"format": "pt"})
+        facts = {"source": source, "source_sha256": digest, "sha256": fetch.sha256_of(temporary)}
+    with fetch.atomic_write(record) as temporary:
+        temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    return _read_safetensors(converted)
+
+
+def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Tensor]:
+    """The state dict of a `.pth`, read without running any code of it.
+
+    Args:
+        path: the file; beside tensors it may hold plain values and an `argparse.Namespace`, as training scripts save.
+        payload: the key of the state dict; the usual ones are tried if not given.
+
+    Raises: CheckpointError: truncated, holds other objects, or no state dict where expected.
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"{path} is refused: damaged, or a pickle that holds more than tensors ({reason})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({str(error).splitlines()[0]})") from error
+    keys = (payload,) if payload is not None else PAYLOAD_KEYS
+    state = next((data[key] for key in keys if isinstance(data, dict) and isinstance(data.get(key), Mapping)), data)
+    if not isinstance(state, Mapping) or (payload is not None and state is data):
+        raise CheckpointError(f"{path} has no state dict under {' or '.join(map(repr, keys))}")
+    tensors = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
+    if not tensors:
+        raise CheckpointError(f"{path} holds no tensors under {', '.join(map(repr, keys))} nor at its top")
+    # contiguous and unshared, as safetensors demands
+    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+
+
+def _forget(path: Path) -> None:
+    """Remove a cached download that is not what was announced, so that the next try fetches it anew.
+
+    Only files of the cache are removed: never one the user named.
+    """
+    if fetch.commit_of(path) is not None or path.parent.name == "downloads":
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
+
+
+def verified_state(tensors: Mapping[str, Tensor], model_class: type[ImageClassifier], config: Any) -> dict[str, Tensor]:
+    """The tensors under native names, compared with the model they are said to be.
+
+    Raises: CheckpointError: names missing or unexpected, a wrong shape, not floating point, or NaN or infinity inside.
+        All mismatches are listed in one message.
+    """
+    with torch.device("meta"):
+        expected = model_class(config).state_dict()
+    distilled = getattr(config, "distilled", False)
+    naming = tell_naming(tensors)
+    mapped = to_native(tensors, expected, family=model_class.family, naming=naming, distilled=distilled)
+    shapes = [
+        f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
+        for name, tensor in mapped.tensors.items()
+        if tensor.shape != expected[name].shape
+    ]
+    types = [f"{name} is {t.dtype}" for name, t in mapped.tensors.items() if not t.is_floating_point()]
+    problems = [
+        _listing("missing", mapped.missing),
+        _listing("unexpected", mapped.unexpected),
+        _listing("wrong shape", shapes),
+        _listing("not floating point", types),
+    ]
+    if any(problems):
+        raise CheckpointError("not the weights of this model: " + "; ".join(filter(None, problems)))
+    not_finite = [name for name, tensor in mapped.tensors.items() if not _finite(tensor)]
+    if not_finite:
+        raise CheckpointError("damaged weights: " + _listing("NaN or infinity in", not_finite))
+    return mapped.tensors
+
+
+def _finite(tensor: Tensor) -> bool:
+    # The extremes carry a NaN or an infinity out without a mask the size of the tensor.
+    low, high = tensor.aminmax()
+    return bool(low.isfinite() and high.isfinite())
+
+
+def _listing(what: str, entries: list[str], *, most: int = 6) -> str:
+    if not entries:
+        return ""
+    more = f" and {len(entries) - most} more" if len(entries) > most else ""
+    return f"{len(entries)} {what}: {', '.join(entries[:most])}{more}"

@@ -1,0 +1,298 @@
+"""Images in, labelled probabilities out: one image, a list of them, or a folder of a million."""
+
+from __future__ import annotations
+
+import os
+import signal
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from os import PathLike, fspath
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from .errors import ConfigError, DeitModelsError, ImageError
+from .results import ImageResult, Prediction, Summary, write_results
+from .transforms import EvalTransform, ImageSource, transform_for
+
+if TYPE_CHECKING:
+    from .models.layers import ImageClassifier
+
+__all__ = [
+    "DEFAULT_MODEL", "IMAGE_SUFFIXES", "Classifier", "ImageResult", "Prediction", "Summary", "attention_maps",
+    "find_images", "write_results",
+]  # fmt: skip
+
+DEFAULT_MODEL = "deit_micro_patch4_32"
+"""The checkpoint that comes with the package."""
+
+IMAGE_SUFFIXES = frozenset(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+"""What `find_images` takes for an image, in upper or lower case."""
+
+
+class Classifier:
+    """A model with its own evaluation transform and class names; attributes `model`, `transform` and `labels`."""
+
+    def __init__(
+        self,
+        model: str | PathLike[str] | ImageClassifier = DEFAULT_MODEL,
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        batch_size: int = 32,
+        labels: Sequence[str] | None = None,
+        **load_options: Any,
+    ) -> None:
+        """Load a model, or take one.
+
+        Args:
+            model: what `from_pretrained` takes (name, path, Hub repository), or a model, which is put in eval mode.
+            device: where to run. By default a named model goes to the GPU if there is one; a given model stays.
+            dtype: floating-point type of the parameters; probabilities are float32 in any case.
+            batch_size: images that go through the model at once.
+            labels: a name for each class; by default those the checkpoint brings.
+            **load_options: further keywords of `from_pretrained`, e.g. revision="...", local_files_only=True.
+
+        Raises: ConfigError: labels that do not fit the classes, a bad batch size, load options for a loaded model;
+            and what `from_pretrained` raises.
+        """
+        if batch_size < 1:
+            raise ConfigError(f"batch_size={batch_size}; expected 1 or more")
+        if isinstance(model, (str, PathLike)):
+            from .hub.load import from_pretrained
+
+            device = _best_device() if device is None else device
+            loaded = from_pretrained(model, device=device, dtype=dtype or torch.float32, **load_options)
+        elif load_options:
+            raise ConfigError(f"{', '.join(load_options)}: only for a model given by name or path, this one is loaded")
+        else:
+            loaded = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+        self.model = loaded.eval()
+        self.batch_size = batch_size
+        self.transform = transform_for(loaded)
+        self.labels = _labels(loaded, labels)
+
+    @overload
+    def __call__(self, images: str | PathLike[str] | bytes | PIL.Image.Image, *, top_k: int = 5) -> ImageResult: ...
+    @overload
+    def __call__(self, images: list[Any] | tuple[Any, ...], *, top_k: int = 5) -> list[ImageResult]: ...
+    @overload
+    def __call__(self, images: Any, *, top_k: int = 5) -> Any: ...
+
+    def __call__(self, images: Any, *, top_k: int = 5) -> Any:
+        """Classify one image, giving an `ImageResult`, or a sequence, giving a list of them in the same order.
+
+        Args:
+            images: an image, see `transforms.ImageSource`; or a sequence of them, also as a 4-D tensor (B, C, H, W) or
+                array (B, H, W, C).
+            top_k: how many classes to give for each image; all, if there are fewer.
+
+        Raises: ImageError: an image cannot be decoded; the message says which. ConfigError: top_k below 1.
+        """
+        top_k = self._checked(top_k)
+        if not _is_sequence(images):
+            return self._classify([("image", images)], top_k)[0]
+        named = [(f"image {i}", image) for i, image in enumerate(images)]
+        chunks = (named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size))
+        return [result for chunk in chunks for result in self._classify(chunk, top_k)]
+
+    def classify_files(
+        self, paths: Iterable[str | PathLike[str]], *, top_k: int = 5, workers: int = 0
+    ) -> Iterator[ImageResult]:
+        """Classify any number of files; yields results in the order of the paths, as they come.
+
+        A file that cannot be decoded yields a result with `error`, and the others go on. Paths are drawn as needed, so
+        a generator will do, and memory holds a few batches however many there are.
+
+        Args:
+            paths: image files, see `find_images`.
+            top_k: how many classes to give for each image; all, if there are fewer.
+            workers: processes that decode; 0 decodes in this one.
+
+        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a decoding process died.
+        """
+        top_k = self._checked(top_k)
+        if workers < 0:
+            raise ConfigError(f"workers={workers}; expected 0 or more")
+        return self._stream(paths, top_k, workers)
+
+    def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int) -> Iterator[ImageResult]:
+        with _workers_explained(workers):
+            for batch in self._batches(paths, workers):
+                found = iter(self._predict(batch.images, top_k))
+                for source, error in zip(batch.sources, batch.errors, strict=True):
+                    yield ImageResult(source, next(found) if error is None else (), error)
+
+    def _batches(self, paths: Iterable[str | PathLike[str]], workers: int) -> Iterator[_Batch]:
+        with warnings.catch_warnings():
+            # torch advises fewer workers than were asked for; Python 3.12 distrusts fork beside torch's idle threads
+            warnings.simplefilter("ignore", UserWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            loader = DataLoader(
+                _Files(self.transform),
+                batch_size=self.batch_size,
+                sampler=paths,  # a "sampler" yields keys, and the keys of _Files are paths: they are drawn lazily
+                num_workers=workers,
+                collate_fn=_collate,
+                worker_init_fn=_leave_interrupts_to_parent,
+                pin_memory=_placement(self.model).device.type == "cuda",
+            )
+            return iter(loader)
+
+    def _checked(self, top_k: int) -> int:
+        if top_k < 1:
+            raise ConfigError(f"top_k={top_k}; expected 1 to {len(self.labels)}")
+        return min(top_k, len(self.labels))
+
+    def _classify(self, named: list[tuple[str, ImageSource]], top_k: int) -> list[ImageResult]:
+        prepared = [self._prepare(name, image) for name, image in named]
+        found = self._predict(torch.stack([tensor for _, tensor in prepared]), top_k)
+        return [ImageResult(source, result) for (source, _), result in zip(prepared, found, strict=True)]
+
+    def _prepare(self, name: str, image: ImageSource) -> tuple[str, Tensor]:
+        if isinstance(image, (str, PathLike)):  # an error names the path by itself
+            return fspath(image), self.transform(image)
+        try:
+            return name, self.transform(image)
+        except ImageError as error:
+            raise ImageError(f"{name}: {error}") from error
+
+    def _predict(self, images: Tensor, top_k: int) -> list[tuple[Prediction, ...]]:
+        if not len(images):
+            return []
+        with torch.inference_mode():
+            logits = self.model(images.to(_placement(self.model), non_blocking=True))
+            top = logits.float().softmax(dim=-1).topk(top_k)
+        rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        return [tuple(Prediction(self.labels[i], p, i) for p, i in zip(*row, strict=True)) for row in rows]
+
+
+def _best_device() -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _placement(model: ImageClassifier) -> Tensor:
+    """An empty tensor of the device and type the model computes with."""
+    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
+    first = next(floating, None)
+    return torch.empty(0) if first is None else torch.empty(0, device=first.device, dtype=first.dtype)
+
+
+def _labels(model: ImageClassifier, given: Sequence[str] | None) -> tuple[str, ...]:
+    origin, count = model.origin, model.num_classes
+    labels = given if given is not None else origin.class_names if origin is not None else None
+    if labels is not None:
+        if len(labels) != count:
+            raise ConfigError(f"{len(labels)} labels given, {count} expected: one for each class of the model")
+        return tuple(labels)
+    if origin is not None and origin.dataset == "ImageNet-1k" and count == 1000:
+        from torchvision.models import get_weight
+
+        return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
+    return tuple(f"class {i}" for i in range(count))
+
+
+def _is_sequence(images: Any) -> bool:
+    if isinstance(images, (str, bytes)):
+        return False
+    return isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
+
+
+class _Batch(NamedTuple):
+    sources: list[str]
+    errors: list[str | None]
+    images: Tensor  # of the readable ones only
+
+
+class _Files(Dataset[tuple[str, "Tensor | None", "str | None"]]):
+    """Files by path: (path, tensor, None), or (path, None, error)."""
+
+    def __init__(self, transform: EvalTransform) -> None:
+        self.transform = transform
+
+    def __getitem__(self, path: str | PathLike[str]) -> tuple[str, Tensor | None, str | None]:
+        source = fspath(path)
+        try:
+            return source, self.transform(source), None
+        except ImageError as error:
+            return source, None, " ".join(str(error).split())
+
+
+def _collate(items: list[tuple[str, Tensor | None, str | None]]) -> _Batch:
+    tensors = [tensor for _, tensor, _ in items if tensor is not None]
+    # One tensor a batch, since each that leaves a worker costs a file descriptor. Shared here and not by the queue's
+    # thread, where a lack of shared memory would be printed and the batch never arrive.
+    images = torch.stack(tensors) if tensors else torch.empty(0)
+    if get_worker_info() is not None:
+        images.share_memory_()  # type: ignore[no-untyped-call]
+    return _Batch([source for source, _, _ in items], [error for _, _, error in items], images)
+
+
+def _leave_interrupts_to_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextmanager
+def _workers_explained(workers: int) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        reason = str(error).strip().rpartition("\n")[-1]
+        signs = ("killed by signal", "exited unexpectedly", "shared memory", "shm", "No space left on device")
+        if not workers or not any(sign in reason for sign in signs):
+            raise
+        raise DeitModelsError(
+            f"a decoding process failed, most often for want of shared memory (in Docker: --shm-size=1g) or memory; "
+            f"use fewer than {workers} workers, or workers=0 ({reason})"
+        ) from error
+
+
+def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
+    """The image files of a folder, sorted: by suffix, see IMAGE_SUFFIXES; hidden files are left out.
+
+    Raises: ImageError: no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
+    found = [
+        Path(parent, name)
+        for parent, _, names in islice(os.walk(root), None if recursive else 1)
+        for name in names
+        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        where = "in it or below" if recursive else "directly in it"
+        raise ImageError(f"{root}: no image {where}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
+    return sorted(found)
+
+
+def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor:
+    """Attention probabilities of every block, in eval mode and without gradients; the model's mode is left as it was.
+
+    Shape: (B, C, H, W) -> the family's own; for DeiT (depth, B, heads, P + N, P + N), each row summing to 1.
+    Raises: ConfigError: a family that has no attention maps to give.
+    """
+    compute = getattr(model, "attention_maps", None)
+    if compute is None:
+        raise ConfigError(f"{type(model).__name__} has no attention maps to give; use a family that has, such as DeiT")
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        # not inference_mode: its tensors refuse in-place changes later, and a map is there to be worked on
+        with torch.no_grad():
+            maps: Tensor = compute(x)
+            return maps
+    finally:
+        for module in training:
+            module.training = True
