@@ -44,6 +44,7 @@ class Classifier:
     def __init__(
         self,
         model: str | PathLike[str] | ImageClassifier = DEFAULT_MODEL,
+        /,
         *,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -59,7 +60,7 @@ class Classifier:
             dtype: floating-point type of the parameters; probabilities are float32 in any case.
             batch_size: images that go through the model at once.
             labels: a name for each class; by default those the checkpoint brings.
-            **load_options: further keywords of `from_pretrained`, e.g. revision="...", local_files_only=True.
+            **load_options: further keywords of `from_pretrained`, e.g. revision="...", or model="..." for a bare file.
 
         Raises: ConfigError: labels that do not fit the classes, a bad batch size, load options for a loaded model;
             and what `from_pretrained` raises.
@@ -70,7 +71,7 @@ class Classifier:
             from .hub.load import from_pretrained
 
             device = _best_device() if device is None else device
-            loaded = from_pretrained(model, device=device, dtype=dtype or torch.float32, **load_options)
+            loaded = from_pretrained(model, device=device, dtype=dtype, **load_options)
         elif load_options:
             raise ConfigError(f"{', '.join(load_options)}: only for a model given by name or path, this one is loaded")
         else:

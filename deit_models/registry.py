@@ -151,11 +151,14 @@ def create_model(
 
     Raises: UnknownModelError: no such name. ConfigError: an unknown option, or values that do not fit together.
     """
+    import torch
+
     spec = model_spec(name)
     config = override(spec.config, overrides)
-    model = spec.model_class(config)
+    with torch.device(device if device is not None else torch.get_default_device()):
+        model = spec.model_class(config)
     model.origin = Origin(name=name, preprocessing=default_preprocessing(name, config.image_hw))
-    return model.to(device=device, dtype=dtype) if device is not None or dtype is not None else model
+    return model if dtype is None else model.to(dtype)
 
 
 def default_preprocessing(name: str, image_hw: tuple[int, int]) -> Preprocessing:
@@ -207,5 +210,5 @@ def _names() -> list[str]:
 
 def _nearest(name: str, known: Iterable[str]) -> str:
     """How an error message ends: the three nearest known names."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.3)
+    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
     return f"; nearest: {', '.join(close)}" if close else ""

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, DeitModelsError
 from ..models.layers import Layout
 from ..registry import Origin, default_preprocessing, family_spec, model_info, model_spec, override
 from .manifest import Preprocessing, load_manifest
@@ -76,30 +76,32 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
     Raises: CheckpointError: none of the three layouts. ConfigError: values this package cannot build.
         UnknownModelError: an architecture that is not registered.
     """
-    if "deit_models" in data:
-        return _read_native(data)
-    if "architecture" in data:
-        return _read_timm(data)
-    if "model_type" in data:
-        return _read_transformers(data, processor)
+    try:
+        if "deit_models" in data:
+            return _read_native(data)
+        if "architecture" in data:
+            return _read_timm(data)
+        if "model_type" in data:
+            return _read_transformers(data, processor)
+    except DeitModelsError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json lacks or misuses a field ({type(error).__name__}: {error})") from error
     raise CheckpointError("config.json is of no known layout: it has neither deit_models, architecture nor model_type")
 
 
 def _read_native(data: Mapping[str, Any]) -> Description:
     if data["deit_models"] != CONFIG_FORMAT:
         raise CheckpointError(f"config.json has format {data['deit_models']!r}; this version reads {CONFIG_FORMAT}")
-    try:
-        spec = family_spec(data["family"])
-        config = override(type(spec.config)(), _tuples(data["config"]))
-        origin = Origin(
-            name=data["architecture"],
-            preprocessing=Preprocessing.from_dict(data["preprocessing"]),
-            class_names=_class_names(data.get("id2label")),
-            dataset=data.get("dataset"),
-            licence=data.get("licence"),
-        )
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"config.json lacks or misuses the field {error}") from error
+    spec = family_spec(data["family"])
+    config = override(type(spec.config)(), _tuples(data["config"]))
+    origin = Origin(
+        name=data["architecture"],
+        preprocessing=Preprocessing.from_dict(data["preprocessing"]),
+        class_names=_class_names(data.get("id2label")),
+        dataset=data.get("dataset"),
+        licence=data.get("licence"),
+    )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 
 

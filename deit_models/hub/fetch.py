@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import logging
 import os
 import time
@@ -20,6 +21,7 @@ from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils.tqdm import tqdm
+from safetensors import SafetensorError
 
 from ..errors import FetchError, IntegrityError
 
@@ -118,12 +120,14 @@ def _failure(error: Exception, where: str) -> Exception:
     if isinstance(error, hub_errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         kind = TransientError if status >= 500 or status == 429 else FetchError
-        return kind(f"{where}: the server answered {status}")
-    if isinstance(error, hub_errors.HTTPError):  # whatever HTTP library the installed client uses
-        return TransientError(f"{where}: connection lost ({_first_line(error)})")
+        advice = "; is the token right, and may it read this?" if status in (401, 403) else ""
+        return kind(f"{where}: the server answered {status}{advice}")
+    # HTTPError is the base class of whatever HTTP library the installed client uses
+    if isinstance(error, hub_errors.HTTPError):  # type: ignore[attr-defined]  # imported there, not listed
+        return TransientError(f"{where}: connection lost ({first_line(error)})")
     if isinstance(error, OSError):
         # a full disk carries an errno; a download that came out short does not
-        return (FetchError if error.errno is not None else TransientError)(f"{where}: {_first_line(error)}")
+        return (FetchError if error.errno is not None else TransientError)(f"{where}: {first_line(error)}")
     return error
 
 
@@ -141,8 +145,8 @@ def optional_hub_file(repo_id: str, filename: str, access: Access) -> Path | Non
 
 def commit_of(path: Path) -> str | None:
     """The commit a cached Hub file belongs to: the cache's `snapshots/<commit>/` folder."""
-    parts = path.parts
-    return parts[parts.index("snapshots") + 1] if "snapshots" in parts[:-1] else None
+    folder = path.parent
+    return folder.name if folder.parent.name == "snapshots" and len(folder.name) == 40 else None
 
 
 def etag_digest(path: Path) -> str | None:
@@ -154,7 +158,10 @@ def etag_digest(path: Path) -> str | None:
 def assets_dir(namespace: str, access: Access) -> Path:
     """Where this package keeps what the Hub's own cache has no place for, created if need be."""
     parent = None if access.cache_dir is None else Path(access.cache_dir) / "assets"
-    return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
+    try:
+        return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
+    except OSError as error:
+        raise FetchError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
 
 
 def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
@@ -203,10 +210,10 @@ def _download(url: str, path: Path, digest: str | None) -> None:
             part.unlink()
         kind = TransientError if error.code >= 500 or error.code in (416, 429) else FetchError
         raise kind(f"{url}: the server answered {error.code}") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
-        raise TransientError(f"{url}: connection lost ({_first_line(error)})") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise TransientError(f"{url}: connection lost ({first_line(error)})") from error
     except OSError as error:
-        raise FetchError(f"{url}: cannot write {part}: {_first_line(error)}") from error
+        raise FetchError(f"{url}: cannot write {part}: {first_line(error)}") from error
     if left >= 0 and got < left:
         raise TransientError(f"{url}: connection lost after {got} of {left} bytes")
     try:
@@ -255,16 +262,23 @@ def check_digest(path: Path, expected: str | None, *, name: str | None = None) -
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
-        temporary = Path(file.name)
+    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it.
+
+    Raises: FetchError: no space, no permission; what was there is left as it was.
+    """
+    temporary = None
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
         yield temporary
         os.chmod(temporary, 0o644)  # temporary files are private by default, published ones are not
         os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
+        raise FetchError(f"cannot write {path}: {first_line(error)}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
 
 
 def _wait(attempt: int, error: Exception) -> None:
@@ -273,5 +287,6 @@ def _wait(attempt: int, error: Exception) -> None:
     time.sleep(delay)
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

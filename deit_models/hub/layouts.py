@@ -74,11 +74,15 @@ _IGNORED = re.compile(r"^pooler\.")
 
 
 class Mapped(NamedTuple):
-    """A file's tensors under native names, and what did not fit: both lists in the file's own names."""
+    """A file's tensors under native names, and what did not fit: the lists are in the file's own names.
+
+    `uneven` tells of parts of one native tensor (query, key, value) that differ in shape.
+    """
 
     tensors: dict[str, Tensor]
     missing: list[str]
     unexpected: list[str]
+    uneven: list[str]
 
 
 def tell_naming(names: Collection[str]) -> Naming:
@@ -109,16 +113,19 @@ def to_native(
     bare = {_BODY_PREFIX.sub("", name): name for name in tensors if not _IGNORED.match(_BODY_PREFIX.sub("", name))}
     native: dict[str, Tensor] = {}
     missing: list[str] = []
+    uneven: list[str] = []
     for name in native_names:
         parts = other_names(name, family=family, naming=naming, distilled=distilled)
         absent = [part for part in parts if part not in bare]
         missing += absent
-        if not absent:
-            found = [tensors[bare[part]] for part in parts]
+        found = [tensors[bare[part]] for part in parts if part in bare]
+        if len({tensor.shape for tensor in found}) > 1:
+            uneven.append(", ".join(f"{bare[part]} is {tuple(tensors[bare[part]].shape)}" for part in parts))
+        elif not absent:
             native[name] = found[0] if len(found) == 1 else torch.cat(found)
         for part in parts:
             bare.pop(part, None)
-    return Mapped(native, missing, sorted(bare.values()))
+    return Mapped(native, missing, sorted(bare.values()), uneven)
 
 
 def from_native(

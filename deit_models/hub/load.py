@@ -25,7 +25,7 @@ from . import fetch
 from .configs import Description, describe_registered, read_config
 from .fetch import Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
-from .weights import read_tensors, verified_state
+from .weights import PICKLE_SUFFIXES, native_tensors, read_tensors, verified_state
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,8 @@ def from_pretrained(
         return _from_manifest(load_manifest()[name], access, build)
     if path.exists():
         return build(_locate_path(path, model))
-    if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")):
+    is_file = path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES
+    if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:
         return build(_locate_repo(name, access))
     if os.sep in name or path.suffix:
         raise UnknownModelError(f"{name!r} is neither a file or directory here nor a Hub repository (owner/name)")
@@ -110,18 +111,24 @@ def _from_manifest(
             f"no weights of {checkpoint.name} are published{wanted}; "
             f"create_model({checkpoint.name!r}) builds it with random weights"
         )
-    failures: list[str] = []
+    failures: list[FetchError | CheckpointError] = []
     for source in sources:
         try:
             return build(_locate_source(checkpoint, source, access))
         except (FetchError, CheckpointError) as error:
-            failures.append(str(error))
+            failures.append(error)
             logger.warning("%s: %s", checkpoint.name, error)
-            last = error
     if len(failures) == 1:
-        raise last
-    kind = CheckpointError if all(isinstance(last, CheckpointError) for _ in failures) else FetchError
-    raise kind(f"no source of {checkpoint.name} gave its weights: {'; '.join(failures)}") from last
+        raise failures[0]
+    kind = CheckpointError if all(isinstance(failure, CheckpointError) for failure in failures) else FetchError
+    reasons = "; ".join(map(str, failures))
+    raise kind(f"no source of {checkpoint.name} gave its weights: {reasons}") from failures[-1]
+
+
+def load_source(checkpoint: Checkpoint, source: Source, access: Access) -> tuple[Located, ImageClassifier]:
+    """One particular copy of a checkpoint, without falling back to others. Raises: as `from_pretrained`."""
+    located = _locate_source(checkpoint, source, access)
+    return located, _build(located, {}, access)
 
 
 def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Located:
@@ -155,6 +162,8 @@ def _locate_repo(repo_id: str, access: Access) -> Located:
         checkpoint, source = known
         return _locate_source(checkpoint, source, access)
     config = fetch.hub_file(repo_id, CONFIG_NAME, access)
+    # the rest from the same commit, also if the branch moves in between
+    access = replace(access, revision=fetch.commit_of(config) or access.revision)
     processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access)
     weights = _hub_weights(repo_id, access)
     return Located(
@@ -218,9 +227,10 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     )
     model_class = family_spec(description.family).model_class
     try:
+        mapped = native_tensors(tensors, model_class, description.config)
         if description.layout is None:
-            description = replace(description, config=model_class.describe_state(tensors, description.config))
-        state = verified_state(tensors, model_class, description.config)
+            description = replace(description, config=model_class.describe_state(mapped.tensors, description.config))
+        state = verified_state(mapped, model_class, description.config)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{located.source}: {error}") from error
     with torch.device("meta"):

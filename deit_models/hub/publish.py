@@ -17,7 +17,7 @@ from ..errors import ConfigError, FetchError
 from ..models.layers import ImageClassifier, Layout
 from ..registry import Origin, model_info, model_spec
 from .configs import CONFIG_FORMAT, PIL_FILTERS, TIMM_OPTIONS, TRANSFORMERS_FIELDS
-from .fetch import atomic_write
+from .fetch import atomic_write, first_line
 from .layouts import Naming, from_native
 from .manifest import Preprocessing, load_manifest
 
@@ -68,7 +68,7 @@ def push_to_hub(
     Raises: ConfigError: see `save_pretrained`. FetchError: the Hub refused, or cannot be reached.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub import errors as hub_errors
 
     api = HfApi(token=token, library_name="deit_models")
     with TemporaryDirectory() as folder:
@@ -82,9 +82,10 @@ def push_to_hub(
                 commit_message=commit_message,
                 ignore_patterns=["README.md"] if has_card else None,
             )
-        except (HfHubHTTPError, HFValidationError, OSError) as error:
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise FetchError(f"could not push to {repo_id}: {reason}; is the token right, and may it write?") from error
+        except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:
+            raise FetchError(
+                f"could not push to {repo_id}: {first_line(error)}; is the token right, and may it write?"
+            ) from error
     return str(repo)
 
 
@@ -224,7 +225,7 @@ def model_card(model: ImageClassifier, layout: Layout) -> str:
     if origin.licence is not None:
         front.append(f"license: {origin.licence.lower()}")
     front += ["tags:", "- image-classification", f"- {model.family}", "- deit-models"]
-    if origin.source is not None and origin.source.count("/") == 1 and not Path(origin.source).exists():
+    if origin.revision is not None:  # from the Hub; a file here or a plain address is no repository
         front.append(f"base_model: {origin.source}")
     if origin.dataset is not None:
         front += ["datasets:", f"- {origin.dataset.lower()}"]

@@ -6,6 +6,8 @@ import argparse
 import json
 import logging
 import pickle
+import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,13 +22,27 @@ from ..errors import CheckpointError
 from ..models.layers import ImageClassifier
 from . import fetch
 from .fetch import Access
-from .layouts import tell_naming, to_native
+from .layouts import Mapped, tell_naming, to_native
 
 logger = logging.getLogger(__name__)
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
 # Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
 PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
+# What torch's unpickler runs into in damaged bytes; BadZipFile is an Exception of its own.
+_UNPICKLING_ERRORS = (
+    RuntimeError,
+    EOFError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    AssertionError,
+    ArithmeticError,
+    struct.error,
+    zipfile.BadZipFile,
+)
 
 
 def read_tensors(
@@ -99,12 +115,11 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
         with torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} is refused: damaged, or a pickle that holds more than tensors ({reason})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({str(error).splitlines()[0]})") from error
+        foreign = re.search(r"GLOBAL (\S+)", str(error))
+        what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
+        raise CheckpointError(f"{path} is refused: {what}") from error
+    except _UNPICKLING_ERRORS as error:
+        raise CheckpointError(f"{path} is truncated or damaged ({fetch.first_line(error)})") from error
     keys = (payload,) if payload is not None else PAYLOAD_KEYS
     state = next((data[key] for key in keys if isinstance(data, dict) and isinstance(data.get(key), Mapping)), data)
     if not isinstance(state, Mapping) or (payload is not None and state is data):
@@ -126,18 +141,26 @@ def _forget(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def verified_state(tensors: Mapping[str, Tensor], model_class: type[ImageClassifier], config: Any) -> dict[str, Tensor]:
-    """The tensors under native names, compared with the model they are said to be.
+def native_tensors(tensors: Mapping[str, Tensor], model_class: type[ImageClassifier], config: Any) -> Mapped:
+    """A file's tensors under native names; which names these are hangs on neither the classes nor the image size.
+
+    Raises: CheckpointError: names of no known layout.
+    """
+    with torch.device("meta"):
+        names = list(model_class(config).state_dict())
+    distilled = getattr(config, "distilled", False)
+    return to_native(tensors, names, family=model_class.family, naming=tell_naming(tensors), distilled=distilled)
+
+
+def verified_state(mapped: Mapped, model_class: type[ImageClassifier], config: Any) -> dict[str, Tensor]:
+    """Native tensors, compared with the model they are said to be.
 
     Raises: CheckpointError: names missing or unexpected, a wrong shape, not floating point, or NaN or infinity inside.
         All mismatches are listed in one message.
     """
     with torch.device("meta"):
         expected = model_class(config).state_dict()
-    distilled = getattr(config, "distilled", False)
-    naming = tell_naming(tensors)
-    mapped = to_native(tensors, expected, family=model_class.family, naming=naming, distilled=distilled)
-    shapes = [
+    shapes = mapped.uneven + [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
         for name, tensor in mapped.tensors.items()
         if tensor.shape != expected[name].shape

@@ -290,10 +290,11 @@ class DeiT(ImageClassifier):
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: DeiTConfig) -> DeiTConfig:
         """The config of a bare state dict: `config` with the number of classes and the square size of its tensors."""
-        if "head.weight" in state:
-            config = replace(config, num_classes=state["head.weight"].shape[0])
-        if "pos_embed" in state:
-            side = math.isqrt(max(state["pos_embed"].shape[1] - config.num_prefix_tokens, 1))
+        head, pos_embed = state.get("head.weight"), state.get("pos_embed")
+        if head is not None and head.ndim == 2:
+            config = replace(config, num_classes=head.shape[0])
+        if pos_embed is not None and pos_embed.ndim == 3:
+            side = math.isqrt(max(pos_embed.shape[1] - config.num_prefix_tokens, 1))
             config = replace(config, img_size=side * config.patch_size)
         return config
 

@@ -1,0 +1,167 @@
+"""What lies in the cache: listed, verified against known digests, cleared."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from huggingface_hub import CachedRepoInfo, scan_cache_dir
+from huggingface_hub.errors import CacheNotFound
+
+from ..errors import DeitModelsError, IntegrityError, UnknownModelError
+from . import fetch
+from .configs import read_config
+from .fetch import Access
+from .manifest import find_repo, load_manifest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CachedFile:
+    """One weights file of the cache.
+
+    Attributes:
+        model: the registered model it holds, as far as that is known.
+        source: the Hub repository, URL, or pickle it came from.
+        kind: a Hub file, a plain download, or the safetensors copy of a pickle.
+        path: where it lies.
+        size_bytes: its size.
+        digest: what its SHA-256 must be, as far as that is known.
+        revision: the commit of a Hub file.
+    """
+
+    model: str | None
+    source: str
+    kind: Literal["hub", "download", "converted"]
+    path: Path
+    size_bytes: int
+    digest: str | None
+    revision: str | None = None
+
+
+class Verdict(NamedTuple):
+    """What verifying a file gave: `ok` is None where no digest is known to compare with."""
+
+    file: CachedFile
+    ok: bool | None
+    sha256: str
+
+
+def cached_files(cache_dir: str | os.PathLike[str] | None = None) -> list[CachedFile]:
+    """Every weights file in the cache that this package can load, Hub files first."""
+    access = Access(cache_dir=cache_dir)
+    return [*_hub_files(access), *_downloads(access), *_converted(access)]
+
+
+def _hub_files(access: Access) -> Iterator[CachedFile]:
+    try:
+        cache = scan_cache_dir(None if access.cache_dir is None else Path(access.cache_dir))
+    except CacheNotFound:
+        return
+    for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
+        if repo.repo_type == "model":
+            yield from _repo_files(repo)
+
+
+def _repo_files(repo: CachedRepoInfo) -> Iterator[CachedFile]:
+    known = find_repo(repo.repo_id)
+    for revision in repo.revisions:
+        files = {file.file_name: file for file in revision.files}
+        weights = next((files[name] for name in ("model.safetensors", "pytorch_model.bin") if name in files), None)
+        if weights is None:
+            continue
+        config = files.get("config.json")
+        if known is not None:
+            model: str | None = known[0].name
+        else:
+            model = None if config is None else _model_of(Path(config.file_path))
+        if model is None:
+            continue  # another library's
+        recorded = known is not None and known[1].revision == revision.commit_hash and known[1].sha256
+        yield CachedFile(
+            model=model,
+            source=repo.repo_id,
+            kind="hub",
+            path=Path(weights.file_path),
+            size_bytes=weights.size_on_disk,
+            digest=recorded or fetch.etag_digest(Path(weights.file_path)),
+            revision=revision.commit_hash,
+        )
+
+
+def _model_of(config: Path) -> str | None:
+    try:
+        return read_config(json.loads(config.read_text(encoding="utf-8"))).origin.name
+    except (DeitModelsError, ValueError, OSError):
+        return None
+
+
+def _downloads(access: Access) -> Iterator[CachedFile]:
+    by_name = {
+        Path(source.url).name: (checkpoint, source)
+        for checkpoint in load_manifest().values()
+        for source in checkpoint.sources
+        if source.url is not None
+    }
+    for path in sorted(fetch.assets_dir("downloads", access).iterdir()):
+        if path.suffix in (".lock", ".part"):
+            continue
+        checkpoint, source = by_name.get(path.name, (None, None))
+        yield CachedFile(
+            model=None if checkpoint is None else checkpoint.name,
+            source=path.name if source is None else str(source),
+            kind="download",
+            path=path,
+            size_bytes=path.stat().st_size,
+            digest=None if source is None else source.digest,
+        )
+
+
+def _converted(access: Access) -> Iterator[CachedFile]:
+    for path in sorted(fetch.assets_dir("converted", access).glob("*.safetensors")):
+        try:
+            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            record = {}
+        source = record.get("source", path.name)
+        yield CachedFile(
+            model=next((c.name for c in load_manifest().values() if source in map(str, c.sources)), None),
+            source=source,
+            kind="converted",
+            path=path,
+            size_bytes=path.stat().st_size,
+            digest=record.get("sha256"),
+        )
+
+
+def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Verdict]:
+    """Hash every cached weights file and compare; nothing is removed."""
+    for file in cached_files(cache_dir):
+        try:
+            known = fetch.check_digest(file.path, file.digest)
+        except IntegrityError:
+            yield Verdict(file, ok=False, sha256=fetch.sha256_of(file.path))
+        else:
+            yield Verdict(file, ok=None if known is None else True, sha256=known or fetch.sha256_of(file.path))
+
+
+def clear_cache(name: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> list[CachedFile]:
+    """Remove cached weights, of one model or repository or all of them; gives what was removed.
+
+    Hub repositories of other libraries stay.
+    Raises: UnknownModelError: nothing of that name is in the cache.
+    """
+    files = [file for file in cached_files(cache_dir) if name is None or name in (file.model, file.source)]
+    if name is not None and not files:
+        raise UnknownModelError(f"nothing of {name!r} is in the cache; `deit-models cache list` shows what is")
+    revisions = {file.revision for file in files if file.revision is not None}
+    if revisions:
+        scan_cache_dir(None if cache_dir is None else Path(cache_dir)).delete_revisions(*revisions).execute()
+    for file in files:
+        if file.kind != "hub":
+            file.path.unlink(missing_ok=True)
+            file.path.with_suffix(".json").unlink(missing_ok=True)
+    return files

@@ -1,0 +1,435 @@
+"""Classifying one image, a list, a folder; broken files; what is written out."""
+
+import csv
+import io
+import json
+import os
+import signal
+from collections.abc import Iterator
+from dataclasses import FrozenInstanceError, replace
+from multiprocessing import parent_process
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from torch import nn
+
+import deit_models
+from deit_models import predict
+from deit_models.errors import ConfigError, DeitModelsError, ImageError
+from deit_models.models.deit import DeiT
+from deit_models.models.layers import ImageClassifier
+from deit_models.predict import Classifier, ImageResult, Prediction, attention_maps, find_images, write_results
+from deit_models.transforms import transform_for
+
+NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
+
+
+def tiny_model(**overrides: object) -> DeiT:
+    torch.manual_seed(0)
+    model = deit_models.create_model("deit_micro_patch4_32", depth=1, embed_dim=16, num_heads=2, **overrides)
+    nn.init.normal_(model.head.weight)  # logits far enough apart that the order of classes is no accident
+    if model.num_classes == len(NAMES):
+        model.origin = replace(model.origin, class_names=NAMES)
+    return model
+
+
+@pytest.fixture
+def classifier() -> Classifier:
+    return Classifier(tiny_model(), batch_size=8)
+
+
+def picture(seed: int) -> PIL.Image.Image:
+    return PIL.Image.fromarray(np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8))
+
+
+def save_pictures(folder: Path, count: int) -> list[Path]:
+    paths = [folder / f"{i:03}.png" for i in range(count)]
+    for i, path in enumerate(paths):
+        picture(i).save(path)
+    return paths
+
+
+def expected(classifier: Classifier, seed: int) -> torch.Tensor:
+    """Probabilities the plain way, one image at a time."""
+    with torch.no_grad():
+        return classifier.model(classifier.transform(picture(seed))[None]).softmax(-1)[0]
+
+
+def assert_is_picture(result: ImageResult, classifier: Classifier, seed: int) -> None:
+    probabilities = expected(classifier, seed)
+    assert [p.index for p in result.predictions] == probabilities.argsort(descending=True)[
+        : len(result.predictions)
+    ].tolist()
+    for prediction in result.predictions:
+        assert prediction.probability == pytest.approx(float(probabilities[prediction.index]), abs=1e-5)
+
+
+# What goes in, and in which order it comes out
+
+
+def test_one_image_gives_one_result_with_labelled_probabilities(classifier: Classifier) -> None:
+    result = classifier(picture(0), top_k=3)
+    assert isinstance(result, ImageResult)
+    assert (result.source, result.error, len(result.predictions)) == ("image", None, 3)
+    assert_is_picture(result, classifier, 0)
+    assert all(p.label == NAMES[p.index] for p in result.predictions)
+
+
+def test_a_list_gives_a_list_in_the_same_order_over_several_batches(classifier: Classifier) -> None:
+    results = classifier([picture(seed) for seed in range(19)])
+    assert [result.source for result in results] == [f"image {i}" for i in range(19)]
+    for seed, result in enumerate(results):
+        assert_is_picture(result, classifier, seed)
+
+
+def test_every_form_of_an_image_gives_the_same_result(classifier: Classifier, tmp_path: Path) -> None:
+    (path,) = save_pictures(tmp_path, 1)
+    array = np.asarray(picture(0))
+    tensor = torch.tensor(array).permute(2, 0, 1)
+    forms = [path, str(path), path.read_bytes(), picture(0), array, tensor, tensor / 255]
+    results = classifier(forms)
+    assert len({tuple((p.index, round(p.probability, 5)) for p in result.predictions) for result in results}) == 1
+    assert [result.source for result in results[:3]] == [str(path), str(path), "image 2"]
+
+
+def test_a_three_dimensional_tensor_is_one_image_and_a_four_dimensional_one_several(classifier: Classifier) -> None:
+    array = np.stack([np.asarray(picture(seed)) for seed in range(3)])
+    tensor = torch.tensor(array).permute(0, 3, 1, 2)
+    assert isinstance(classifier(tensor[0]), ImageResult)
+    assert isinstance(classifier(array[0]), ImageResult)
+    for several in (tensor, array):
+        for seed, result in enumerate(classifier(several)):
+            assert_is_picture(result, classifier, seed)
+
+
+def test_an_empty_list_gives_an_empty_list(classifier: Classifier) -> None:
+    assert classifier([]) == []
+
+
+def test_probabilities_of_all_classes_sum_to_one_and_fall(classifier: Classifier) -> None:
+    probabilities = [p.probability for p in classifier(picture(0), top_k=10).predictions]
+    assert sum(probabilities) == pytest.approx(1, abs=1e-6)
+    assert probabilities == sorted(probabilities, reverse=True)
+
+
+def test_top_k_above_the_number_of_classes_gives_all_of_them(classifier: Classifier) -> None:
+    assert len(classifier(picture(0), top_k=1000).predictions) == 10
+
+
+@pytest.mark.parametrize("top_k", [0, -1])
+def test_top_k_below_one_is_refused(classifier: Classifier, top_k: int) -> None:
+    with pytest.raises(ConfigError, match=f"top_k={top_k}; expected 1 to 10"):
+        classifier(picture(0), top_k=top_k)
+    with pytest.raises(ConfigError, match=f"top_k={top_k}"):
+        classifier.classify_files([], top_k=top_k)
+
+
+def test_an_undecodable_image_is_named(classifier: Classifier, tmp_path: Path) -> None:
+    (tmp_path / "notes.jpg").write_text("milk, eggs")
+    with pytest.raises(ImageError, match=r"notes\.jpg: not an image"):
+        classifier([picture(0), tmp_path / "notes.jpg"])
+    with pytest.raises(ImageError, match=r"^image 1: shape \(2, 2\)"):
+        classifier([picture(0), torch.zeros(2, 2)])
+
+
+def test_a_half_precision_model_gives_float32_probabilities() -> None:
+    classifier = Classifier(tiny_model(), dtype=torch.bfloat16)
+    assert next(classifier.model.parameters()).dtype == torch.bfloat16
+    assert sum(p.probability for p in classifier(picture(0), top_k=10).predictions) == pytest.approx(1, abs=1e-6)
+
+
+def test_results_cannot_be_changed(classifier: Classifier) -> None:
+    with pytest.raises(FrozenInstanceError):
+        classifier(picture(0)).source = "other"
+
+
+# Which model, which labels
+
+
+def test_a_given_model_is_used_itself_and_in_eval_mode() -> None:
+    model = tiny_model(distilled=True).train()
+    classifier = Classifier(model)
+    assert classifier.model is model
+    assert not model.training
+    assert classifier(picture(0)).error is None
+
+
+def test_a_name_goes_through_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def from_pretrained(source: str, **options: object) -> ImageClassifier:
+        calls.append((source, options))
+        return tiny_model()
+
+    from deit_models.hub import load
+
+    monkeypatch.setattr(load, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(predict, "_best_device", lambda: "chosen")
+    assert Classifier("some/repo", revision="v2").labels == NAMES
+    Classifier(device="cpu", dtype=torch.float16)
+    assert calls == [
+        ("some/repo", {"device": "chosen", "dtype": torch.float32, "revision": "v2"}),
+        ("deit_micro_patch4_32", {"device": "cpu", "dtype": torch.float16}),
+    ]
+
+
+@pytest.mark.parametrize(("cuda", "mps", "device"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
+def test_the_best_device_is_the_gpu_if_there_is_one(
+    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, device: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert predict._best_device() == device
+
+
+def test_load_options_for_a_loaded_model_are_refused() -> None:
+    with pytest.raises(ConfigError, match="revision: only for a model given by name"):
+        Classifier(tiny_model(), revision="v2")
+
+
+def test_a_batch_size_below_one_is_refused() -> None:
+    with pytest.raises(ConfigError, match="batch_size=0"):
+        Classifier(tiny_model(), batch_size=0)
+
+
+def test_given_labels_come_before_those_of_the_checkpoint() -> None:
+    labels = [f"my {i}" for i in range(10)]
+    assert Classifier(tiny_model(), labels=labels).labels == tuple(labels)
+
+
+def test_a_wrong_number_of_labels_is_refused() -> None:
+    with pytest.raises(ConfigError, match="2 labels given, 10 expected"):
+        Classifier(tiny_model(), labels=["a", "b"])
+
+
+def test_imagenet_names_only_for_a_thousand_classes_of_imagenet() -> None:
+    model = tiny_model(num_classes=1000)
+    assert Classifier(model).labels[:2] == ("class 0", "class 1")
+    model.origin = replace(model.origin, dataset="ImageNet-1k")
+    labels = Classifier(model).labels
+    assert (labels[0], labels[281], len(labels)) == ("tench", "tabby", 1000)
+    fewer = tiny_model(num_classes=7)
+    fewer.origin = replace(fewer.origin, dataset="ImageNet-1k", class_names=None)
+    assert Classifier(fewer).labels == tuple(f"class {i}" for i in range(7))
+
+
+# Files
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_folder_with_three_broken_files_of_fifty_gives_47_results_and_3_failures(
+    classifier: Classifier, tmp_path: Path, workers: int
+) -> None:
+    paths = save_pictures(tmp_path, 50)
+    paths[0].write_bytes(b"")
+    paths[20].write_bytes(paths[20].read_bytes()[:100])
+    paths[49].write_text("not a picture")
+    results = list(classifier.classify_files(find_images(tmp_path), workers=workers))
+    assert [result.source for result in results] == [str(path) for path in paths]
+    failed = [result for result in results if result.error is not None]
+    assert [Path(result.source).name for result in failed] == ["000.png", "020.png", "049.png"]
+    assert all(result.source in result.error and result.predictions == () for result in failed)
+    assert len(results) - len(failed) == 47
+    for seed in (1, 19, 21, 48):
+        assert_is_picture(results[seed], classifier, seed)
+
+
+def test_a_batch_of_broken_files_alone_is_survived(classifier: Classifier, tmp_path: Path) -> None:
+    paths = save_pictures(tmp_path, 9)
+    for path in paths[:8]:
+        path.write_bytes(b"")
+    assert [result.error is None for result in classifier.classify_files(paths)] == [False] * 8 + [True]
+
+
+def test_no_files_give_no_results(classifier: Classifier) -> None:
+    assert list(classifier.classify_files([])) == []
+
+
+def test_files_are_drawn_and_decoded_as_results_are_taken(classifier: Classifier, tmp_path: Path) -> None:
+    (path,) = save_pictures(tmp_path, 1)
+    drawn = 0
+
+    def endless() -> Iterator[Path]:
+        nonlocal drawn
+        while True:
+            drawn += 1
+            yield path
+
+    results = classifier.classify_files(endless())
+    assert drawn == 0
+    assert [next(results).source for _ in range(20)] == [str(path)] * 20
+    assert drawn <= 20 + 2 * classifier.batch_size
+    results.close()
+
+
+def test_a_negative_number_of_workers_is_refused(classifier: Classifier) -> None:
+    with pytest.raises(ConfigError, match="workers=-1; expected 0 or more"):
+        classifier.classify_files([], workers=-1)
+
+
+class DeadlyPath(os.PathLike):
+    """Ends the process that opens it, as the system does to a worker without shared memory."""
+
+    def __fspath__(self) -> str:
+        if parent_process() is not None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return "deadly.png"
+
+
+def test_a_worker_killed_by_the_system_is_explained(classifier: Classifier) -> None:
+    with pytest.raises(DeitModelsError, match=r"shared memory \(in Docker: --shm-size=1g\).*workers=0"):
+        list(classifier.classify_files([DeadlyPath()] * 4, workers=1))
+
+
+def test_too_little_shared_memory_is_explained(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise RuntimeError("Caught RuntimeError\nunable to allocate shared memory(shm) for file </torch_1>")
+
+    monkeypatch.setattr(classifier, "_batches", full)
+    with pytest.raises(DeitModelsError, match=r"--shm-size=1g.*fewer than 3 workers.*</torch_1>"):
+        list(classifier.classify_files([], workers=3))
+
+
+def test_more_workers_than_cores_warn_nobody(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    assert len(list(classifier.classify_files(save_pictures(tmp_path, 3), workers=2))) == 3
+
+
+def test_another_failure_of_the_model_is_not_blamed_on_shared_memory(classifier: Classifier, tmp_path: Path) -> None:
+    paths = save_pictures(tmp_path, 1)
+    classifier.model.head = nn.Linear(3, 3)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
+        list(classifier.classify_files(paths, workers=1))
+    assert not isinstance(caught.value, DeitModelsError)
+
+
+# Finding them
+
+
+def test_images_are_found_by_suffix_in_any_case_sorted_and_below(tmp_path: Path) -> None:
+    (tmp_path / "b" / "c").mkdir(parents=True)
+    for name in ("z.JPG", "a.png", "b/two.JpEg", "b/c/één.webp", "notes.txt", ".hidden.png", "b/._z.jpg", "noext"):
+        (tmp_path / name).touch()
+    found = [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)]
+    assert found == ["a.png", "b/c/één.webp", "b/two.JpEg", "z.JPG"]
+    assert [path.name for path in find_images(str(tmp_path), recursive=False)] == ["a.png", "z.JPG"]
+
+
+def test_a_missing_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ImageError, match="gone: no such folder"):
+        find_images(tmp_path / "gone")
+
+
+def test_a_file_in_place_of_a_folder_is_refused(tmp_path: Path) -> None:
+    (path,) = save_pictures(tmp_path, 1)
+    with pytest.raises(ImageError, match=r"000\.png: is not a folder"):
+        find_images(path)
+
+
+@pytest.mark.parametrize("recursive", [True, False])
+def test_a_folder_without_images_is_refused_with_what_was_looked_for(tmp_path: Path, recursive: bool) -> None:
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(ImageError, match=r"no image .*in it.*looked for .*\.jpg .*\.png"):
+        find_images(tmp_path, recursive=recursive)
+
+
+# Writing results
+
+RESULTS = [
+    ImageResult("a.png", (Prediction("cat, tabby", 0.75, 3), Prediction('"dog"', 0.25, 5))),
+    ImageResult("猫/ü\udcff.jpg", (), "猫/ü\udcff.jpg: the file is empty"),
+    ImageResult("b.png", (Prediction("ça", 1 / 3, 0),)),
+]
+
+
+def test_json_lines_parse_back() -> None:
+    stream = io.StringIO()
+    summary = write_results(iter(RESULTS), stream, format="jsonl")
+    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
+    assert rows[0] == {
+        "file": "a.png",
+        "predictions": [
+            {"label": "cat, tabby", "probability": 0.75, "index": 3},
+            {"label": '"dog"', "probability": 0.25, "index": 5},
+        ],
+    }
+    assert rows[1] == {"file": RESULTS[1].source, "error": RESULTS[1].error}
+    assert rows[2]["predictions"][0]["probability"] == 1 / 3
+    assert (summary.classified, summary.failed) == (2, (RESULTS[1],))
+
+
+def test_csv_parses_back_with_a_row_a_prediction() -> None:
+    stream = io.StringIO()
+    summary = write_results(iter(RESULTS), stream, format="csv")
+    assert "\r" not in stream.getvalue()
+    rows = list(csv.DictReader(io.StringIO(stream.getvalue())))
+    assert list(rows[0]) == ["file", "rank", "label", "index", "probability", "error"]
+    assert [row["rank"] for row in rows] == ["1", "2", "", "1"]
+    assert [row["label"] for row in rows] == ["cat, tabby", '"dog"', "", "ça"]
+    assert float(rows[3]["probability"]) == 1 / 3
+    assert rows[2]["file"] == r"猫/ü\udcff.jpg"
+    assert rows[2]["error"].endswith("the file is empty")
+    assert summary.classified == 2
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_a_name_that_is_not_unicode_can_be_written_to_a_utf8_file(tmp_path: Path, form: str) -> None:
+    with (tmp_path / "out").open("w", encoding="utf-8") as stream:
+        assert write_results(RESULTS, stream, format=form).classified == 2
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv"])
+def test_rows_are_written_as_they_come(tmp_path: Path, form: str) -> None:
+    path = tmp_path / "out"
+    sizes = []
+
+    def slowly() -> Iterator[ImageResult]:
+        for result in RESULTS:
+            sizes.append(path.stat().st_size)
+            yield result
+
+    with path.open("w", encoding="utf-8") as stream:
+        write_results(slowly(), stream, format=form)
+    assert len(set(sizes)) == len(RESULTS)
+
+
+def test_an_unknown_format_is_refused() -> None:
+    with pytest.raises(ConfigError, match="format='xml'; expected 'jsonl' or 'csv'"):
+        write_results([], io.StringIO(), format="xml")
+
+
+# Attention maps
+
+
+def test_attention_maps_sum_to_one_and_leave_the_model_as_it_was() -> None:
+    model = tiny_model(drop_rate=0.5).train()
+    model.norm.eval()
+    x = transform_for(model)(picture(0))[None]
+    maps = deit_models.attention_maps(model, x)
+    assert maps.shape == (1, 1, 2, 65, 65)
+    torch.testing.assert_close(maps.sum(-1), torch.ones(1, 1, 2, 65))
+    assert not maps.requires_grad
+    assert torch.equal(maps, attention_maps(model, x)), "dropout was on"
+    assert (model.training, model.head.training, model.norm.training) == (True, True, False)
+    maps += 1  # a map can be worked on in place
+
+
+def test_a_family_without_attention_maps_is_refused() -> None:
+    class Plain(ImageClassifier):
+        pass
+
+    with pytest.raises(ConfigError, match="Plain has no attention maps"):
+        attention_maps(Plain(None), torch.zeros(1, 3, 8, 8))
+
+
+def test_a_failing_forward_leaves_the_training_mode() -> None:
+    model = tiny_model().train()
+    with pytest.raises(ConfigError):
+        attention_maps(model, torch.zeros(1, 3, 8, 8))
+    assert model.training
