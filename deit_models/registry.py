@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import importlib
-from collections.abc import Iterable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from .config import nearest, override
 from .errors import ConfigError, ManifestError, UnknownModelError
 from .hub.manifest import Checkpoint, Preprocessing, load_manifest
 
@@ -71,27 +70,6 @@ def register_model(name: str, model_class: type[ImageClassifier], config: Any, *
     _specs[name] = ModelSpec(name=name, model_class=model_class, config=override(config, overrides))
 
 
-def override(config: Any, overrides: dict[str, Any]) -> Any:
-    """The config with some fields replaced. Raises: ConfigError: an unknown field; the nearest ones are named."""
-    known = [field.name for field in fields(config)]
-    for name in overrides:
-        if name == "pretrained":
-            raise ConfigError(
-                "create_model gives random weights; use deit_models.from_pretrained(name) for trained ones"
-            )
-        if name not in known:
-            raise ConfigError(f"unknown option {name!r} for {type(config).__name__}{_nearest(name, known)}")
-    return replace(config, **overrides)
-
-
-def check_positive(config: Any, *names: str) -> None:
-    """Raise ConfigError unless each named field is a whole number above 0."""
-    for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ConfigError(f"{name}={value!r} is not a whole number above 0")
-
-
 def model_spec(name: str) -> ModelSpec:
     """The registration of a name; imports its family if need be. Raises: UnknownModelError: no such name."""
     family = _import_family(name)
@@ -123,7 +101,7 @@ def family_spec(family: str) -> ModelSpec:
 
 def unknown_model(name: str) -> UnknownModelError:
     """The error for a name that is not registered, with the three nearest that are."""
-    return UnknownModelError(f"unknown model {name!r}{_nearest(name, _names())}")
+    return UnknownModelError(f"unknown model {name!r}{nearest(name, _names())}")
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
@@ -206,9 +184,3 @@ def _measure(spec: ModelSpec) -> Checkpoint:
 def _names() -> list[str]:
     """Manifest order first, then what was registered at run time."""
     return list(dict.fromkeys([*load_manifest(), *_specs]))
-
-
-def _nearest(name: str, known: Iterable[str]) -> str:
-    """How an error message ends: the three nearest known names."""
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
-    return f"; nearest: {', '.join(close)}" if close else ""

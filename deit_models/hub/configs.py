@@ -7,9 +7,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
+from ..config import override
 from ..errors import CheckpointError, ConfigError, DeitModelsError
 from ..models.layers import Layout
-from ..registry import Origin, default_preprocessing, family_spec, model_info, model_spec, override
+from ..registry import Origin, default_preprocessing, family_spec, model_info, model_spec
 from .manifest import Preprocessing, load_manifest
 
 CONFIG_FORMAT = 1

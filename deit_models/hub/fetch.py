@@ -1,26 +1,20 @@
-"""Bytes: a file from the Hub or a URL, cached, complete, with the right SHA-256. huggingface_hub does the transport."""
+"""Bytes: a file of the Hub, cached and complete; what every file needs: digests, atomic writes, a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
-import http.client
 import logging
 import os
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from tempfile import NamedTemporaryFile
-from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils._fixes import WeakFileLock
-from huggingface_hub.utils.tqdm import tqdm
 from safetensors import SafetensorError
 
 from ..errors import FetchError, IntegrityError
@@ -30,7 +24,6 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
 """Before the second attempt; doubled before the third."""
-TIMEOUT_S = 30.0
 CHUNK_BYTES = 1 << 20
 
 
@@ -72,7 +65,7 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
         except TransientError as error:
             if attempt == ATTEMPTS - 1:
                 raise
-            _wait(attempt, error)
+            wait(attempt, error)
     raise AssertionError("unreachable")
 
 
@@ -164,78 +157,6 @@ def assets_dir(namespace: str, access: Access) -> Path:
         raise FetchError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
 
 
-def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
-    """A plain download, cached under its file name; a broken-off one is resumed by the next attempt.
-
-    Args:
-        url: http or https.
-        access: cache folder and offline flag.
-        digest: leading digits of the SHA-256, checked before the file gets its name.
-
-    Raises: FetchError: offline, or the server or the disk failed. IntegrityError: other bytes than announced.
-    """
-    name = PurePosixPath(urlsplit(url).path).name
-    path = assets_dir("downloads", access) / name
-    if path.exists():
-        return path
-    if access.offline:
-        raise FetchError(f"{url} is not in the cache, and offline; load it once with network, or pass a path")
-    with WeakFileLock(path.with_suffix(".lock")):
-        for attempt in range(ATTEMPTS):
-            if path.exists():  # another process fetched it while this one waited
-                break
-            try:
-                _download(url, path, digest)
-            except TransientError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                _wait(attempt, error)
-    return path
-
-
-def _download(url: str, path: Path, digest: str | None) -> None:
-    part = path.with_name(path.name + ".part")
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
-    if request.type not in ("http", "https"):
-        raise FetchError(f"{url}: only http and https addresses are fetched")
-    try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
-            resumed = response.status == 206
-            left = int(response.headers.get("Content-Length") or -1)
-            with part.open("ab" if resumed else "wb") as file:
-                got = _copy(response, file, total=left, name=path.name)
-    except urllib.error.HTTPError as error:
-        if error.code == 416:  # nothing left to resume: the part is whole, or is not of this file
-            part.unlink()
-        kind = TransientError if error.code >= 500 or error.code in (416, 429) else FetchError
-        raise kind(f"{url}: the server answered {error.code}") from error
-    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
-        raise TransientError(f"{url}: connection lost ({first_line(error)})") from error
-    except OSError as error:
-        raise FetchError(f"{url}: cannot write {part}: {first_line(error)}") from error
-    if left >= 0 and got < left:
-        raise TransientError(f"{url}: connection lost after {got} of {left} bytes")
-    try:
-        check_digest(part, digest, name=url)
-    except IntegrityError:
-        part.unlink()
-        raise
-    os.replace(part, path)
-
-
-def _copy(response: object, file: object, *, total: int, name: str) -> int:
-    got = 0
-    size = total if total > 0 else None
-    # disable=None: a bar on a terminal, none in a pipe
-    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:  # type: ignore[no-untyped-call]
-        while chunk := response.read(CHUNK_BYTES):  # type: ignore[attr-defined]  # urllib's responses have no public type
-            file.write(chunk)  # type: ignore[attr-defined]
-            got += len(chunk)
-            bar.update(len(chunk))
-    return got
-
-
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
     digest = hashlib.sha256()
@@ -281,12 +202,14 @@ def atomic_write(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
-def _wait(attempt: int, error: Exception) -> None:
+def wait(attempt: int, error: Exception) -> None:
+    """Say why, and pause before the next attempt."""
     delay = RETRY_DELAY_S * 2**attempt
     logger.warning("%s; trying again in %g s", error, delay)
     time.sleep(delay)
 
 
 def first_line(error: BaseException) -> str:
+    """An error's message, or its kind, on one line."""
     """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

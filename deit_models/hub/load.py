@@ -16,15 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..config import override
 from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
 from ..models.layers import ImageClassifier
-from ..registry import Origin, family_spec, override, unknown_model
+from ..registry import Origin, family_spec, unknown_model
 from . import fetch
 from .configs import Description, describe_registered, read_config
+from .download import url_file
 from .fetch import Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
+from .reference import check_reference
 from .weights import PICKLE_SUFFIXES, native_tensors, read_tensors, verified_state
 
 logger = logging.getLogger(__name__)
@@ -32,7 +34,6 @@ logger = logging.getLogger(__name__)
 CONFIG_NAME = "config.json"
 PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
-REFERENCE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +140,7 @@ def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Lo
         # a digest belongs to the recorded revision, not to one the caller chose
         digest = source.digest if access.revision is None else None
     elif source.url is not None:
-        weights, digest = fetch.url_file(source.url, access, digest=source.digest), source.digest
+        weights, digest = url_file(source.url, access, digest=source.digest), source.digest
     else:
         weights, digest = weights_dir() / str(source.file), source.digest
         if not weights.is_file():
@@ -260,24 +261,3 @@ def _origin(
         revision=located.revision,
         sha256=sha256,
     )
-
-
-def reference_input(config: Any) -> Tensor:
-    """The fixed image batch recorded logits belong to: waves of different length per channel, (1, C, H, W) float32."""
-    height, width = config.image_hw
-    rows, columns = torch.arange(height).float()[:, None], torch.arange(width).float()[None, :]
-    return torch.stack([torch.sin(rows * (0.05 + 0.03 * c) + columns * 0.07 + c) for c in range(config.in_chans)])[None]
-
-
-@torch.inference_mode()
-def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None:
-    """Compare the first logits for `reference_input` with recorded ones.
-
-    Raises: CheckpointError: they differ by more than REFERENCE_TOLERANCE; the weights are not the published ones.
-    """
-    training = model.training
-    logits = model.eval()(reference_input(model.config).to(next(model.parameters())))[0, : len(expected)]
-    model.train(training)
-    difference = float((logits.float().cpu() - torch.tensor(expected)).abs().max())
-    if not difference <= REFERENCE_TOLERANCE:
-        raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from ..errors import ConfigError, ManifestError
 
@@ -17,6 +17,8 @@ else:
     import tomli as tomllib
 
 SCHEMA = 1
+# Crop ratios that published checkpoints were evaluated with.
+_USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +62,16 @@ class Preprocessing:
         if crop == self.crop:
             return self
         if isinstance(self.resize, int):
-            return replace(self, crop=crop, resize=max(crop) * self.resize // max(self.crop))
+            return replace(self, crop=crop, resize=int(max(crop) / self._ratio()))
         height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
         return replace(self, crop=crop, resize=(height, width))
+
+    def _ratio(self) -> float:
+        """Crop to shorter side. That side was rounded down, from one of the usual ratios if one fits."""
+        crop = max(self.crop)
+        return next(
+            (ratio for ratio in _USUAL_RATIOS if int(crop / ratio) == self.resize), crop / cast("int", self.resize)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +125,7 @@ class Checkpoint:
         licence: SPDX identifier of the weights.
         paper: where the model was published.
         class_names: where they are not those of ImageNet-1k.
-        reference_logits: first logits for `load.reference_input`, once recorded.
+        reference_logits: first logits for `reference.reference_input`, once recorded.
         sources: where the weights are, in the order they are tried.
     """
 
@@ -170,7 +179,11 @@ def parse_manifest(text: str) -> dict[str, Checkpoint]:
         raise ManifestError(f"manifest.toml is not valid TOML: {error}") from error
     if data.get("schema") != SCHEMA:
         raise ManifestError(f"manifest.toml has schema {data.get('schema')!r}; this version reads {SCHEMA}")
-    return {name: _checkpoint(name, table) for name, table in data.get("model", {}).items()}
+    tables = data.get("model", {})
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ManifestError(f"manifest.toml, model.{name}: expected a table")
+    return {name: _checkpoint(name, table) for name, table in tables.items()}
 
 
 def _checkpoint(name: str, table: dict[str, Any]) -> Checkpoint:
@@ -181,7 +194,12 @@ def _checkpoint(name: str, table: dict[str, Any]) -> Checkpoint:
         checkpoint = Checkpoint(name=name, sources=sources, **table)
     except (TypeError, KeyError, ConfigError) as error:
         raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
+    for field in ("params", "macs", "input_size", "num_classes"):
+        if not isinstance(getattr(checkpoint, field), int):
+            raise ManifestError(f"manifest.toml, table model.{name}: {field} is not a whole number")
     for source in sources:
+        if source.layout not in ("native", "timm", "transformers"):
+            raise ManifestError(f"manifest.toml, table model.{name}: unknown layout {source.layout!r}")
         if sum(place is not None for place in (source.file, source.repo, source.url)) != 1:
             raise ManifestError(f"manifest.toml, table model.{name}: a source needs exactly one of file, repo, url")
     return checkpoint

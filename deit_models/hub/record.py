@@ -15,8 +15,9 @@ import torch
 
 from ..errors import CheckpointError, DeitModelsError
 from .fetch import Access, atomic_write, sha256_of
-from .load import REFERENCE_TOLERANCE, load_source, reference_input
+from .load import load_source
 from .manifest import Checkpoint, Source, parse_manifest
+from .reference import REFERENCE_TOLERANCE, reference_input
 
 NUM_LOGITS = 5
 

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
-from ..registry import check_positive, register_model
+from ..registry import register_model
 from .layers import DropPath, HeadLogits, ImageClassifier, LayerTokens, init_vit_weights, resize_pos_embed
 
 
@@ -62,14 +63,11 @@ class DeiTConfig:
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        if not isinstance(self.img_size, int):
+        if isinstance(self.img_size, list):
             object.__setattr__(self, "img_size", tuple(self.img_size))
-        check_positive(self, "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")
-        for name in ("drop_rate", "drop_path_rate"):
-            if not 0.0 <= getattr(self, name) < 1.0:
-                raise ConfigError(f"{name}={getattr(self, name)} is not a probability; use 0 <= {name} < 1")
-        if self.mlp_ratio <= 0 or self.norm_eps <= 0:
-            raise ConfigError(f"mlp_ratio={self.mlp_ratio} and norm_eps={self.norm_eps} must be above 0")
+        check_whole(self, "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")
+        check_positive(self, "mlp_ratio", "norm_eps")
+        check_rates(self, "drop_rate", "drop_path_rate")
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
         patch_grid(self.image_hw, self.patch_size)
@@ -77,7 +75,7 @@ class DeiTConfig:
     @property
     def image_hw(self) -> tuple[int, int]:
         """(height, width) of the input in pixels."""
-        return (self.img_size, self.img_size) if isinstance(self.img_size, int) else self.img_size
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -95,8 +93,8 @@ def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
 
     Raises: ConfigError: a side is not a positive multiple of the patch.
     """
-    if len(image_hw) != 2:
-        raise ConfigError(f"img_size={image_hw} is neither one number nor (height, width)")
+    if len(image_hw) != 2 or not all(isinstance(side, int) for side in image_hw):
+        raise ConfigError(f"img_size={image_hw} is neither a whole number nor (height, width)")
     for side in image_hw:
         if side < patch_size or side % patch_size:
             below = max(side // patch_size, 1) * patch_size
