@@ -1,5 +1,8 @@
 """Fixtures that several test files need."""
 
+import os
+import socket
+
 import pytest
 import torch
 
@@ -16,3 +19,24 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in load_manifest():
         registry.model_spec(name)  # a family registers once, on import: it must not land in the copy alone
     monkeypatch.setattr(registry, "_specs", dict(registry._specs))
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-docs", action="store_true", help="write the README's table of models from the manifest")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("online") and not _hub_reachable():
+        pytest.skip("needs the internet: huggingface.co cannot be reached")
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
+def _hub_reachable() -> bool:
+    if os.environ.get("HF_HUB_OFFLINE"):
+        return False
+    try:
+        socket.create_connection(("huggingface.co", 443), timeout=3).close()
+    except OSError:
+        return False
+    return True

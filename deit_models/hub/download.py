@@ -60,6 +60,7 @@ def _download(url: str, path: Path, digest: str | None) -> None:
             with part.open("ab" if resumed else "wb") as file:
                 got = _copy(response, file, total=left, name=path.name)
     except urllib.error.HTTPError as error:
+        error.close()
         if error.code == 416:  # nothing left to resume: the part is whole, or is not of this file
             part.unlink()
         kind = TransientError if error.code >= 500 or error.code in (416, 429) else FetchError

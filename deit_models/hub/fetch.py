@@ -153,7 +153,7 @@ def assets_dir(namespace: str, access: Access) -> Path:
     parent = None if access.cache_dir is None else Path(access.cache_dir) / "assets"
     try:
         return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: the client's word for a file in its place
         raise FetchError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
 
 
@@ -211,5 +211,4 @@ def wait(attempt: int, error: Exception) -> None:
 
 def first_line(error: BaseException) -> str:
     """An error's message, or its kind, on one line."""
-    """What an error says, in one line."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -165,11 +165,12 @@ def _locate_repo(repo_id: str, access: Access) -> Located:
     config = fetch.hub_file(repo_id, CONFIG_NAME, access)
     # the rest from the same commit, also if the branch moves in between
     access = replace(access, revision=fetch.commit_of(config) or access.revision)
-    processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access)
+    data = _json(config)
+    processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
     weights = _hub_weights(repo_id, access)
     return Located(
         weights=weights,
-        description=read_config(_json(config), None if processor is None else _json(processor)),
+        description=read_config(data, None if processor is None else _json(processor)),
         source=repo_id,
         digest=fetch.etag_digest(weights),
         revision=fetch.commit_of(weights),

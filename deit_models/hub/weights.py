@@ -66,7 +66,7 @@ def read_tensors(
     try:
         actual = fetch.check_digest(path, digest, name=source)
     except CheckpointError:
-        _forget(path)
+        _forget(path, access)
         raise
     if path.suffix in PICKLE_SUFFIXES:
         actual = actual or fetch.sha256_of(path)
@@ -131,12 +131,12 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def _forget(path: Path) -> None:
+def _forget(path: Path, access: Access) -> None:
     """Remove a cached download that is not what was announced, so that the next try fetches it anew.
 
     Only files of the cache are removed: never one the user named.
     """
-    if fetch.commit_of(path) is not None or path.parent.name == "downloads":
+    if fetch.commit_of(path) is not None or path.parent == fetch.assets_dir("downloads", access):
         path.resolve().unlink(missing_ok=True)
         path.unlink(missing_ok=True)
 

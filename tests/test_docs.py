@@ -1,0 +1,86 @@
+"""What the documents say is compared with the code: the table of models, the snippets, the options they name."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import deit_models
+from deit_models.hub.manifest import load_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+README = ROOT / "README.md"
+TABLE = re.compile(r"(<!-- models:.*?-->\n)(.*?)(<!-- /models -->)", re.DOTALL)
+SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def model_table() -> str:
+    lines = [
+        "| name | parameters | MACs | input | top-1 | top-5 | weights |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for c in load_manifest().values():
+        accuracy = ["" if value is None else f"{value:.1f}" for value in (c.top1, c.top5)]
+        data = "shipped, " * any(s.file for s in c.sources) + (c.dataset or "") if c.sources else "none"
+        row = [f"`{c.name}`", f"{c.params / 1e6:.1f} M", f"{c.macs / 1e9:.2f} G", str(c.input_size), *accuracy, data]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def test_readme_table_equals_the_manifest(request: pytest.FixtureRequest) -> None:
+    text = README.read_text(encoding="utf-8")
+    if request.config.getoption("--update-docs"):
+        README.write_text(TABLE.sub(lambda m: m[1] + model_table() + m[3], text), encoding="utf-8")
+        text = README.read_text(encoding="utf-8")
+    match = TABLE.search(text)
+    assert match is not None
+    assert match[2] == model_table(), "run pytest tests/test_docs.py --update-docs"
+
+
+def test_readme_names_only_models_that_exist() -> None:
+    named = set(re.findall(r'"(deit_[a-z]+(?:_distilled)?_patch\d+_\d+)"', README.read_text(encoding="utf-8")))
+    assert named
+    assert named <= set(deit_models.list_models())
+
+
+def test_readme_hub_repositories_are_in_the_manifest() -> None:
+    published = {source.repo for checkpoint in load_manifest().values() for source in checkpoint.sources}
+    named = set(re.findall(r'"((?:timm|facebook)/[^"]+)"', README.read_text(encoding="utf-8")))
+    assert named
+    assert named <= published
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[0][:40])
+def test_readme_snippet_is_python(snippet: str) -> None:
+    compile(snippet.replace("...", "pass"), "README.md", "exec")
+
+
+def test_readme_saving_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snippet = next(text for text in SNIPPETS if "save_pretrained" in text)
+    lines = [line for line in snippet.splitlines() if "push_to_hub" not in line]
+    monkeypatch.chdir(tmp_path)
+    exec("\n".join(lines), {"model": deit_models.create_model("deit_micro_patch4_32")})
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "for_timm", "for_hf"}
+
+
+def test_readme_commands_are_known_to_the_command() -> None:
+    named = set(re.findall(r"deit-models (\w+)", README.read_text(encoding="utf-8")))
+    shown = subprocess.run(
+        [sys.executable, "-m", "deit_models", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
+    ).stdout
+    assert named
+    assert all(command in shown for command in named)
+
+
+def test_files_named_in_the_documents_exist() -> None:
+    for document in ("README.md", "CONTRIBUTING.md"):
+        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
+            assert (ROOT / target).exists(), f"{document} links to {target}"
+
+
+def test_public_names_are_importable_and_documented() -> None:
+    for name in deit_models.__all__:
+        value = getattr(deit_models, name)
+        assert name == "__version__" or value.__doc__, f"{name} has no docstring"
