@@ -2,8 +2,8 @@
 
     python examples/classify_photo.py [IMAGE ...]
 
-Without arguments it takes scikit-image's photograph of Chelsea the cat (CC0). The shipped model knows the ten classes of
-CIFAR-10 and looks at 32x32 pixels; pass --model deit_small_patch16_224 for the 1000 classes of ImageNet (downloads).
+Without arguments it takes scikit-image's photograph of Chelsea the cat (CC0). The shipped model knows the ten classes
+of CIFAR-10 and looks at 32x32 pixels; --model deit_small_patch16_224 knows the 1000 of ImageNet (and is downloaded).
 """
 
 from __future__ import annotations

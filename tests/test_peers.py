@@ -1,10 +1,17 @@
 """Same weights, same logits: our models against those of other libraries."""
 
+import io
+import urllib.request
+from pathlib import Path
+
+import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
 
-from deit_models import create_model
+from deit_models import create_model, from_pretrained, list_models, model_info
+from deit_models.hub.fetch import Access
+from deit_models.hub.load import load_source
 from deit_models.models.deit import DeiT
 
 HEAVY = [
@@ -91,3 +98,56 @@ def test_embedding_and_intermediate_layers_are_timms(pair: tuple[DeiT, nn.Module
         for own, (patches, prefix) in zip(ours.get_intermediate_layers(x, [0, 5, 11]), theirs_at, strict=True):
             torch.testing.assert_close(own.patches, patches, atol=1e-4, rtol=0)
             torch.testing.assert_close(own.prefix, prefix, atol=1e-4, rtol=0)
+
+
+@torch.inference_mode()
+def test_folders_answer_alike_in_all_three_libraries(name: str, tmp_path: Path) -> None:
+    """native -> transformers -> timm -> native: the same logits at each station, the same bits at the end."""
+    timm, transformers = pytest.importorskip("timm"), pytest.importorskip("transformers")
+    ours = create_model(name).eval()
+    randomise(ours)
+    x = image(ours)
+    logits = ours(x)
+    ours.save_pretrained(tmp_path / "transformers", layout="transformers")
+    theirs = transformers.AutoModelForImageClassification.from_pretrained(tmp_path / "transformers")
+    torch.testing.assert_close(theirs.eval()(x).logits, logits, atol=1e-4, rtol=0)
+    if ours.config.distilled:
+        torch.testing.assert_close(theirs(x).cls_logits, ours.forward_heads(x).cls, atol=1e-4, rtol=0)
+        torch.testing.assert_close(theirs(x).distillation_logits, ours.forward_heads(x).dist, atol=1e-4, rtol=0)
+    theirs.save_pretrained(tmp_path / "by_transformers")
+
+    second = from_pretrained(tmp_path / "by_transformers")
+    torch.testing.assert_close(second(x), logits, atol=1e-4, rtol=0)
+    second.save_pretrained(tmp_path / "timm", layout="timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    torch.testing.assert_close(theirs(x), logits, atol=1e-4, rtol=0)
+
+    third = from_pretrained(tmp_path / "timm")
+    third.save_pretrained(tmp_path / "native")
+    last = from_pretrained(tmp_path / "native")
+    assert last.config == ours.config
+    for (key, first), (other, end) in zip(ours.state_dict().items(), last.state_dict().items(), strict=True):
+        assert key == other
+        assert torch.equal(first, end), key
+
+
+@pytest.mark.online
+def test_public_figures_of_the_distilled_base_model() -> None:
+    """The logits transformers' own tests expect for COCO val2017 image 39769 with its preprocessing."""
+    transformers = pytest.importorskip("transformers")
+    url = "http://images.cocodataset.org/val2017/000000039769.jpg"
+    with urllib.request.urlopen(url, timeout=30) as response:
+        photo = PIL.Image.open(io.BytesIO(response.read()))
+    repo = "facebook/deit-base-distilled-patch16-224"
+    pixels = transformers.AutoImageProcessor.from_pretrained(repo)(photo, return_tensors="pt")["pixel_values"]
+    for source in (repo, "deit_base_distilled_patch16_224"):
+        with torch.inference_mode():
+            logits = from_pretrained(source)(pixels)
+        torch.testing.assert_close(logits[0, :3], torch.tensor([-1.0266, 0.1912, -1.2861]), atol=1e-4, rtol=0)
+
+
+@pytest.mark.online
+@pytest.mark.parametrize("name", list_models(pretrained=True))
+def test_every_published_copy_loads(name: str) -> None:
+    for source in model_info(name).sources:
+        load_source(model_info(name), source, Access())
