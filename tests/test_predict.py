@@ -171,7 +171,7 @@ def test_a_name_goes_through_from_pretrained(monkeypatch: pytest.MonkeyPatch) ->
     assert Classifier("some/repo", revision="v2").labels == NAMES
     Classifier(device="cpu", dtype=torch.float16)
     assert calls == [
-        ("some/repo", {"device": "chosen", "dtype": torch.float32, "revision": "v2"}),
+        ("some/repo", {"device": "chosen", "dtype": None, "revision": "v2"}),
         ("deit_micro_patch4_32", {"device": "cpu", "dtype": torch.float16}),
     ]
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 from ..config import override
@@ -30,15 +32,11 @@ TRANSFORMERS_FIELDS = {
     "norm_eps": "layer_norm_eps",
 }
 # The options timm's DeiT takes under our own names, and those of its that change no weight and no output.
-TIMM_OPTIONS = ("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias")
-_TIMM_TRAINING_ONLY = {
-    "drop_rate",
-    "drop_path_rate",
-    "attn_drop_rate",
-    "proj_drop_rate",
-    "pos_drop_rate",
-    "num_classes",
-}
+TIMM_OPTIONS = (
+    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
+    "dynamic_img_size",
+)
+_TIMM_IGNORED = {"drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "num_classes"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +63,17 @@ def describe_registered(name: str) -> Description:
         licence=known.licence,
     )
     return Description(config=spec.config, origin=origin, family=spec.family)
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON table. Raises: CheckpointError: not JSON, or something else than a table."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
+    return data
 
 
 def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> Description:
@@ -111,15 +120,19 @@ def _read_timm(data: Mapping[str, Any]) -> Description:
     cfg = data.get("pretrained_cfg", data)
     name = str(data["architecture"])
     spec = model_spec(name)
-    options = dict(data.get("model_args") or {})
+    options = _tuples(data.get("model_args") or {})
     size = cfg.get("input_size")
     if size is not None:
         options.setdefault("in_chans", size[0])
-        options.setdefault("img_size", tuple(size[1:]) if size[1] != size[2] else size[1])
-    unknown = set(options) - set(TIMM_OPTIONS) - _TIMM_TRAINING_ONLY
+        options.setdefault("img_size", tuple(size[1:]))
+    if isinstance(options.get("img_size"), tuple) and len(set(options["img_size"])) == 1:
+        options["img_size"] = options["img_size"][0]  # timm writes squares as pairs
+    if (pool := options.pop("global_pool", "token")) != "token":
+        raise ConfigError(f"config.json sets global_pool={pool!r}; {name} reads the class token, global_pool='token'")
+    unknown = set(options) - set(TIMM_OPTIONS) - _TIMM_IGNORED
     if unknown:
         raise ConfigError(f"config.json sets model_args {sorted(unknown)}, which {name} does not have here")
-    overrides = {key: value for key, value in _tuples(options).items() if key in TIMM_OPTIONS}
+    overrides = {key: value for key, value in options.items() if key in TIMM_OPTIONS}
     overrides["num_classes"] = data.get("num_classes", cfg.get("num_classes", 1000))
     config = override(spec.config, overrides)
     origin = Origin(

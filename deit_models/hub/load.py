@@ -7,10 +7,9 @@ built on the meta device and takes over the memory-mapped tensors of the file.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
 from ..models.layers import ImageClassifier
 from ..registry import Origin, family_spec, unknown_model
 from . import fetch
-from .configs import Description, describe_registered, read_config
+from .configs import Description, describe_registered, read_config, read_json
 from .download import url_file
 from .fetch import Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
@@ -165,12 +164,12 @@ def _locate_repo(repo_id: str, access: Access) -> Located:
     config = fetch.hub_file(repo_id, CONFIG_NAME, access)
     # the rest from the same commit, also if the branch moves in between
     access = replace(access, revision=fetch.commit_of(config) or access.revision)
-    data = _json(config)
+    data = read_json(config)
     processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
     weights = _hub_weights(repo_id, access)
     return Located(
         weights=weights,
-        description=read_config(data, None if processor is None else _json(processor)),
+        description=read_config(data, None if processor is None else read_json(processor)),
         source=repo_id,
         digest=fetch.etag_digest(weights),
         revision=fetch.commit_of(weights),
@@ -204,20 +203,10 @@ def _locate_path(path: Path, model: str | None) -> Located:
         origin = Origin(name=model, preprocessing=description.origin.preprocessing)
         description = replace(description, origin=origin)
     elif config.is_file():
-        description = read_config(_json(config), _json(processor) if processor.is_file() else None)
+        description = read_config(read_json(config), read_json(processor) if processor.is_file() else None)
     else:
         raise ConfigError(f"{path} has no config.json beside it; say which model it is: model='deit_...'")
     return Located(weights=path, description=description, source=str(path))
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
-    return data
 
 
 def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageClassifier:
@@ -244,21 +233,14 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     model.load_state_dict(state, strict=not remade, assign=True)
     if remade:
         model.reset_heads()
-    model.origin = _origin(located, description, model, sha256=sha256, remade=remade)
-    if located.reference_logits is not None and not changes:
-        check_reference(model, located.reference_logits)
-    return model
-
-
-def _origin(
-    located: Located, description: Description, model: ImageClassifier, *, sha256: str | None, remade: bool
-) -> Origin:
-    known = description.origin
-    return replace(
-        known,
-        preprocessing=known.preprocessing.at_size(model.config.image_hw),
-        class_names=None if remade else known.class_names,
+    model.origin = replace(
+        description.origin,
+        preprocessing=description.origin.preprocessing.at_size(model.config.image_hw),
+        class_names=None if remade else description.origin.class_names,
         source=located.source,
         revision=located.revision,
         sha256=sha256,
     )
+    if located.reference_logits is not None and not changes:
+        check_reference(model, located.reference_logits)
+    return model

@@ -82,7 +82,7 @@ def push_to_hub(
                 commit_message=commit_message,
                 ignore_patterns=["README.md"] if has_card else None,
             )
-        except (hub_errors.HTTPError, hub_errors.HFValidationError, OSError) as error:  # type: ignore[attr-defined]
+        except (hub_errors.HTTPError, ValueError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
             raise FetchError(
                 f"could not push to {repo_id}: {first_line(error)}; is the token right, and may it write?"
             ) from error

@@ -4,7 +4,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -70,6 +71,23 @@ def hub_env(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     huggingface_hub.close_session()
 
 
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(room):` no file grows beyond `room` bytes; the system refuses the write, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="the system has no limit on file sizes")
+
+    @contextmanager
+    def limited(room: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
+
+
 def _set_environment(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:
     """For processes that the test starts, and for what the client reads when it is used."""
     for name in list(os.environ):
@@ -107,7 +125,11 @@ def _set_frozen_constants(monkeypatch: pytest.MonkeyPatch, server: HubServer, ho
     }
     for name, value in frozen.items():
         monkeypatch.setattr(constants, name, value, raising=False)
-    copies = {"utils._detect_agent": {"_registry": None}, "utils.tqdm": {"HF_HUB_DISABLE_PROGRESS_BARS": True}}
+    copies = {
+        "utils._cache_assets": {"HF_ASSETS_CACHE": str(home / "assets")},
+        "utils._detect_agent": {"_registry": None},
+        "utils.tqdm": {"HF_HUB_DISABLE_PROGRESS_BARS": True},
+    }
     for module, values in copies.items():
         for name, value in values.items() if f"huggingface_hub.{module}" in sys.modules else ():
             monkeypatch.setattr(sys.modules[f"huggingface_hub.{module}"], name, value, raising=False)

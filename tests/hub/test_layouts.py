@@ -1,0 +1,167 @@
+"""Tensor names: there and back without a changed bit, and refusals that speak the file's own language."""
+
+import re
+
+import pytest
+import torch
+from tiny_models import answer, assert_same_state, refusal, tiny_model
+
+from deit_models import CheckpointError, create_model
+from deit_models.hub.layouts import from_native, other_names, tell_naming, to_native
+
+PUBLISHED = [
+    f"deit_{size}{distilled}_patch16_224" for size in ("tiny", "small", "base") for distilled in ("", "_distilled")
+] + ["deit_base_patch16_384", "deit_base_distilled_patch16_384"]
+NAMINGS = ("native", "timm", "transformers", "transformers-5")
+TRANSFORMERS = ("transformers", "transformers-5")
+
+
+def renamed(model, naming, prefix=""):
+    return from_native(
+        model.state_dict(), family="deit", naming=naming, distilled=model.config.distilled, body_prefix=prefix
+    )
+
+
+def read(model, tensors, naming=None):
+    return to_native(
+        tensors,
+        model.state_dict(),
+        family="deit",
+        naming=naming or tell_naming(tensors),
+        distilled=model.config.distilled,
+    )
+
+
+@pytest.fixture(params=["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"], ids=["plain", "distilled"])
+def model(request):
+    return tiny_model(request.param)
+
+
+def assert_circle_closes(model):
+    state = model.state_dict()
+    for naming in ("transformers", "timm", "transformers-5", "native"):
+        mapped = read(model, from_native(state, family="deit", naming=naming, distilled=model.config.distilled))
+        assert mapped[1:] == ([], [], [])
+        state = mapped.tensors
+    assert_same_state(state, model.state_dict())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_round_trip_through_all_layouts_is_bit_identical(name):
+    depth = create_model(name, device="meta").config.depth
+    assert_circle_closes(tiny_model(name, depth=depth))
+
+
+def test_round_trip_of_a_full_size_model_is_bit_identical():
+    assert_circle_closes(create_model("deit_tiny_distilled_patch16_224"))
+
+
+@pytest.mark.parametrize(("name", "count"), [("deit_tiny_patch16_224", 200), ("deit_tiny_distilled_patch16_224", 203)])
+def test_classic_names_are_as_many_as_in_published_files(name, count):
+    assert len(renamed(create_model(name, device="meta"), "transformers")) == count
+
+
+@pytest.mark.parametrize("prefix", ["vit.", "deit.", ""])
+@pytest.mark.parametrize("naming", TRANSFORMERS)
+def test_both_generations_are_read_under_any_prefix(model, naming, prefix):
+    tensors = renamed(model, naming, prefix)
+    body = [name for name in tensors if "classifier" not in name]
+    assert all(name.startswith(prefix) for name in body)
+    assert not any(name.startswith(("vit.", "deit.")) for name in set(tensors) - set(body))
+    assert tell_naming(tensors) == naming
+    mapped = read(model, tensors)
+    assert mapped[1:] == ([], [], [])
+    assert_same_state(mapped.tensors, model.state_dict())
+
+
+def test_names_are_those_transformers_uses():
+    known = {
+        ("transformers", "cls_token"): ("embeddings.cls_token",),
+        ("transformers", "blocks.3.attn.proj.bias"): ("encoder.layer.3.attention.output.dense.bias",),
+        ("transformers", "blocks.11.mlp.fc2.weight"): ("encoder.layer.11.output.dense.weight",),
+        ("transformers-5", "blocks.3.attn.proj.bias"): ("layers.3.attention.o_proj.bias",),
+        ("transformers-5", "blocks.0.attn.qkv.weight"): tuple(f"layers.0.attention.{p}_proj.weight" for p in "qkv"),
+    }
+    for (naming, native), names in known.items():
+        assert other_names(native, family="deit", naming=naming, distilled=False) == names
+    assert other_names("head.weight", family="deit", naming="transformers", distilled=False) == ("classifier.weight",)
+    assert other_names("head.bias", family="deit", naming="transformers", distilled=True) == ("cls_classifier.bias",)
+
+
+@pytest.mark.parametrize("naming", TRANSFORMERS)
+def test_pooler_is_ignored(model, naming):
+    tensors = renamed(model, naming, "vit.") | {
+        "vit.pooler.dense.weight": torch.zeros(2),
+        "pooler.dense.bias": torch.zeros(2),
+    }
+    mapped = read(model, tensors)
+    assert mapped[1:] == ([], [], [])
+    assert_same_state(mapped.tensors, model.state_dict())
+
+
+@pytest.mark.parametrize("naming", TRANSFORMERS)
+def test_fused_rows_are_query_key_value(model, naming):
+    tensors = renamed(model, naming)
+    names = other_names("blocks.1.attn.qkv.weight", family="deit", naming=naming, distilled=model.config.distilled)
+    assert [re.search(r"(query|key|value|[qkv]_proj)", name)[0][0] for name in names] == ["q", "k", "v"]
+    width = model.config.embed_dim
+    for part, name in enumerate(names):
+        fused = model.state_dict()["blocks.1.attn.qkv.weight"]
+        assert torch.equal(tensors[name], fused[part * width : (part + 1) * width])
+    before = answer(model)
+    tensors[names[0]], tensors[names[2]] = tensors[names[2]], tensors[names[0]]
+    model.load_state_dict(read(model, tensors).tensors)
+    assert (answer(model) - before).abs().max() > 1e-3
+
+
+def test_parts_of_different_shape_are_told_and_not_joined(model):
+    tensors = renamed(model, "transformers", "vit.")
+    query, key = (f"vit.encoder.layer.0.attention.attention.{part}.weight" for part in ("query", "key"))
+    tensors[query], tensors[key] = torch.zeros(17, 16), torch.zeros(15, 16)  # together the right number of rows
+    mapped = read(model, tensors)
+    assert "blocks.0.attn.qkv.weight" not in mapped.tensors
+    assert len(mapped.uneven) == 1
+    assert f"{query} is (17, 16), {key} is (15, 16)" in mapped.uneven[0]
+    assert mapped[1:3] == ([], [])
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+def test_missing_and_unexpected_are_told_in_the_files_own_names(model, naming):
+    prefix = "vit." if naming in TRANSFORMERS else ""
+    tensors = renamed(model, naming, prefix)
+    lost = [n for n in tensors if "1." in n and n.endswith(("norm1.bias", "layernorm_before.bias"))]
+    lost += [n for n in tensors if n.endswith(("head.bias", "classifier.bias"))]
+    for name in lost:
+        del tensors[name]
+    tensors[f"{prefix}extra.weight"] = tensors["other"] = torch.zeros(1)
+    mapped = read(model, tensors)
+    assert len(lost) >= 2
+    assert sorted(mapped.missing) == sorted(name.removeprefix("vit.") for name in lost)
+    assert mapped.unexpected == sorted([f"{prefix}extra.weight", "other"])
+
+
+def test_one_lost_part_of_a_fused_tensor_is_named_alone(model):
+    tensors = renamed(model, "transformers")
+    del tensors["encoder.layer.0.attention.attention.key.bias"]
+    mapped = read(model, tensors)
+    assert mapped[1:] == (["encoder.layer.0.attention.attention.key.bias"], [], [])
+    assert "blocks.0.attn.qkv.bias" not in mapped.tensors
+
+
+def test_unknown_names_are_refused_with_examples():
+    message = refusal(CheckpointError, lambda: tell_naming(["layer1.0.conv1.weight", "fc.bias", "bn1.weight", "zzz"]))
+    assert "bn1.weight, fc.bias, layer1.0.conv1.weight" in message
+    assert "zzz" not in message
+    assert "none at all" in refusal(CheckpointError, lambda: tell_naming([]))
+
+
+def test_tensor_without_a_place_in_the_layout_is_refused():
+    message = refusal(
+        CheckpointError, lambda: other_names("gamma", family="deit", naming="transformers", distilled=False)
+    )
+    assert "no name for gamma" in message
+
+
+def test_renamed_tensors_share_no_rows(model):
+    tensors = renamed(model, "transformers")
+    assert all(tensor.is_contiguous() for tensor in tensors.values())

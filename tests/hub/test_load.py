@@ -1,0 +1,829 @@
+"""from_pretrained against a local Hub with the real client, and from disk: a whole model, or one line that says why."""
+
+import errno
+import json
+import logging
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+
+import pytest
+import torch
+from hub_protocol import HTML_PAGE, sha256
+from safetensors.torch import load_file, save_file
+from tiny_models import LAYOUTS, SHAPE, answer, assert_same_answer, assert_same_state, published_files, refusal
+from tiny_models import tiny_model as make
+
+import deit_models
+from deit_models import (
+    CheckpointError,
+    ConfigError,
+    FetchError,
+    IntegrityError,
+    UnknownModelError,
+    from_pretrained,
+    register_model,
+    registry,
+)
+from deit_models.hub import download as downloads
+from deit_models.hub import fetch, load, manifest
+from deit_models.hub.fetch import Access
+from deit_models.hub.manifest import Checkpoint, Preprocessing, Source
+from deit_models.models.deit import DeiT
+
+REPO = "me/model"
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch):
+    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
+
+
+@pytest.fixture
+def model():
+    return make()
+
+
+@pytest.fixture
+def hub(hub_server, hub_env, model):
+    """The local Hub with the model in a repository, the client pointed at it."""
+    assert hub_env
+    hub_server.add_repo(REPO, published_files(model))
+    return hub_server
+
+
+@pytest.fixture
+def folder(model, tmp_path):
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def bodies(hub):
+    return hub.count("GET", "/cdn/")
+
+
+# From the Hub
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"])
+def test_every_layout_gives_the_same_model(hub_server, hub_env, name, layout):
+    model = make(name)
+    sha = hub_server.add_repo(REPO, published_files(model, layout))
+    loaded = from_pretrained(REPO)
+    assert not loaded.training
+    assert loaded.config.distilled == model.config.distilled
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert_same_answer(model, loaded)
+    assert (loaded.origin.source, loaded.origin.revision) == (REPO, sha)
+    assert loaded.origin.sha256 in {blob.name for blob in hub_env.blobs()}
+
+
+def test_cold_download_fetches_each_file_once(hub):
+    from_pretrained(REPO)
+    fetched = [request.path.rsplit("/", 1)[1] for request in hub.requests if request.method == "GET"]
+    assert sorted(fetched) == ["config.json", WEIGHTS]
+
+
+def test_warm_cache_asks_for_the_etag_alone(hub):
+    from_pretrained(REPO)
+    hub.requests.clear()
+    from_pretrained(REPO)
+    assert [(request.method, request.path) for request in hub.requests] == [
+        ("HEAD", f"/{REPO}/resolve/main/config.json")
+    ]
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+@pytest.mark.parametrize("layout", ["native", "transformers"])
+def test_offline_the_cache_serves_without_a_request(hub_server, hub_env, model, how, layout):
+    hub_server.add_repo(REPO, published_files(model, layout))
+    from_pretrained(REPO)
+    hub_server.requests.clear()
+    hub_env.go_offline(how == "environment")
+    assert_same_answer(model, from_pretrained(REPO, local_files_only=how == "argument"))
+    assert hub_server.requests == []
+
+
+@pytest.mark.parametrize("how", ["argument", "environment"])
+def test_offline_without_cache_says_how_to_get_it(hub, hub_env, how):
+    hub_env.go_offline(how == "environment")
+    message = refusal(FetchError, lambda: from_pretrained(REPO, local_files_only=how == "argument"))
+    assert "offline; load it once with network" in message
+    assert hub.requests == []
+
+
+@pytest.mark.usefixtures("hub")
+def test_own_cache_folder_is_used_and_needed_again(hub_env, tmp_path, model):
+    from_pretrained(REPO, cache_dir=tmp_path / "mine")
+    assert hub_env.blobs() == []
+    assert_same_answer(model, from_pretrained(REPO, cache_dir=tmp_path / "mine", local_files_only=True))
+    refusal(FetchError, lambda: from_pretrained(REPO, local_files_only=True))
+
+
+def test_revision_pins_the_weights(hub):
+    first = hub.repos[REPO].branches["main"]
+    other, side = make(seed=1), make(seed=2)
+    second = hub.commit(REPO, published_files(other))
+    hub.commit(REPO, published_files(side), branch="side")
+    for revision, expected in ((first, make()), (second, other), (None, other), ("side", side)):
+        loaded = from_pretrained(REPO, revision=revision)
+        assert_same_answer(expected, loaded)
+        assert loaded.origin.revision == (
+            second if revision is None else hub.repos[REPO].branches.get(revision, revision)
+        )
+
+
+def test_branch_that_moves_between_two_files_gives_one_commit(hub, model, monkeypatch):
+    wider = make(num_classes=3)
+    real = fetch.hub_file
+
+    def move_after_config(repo_id, filename, access):
+        path = real(repo_id, filename, access)
+        if filename == "config.json":
+            hub.commit(REPO, published_files(wider))
+        return path
+
+    monkeypatch.setattr(fetch, "hub_file", move_after_config)
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_private_repository_without_token_says_what_to_do(hub, hub_env, model):
+    hub.add_repo("me/secret", published_files(model), private_token="hf_key")
+    message = refusal(FetchError, lambda: from_pretrained("me/secret"))
+    assert "token=..." in message
+    assert "hf auth login" in message
+    message = refusal(FetchError, lambda: from_pretrained("me/secret", token="hf_expired"))
+    assert "401" in message
+    assert "token" in message
+    assert_same_answer(model, from_pretrained("me/secret", token="hf_key"))
+    hub_env.login("hf_key")
+    assert_same_answer(model, from_pretrained("me/secret"))
+
+
+def test_missing_repository_revision_and_file_are_told_apart(hub):
+    assert "no such repository" in refusal(FetchError, lambda: from_pretrained("me/nothing"))
+    message = refusal(FetchError, lambda: from_pretrained(REPO, revision="nothing"))
+    assert "no such revision" in message
+    assert "nothing" in message
+    hub.commit(REPO, {}, delete=(WEIGHTS,))
+    assert "has no model.safetensors or pytorch_model.bin" in refusal(FetchError, lambda: from_pretrained(REPO))
+    hub.add_repo("me/empty", {"README.md": b""})
+    message = refusal(FetchError, lambda: from_pretrained("me/empty"))
+    assert "me/empty/config.json" in message
+    assert "no such file" in message
+
+
+def test_old_repository_with_pickled_weights_loads(hub, model, tmp_path):
+    torch.save(model.state_dict(), tmp_path / "weights.bin")
+    hub.commit(REPO, {"pytorch_model.bin": tmp_path / "weights.bin"}, delete=(WEIGHTS,))
+    assert_same_answer(model, from_pretrained(REPO))
+    hub.requests.clear()
+    assert_same_answer(model, from_pretrained(REPO, local_files_only=True))
+    assert hub.requests == []
+
+
+# Bad networks
+
+
+@pytest.mark.parametrize("where", ["/resolve/", "/cdn/"])
+@pytest.mark.parametrize("status", [503, 429])
+def test_busy_server_is_asked_again(hub, model, where, status):
+    hub.fail(where, status=status)
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+@pytest.mark.parametrize(("where", "reason"), [("/resolve/", "cannot be reached"), ("/cdn/", "answered 503")])
+def test_server_that_stays_busy_is_one_line(hub, hub_env, model, where, reason):
+    hub.fail(where, times=None)
+    assert reason in refusal(FetchError, lambda: from_pretrained(REPO))
+    assert not any(len(blob.name) == 64 for blob in hub_env.blobs())
+    hub.heal()
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("after", [0, 5000])
+def test_connection_cut_once_is_taken_up_again(hub, model, after, reset):
+    hub.cut("/cdn/", after=after, reset=reset)
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_connection_always_cut_is_one_line_and_leaves_no_file(hub, hub_env, model, reset):
+    hub.cut("/cdn/", after=0, times=None, reset=reset)
+    message = refusal(FetchError, lambda: from_pretrained(REPO))
+    assert "connection lost" in message
+    assert f"{REPO}/{WEIGHTS}" in message
+    assert not any(len(blob.name) == 64 for blob in hub_env.blobs())
+    hub.heal()
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_no_server_at_all_is_one_line(hub_env, hub_server):
+    hub_server._httpd.server_close()
+    message = refusal(FetchError, lambda: from_pretrained(REPO))
+    assert "cannot be reached" in message
+    assert hub_env.blobs() == []
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        pytest.param(None, id="one bit"),
+        pytest.param(lambda data: HTML_PAGE.ljust(len(data)), id="web page of the right size"),
+        pytest.param(lambda data: bytes(len(data)), id="zeros"),
+    ],
+)
+def test_other_bytes_than_announced_are_refused_and_not_kept(hub, hub_env, model, edit):
+    hub.corrupt("/cdn/", edit)
+    message = refusal(IntegrityError, lambda: from_pretrained(REPO))
+    assert REPO in message
+    assert "SHA-256" in message
+    assert not any(len(blob.name) == 64 for blob in hub_env.blobs())
+    hub.heal()
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+@pytest.mark.usefixtures("hub")
+def test_damaged_cache_is_noticed_and_mended(hub_env, model):
+    from_pretrained(REPO)
+    (blob,) = [blob for blob in hub_env.blobs() if len(blob.name) == 64]
+    blob.write_bytes(blob.read_bytes()[:-4] + b"\0\0\0\1")
+    refusal(IntegrityError, lambda: from_pretrained(REPO, local_files_only=True))
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_web_page_in_place_of_the_weights_is_one_line(hub, hub_env, model):
+    hub.replace("/cdn/")
+    refusal(FetchError, lambda: from_pretrained(REPO))
+    assert not any(len(blob.name) == 64 for blob in hub_env.blobs())
+    hub.heal()
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_captive_portal_is_one_line(hub, hub_env, model):
+    hub.replace(method=None)
+    refusal(FetchError, lambda: from_pretrained(REPO))
+    assert hub_env.blobs() == []
+    hub.heal()
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_repository_that_holds_another_model_is_refused(hub):
+    hub.commit(REPO, {WEIGHTS: published_files(make("deit_micro_patch4_32"))[WEIGHTS]})
+    message = refusal(CheckpointError, lambda: from_pretrained(REPO))
+    assert message.startswith(REPO)
+    assert "missing: dist_token" in message.replace("3 missing", "missing")
+
+
+def test_full_disk_is_one_line_and_a_later_load_works(hub, hub_env, model, full_disk):
+    with full_disk(10_000):
+        message = refusal(FetchError, lambda: from_pretrained(REPO))
+    assert f"{REPO}/{WEIGHTS}" in message
+    assert "File too large" in message
+    assert bodies(hub) == 1  # no use in asking again
+    assert not any(len(blob.name) == 64 for blob in hub_env.blobs())
+    assert_same_answer(model, from_pretrained(REPO))
+
+
+def test_no_space_left_is_not_tried_again(hub, monkeypatch):
+    def refuse(*_args, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(fetch, "hf_hub_download", refuse)
+    assert "No space left on device" in refusal(FetchError, lambda: from_pretrained(REPO))
+    assert hub.requests == []
+
+
+EIGHT = """
+import json, multiprocessing, sys
+import torch
+torch.set_num_threads(1)
+import deit_models
+from deit_models.hub.reference import reference_input
+def work(barrier, answers):
+    barrier.wait()
+    model = deit_models.from_pretrained(sys.argv[1])
+    answers.put(model(reference_input(model.config))[0].tolist())
+context = multiprocessing.get_context("fork")
+barrier, answers = context.Barrier(8), context.Queue()
+workers = [context.Process(target=work, args=(barrier, answers)) for _ in range(8)]
+for worker in workers: worker.start()
+print(json.dumps([answers.get(timeout=60) for _ in workers]))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="forks, so that torch is imported once")
+def test_eight_processes_at_once_load_and_download_once(hub, model):
+    hub.delay("/cdn/", seconds=0.3)
+    done = subprocess.run([sys.executable, "-c", EIGHT, REPO], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+    answers = torch.tensor(json.loads(done.stdout.splitlines()[-1]))
+    assert answers.shape == (8, 10)
+    torch.testing.assert_close(answers, answer(model).expand(8, -1), atol=1e-5, rtol=0)
+    assert bodies(hub) == 1
+
+
+# A registered name and its sources
+
+
+@pytest.fixture
+def publish(monkeypatch, own_registry):
+    """`publish(model, *sources)`: register "toy" with the model's config and list it in the manifest."""
+
+    def row(model, *sources, **facts):
+        register_model("toy", DeiT, model.config)
+        checkpoint = Checkpoint(
+            name="toy",
+            family="deit",
+            params=1,
+            macs=1,
+            input_size=32,
+            num_classes=model.num_classes,
+            distilled=model.config.distilled,
+            preprocessing=Preprocessing(resize=36, crop=(32, 32), mean=(0.5,) * 3),
+            dataset="CIFAR-10",
+            licence="MIT",
+            class_names=tuple("abcdefghij"),
+            sources=sources,
+            **facts,
+        )
+        table = {**manifest.load_manifest(), "toy": checkpoint}
+        for module in (manifest, registry, load):
+            monkeypatch.setattr(module, "load_manifest", lambda: table)
+        return checkpoint
+
+    assert own_registry is None
+    return row
+
+
+@pytest.fixture
+def pth(model, tmp_path):
+    payload = {"model": model.state_dict(), "epoch": 3}
+    torch.save(payload, tmp_path / "authors.pth")
+    return (tmp_path / "authors.pth").read_bytes()
+
+
+def test_registered_name_brings_the_manifests_facts(hub, publish, model):
+    publish(model, Source(repo=REPO, layout="native"))
+    loaded = from_pretrained("toy")
+    assert_same_answer(model, loaded)
+    assert loaded.origin.name == "toy"
+    assert loaded.origin.class_names == tuple("abcdefghij")
+    assert (loaded.origin.licence, loaded.origin.dataset) == ("MIT", "CIFAR-10")
+    assert loaded.origin.preprocessing == Preprocessing(resize=36, crop=(32, 32), mean=(0.5,) * 3)
+    assert loaded.origin.revision == hub.repos[REPO].branches["main"]
+    assert hub.count("GET", "config.json") == 0
+    assert from_pretrained(REPO).origin == loaded.origin
+
+
+def test_sources_are_tried_in_turn(hub, publish, model, pth, caplog):
+    url = hub.add_file("authors.pth", pth)
+    hub.add_repo("me/broken", {WEIGHTS: b"no weights at all" * 100})
+    publish(
+        model,
+        Source(repo="me/gone", layout="timm"),
+        Source(repo="me/broken", layout="timm"),
+        Source(url=url, layout="native", payload="model", sha256_prefix=sha256(pth)[:8]),
+    )
+    with caplog.at_level(logging.WARNING):
+        loaded = from_pretrained("toy")
+    assert_same_answer(model, loaded)
+    assert (loaded.origin.source, loaded.origin.revision, loaded.origin.sha256) == (url, None, sha256(pth))
+    assert "me/gone" in caplog.text
+    assert "truncated or damaged" in caplog.text
+
+
+def test_first_sound_source_ends_the_search(hub, publish, model):
+    publish(model, Source(repo=REPO, layout="native"), Source(repo="me/never", layout="timm"))
+    from_pretrained("toy")
+    assert hub.count(match="never") == 0
+
+
+def test_combined_error_names_each_source_and_its_reason(hub, publish, model):
+    url = f"{hub.url}/files/gone.pth"
+    publish(model, Source(repo="me/gone", layout="timm"), Source(url=url, layout="native", sha256_prefix="abcd1234"))
+    message = refusal(FetchError, lambda: from_pretrained("toy"))
+    assert "no source of toy" in message
+    assert "me/gone/model.safetensors" in message
+    assert "no such repository" in message
+    assert f"{url}: the server answered 404" in message
+
+
+def test_combined_error_is_of_the_kind_of_all_its_reasons(hub, publish, model):
+    hub.add_repo("me/bad", {WEIGHTS: b"no weights at all" * 100})
+    bad = Source(repo="me/bad", layout="timm")
+    publish(model, bad, bad)
+    refusal(CheckpointError, lambda: from_pretrained("toy"))
+
+
+def test_combined_error_of_mixed_reasons_is_a_fetch_error(hub, publish, model):
+    hub.add_repo("me/bad", {WEIGHTS: b"no weights at all" * 100})
+    publish(model, Source(repo="me/gone", layout="timm"), Source(repo="me/bad", layout="timm"))
+    refusal(FetchError, lambda: from_pretrained("toy"))
+
+
+def test_offline_every_source_is_tried_in_the_cache(hub, publish, model, pth):
+    url = hub.add_file("authors.pth", pth)
+    row = (Source(repo="me/gone", layout="timm"), Source(url=url, layout="native", sha256_prefix=sha256(pth)[:8]))
+    publish(model, *row)
+    message = refusal(FetchError, lambda: from_pretrained("toy", local_files_only=True))
+    assert message.count("offline; load it once with network") == 2
+    from_pretrained("toy")
+    hub.requests.clear()
+    assert_same_answer(model, from_pretrained("toy", local_files_only=True))
+    assert hub.requests == []
+
+
+def test_recorded_digest_belongs_to_the_recorded_revision(hub, publish, model):
+    old = hub.repos[REPO].branches["main"]
+    digest = sha256(hub.files(REPO)[WEIGHTS])
+    new = hub.commit(REPO, published_files(make(seed=1)))
+    publish(model, Source(repo=REPO, layout="native", revision=old, sha256=digest))
+    assert_same_answer(model, from_pretrained("toy"))
+    assert_same_answer(make(seed=1), from_pretrained("toy", revision=new))
+
+
+@pytest.mark.usefixtures("hub")
+def test_recorded_digest_of_other_bytes_is_refused(hub_env, publish, model):
+    publish(model, Source(repo=REPO, layout="native", sha256="0" * 64))
+    assert "SHA-256" in refusal(IntegrityError, lambda: from_pretrained("toy"))
+    assert hub_env.blobs() == []
+
+
+def test_other_bytes_than_the_hub_announced_are_refused_without_a_recorded_digest(hub, hub_env, publish, model):
+    publish(model, Source(repo=REPO, layout="native"))
+    hub.corrupt("/cdn/")
+    assert "SHA-256" in refusal(IntegrityError, lambda: from_pretrained("toy"))
+    assert hub_env.blobs() == []
+    hub.heal()
+    assert_same_answer(model, from_pretrained("toy"))
+
+
+def test_name_without_weights_says_how_to_build_it(publish, model):
+    publish(model)
+    assert "create_model('toy')" in refusal(FetchError, lambda: from_pretrained("toy"))
+
+
+def test_revision_of_a_name_with_plain_downloads_only_is_refused(publish, model):
+    publish(model, Source(url="http://127.0.0.1:9/x.pth", layout="native"))
+    assert "at revision v1" in refusal(FetchError, lambda: from_pretrained("toy", revision="v1"))
+
+
+def test_shipped_file_is_checked_and_kept(publish, model, folder, monkeypatch):
+    monkeypatch.setattr(load, "weights_dir", lambda: folder)
+    digest = sha256((folder / WEIGHTS).read_bytes())
+    row = publish(model, Source(file=WEIGHTS, layout="native", sha256=digest))
+    assert_same_answer(model, from_pretrained("toy"))
+    wrong = replace(row, sources=(replace(row.sources[0], sha256="1" * 64),))
+    monkeypatch.setattr(load, "load_manifest", lambda: {"toy": wrong})
+    refusal(IntegrityError, lambda: from_pretrained("toy"))
+    assert (folder / WEIGHTS).is_file()
+    (folder / WEIGHTS).unlink()
+    assert "reinstall" in refusal(FetchError, lambda: from_pretrained("toy"))
+
+
+@pytest.mark.usefixtures("hub")
+def test_recorded_logits_are_compared(publish, model, monkeypatch):
+    right = tuple(answer(model)[0, :3].tolist())
+    row = publish(model, Source(repo=REPO, layout="native"), reference_logits=right)
+    assert_same_answer(model, from_pretrained("toy"))
+    wrong = replace(row, reference_logits=(right[0], right[1] + 0.01, right[2]))
+    monkeypatch.setattr(load, "load_manifest", lambda: {**manifest.load_manifest(), "toy": wrong})
+    message = refusal(CheckpointError, lambda: from_pretrained("toy"))
+    assert "logits differ from the recorded ones by 0.01" in message
+    assert from_pretrained("toy", num_classes=3).num_classes == 3  # other heads, other logits
+
+
+# Plain downloads
+
+
+@pytest.fixture
+def download(hub_env, tmp_path):
+    """`download(url, digest)`: what `from_pretrained` does with a url source's file."""
+    assert hub_env
+    return lambda url, digest=None: downloads.url_file(url, Access(cache_dir=tmp_path / "own"), digest=digest)
+
+
+def test_right_prefix_is_fetched_and_converted_once(hub, publish, model, pth, monkeypatch):
+    url = hub.add_file("authors.pth", pth)
+    publish(model, Source(url=url, layout="native", payload="model", sha256_prefix=sha256(pth)[:8]))
+    assert_same_answer(model, from_pretrained("toy"))
+    hub.requests.clear()
+    monkeypatch.setattr(torch, "load", None)
+    assert_same_answer(model, from_pretrained("toy"))
+    assert hub.requests == []
+
+
+def test_wrong_prefix_is_refused_and_not_kept(hub, hub_env, publish, model, pth):
+    url = hub.add_file("authors.pth", pth)
+    publish(model, Source(url=url, layout="native", sha256_prefix="00000000"))
+    message = refusal(IntegrityError, lambda: from_pretrained("toy"))
+    assert url in message
+    assert not [path for path in hub_env.home.rglob("authors*") if path.suffix != ".lock"]
+
+
+def test_damaged_download_is_refused_removed_and_fetched_anew(hub, hub_env, publish, model, pth):
+    url = hub.add_file("authors.pth", pth)
+    publish(model, Source(url=url, layout="native", sha256_prefix=sha256(pth)[:8]))
+    from_pretrained("toy")
+    (cached,) = hub_env.home.rglob("authors.pth")
+    cached.write_bytes(pth[:-1] + b"!")
+    refusal(IntegrityError, lambda: from_pretrained("toy"))
+    assert not cached.exists()
+    assert_same_answer(model, from_pretrained("toy"))
+
+
+def test_web_page_in_place_of_a_download_is_refused(hub, publish, model, pth):
+    url = hub.add_file("authors.pth", pth)
+    publish(model, Source(url=url, layout="native", sha256_prefix=sha256(pth)[:8]))
+    hub.replace("/files/")
+    refusal(IntegrityError, lambda: from_pretrained("toy"))
+    hub.heal()
+    assert_same_answer(model, from_pretrained("toy"))
+
+
+def test_interrupted_download_resumes_where_it_stopped(hub, download, pth):
+    url = hub.add_file("authors.pth", pth)
+    hub.cut("/files/", after=10_000)
+    assert download(url, sha256(pth)).read_bytes() == pth
+    assert [request.headers.get("range") for request in hub.requests] == [None, "bytes=10000-"]
+
+
+def test_download_that_never_ends_well_is_one_line_and_resumes_later(hub, download, pth):
+    url = hub.add_file("authors.pth", pth)
+    hub.cut("/files/", after=1000, times=None)
+    assert "connection lost" in refusal(FetchError, lambda: download(url, sha256(pth)))
+    hub.heal()
+    assert download(url, sha256(pth)).read_bytes() == pth
+    assert [request.headers.get("range") for request in hub.requests] == [
+        None,
+        "bytes=1000-",
+        "bytes=2000-",
+        "bytes=3000-",
+    ]
+
+
+def test_part_of_another_file_is_thrown_away(hub, download, tmp_path, pth):
+    url = hub.add_file("authors.pth", pth)
+    part = fetch.assets_dir("downloads", Access(cache_dir=tmp_path / "own")) / "authors.pth.part"
+    part.write_bytes(b"x" * 100)
+    refusal(IntegrityError, lambda: download(url, sha256(pth)))
+    assert download(url, sha256(pth)).read_bytes() == pth
+
+
+def test_part_longer_than_the_file_is_thrown_away(hub, download, tmp_path, pth):
+    url = hub.add_file("authors.pth", pth)
+    part = fetch.assets_dir("downloads", Access(cache_dir=tmp_path / "own")) / "authors.pth.part"
+    part.write_bytes(b"x" * (len(pth) + 1))
+    assert download(url, sha256(pth)).read_bytes() == pth
+
+
+@pytest.mark.parametrize(("status", "asked"), [(404, 1), (403, 1), (503, 3), (429, 3)])
+def test_refused_download_is_one_line(hub, download, status, asked):
+    hub.fail("/files/", status=status, times=None)
+    assert f"answered {status}" in refusal(FetchError, lambda: download(f"{hub.url}/files/a.pth"))
+    assert hub.count("GET", "/files/") == asked
+
+
+@pytest.mark.parametrize("reset", [False, True])
+def test_busy_or_cut_download_is_asked_again(hub, download, pth, reset):
+    url = hub.add_file("authors.pth", pth)
+    hub.fail("/files/", times=1)
+    hub.cut("/files/", after=0, reset=reset)
+    assert download(url, sha256(pth)).read_bytes() == pth
+
+
+def test_download_on_a_full_disk_is_one_line_and_resumes_later(hub, download, pth, full_disk):
+    url = hub.add_file("authors.pth", pth)
+    with full_disk(10_000):
+        assert "File too large" in refusal(FetchError, lambda: download(url, sha256(pth)))
+    assert hub.count("GET") == 1
+    assert download(url, sha256(pth)).read_bytes() == pth
+
+
+def test_eight_at_once_download_once(hub, download, pth):
+    url = hub.add_file("authors.pth", pth)
+    hub.delay("/files/", seconds=0.1)
+    with ThreadPoolExecutor(8) as pool:
+        paths = set(pool.map(lambda _: download(url, sha256(pth)), range(8)))
+    assert [path.read_bytes() for path in paths] == [pth]
+    assert hub.count("GET") == 1
+
+
+def test_other_addresses_than_http_are_refused(download, tmp_path):
+    (tmp_path / "a.pth").write_bytes(b"x")
+    assert "only http" in refusal(FetchError, lambda: download((tmp_path / "a.pth").as_uri()))
+
+
+# From disk
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_folder_gives_back_the_model(model, tmp_path, layout):
+    model.save_pretrained(tmp_path / "out", layout=layout)
+    for source in (tmp_path / "out", str(tmp_path / "out"), tmp_path / "out" / WEIGHTS):
+        assert_same_state(from_pretrained(source).state_dict(), model.state_dict())
+
+
+@pytest.fixture
+def bare(own_registry, tmp_path):
+    """`bare(layout, **config)`: a weights file alone of a tiny model registered as "tiny"; (model, path)."""
+    assert own_registry is None
+
+    def write(layout, *, distilled=True, **overrides):
+        name = f"deit_micro{'_distilled' if distilled else ''}_patch4_32"
+        register_model("tiny", DeiT, registry.model_spec(name).config, **SHAPE)
+        model = make("tiny", **overrides)
+        model.save_pretrained(tmp_path / "whole", layout=layout)
+        path = tmp_path / "bare.safetensors"
+        path.write_bytes((tmp_path / "whole" / WEIGHTS).read_bytes())
+        return model, path
+
+    return write
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("overrides", [{}, {"num_classes": 7, "img_size": 48}])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bare_file_of_any_layout_loads_with_the_models_name(bare, layout, overrides, distilled):
+    model, path = bare(layout, distilled=distilled, **overrides)
+    loaded = from_pretrained(path, model="tiny")
+    assert loaded.config == model.config
+    assert_same_state(loaded.state_dict(), model.state_dict())
+    assert loaded.origin.class_names is None
+
+
+def test_bare_file_without_name_asks_for_it(bare):
+    path = bare("native")[1]
+    message = refusal(ConfigError, lambda: from_pretrained(path))
+    assert "model=" in message
+    assert str(path) in message
+
+
+def test_bare_file_said_to_be_another_model_is_refused(bare):
+    path = bare("native")[1]
+    message = refusal(CheckpointError, lambda: from_pretrained(path, model="deit_micro_patch4_32"))
+    assert "unexpected" in message
+    assert str(path) in message
+
+
+def test_bare_file_of_absurd_shapes_is_refused(bare):
+    model, path = bare("native")
+    for broken in ({"head.weight": torch.zeros(1)}, {"pos_embed": torch.zeros(5)}, {"head.weight": torch.zeros(0, 16)}):
+        save_file(model.state_dict() | broken, path)
+        refusal(CheckpointError, lambda: from_pretrained(path, model="tiny"))
+
+
+def test_authors_pth_loads_with_the_models_name(bare, hub_env, pth, tmp_path):
+    assert hub_env
+    model, _ = bare("native")
+    assert_same_answer(model, from_pretrained(tmp_path / "authors.pth", model="tiny"))
+    assert (tmp_path / "authors.pth").read_bytes() == pth
+
+
+@pytest.mark.parametrize("source", ["a/b/c.safetensors", "out/model.safetensors", "model.pth", "./out", "/no/such"])
+def test_path_that_does_not_exist_is_no_request(hub, source):
+    message = refusal(UnknownModelError, lambda: from_pretrained(source))
+    assert source in message
+    assert hub.requests == []
+
+
+def test_unknown_name_gets_the_nearest():
+    message = refusal(UnknownModelError, lambda: from_pretrained("deit_tiny_patch16_244"))
+    assert "deit_tiny_patch16_224" in message
+
+
+@pytest.mark.parametrize(
+    ("text", "kind"),
+    [
+        ("{", CheckpointError),
+        ("[]", CheckpointError),
+        ("{}", CheckpointError),
+        ('{"deit_models": 99}', CheckpointError),
+        ('{"deit_models": 1, "family": "deit"}', CheckpointError),
+        ('{"architecture": "resnet50"}', UnknownModelError),
+        ('{"architecture": "deit_tiny_patch16_224", "model_args": {"global_pool": "avg"}}', ConfigError),
+        ('{"architecture": "deit_tiny_patch16_224", "pretrained_cfg": 3}', CheckpointError),
+        ('{"model_type": "swin"}', ConfigError),
+        ('{"model_type": "vit", "hidden_act": "relu"}', ConfigError),
+        ('{"model_type": "deit", "architectures": ["DeiTForImageClassification"]}', ConfigError),
+        ('{"model_type": "vit", "id2label": ["a", "b"]}', CheckpointError),
+        ('{"model_type": "vit", "id2label": {"0": "a", "2": "b"}}', CheckpointError),
+        ('{"model_type": "vit", "hidden_size": "wide"}', CheckpointError),
+    ],
+)
+def test_broken_config_is_refused(folder, text, kind):
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    refusal(kind, lambda: from_pretrained(folder))
+
+
+def test_config_that_is_not_text_is_refused(folder):
+    (folder / "config.json").write_bytes(b"\xff\xfe\x00")
+    assert "is not JSON" in refusal(CheckpointError, lambda: from_pretrained(folder))
+
+
+def test_folder_without_weights_is_refused(folder):
+    (folder / WEIGHTS).unlink()
+    assert "has no model.safetensors" in refusal(CheckpointError, lambda: from_pretrained(folder))
+
+
+def test_float16_file_loads_as_float32_unless_asked(model, tmp_path):
+    half = make().half()
+    half.save_pretrained(tmp_path / "half")
+    assert load_file(tmp_path / "half" / WEIGHTS)["cls_token"].dtype == torch.float16
+    loaded = from_pretrained(tmp_path / "half")
+    assert_same_state(loaded.state_dict(), {name: t.half().float() for name, t in model.state_dict().items()})
+    assert from_pretrained(tmp_path / "half", dtype=torch.float16).cls_token.dtype == torch.float16
+    assert from_pretrained(tmp_path / "half", dtype=torch.bfloat16, device="cpu").cls_token.dtype == torch.bfloat16
+
+
+# Other classes, other sizes
+
+
+@pytest.mark.parametrize("name", ["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"])
+def test_other_classes_make_new_heads_and_change_nothing_else(name, tmp_path):
+    model = make(name)
+    model.origin = replace(model.origin, class_names=tuple("abcdefghij"))
+    model.save_pretrained(tmp_path)
+    assert from_pretrained(tmp_path).origin.class_names == tuple("abcdefghij")
+    loaded = from_pretrained(tmp_path, num_classes=3)
+    assert loaded.num_classes == 3
+    assert loaded.origin.class_names is None
+    heads = {key for key in model.state_dict() if key.startswith("head")}
+    rest = {key: tensor for key, tensor in model.state_dict().items() if key not in heads}
+    assert_same_state({key: tensor for key, tensor in loaded.state_dict().items() if key not in heads}, rest)
+    for key in heads:
+        fresh = loaded.state_dict()[key]
+        assert fresh.shape[0] == 3
+        assert fresh.std() > 0 if key.endswith("weight") else not fresh.any()
+    assert answer(loaded).isfinite().all()
+
+
+def test_same_number_of_classes_keeps_the_heads(folder, model):
+    assert_same_answer(model, from_pretrained(folder, num_classes=10))
+
+
+@pytest.mark.parametrize("img_size", [48, (32, 64)])
+def test_other_size_interpolates_positions_and_changes_nothing_else(folder, model, img_size):
+    loaded = from_pretrained(folder, img_size=img_size)
+    grid = loaded.config.grid
+    assert grid == ((12, 12) if img_size == 48 else (8, 16))
+    ours, before = loaded.state_dict(), model.state_dict()
+    assert ours["pos_embed"].shape == (1, 2 + grid[0] * grid[1], 16)
+    assert torch.equal(ours["pos_embed"][:, :2], before["pos_embed"][:, :2])
+    patches = before["pos_embed"][:, 2:].unflatten(1, (8, 8)).permute(0, 3, 1, 2)
+    expected = torch.nn.functional.interpolate(patches, size=grid, mode="bicubic").flatten(2).transpose(1, 2)
+    assert torch.equal(ours.pop("pos_embed")[:, 2:], expected)
+    before.pop("pos_embed")
+    assert_same_state(ours, before)
+    assert loaded.origin.preprocessing.crop == loaded.config.image_hw
+    assert answer(loaded).isfinite().all()
+
+
+@pytest.mark.parametrize("change", [{"img_size": 30}, {"num_classes": 0}, {"img_size": (32,)}])
+def test_impossible_change_is_refused(folder, change):
+    refusal(ConfigError, lambda: from_pretrained(folder, **change))
+
+
+# The file stays what it was
+
+
+def test_loaded_model_trains_without_touching_the_file(folder):
+    whole = (folder / WEIGHTS).read_bytes()
+    loaded = from_pretrained(folder).train()
+    before = loaded.pos_embed.detach().clone()
+    optimiser = torch.optim.SGD(loaded.parameters(), lr=0.1)
+    cls, dist = loaded(torch.randn(2, 3, 32, 32))
+    (cls + dist).square().sum().backward()
+    optimiser.step()
+    assert not torch.equal(loaded.pos_embed, before)
+    assert all(not torch.isnan(parameter).any() for parameter in loaded.parameters())
+    assert (folder / WEIGHTS).read_bytes() == whole
+    assert torch.equal(from_pretrained(folder).pos_embed, before)
+
+
+def test_saving_over_the_folder_it_was_loaded_from_is_safe(folder, model):
+    loaded, other = from_pretrained(folder), from_pretrained(folder)
+    with torch.no_grad():
+        loaded.head.weight.add_(1)
+    expected = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    loaded.save_pretrained(folder)
+    assert_same_state(loaded.state_dict(), expected)
+    assert_same_state(other.state_dict(), model.state_dict())
+    assert_same_state(from_pretrained(folder).state_dict(), expected)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", WEIGHTS]
+
+
+def test_no_random_weights_are_made_on_the_way(folder, monkeypatch):
+    before = torch.get_rng_state()
+    monkeypatch.setattr(torch.nn.Module, "to_empty", None)
+    from_pretrained(folder)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_package_offers_it_at_the_top():
+    assert deit_models.from_pretrained is load.from_pretrained

@@ -1,0 +1,299 @@
+"""A weights file is sound, of this model and harmless, or it is refused before any tensor is used."""
+
+import argparse
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from hub_protocol import HTML_PAGE
+from safetensors.torch import load_file, save_file
+from tiny_models import assert_same_state, refusal, tiny_model
+
+from deit_models import CheckpointError, FetchError, IntegrityError
+from deit_models.hub import fetch
+from deit_models.hub.fetch import Access
+from deit_models.hub.layouts import from_native
+from deit_models.hub.weights import native_tensors, read_tensors, unpickle_tensors, verified_state
+from deit_models.models.deit import DeiT
+
+
+@pytest.fixture
+def model():
+    return tiny_model()
+
+
+@pytest.fixture
+def access(tmp_path):
+    return Access(cache_dir=tmp_path / "cache")
+
+
+@pytest.fixture
+def state(model):
+    return dict(model.state_dict())
+
+
+def verify(state, model):
+    return verified_state(native_tensors(state, DeiT, model.config), DeiT, model.config)
+
+
+def read(path, access, **known):
+    return read_tensors(path, access, source="the source", **known)[0]
+
+
+def write_pth(path, payload, **options):
+    torch.save(payload, path, **options)
+    return path
+
+
+# Safetensors
+
+
+def test_whole_file_is_read_bit_by_bit(state, access, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    assert_same_state(read(path, access), state)
+
+
+@pytest.mark.parametrize("keep", [0, 4, 100, 0.5, -1])
+def test_truncated_safetensors_is_refused(state, access, tmp_path, keep):
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: int(len(whole) * keep) if isinstance(keep, float) else keep])
+    message = refusal(CheckpointError, lambda: read(path, access))
+    assert str(path) in message
+    assert "truncated or damaged" in message
+    assert path.exists()  # the user's file, not the cache's
+
+
+def test_web_page_named_safetensors_is_called_one(access, tmp_path):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(b"\n " + HTML_PAGE)
+    assert "a web page" in refusal(CheckpointError, lambda: read(path, access))
+
+
+def test_wrong_digest_is_refused_and_the_users_own_file_kept(state, access, tmp_path):
+    path = tmp_path / "model.safetensors"
+    save_file(state, path)
+    digest = fetch.sha256_of(path)
+    assert read_tensors(path, access, source="x", digest=digest[:8])[1] == digest
+    message = refusal(IntegrityError, lambda: read(path, access, digest="0" * 64))
+    assert "the source" in message
+    assert digest[:16] in message
+    assert path.exists()
+
+
+# The model it is said to be
+
+
+def test_sound_state_passes_unchanged(state, model):
+    assert_same_state(verify(state, model), state)
+
+
+def test_all_mismatches_stand_in_one_message(state, model):
+    del state["norm.bias"], state["blocks.1.mlp.fc2.weight"]
+    state |= {"extra": torch.zeros(1), "head.weight": torch.zeros(3, 16), "cls_token": torch.zeros(1, 1, 16).int()}
+    message = refusal(CheckpointError, lambda: verify(state, model))
+    assert "2 missing: " in message
+    assert "norm.bias" in message
+    assert "blocks.1.mlp.fc2.weight" in message
+    assert "1 unexpected: extra" in message
+    assert "1 wrong shape: head.weight is (3, 16), expected (10, 16)" in message
+    assert "1 not floating point: cls_token is torch.int32" in message
+
+
+def test_long_lists_are_cut(state, model):
+    kept = {name: tensor for name, tensor in state.items() if not name.startswith("blocks.1")}
+    message = refusal(CheckpointError, lambda: verify(kept, model))
+    assert "12 missing" in message
+    assert "and 6 more" in message
+
+
+def test_another_models_tensors_are_refused(model):
+    other = tiny_model("deit_micro_patch4_32", embed_dim=24, depth=3).state_dict()
+    message = refusal(CheckpointError, lambda: verify(other, model))
+    assert "missing" in message
+    assert "dist_token" in message
+    assert "unexpected" in message
+    assert "wrong shape" in message
+    assert "unknown tensor names" in refusal(CheckpointError, lambda: verify({"fc.weight": torch.zeros(2)}, model))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_one_bad_number_is_refused_by_name(state, model, value):
+    state["blocks.0.attn.qkv.weight"] = state["blocks.0.attn.qkv.weight"].clone()
+    state["blocks.0.attn.qkv.weight"][7, 3] = value
+    message = refusal(CheckpointError, lambda: verify(state, model))
+    assert "NaN or infinity in: blocks.0.attn.qkv.weight" in message
+
+
+def test_unevenly_split_projection_is_refused(state, model):
+    tensors = from_native(state, family="deit", naming="transformers", distilled=True, body_prefix="deit.")
+    tensors["deit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(16, 9)
+    message = refusal(CheckpointError, lambda: verify(tensors, model))
+    assert "wrong shape" in message
+    assert "key.weight is (16, 9)" in message
+
+
+# Pickles
+
+
+class Malice:
+    """Unpickling it creates the marker file."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_malicious_pickle_does_not_execute(state, access, tmp_path, legacy):
+    marker = tmp_path / "executed"
+    path = write_pth(
+        tmp_path / "model.pth", {"model": state, "args": Malice(marker)}, _use_new_zipfile_serialization=not legacy
+    )
+    message = refusal(CheckpointError, lambda: read(path, access))
+    assert not marker.exists()
+    assert "not only tensors" in message
+    assert not list(tmp_path.rglob("*.safetensors"))
+    torch.load(path, weights_only=False)
+    assert marker.exists()  # the file was a loaded gun
+
+
+def test_malicious_bare_pickle_does_not_execute(access, tmp_path):
+    marker, path = tmp_path / "executed", tmp_path / "model.pth"
+    path.write_bytes(pickle.dumps({"model": Malice(marker)}, protocol=2))
+    refusal(CheckpointError, lambda: read(path, access))
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_namespace_optimiser_and_epoch_beside_the_weights_are_passed_over(state, model, access, tmp_path, legacy):
+    optimiser = torch.optim.AdamW(model.parameters())
+    model(torch.zeros(1, 3, 32, 32)).sum().backward()
+    optimiser.step()
+    payload = {
+        "optimizer": optimiser.state_dict(),
+        "model": state,
+        "args": argparse.Namespace(lr=5e-4, model="deit", betas=(0.9, 0.999), output_dir="out"),
+        "epoch": 299,
+        "lr_scheduler": {"t_in_epochs": True, "base_values": [5e-4]},
+    }
+    path = write_pth(tmp_path / "model.pth", payload, _use_new_zipfile_serialization=not legacy)
+    assert_same_state(read(path, access), model.state_dict())
+
+
+@pytest.mark.parametrize("key", ["model", "state_dict", "state_dict_ema", "model_ema", "net", None])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_state_dict_is_found_where_training_scripts_put_it(state, access, tmp_path, key, prefix):
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    path = write_pth(tmp_path / "model.pth", {key: named, "epoch": 3} if key else named)
+    assert_same_state(read(path, access), state)
+
+
+def test_averaged_weights_come_first_unless_another_key_is_asked_for(state, access, tmp_path):
+    averaged = {name: tensor + 1 for name, tensor in state.items()}
+    path = write_pth(tmp_path / "model.pth.tar", {"state_dict": state, "state_dict_ema": averaged})
+    assert_same_state(read(path, access), averaged)
+    assert_same_state(read(path, access, payload="state_dict"), state)
+    assert "'model'" in refusal(CheckpointError, lambda: read(path, access, payload="model"))
+
+
+@pytest.mark.parametrize(("payload", "message"), [({"epoch": 3}, "no tensors"), ([1, 2], "no state dict")])
+def test_pickle_without_weights_is_refused(access, tmp_path, payload, message):
+    path = write_pth(tmp_path / "model.pth", payload)
+    assert message in refusal(CheckpointError, lambda: read(path, access))
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_truncated_pickle_is_refused(state, access, tmp_path, legacy):
+    path = write_pth(tmp_path / "model.pth", {"model": state}, _use_new_zipfile_serialization=not legacy)
+    whole = path.read_bytes()
+    for keep in (0, 1, 2, 30, 500, len(whole) // 3, len(whole) // 2, len(whole) - 1):
+        path.write_bytes(whole[:keep])
+        assert str(path) in refusal(CheckpointError, lambda: unpickle_tensors(path))
+    refusal(CheckpointError, lambda: read(path, access))
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+def test_web_page_named_pth_is_refused(access, tmp_path):
+    path = tmp_path / "model.pth"
+    path.write_bytes(HTML_PAGE)
+    assert "not a torch file" in refusal(CheckpointError, lambda: read(path, access))
+
+
+def test_tensors_that_share_memory_or_are_views_are_converted(access, tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    path = write_pth(tmp_path / "model.pth", {"a": base, "b": base, "c": base.t(), "d": base[1:]})
+    tensors = read(path, access)
+    assert_same_state(tensors, {"a": base, "b": base, "c": base.t(), "d": base[1:]})
+    assert len({tensor.data_ptr() for tensor in tensors.values()}) == 4
+
+
+# The converted copy
+
+
+@pytest.fixture
+def pth(state, tmp_path):
+    return write_pth(tmp_path / "model.pth", {"model": state})
+
+
+def converted_copy(tmp_path):
+    (copy,) = (tmp_path / "cache").rglob("*.safetensors")
+    return copy
+
+
+def test_conversion_happens_once(pth, state, access, tmp_path, monkeypatch):
+    first, digest = read_tensors(pth, access, source="the source")
+    assert digest == fetch.sha256_of(pth)
+    facts = json.loads(converted_copy(tmp_path).with_suffix(".json").read_text(encoding="utf-8"))
+    copied = fetch.sha256_of(converted_copy(tmp_path))
+    assert facts == {"source": "the source", "source_sha256": digest, "sha256": copied}
+    monkeypatch.setattr(torch, "load", None)
+    assert_same_state(read(pth, access), first)
+    assert_same_state(first, state)
+
+
+def test_changed_pickle_is_converted_anew(pth, state, access):
+    read(pth, access)
+    changed = {name: tensor + 1 for name, tensor in state.items()}
+    write_pth(pth, {"model": changed})
+    assert_same_state(read(pth, access), changed)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "record", "no record"])
+def test_damaged_copy_is_made_again(pth, state, access, tmp_path, damage, caplog):
+    read(pth, access)
+    copy = converted_copy(tmp_path)
+    whole, record = copy.read_bytes(), copy.with_suffix(".json")
+    if damage == "flip":
+        copy.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    elif damage == "cut":
+        copy.write_bytes(whole[:100])
+    elif damage == "record":
+        record.write_text("{", encoding="utf-8")
+    else:
+        record.unlink()
+    assert_same_state(read(pth, access), state)
+    assert copy.read_bytes() == whole
+    assert ("converting" in caplog.text) == (damage != "no record")
+    assert_same_state(load_file(copy), state)
+
+
+def test_conversion_without_space_leaves_no_copy(pth, state, access, tmp_path, full_disk):
+    with full_disk(10_000):
+        message = refusal(FetchError, lambda: read(pth, access))
+    assert "cannot write" in message
+    assert "File too large" in message
+    assert not list((tmp_path / "cache").rglob("*.*"))
+    assert_same_state(read(pth, access), state)
+
+
+def test_cache_that_cannot_be_made_is_one_line(pth, tmp_path):
+    (tmp_path / "file").write_bytes(b"")
+    message = refusal(FetchError, lambda: read(pth, Access(cache_dir=tmp_path / "file")))
+    assert "cache" in message
