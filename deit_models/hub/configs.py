@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,9 @@ from ..config import override
 from ..errors import CheckpointError, ConfigError, DeitModelsError
 from ..models.layers import Layout
 from ..registry import Origin, default_preprocessing, family_spec, model_info, model_spec
-from .manifest import Preprocessing, load_manifest
+from .manifest import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, load_manifest
 
 CONFIG_FORMAT = 1
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 # Pillow's resampling filters by the numbers image processors store.
 PIL_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -74,6 +72,12 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
     return data
+
+
+def describe_bare(name: str) -> Description:
+    """Another training of a registered model: nothing is known of it but its shape, and that only roughly."""
+    description = describe_registered(name)
+    return replace(description, origin=Origin(name=name, preprocessing=description.origin.preprocessing))
 
 
 def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> Description:
@@ -154,7 +158,7 @@ def _timm_labels(data: Mapping[str, Any], cfg: Mapping[str, Any]) -> Any:
 
 def _timm_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
     crop_pct = cfg.get("crop_pct") or 0.875
-    scaled = (math.floor(image_hw[0] / crop_pct), math.floor(image_hw[1] / crop_pct))
+    scaled = (int(image_hw[0] / crop_pct), int(image_hw[1] / crop_pct))
     return Preprocessing(
         resize=scaled if cfg.get("crop_mode") == "squash" else max(scaled),
         crop=image_hw,

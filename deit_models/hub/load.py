@@ -19,9 +19,9 @@ import torch
 from ..config import override
 from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
 from ..models.layers import ImageClassifier
-from ..registry import Origin, family_spec, unknown_model
+from ..registry import family_spec, unknown_model
 from . import fetch
-from .configs import Description, describe_registered, read_config, read_json
+from .configs import Description, describe_bare, describe_registered, read_config, read_json
 from .download import url_file
 from .fetch import Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
@@ -67,7 +67,7 @@ def from_pretrained(
         source: a registered name (the manifest says where its weights are; its sources are tried in turn), a directory
             with config.json and weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or
             this package's layout.
-        model: the registered model a bare weights file without config.json holds.
+        model: the registered model that weights without a config.json are of.
         num_classes: another number of classes than the checkpoint's; the heads are then made anew.
         img_size: another input size in pixels, one number or (height, width); positions are interpolated.
         revision: branch, tag or commit of a Hub repository.
@@ -88,13 +88,13 @@ def from_pretrained(
         return _build(located, changes, access).to(device=device, dtype=dtype or torch.float32).eval()
 
     name, path = os.fspath(source), Path(source)
-    if isinstance(source, str) and name in load_manifest() and not (model is not None and path.exists()):
+    if isinstance(source, str) and name in load_manifest() and model in (None, name):
         return _from_manifest(load_manifest()[name], access, build)
     if path.exists():
         return build(_locate_path(path, model))
     is_file = path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES
     if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:
-        return build(_locate_repo(name, access))
+        return build(_locate_repo(name, access, model))
     if os.sep in name or path.suffix:
         raise UnknownModelError(f"{name!r} is neither a file or directory here nor a Hub repository (owner/name)")
     raise unknown_model(name)
@@ -132,7 +132,8 @@ def load_source(checkpoint: Checkpoint, source: Source, access: Access) -> tuple
 
 
 def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Located:
-    description = describe_registered(checkpoint.name)
+    # with the layout named, the file must be exactly this model: no other number of classes, no other size
+    description = replace(describe_registered(checkpoint.name), layout=source.layout)
     if source.repo is not None:
         at = access.at(source.revision)
         weights = _hub_weights(source.repo, at)
@@ -155,21 +156,24 @@ def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Lo
     )
 
 
-def _locate_repo(repo_id: str, access: Access) -> Located:
+def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:
     """A Hub repository; one the manifest knows gets the authors' transform, labels and recorded digest."""
     known = find_repo(repo_id)
-    if known is not None:
-        checkpoint, source = known
-        return _locate_source(checkpoint, source, access)
-    config = fetch.hub_file(repo_id, CONFIG_NAME, access)
-    # the rest from the same commit, also if the branch moves in between
-    access = replace(access, revision=fetch.commit_of(config) or access.revision)
-    data = read_json(config)
-    processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
+    if known is not None and model in (None, known[0].name):
+        return _locate_source(*known, access)
+    if model is not None:
+        description = describe_bare(model)
+    else:
+        config = fetch.hub_file(repo_id, CONFIG_NAME, access)
+        # the rest from the same commit, also if the branch moves in between
+        access = replace(access, revision=fetch.commit_of(config) or access.revision)
+        data = read_json(config)
+        processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
+        description = read_config(data, None if processor is None else read_json(processor))
     weights = _hub_weights(repo_id, access)
     return Located(
         weights=weights,
-        description=read_config(data, None if processor is None else read_json(processor)),
+        description=description,
         source=repo_id,
         digest=fetch.etag_digest(weights),
         revision=fetch.commit_of(weights),
@@ -198,10 +202,7 @@ def _locate_path(path: Path, model: str | None) -> Located:
         path = found[0]
     config, processor = folder / CONFIG_NAME, folder / PROCESSOR_NAME
     if model is not None:
-        description = describe_registered(model)
-        # another training of the same model: nothing but its shape is known
-        origin = Origin(name=model, preprocessing=description.origin.preprocessing)
-        description = replace(description, origin=origin)
+        description = describe_bare(model)
     elif config.is_file():
         description = read_config(read_json(config), read_json(processor) if processor.is_file() else None)
     else:

@@ -17,6 +17,7 @@ else:
     import tomli as tomllib
 
 SCHEMA = 1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Crop ratios that published checkpoints were evaluated with.
 _USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
 
@@ -35,8 +36,8 @@ class Preprocessing:
     resize: int | tuple[int, int]
     crop: tuple[int, int]
     interpolation: str = "bicubic"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:

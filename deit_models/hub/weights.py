@@ -8,6 +8,7 @@ import logging
 import pickle
 import re
 import struct
+import threading
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,6 +26,7 @@ from .fetch import Access
 from .layouts import Mapped, tell_naming, to_native
 
 logger = logging.getLogger(__name__)
+_unpickling = threading.Lock()
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
 # Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
@@ -112,7 +114,8 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
     Raises: CheckpointError: truncated, holds other objects, or no state dict where expected.
     """
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        # torch's list of allowed classes is one for all threads
+        with _unpickling, torch.serialization.safe_globals([argparse.Namespace]):
             data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
