@@ -40,6 +40,8 @@ class Origin:
         preprocessing: the evaluation transform of these weights.
         class_names: a name for each logit, where the checkpoint brings them.
         dataset: what the weights were trained on; None for random weights.
+        top1: accuracy of these very weights on that data's test images, in percent, where it is known.
+        top5: likewise.
         licence: SPDX identifier of the weights.
         source: where the weights came from; None for random weights.
         revision: commit of the Hub repository they came from.
@@ -50,6 +52,8 @@ class Origin:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     dataset: str | None = None
+    top1: float | None = None
+    top5: float | None = None
     licence: str | None = None
     source: str | None = None
     revision: str | None = None

@@ -30,9 +30,8 @@ TRANSFORMERS_FIELDS = {
     "norm_eps": "layer_norm_eps",
 }
 # The options timm's DeiT takes under our own names, and those of its that change no weight and no output.
-TIMM_OPTIONS = (
-    *("img_size", "patch_size", "in_chans", "embed_dim", "depth", "num_heads", "mlp_ratio", "qkv_bias"),
-    "dynamic_img_size",
+TIMM_OPTIONS = tuple(
+    "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias dynamic_img_size".split()
 )
 _TIMM_IGNORED = {"drop_rate", "drop_path_rate", "attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "num_classes"}
 
@@ -58,6 +57,8 @@ def describe_registered(name: str) -> Description:
         preprocessing=default_preprocessing(name, spec.config.image_hw),
         class_names=known.class_names,
         dataset=known.dataset,
+        top1=known.top1,
+        top5=known.top5,
         licence=known.licence,
     )
     return Description(config=spec.config, origin=origin, family=spec.family)
@@ -113,8 +114,7 @@ def _read_native(data: Mapping[str, Any]) -> Description:
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=_class_names(data.get("id2label")),
-        dataset=data.get("dataset"),
-        licence=data.get("licence"),
+        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence")},
     )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 

@@ -59,14 +59,12 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
 
     Raises: NoSuchFileError: the repository lacks it. FetchError: anything else, with the reason and what to do.
     """
-    for attempt in range(ATTEMPTS):
+    for attempt in range(ATTEMPTS - 1):
         try:
             return _hub_file(repo_id, filename, access)
         except TransientError as error:
-            if attempt == ATTEMPTS - 1:
-                raise
             wait(attempt, error)
-    raise AssertionError("unreachable")
+    return _hub_file(repo_id, filename, access)
 
 
 # What a refusal of the Hub means for the user; the first class that fits decides.

@@ -234,10 +234,13 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     model.load_state_dict(state, strict=not remade, assign=True)
     if remade:
         model.reset_heads()
+    known = description.origin
     model.origin = replace(
-        description.origin,
-        preprocessing=description.origin.preprocessing.at_size(model.config.image_hw),
-        class_names=None if remade else description.origin.class_names,
+        known,
+        preprocessing=known.preprocessing.at_size(model.config.image_hw),
+        class_names=None if remade else known.class_names,
+        top1=None if changes else known.top1,  # measured on the unchanged model
+        top5=None if changes else known.top5,
         source=located.source,
         revision=located.revision,
         sha256=sha256,

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from ..errors import ConfigError, FetchError
 from ..models.layers import ImageClassifier, Layout
-from ..registry import Origin, model_info, model_spec
+from ..registry import Origin, model_spec
+from .card import model_card
 from .configs import CONFIG_FORMAT, PIL_FILTERS, TIMM_OPTIONS, TRANSFORMERS_FIELDS
 from .fetch import atomic_write, first_line
 from .layouts import Naming, from_native
@@ -76,6 +77,7 @@ def push_to_hub(
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
             has_card = api.file_exists(repo.repo_id, "README.md")
+            Path(folder, "README.md").write_text(model_card(model, layout, repo_id=repo.repo_id), encoding="utf-8")
             api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=folder,
@@ -127,7 +129,8 @@ def _write_native(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
     }
     if origin.class_names is not None:
         data["id2label"] = dict(_id2label(origin.class_names))
-    return data | {key: value for key in ("dataset", "licence") if (value := getattr(origin, key)) is not None}
+    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence")}
+    return data | {key: value for key, value in facts.items() if value is not None}
 
 
 def _write_timm(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
@@ -202,49 +205,3 @@ def _write_processor(spec: Preprocessing) -> dict[str, Any]:
 
 def _id2label(names: tuple[str, ...]) -> list[tuple[str, str]]:
     return [(str(index), name) for index, name in enumerate(names)]
-
-
-_USE = {
-    "native": "import deit_models\n\nmodel = deit_models.from_pretrained({repo!r})",
-    "timm": "import timm\n\nmodel = timm.create_model({timm_repo!r}, pretrained=True)",
-    "transformers": "from transformers import pipeline\n\nclassify = pipeline('image-classification', {repo!r})",
-}
-
-
-def model_card(model: ImageClassifier, layout: Layout) -> str:
-    """A README.md for the Hub: front matter with licence, tags and base model, and what is known of the weights."""
-    origin = model.origin
-    if origin is None:
-        raise ConfigError("this model has no origin; build it with create_model or load it with from_pretrained")
-    info = model_info(origin.name) if origin.name in load_manifest() else None
-    front = [
-        "---",
-        f"library_name: {layout if layout != 'native' else 'deit-models'}",
-        "pipeline_tag: image-classification",
-    ]
-    if origin.licence is not None:
-        front.append(f"license: {origin.licence.lower()}")
-    front += ["tags:", "- image-classification", f"- {model.family}", "- deit-models"]
-    if origin.revision is not None:  # from the Hub; a file here or a plain address is no repository
-        front.append(f"base_model: {origin.source}")
-    if origin.dataset is not None:
-        front += ["datasets:", f"- {origin.dataset.lower()}"]
-    height, width = model.config.image_hw
-    spec = origin.preprocessing
-    lines = [
-        f"# {origin.name}",
-        "",
-        f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
-        f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
-        "",
-        f"- Weights: {origin.source or 'random, not trained'}"
-        + (f" (SHA-256 {origin.sha256})" if origin.sha256 else ""),
-        f"- Trained on: {origin.dataset or 'not recorded'}",
-        f"- Evaluation transform: resize {spec.resize}, centre crop {height}x{width}, {spec.interpolation}, "
-        f"mean {list(spec.mean)}, std {list(spec.std)}",
-    ]
-    if info is not None and info.paper is not None:
-        lines.append(f"- Paper: {info.paper}")
-    use = _USE[layout].format(repo="owner/name", timm_repo="hf_hub:owner/name")
-    lines += ["", "## Use", "", "```python", use, "```"]
-    return "\n".join([*front, "---", "", *lines, ""])

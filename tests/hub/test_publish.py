@@ -346,6 +346,24 @@ def test_card_of_random_weights_claims_nothing():
     assert "random, not trained" in publish.model_card(make(), "native")
 
 
+def test_card_states_the_accuracy_of_unchanged_weights_only(tiny, tmp_path):
+    tiny.origin = replace(tiny.origin, dataset="CIFAR-10", top1=81.5, top5=99.1)
+    tiny.save_pretrained(tmp_path)
+    same, changed = from_pretrained(tmp_path), from_pretrained(tmp_path, num_classes=3)
+    results = ModelCard(publish.model_card(same, "native")).data.eval_results
+    assert [(r.metric_name, r.metric_value, r.dataset_name) for r in results] == [
+        ("top-1", 81.5, "CIFAR-10"),
+        ("top-5", 99.1, "CIFAR-10"),
+    ]
+    assert not ModelCard(publish.model_card(changed, "native")).data.eval_results
+    assert "81.5" not in publish.model_card(changed, "native")
+
+
+def test_pushed_card_names_the_repository(hub, tiny):
+    tiny.push_to_hub("tester/named")
+    assert "from_pretrained('tester/named')" in hub.files("tester/named")["README.md"].decode()
+
+
 def test_files_and_addresses_are_no_base_model(tiny):
     for source in ("weights/deit.safetensors", "https://example.org/deit.pth", "runs/last"):
         tiny.origin = replace(tiny.origin, source=source, revision=None)

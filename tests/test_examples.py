@@ -1,0 +1,67 @@
+"""The examples run as they are."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import deit_models
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run(script: str, *arguments: object) -> str:
+    """What an example prints, run as a user would, without network."""
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture
+def tiny_cifar(tmp_path: Path) -> Path:
+    """Two classes that differ in brightness, as JPEG files of 32 pixels."""
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 24), ("test", 8)):
+        for label, level in (("dark", 40), ("light", 200)):
+            folder = tmp_path / "data" / split / label
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(level - 30, level + 30, (32, 32, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(folder / f"{i}.jpg")
+    return tmp_path / "data"
+
+
+def test_training_example_resumes_and_saves_a_model_that_learned(tiny_cifar: Path, tmp_path: Path) -> None:
+    options = [tiny_cifar, "--out", tmp_path / "out", "--batch-size", 8, "--warmup-epochs", 1, "--lr", 3e-3]
+    run("train_cifar10.py", *options, "--epochs", 3)
+    printed = run("train_cifar10.py", *options, "--epochs", 3)  # nothing left to do: saves and scores again
+    assert "epoch" not in printed
+    assert "100.00 % of all 16 test images" in printed
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    model = deit_models.from_pretrained(tmp_path / "out" / "model")
+    assert model.origin.class_names == ("dark", "light")
+    assert model.head.weight.dtype == torch.float32  # stored as float16
+
+
+def test_photo_example_names_classes_of_the_demo_photograph_offline() -> None:
+    pytest.importorskip("skimage")
+    lines = run("classify_photo.py").splitlines()
+    assert lines[0].endswith("Chelsea the cat")
+    labels = {line.split()[1] for line in lines[1:]}
+    assert len(labels) == 3
+    assert labels <= set(deit_models.model_info("deit_micro_patch4_32").class_names)
+
+
+def test_photo_example_takes_files(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 48), "green").save(tmp_path / "ein grünes Bild.png")
+    lines = run("classify_photo.py", tmp_path / "ein grünes Bild.png").splitlines()
+    assert lines[0] == str(tmp_path / "ein grünes Bild.png")
+    assert len(lines) == 4

@@ -1,0 +1,73 @@
+"""The checkpoints in weights/ are what the manifest says: digest, labels, accuracy on the test images."""
+
+import io
+import tarfile
+from collections import defaultdict
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import deit_models
+from deit_models.hub.manifest import load_manifest, weights_dir
+
+ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10_jpeg.tar.gz"
+SHIPPED = [c.name for c in load_manifest().values() if any(source.file for source in c.sources)]
+MAX_BYTES = 12_000_000
+
+
+def test_something_is_shipped() -> None:
+    assert "deit_micro_patch4_32" in SHIPPED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_file_is_small_and_loads_offline(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    info = deit_models.model_info(name)
+    source = info.sources[0]
+    assert (weights_dir() / source.file).stat().st_size <= MAX_BYTES
+    assert len(source.sha256) == 64  # so that every load compares it
+    model = deit_models.from_pretrained(name, local_files_only=True)
+    assert model.origin.sha256 == source.sha256
+    assert len(model.origin.class_names) == model.num_classes == info.num_classes
+    assert not model.training
+
+
+def test_every_weights_file_is_in_the_manifest() -> None:
+    listed = {source.file for c in load_manifest().values() for source in c.sources if source.file}
+    assert {path.name for path in weights_dir().glob("*.safetensors")} == listed
+
+
+def accuracy(name: str, per_class: int) -> float:
+    """Top-1 in percent over the first test images of each class, through the model's own transform."""
+    model = deit_models.from_pretrained(name)
+    transform, labels = deit_models.transform_for(model), model.origin.class_names
+    seen: dict[str, int] = defaultdict(int)
+    images, targets = [], []
+    with tarfile.open(ARCHIVE) as archive:
+        for member in archive:
+            parts = Path(member.name).parts
+            if not member.isfile() or "test" not in parts or seen[parts[-2]] >= per_class:
+                continue
+            seen[parts[-2]] += 1
+            images.append(transform(Image.open(io.BytesIO(archive.extractfile(member).read()))))
+            targets.append(labels.index(parts[-2]))
+    assert dict(seen) == dict.fromkeys(labels, per_class)
+    with torch.inference_mode():
+        found = torch.cat([model(batch).argmax(1) for batch in torch.stack(images).split(500)])
+    return 100 * float((found == torch.tensor(targets)).float().mean())
+
+
+@pytest.mark.skipif(not ARCHIVE.exists(), reason="needs the JPEG copy of CIFAR-10 in ../shared/data")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_accuracy_on_some_test_images_is_near_the_recorded_one(name: str) -> None:
+    recorded = deit_models.model_info(name).top1
+    assert accuracy(name, 50) == pytest.approx(recorded, abs=6)  # 500 images: a standard error of about 2 points
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not ARCHIVE.exists(), reason="needs the JPEG copy of CIFAR-10 in ../shared/data")
+@pytest.mark.parametrize("name", SHIPPED)
+def test_accuracy_on_all_test_images_is_the_recorded_one(name: str) -> None:
+    assert accuracy(name, 1000) == pytest.approx(deit_models.model_info(name).top1, abs=0.05)
