@@ -6,7 +6,7 @@ import argparse
 import json
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -22,22 +22,20 @@ EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; gives the exit status: 0 fine, 1 a failure that was explained, 2 wrong usage (from argparse)."""
-    args = build_parser().parse_args(argv)
-    logging.basicConfig(format="%(message)s", level=logging.WARNING)
-    if not sys.stderr.isatty() and args.uses_hub:
-        from huggingface_hub.utils.tqdm import disable_progress_bars
-
-        disable_progress_bars()
     try:
+        args = build_parser().parse_args(argv)
+        logging.basicConfig(format="%(message)s", level=logging.WARNING)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except DeitModelsError as error:
-        print(f"deit-models: {error}", file=sys.stderr)
-        return EXIT_FAILED
     except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
-        sys.stdout = None
+        sys.stdout = None  # or the interpreter would try to write the rest at its end
         return EXIT_OK
+    except (DeitModelsError, OSError) as error:
+        print(f"deit-models: {error}", file=sys.stderr)
+        if not isinstance(error, DeitModelsError):
+            sys.stdout = None  # it may be what cannot be written
+        return EXIT_FAILED
     except KeyboardInterrupt:
         print("deit-models: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -46,7 +44,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`."""
     parser = argparse.ArgumentParser(
-        prog="deit-models", description="Data-efficient image transformers: find, load, classify, convert."
+        prog="deit-models",
+        description="Data-efficient image transformers: find, load, classify, convert.",
+        epilog="example: deit-models predict photo.jpg",
     )
     parser.add_argument("--version", action="version", version=f"deit-models {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -55,15 +55,18 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _command(commands: Any, name: str, summary: str, example: str, *, uses_hub: bool) -> argparse.ArgumentParser:
+def _command(
+    commands: Any, name: str, summary: str, example: str, run: Callable[[argparse.Namespace], int] | None
+) -> argparse.ArgumentParser:
+    """Add a command's parser; `example` is what to type after `deit-models`."""
     parser: argparse.ArgumentParser = commands.add_parser(
         name,
         help=summary,
         description=f"{summary[0].upper()}{summary[1:]}.",
-        epilog=f"example: {example}",
+        epilog=f"example: deit-models {example}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.set_defaults(uses_hub=uses_hub)
+    parser.set_defaults(run=run)
     return parser
 
 
@@ -71,15 +74,11 @@ def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON for programs")
 
 
-# list and info
-
-
 def _add_list(commands: Any) -> None:
-    parser = _command(commands, "list", "list model names", "deit-models list 'deit_*distilled*'", uses_hub=False)
+    parser = _command(commands, "list", "list model names", "list 'deit_*distilled*'", _run_list)
     parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, default all")
     parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
     _add_json(parser)
-    parser.set_defaults(run=_run_list)
 
 
 def _run_list(args: argparse.Namespace) -> int:
@@ -94,11 +93,10 @@ def _run_list(args: argparse.Namespace) -> int:
 
 
 def _add_info(commands: Any) -> None:
-    example = "deit-models info deit_tiny_patch16_224"
-    parser = _command(commands, "info", "show what is known of a model", example, uses_hub=False)
+    example = "info deit_tiny_patch16_224"
+    parser = _command(commands, "info", "show what is known of a model", example, _run_info)
     parser.add_argument("model", help="a name from `deit-models list`")
     _add_json(parser)
-    parser.set_defaults(run=_run_info)
 
 
 def _run_info(args: argparse.Namespace) -> int:
@@ -110,6 +108,7 @@ def _run_info(args: argparse.Namespace) -> int:
 def _describe(info: Checkpoint) -> str:
     spec = info.preprocessing
     resize = f"shorter side to {spec.resize}" if isinstance(spec.resize, int) else "to {}x{}".format(*spec.resize)
+    top5 = "" if info.top5 is None else f", {info.top5} % top-5"
     rows = {
         "family": info.family + (", distilled" if info.distilled else ""),
         "paper": info.paper,
@@ -117,9 +116,7 @@ def _describe(info: Checkpoint) -> str:
         "MACs": f"{info.macs / 1e9:.2f} G",
         "input": f"{info.input_size}x{info.input_size}",
         "classes": info.num_classes,
-        "accuracy": None
-        if info.top1 is None
-        else f"{info.top1} % top-1" + (f", {info.top5} % top-5" if info.top5 else ""),
+        "accuracy": None if info.top1 is None else f"{info.top1} % top-1{top5}",
         "measured on": info.dataset,
         "licence": info.licence,
         "transform": f"resize {resize} ({spec.interpolation}), centre crop {spec.crop[0]}x{spec.crop[1]}",
@@ -130,29 +127,33 @@ def _describe(info: Checkpoint) -> str:
     return "\n".join(lines + [f"  {'weights' if i == 0 else '':<12}{source}" for i, source in enumerate(info.sources)])
 
 
-# predict
-
-
 def _add_predict(commands: Any) -> None:
-    example = "deit-models predict photos/ --model deit_small_patch16_224 --format csv --output labels.csv"
-    parser = _command(commands, "predict", "classify images", example, uses_hub=True)
+    example = "predict photos/ --model deit_small_patch16_224 --format csv --output labels.csv"
+    parser = _command(commands, "predict", "classify images", example, _run_predict)
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
-    _add_loading(parser, default_model=True)
+    parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
+    _add_loading(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
     parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding processes, default 0: this one")
-    parser.add_argument("--device", help="cpu, cuda, mps, ...; default: the GPU if there is one")
-    parser.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
+    parser.add_argument("--device", type=_device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
+    written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
-    parser.set_defaults(run=_run_predict)
 
 
-def _add_loading(parser: argparse.ArgumentParser, *, default_model: bool) -> None:
-    if default_model:
-        text = (
-            "a name, a folder, a weights file or a Hub repository; default: the checkpoint that comes with the package"
-        )
-        parser.add_argument("--model", help=text)
+def _device(name: str) -> str:
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {name!r} on this machine; the CPU is 'cpu'") from error
+    return name
+
+
+def _add_loading(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--cache-dir", type=Path, help="where to keep downloads")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
@@ -174,7 +175,8 @@ def _run_predict(args: argparse.Namespace) -> int:
     # newline="": the csv module ends lines itself
     opened = args.output.open("w", encoding="utf-8", newline="") if args.output is not None else nullcontext(sys.stdout)
     with opened as stream:
-        summary = write_results(_with_progress(results, len(paths)), stream, format=args.format)
+        shown = _with_progress(results, len(paths), on_screen=stream.isatty())
+        summary = write_results(shown, stream, format=args.format)
     if summary.failed:
         print(f"deit-models: {len(summary.failed)} of {len(paths)} images could not be read:", file=sys.stderr)
         for result in summary.failed:
@@ -182,29 +184,24 @@ def _run_predict(args: argparse.Namespace) -> int:
     return EXIT_FAILED if summary.failed else EXIT_OK
 
 
-def _with_progress(results: Iterator[Any], total: int) -> Iterator[Any]:
-    """A bar on a terminal for more images than fit one batch; none in a pipe."""
+def _with_progress(results: Iterator[Any], total: int, *, on_screen: bool) -> Iterator[Any]:
+    """A bar on a terminal, unless the results appear there; none in a pipe."""
     from huggingface_hub.utils.tqdm import tqdm
 
-    wanted = sys.stderr.isatty() and not sys.stdout.isatty() and total > 1
+    wanted = sys.stderr.isatty() and not on_screen and total > 1
     return iter(tqdm(results, total=total, unit="image", disable=not wanted))  # type: ignore[no-untyped-call]
 
 
-# convert
-
-
 def _add_convert(commands: Any) -> None:
-    example = "deit-models convert deit_tiny.pth out/ --model deit_tiny_patch16_224 --layout transformers"
-    parser = _command(commands, "convert", "write a checkpoint in another layout", example, uses_hub=True)
+    example = "convert deit_tiny.pth out/ --model deit_tiny_patch16_224 --layout transformers"
+    parser = _command(commands, "convert", "write a checkpoint in another layout", example, _run_convert)
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
     parser.add_argument("destination", type=Path, help="folder to write")
     parser.add_argument("--layout", choices=["native", "timm", "transformers"], default="native", help="default native")
     parser.add_argument("--model", help="the model that a bare weights file holds")
-    parser.add_argument(
-        "--dtype", choices=["float32", "float16", "bfloat16"], default="float32", help="default float32"
-    )
-    _add_loading(parser, default_model=False)
-    parser.set_defaults(run=_run_convert)
+    dtypes = ["float32", "float16", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
+    _add_loading(parser)
 
 
 def _run_convert(args: argparse.Namespace) -> int:
@@ -218,41 +215,26 @@ def _run_convert(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-# cache
-
-
 def _add_cache(commands: Any) -> None:
-    cache = _command(
-        commands, "cache", "list, verify, clear or record downloaded weights", "deit-models cache verify", uses_hub=True
-    )
-    actions = cache.add_subparsers(required=True, metavar="ACTION")
-    listing = _command(actions, "list", "show the weights in the cache", "deit-models cache list", uses_hub=True)
-    listing.set_defaults(run=_run_cache_list)
-    verify = _command(
-        actions, "verify", "hash the cached weights and compare", "deit-models cache verify", uses_hub=True
-    )
-    verify.set_defaults(run=_run_cache_verify)
-    clear = _command(
-        actions, "clear", "remove cached weights", "deit-models cache clear deit_tiny_patch16_224", uses_hub=True
-    )
-    chosen = clear.add_mutually_exclusive_group(required=True)
-    chosen.add_argument("name", nargs="?", help="a model or a Hub repository")
-    chosen.add_argument("--all", action="store_true", help="everything this package put there")
-    clear.set_defaults(run=_run_cache_clear)
-    for parser in (listing, verify, clear):
-        _add_json(parser)
-    record = _command(
-        actions,
-        "record",
-        "download every published copy and write digests, revisions and first logits into the manifest (maintainers)",
-        "deit-models cache record deit_tiny_patch16_224",
-        uses_hub=True,
-    )
-    record.add_argument("names", nargs="*", help="models, default all")
-    record.add_argument("--manifest", type=Path, help="manifest.toml to write, default the installed one")
-    record.set_defaults(run=_run_cache_record)
-    for parser in (listing, verify, clear, record):
-        parser.add_argument("--cache-dir", type=Path, help="where downloads are kept")
+    summary = "list, verify, clear or record downloaded weights"
+    actions = _command(commands, "cache", summary, "cache verify", None).add_subparsers(required=True, metavar="ACTION")
+    recorded = "digests, revisions and first logits into the manifest (maintainers)"
+    parsers = {}
+    for name, text, example, run in (
+        ("list", "show the weights in the cache", "", _run_cache_list),
+        ("verify", "hash the cached weights and compare", "", _run_cache_verify),
+        ("clear", "remove cached weights", " deit_tiny_patch16_224", _run_cache_clear),
+        ("record", f"download every published copy and write {recorded}", " deit_tiny_patch16_224", _run_cache_record),
+    ):
+        parsers[name] = _command(actions, name, text, f"cache {name}{example}", run)
+        parsers[name].add_argument("--cache-dir", type=Path, help="where downloads are kept")
+    for name in ("list", "verify", "clear"):
+        _add_json(parsers[name])
+    chosen = parsers["clear"].add_mutually_exclusive_group(required=True)
+    chosen.add_argument("name", nargs="?", help="a model, or a Hub repository or URL")
+    chosen.add_argument("--all", action="store_true", help="all that `cache list` shows, and broken-off downloads")
+    parsers["record"].add_argument("names", nargs="*", help="models, default all")
+    parsers["record"].add_argument("--manifest", type=Path, help="manifest.toml to write, default the installed one")
 
 
 def _run_cache_list(args: argparse.Namespace) -> int:

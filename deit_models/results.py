@@ -1,4 +1,4 @@
-"""What classification gives, and how it is written down: JSON lines or CSV. Needs no torch."""
+"""What classification gives, and how it is written down: text, JSON lines or CSV. Needs no torch."""
 
 from __future__ import annotations
 
@@ -41,16 +41,21 @@ class Summary(NamedTuple):
     failed: tuple[ImageResult, ...]
 
 
-def write_results(results: Iterable[ImageResult], stream: TextIO, *, format: Literal["jsonl", "csv"]) -> Summary:  # noqa: A002
+def write_results(
+    results: Iterable[ImageResult],
+    stream: TextIO,
+    *,
+    format: Literal["text", "jsonl", "csv"],  # noqa: A002
+) -> Summary:
     """Write results as they come, and count them.
 
-    "jsonl" gives a line {"file", "predictions": [{"label", "probability", "index"}]} or {"file", "error"} an image;
-    "csv" a line a prediction, with the columns file, rank (from 1), label, index, probability, error.
+    "text" gives a file's name and then a line a prediction, and leaves out files that failed; "jsonl" a line {"file",
+    "predictions": [{"label", "probability", "index"}]} or {"file", "error"} an image; "csv" a line a prediction, with
+    the columns file, rank (from 1), label, index, probability, error.
     Raises: ConfigError: another format.
     """
-    if format not in ("jsonl", "csv"):
-        raise ConfigError(f"format={format!r}; expected 'jsonl' or 'csv'")
-    # Names that are not valid Unicode must not stop the run: JSON escapes them by itself
+    if format not in ("text", "jsonl", "csv"):
+        raise ConfigError(f"format={format!r}; expected 'text', 'jsonl' or 'csv'")
     table = csv.writer(stream, lineterminator="\n") if format == "csv" else None
     if table is not None:
         table.writerow(["file", "rank", "label", "index", "probability", "error"])
@@ -59,11 +64,18 @@ def write_results(results: Iterable[ImageResult], stream: TextIO, *, format: Lit
         if table is not None:
             table.writerows(_rows(result))
         else:
-            stream.write(json.dumps(_record(result)) + "\n")
+            stream.write(_text(result) if format == "text" else json.dumps(_record(result)) + "\n")
         stream.flush()
         classified += result.error is None
         failed += [result] if result.error is not None else []
     return Summary(classified, tuple(failed))
+
+
+def _text(result: ImageResult) -> str:
+    if result.error is not None:
+        return ""
+    predictions = (f"  {100 * p.probability:6.2f} %  {p.label}\n" for p in result.predictions)
+    return f"{_writable(result.source)}\n{''.join(predictions)}"
 
 
 def _record(result: ImageResult) -> dict[str, object]:
@@ -73,7 +85,12 @@ def _record(result: ImageResult) -> dict[str, object]:
 
 
 def _rows(result: ImageResult) -> list[list[object]]:
-    file, error = (text.encode("utf-8", "backslashreplace").decode() for text in (result.source, result.error or ""))
+    file, error = _writable(result.source), _writable(result.error or "")
     if result.error is not None:
         return [[file, "", "", "", "", error]]
     return [[file, rank, p.label, p.index, p.probability, ""] for rank, p in enumerate(result.predictions, start=1)]
+
+
+def _writable(name: str) -> str:
+    """A name that is not valid Unicode must not stop the run; JSON escapes it by itself."""
+    return name.encode("utf-8", "backslashreplace").decode()

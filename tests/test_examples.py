@@ -65,3 +65,16 @@ def test_photo_example_takes_files(tmp_path: Path) -> None:
     lines = run("classify_photo.py", tmp_path / "ein grünes Bild.png").splitlines()
     assert lines[0] == str(tmp_path / "ein grünes Bild.png")
     assert len(lines) == 4
+
+
+def test_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
+    code = [cell for cell in cells if cell["cell_type"] == "code"]
+    namespace: dict[str, object] = {}
+    for cell in code:
+        assert not cell["outputs"]
+        exec("".join(cell["source"]), namespace)
+    assert namespace["adapted"].num_classes == 37
+    assert eval("".join(code[-1]["source"]).splitlines()[-1], namespace) is True

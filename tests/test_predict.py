@@ -400,7 +400,7 @@ def test_rows_are_written_as_they_come(tmp_path: Path, form: str) -> None:
 
 
 def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="format='xml'; expected 'jsonl' or 'csv'"):
+    with pytest.raises(ConfigError, match="format='xml'; expected 'text', 'jsonl' or 'csv'"):
         write_results([], io.StringIO(), format="xml")
 
 

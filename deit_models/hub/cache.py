@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from huggingface_hub import CachedRepoInfo, scan_cache_dir
+from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from ..errors import DeitModelsError, IntegrityError, UnknownModelError
+from ..errors import DeitModelsError, FetchError, UnknownModelError
 from . import fetch
 from .configs import read_config
 from .fetch import Access
@@ -58,12 +58,18 @@ def cached_files(cache_dir: str | os.PathLike[str] | None = None) -> list[Cached
 
 def _hub_files(access: Access) -> Iterator[CachedFile]:
     try:
-        cache = scan_cache_dir(None if access.cache_dir is None else Path(access.cache_dir))
+        cache = scan_cache_dir(_hub_cache(access.cache_dir))
     except CacheNotFound:
         return
+    except ValueError as error:
+        raise FetchError(f"{access.cache_dir} is a file; expected the folder of a cache") from error
     for repo in sorted(cache.repos, key=lambda repo: repo.repo_id):
         if repo.repo_type == "model":
             yield from _repo_files(repo)
+
+
+def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
+    return Path(constants.HF_HUB_CACHE if cache_dir is None else cache_dir)
 
 
 def _repo_files(repo: CachedRepoInfo) -> Iterator[CachedFile]:
@@ -124,34 +130,30 @@ def _converted(access: Access) -> Iterator[CachedFile]:
     for path in sorted(fetch.assets_dir("converted", access).glob("*.safetensors")):
         try:
             record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            record = {}
-        source = record.get("source", path.name)
+            source, digest = record["source"], record["sha256"]
+        except (OSError, ValueError, LookupError, TypeError):
+            source, digest = path.name, None
         yield CachedFile(
             model=next((c.name for c in load_manifest().values() if source in map(str, c.sources)), None),
             source=source,
             kind="converted",
             path=path,
             size_bytes=path.stat().st_size,
-            digest=record.get("sha256"),
+            digest=digest,
         )
 
 
 def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Verdict]:
     """Hash every cached weights file and compare; nothing is removed."""
     for file in cached_files(cache_dir):
-        try:
-            known = fetch.check_digest(file.path, file.digest)
-        except IntegrityError:
-            yield Verdict(file, ok=False, sha256=fetch.sha256_of(file.path))
-        else:
-            yield Verdict(file, ok=None if known is None else True, sha256=known or fetch.sha256_of(file.path))
+        sha256 = fetch.sha256_of(file.path)
+        yield Verdict(file, ok=None if file.digest is None else sha256.startswith(file.digest), sha256=sha256)
 
 
 def clear_cache(name: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> list[CachedFile]:
     """Remove cached weights, of one model or repository or all of them; gives what was removed.
 
-    Hub repositories of other libraries stay.
+    Hub repositories of other libraries stay; broken-off downloads go along with all.
     Raises: UnknownModelError: nothing of that name is in the cache.
     """
     files = [file for file in cached_files(cache_dir) if name is None or name in (file.model, file.source)]
@@ -159,9 +161,12 @@ def clear_cache(name: str | None = None, cache_dir: str | os.PathLike[str] | Non
         raise UnknownModelError(f"nothing of {name!r} is in the cache; `deit-models cache list` shows what is")
     revisions = {file.revision for file in files if file.revision is not None}
     if revisions:
-        scan_cache_dir(None if cache_dir is None else Path(cache_dir)).delete_revisions(*revisions).execute()
+        scan_cache_dir(_hub_cache(cache_dir)).delete_revisions(*revisions).execute()
     for file in files:
         if file.kind != "hub":
             file.path.unlink(missing_ok=True)
             file.path.with_suffix(".json").unlink(missing_ok=True)
+    if name is None:
+        for part in fetch.assets_dir("downloads", Access(cache_dir=cache_dir)).glob("*.part"):
+            part.unlink(missing_ok=True)
     return files

@@ -246,5 +246,5 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
         sha256=sha256,
     )
     if located.reference_logits is not None and not changes:
-        check_reference(model, located.reference_logits)
+        check_reference(model.float(), located.reference_logits)
     return model

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..errors import CheckpointError, DeitModelsError
+from ..config import nearest
+from ..errors import CheckpointError, DeitModelsError, ManifestError, UnknownModelError
 from .fetch import Access, atomic_write, sha256_of
 from .load import load_source
 from .manifest import Checkpoint, Source, parse_manifest
@@ -39,8 +40,8 @@ def record(
 ) -> list[Outcome]:
     """Download each source of each checkpoint, verify it, and write digest, revision and first logits to the manifest.
 
-    The copies of one model must agree in their logits, or none of them is recorded. The file is replaced after each
-    model, so that an interrupted run keeps what it found.
+    The copies of one model must agree in their logits: one that differs from the first that loads is not recorded. The
+    file is replaced after each model, so that an interrupted run keeps what it found.
 
     Args:
         manifest: the manifest.toml to read and to write.
@@ -48,13 +49,17 @@ def record(
         access: token and cache.
         report: called with each outcome as it comes.
 
-    Raises: ManifestError: the file is not a manifest.
+    Raises: ManifestError: the file is not a manifest. UnknownModelError: it lists no sources of a wanted model.
     """
     checkpoints = parse_manifest(manifest.read_text(encoding="utf-8"))
-    wanted = set(names) or set(checkpoints)
+    published = [checkpoint.name for checkpoint in checkpoints.values() if checkpoint.sources]
+    wanted = list(names) or published
+    for name in wanted:
+        if name not in published:
+            raise UnknownModelError(f"{manifest} lists no sources of {name!r}{nearest(name, published)}")
     outcomes: list[Outcome] = []
     for checkpoint in checkpoints.values():
-        if checkpoint.sources and checkpoint.name in wanted:
+        if checkpoint.name in wanted:
             facts, found = _facts(checkpoint, access or Access())
             outcomes += found
             if report is not None:
@@ -73,16 +78,18 @@ def _facts(checkpoint: Checkpoint, access: Access) -> tuple[dict[tuple[Source | 
     facts: dict[tuple[Source | None, str], Any] = {}
     outcomes: list[Outcome] = []
     reference: torch.Tensor | None = None
+    first = ""
     for source in checkpoint.sources:
         try:
             located, model = load_source(checkpoint, source, access)
             with torch.inference_mode():
-                logits = model.eval()(reference_input(model.config))[0, :NUM_LOGITS]
+                # float: a file may hold half precision
+                logits = model.float().eval()(reference_input(model.config))[0, :NUM_LOGITS]
             if reference is None:
-                reference = logits
+                reference, first = logits, str(source)
             difference = float((logits - reference).abs().max())
-            if difference > REFERENCE_TOLERANCE:
-                raise CheckpointError(f"logits differ from those of {checkpoint.sources[0]} by {difference:.3g}")
+            if not difference <= REFERENCE_TOLERANCE:
+                raise CheckpointError(f"logits differ from those of {first} by {difference:.3g}")
         except DeitModelsError as error:
             outcomes.append(Outcome(checkpoint.name, str(source), str(error)))
             continue
@@ -104,21 +111,28 @@ def set_value(text: str, model: str, source: Source | None, key: str, value: Any
         source: one of its sources, or None for the model's own table.
         key: replaced where it stands, otherwise put at the end of the table.
         value: a string or a list of numbers.
+
+    Raises: ManifestError: the manifest has no such table.
     """
-    line = f"{key} = {_toml(value)}"
     chunks = re.split(r"(?m)^(?=\[)", text)
     for index, chunk in enumerate(chunks):
         header, _, body = chunk.partition("\n")
         wanted = f"[model.{model}]" if source is None else f"[[model.{model}.source]]"
         place = None if source is None else f'"{source.file or source.repo or source.url}"'
-        if header.strip() == wanted and (place is None or place in body):
-            pattern = re.compile(rf"(?m)^{key} = .*$")
-            if pattern.search(chunk):
-                chunks[index] = pattern.sub(lambda _: line, chunk, count=1)
-            else:
-                chunks[index] = f"{chunk.rstrip()}\n{line}\n\n"
-            return "".join(chunks).rstrip() + "\n"
-    raise CheckpointError(f"the manifest has no table for {model}" + ("" if source is None else f" from {source}"))
+        if header.partition("#")[0].strip() == wanted and (place is None or place in body):
+            chunks[index] = _set_in_table(chunk, key, _toml(value))
+            return "".join(chunks)
+    raise ManifestError(f"the manifest has no table for {model}" + ("" if source is None else f" from {source}"))
+
+
+def _set_in_table(table: str, key: str, value: str) -> str:
+    there = re.compile(rf"""(?m)^{key}\s*=\s*(?:"[^"\n]*"|'[^'\n]*'|\[[^\]]*\])""")
+    if there.search(table):
+        return there.sub(lambda _: f"{key} = {value}", table, count=1)
+    # after the last key: comments at the end may belong to the next table
+    lines = table.splitlines()
+    last = max(i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
+    return "\n".join([*lines[: last + 1], f"{key} = {value}", *lines[last + 1 :], ""])
 
 
 def _toml(value: Any) -> str:

@@ -1,6 +1,6 @@
 """The manifest: what is refused and how, where it is found, and preprocessing at other sizes."""
 
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -145,3 +145,8 @@ def test_preprocessing_survives_plain_values(resize: int | tuple[int, int]) -> N
 def test_preprocessing_with_other_fields_is_refused(data: dict[str, object]) -> None:
     with pytest.raises(ConfigError, match="preprocessing has fields"):
         Preprocessing.from_dict(data)
+
+
+def test_downloads_have_file_names_of_their_own() -> None:
+    names = [PurePosixPath(s.url).name for c in load_manifest().values() for s in c.sources if s.url is not None]
+    assert len(names) == len(set(names))  # the cache keeps a plain download under its file name
