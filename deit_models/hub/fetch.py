@@ -31,6 +31,10 @@ class NoSuchFileError(FetchError):
     """The repository exists and has no such file at that revision."""
 
 
+class HubUnreachableError(FetchError):
+    """No connection to the Hub at all, so none to its other repositories either."""
+
+
 class TransientError(FetchError):
     """A failure that a second attempt may cure: a busy server, a lost connection."""
 
@@ -95,9 +99,11 @@ def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
     except hub_errors.LocalEntryNotFoundError as error:
         if access.offline:
             reason = "not in the cache, and offline; load it once with network, or pass a path"
-        else:
-            reason = f"{constants.ENDPOINT} cannot be reached, and the file is not in the cache"
-        raise FetchError(f"{where}: {reason}") from error
+            raise FetchError(f"{where}: {reason}") from error
+        # the client says the same of a server that answers with an error, which another repository may not meet
+        kind = FetchError if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else HubUnreachableError
+        reason = f"{constants.ENDPOINT} cannot be reached, and the file is not in the cache"
+        raise kind(f"{where}: {reason}") from error
     except Exception as error:
         for refusal, kind, reason in _REFUSALS:
             if isinstance(error, refusal):

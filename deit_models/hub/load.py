@@ -107,14 +107,14 @@ def _from_manifest(
     sources = [source for source in checkpoint.sources if access.revision is None or source.repo is not None]
     if not sources:
         wanted = f" at revision {access.revision}" if checkpoint.sources else ""
-        raise FetchError(
-            f"no weights of {checkpoint.name} are published{wanted}; "
-            f"create_model({checkpoint.name!r}) builds it with random weights"
-        )
+        advice = f"create_model({checkpoint.name!r}) builds it with random weights"
+        raise FetchError(f"no weights of {checkpoint.name} are published{wanted}; {advice}")
     failures: list[FetchError | CheckpointError] = []
     for source in sources:
+        # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
+        down = source.repo is not None and any(isinstance(failure, fetch.HubUnreachableError) for failure in failures)
         try:
-            return build(_locate_source(checkpoint, source, access))
+            return build(_locate_source(checkpoint, source, replace(access, local_files_only=True) if down else access))
         except (FetchError, CheckpointError) as error:
             failures.append(error)
             logger.warning("%s: %s", checkpoint.name, error)

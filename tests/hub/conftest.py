@@ -16,8 +16,15 @@ from hub_server import HubServer
 from huggingface_hub import constants, file_download, hf_api
 from huggingface_hub.utils import _http
 
+from deit_models.hub import fetch
+
 PREFIXES = ("HF_", "HUGGING", "TRANSFORMERS_")
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
+
+
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
 
 
 @dataclass

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 from hub_protocol import HTML_PAGE, sha256
+from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, SHAPE, answer, assert_same_answer, assert_same_state, published_files, refusal
 from tiny_models import tiny_model as make
@@ -34,11 +35,6 @@ from deit_models.models.deit import DeiT
 
 REPO = "me/model"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
 
 
 @pytest.fixture
@@ -411,6 +407,43 @@ def test_combined_error_names_each_source_and_its_reason(hub, publish, model):
     assert "me/gone/model.safetensors" in message
     assert "no such repository" in message
     assert f"{url}: the server answered 404" in message
+
+
+def test_unreachable_hub_is_asked_once_and_the_next_source_gives_the_weights(hub, publish, model, pth, monkeypatch):
+    asked = []
+    download = fetch.hf_hub_download
+
+    def without_network(repo, *args, **options):
+        asked.append((repo, options["local_files_only"]))
+        if not options["local_files_only"]:
+            raise LocalEntryNotFoundError("no connection") from ConnectionError("no route to host")
+        return download(repo, *args, **options)
+
+    monkeypatch.setattr(fetch, "hf_hub_download", without_network)
+    url = hub.add_file("authors.pth", pth)
+    publish(
+        model,
+        Source(repo="me/first", layout="timm"),
+        Source(repo="me/second", layout="timm"),
+        Source(url=url, layout="native", sha256_prefix=sha256(pth)[:8]),
+    )
+    assert_same_state(from_pretrained("toy").state_dict(), model.state_dict())
+    assert [repo for repo, offline in asked if not offline] == ["me/first"]
+
+
+def test_unreachable_hub_leaves_the_cached_copy_of_a_later_source(hub, publish, model, monkeypatch):
+    download = fetch.hf_hub_download
+    from_pretrained(REPO)  # now in the cache
+
+    def without_network(repo, *args, **options):
+        if not options["local_files_only"]:
+            raise LocalEntryNotFoundError("no connection") from ConnectionError("no route to host")
+        return download(repo, *args, **options)
+
+    monkeypatch.setattr(fetch, "hf_hub_download", without_network)
+    publish(model, Source(repo="me/first", layout="timm"), Source(repo=REPO, layout="native"))
+    assert_same_state(from_pretrained("toy").state_dict(), model.state_dict())
+    assert hub.count(match="me/first") == 0
 
 
 def test_combined_error_is_of_the_kind_of_all_its_reasons(hub, publish, model):

@@ -10,7 +10,6 @@ from toy_manifest import HEAD, put_in_force, register_toys, toy_table
 
 from deit_models import CheckpointError, FetchError, ManifestError, UnknownModelError, from_pretrained
 from deit_models.cli import main
-from deit_models.hub import fetch
 from deit_models.hub.fetch import Access
 from deit_models.hub.load import load_source
 from deit_models.hub.manifest import Source, parse_manifest
@@ -19,11 +18,6 @@ from deit_models.hub.reference import REFERENCE_TOLERANCE
 
 TIMM, HF = "timm/toy", "facebook/toy"
 WEIGHTS = "model.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def _impatient(monkeypatch):
-    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
 
 
 @pytest.fixture
