@@ -261,13 +261,10 @@ class DeiT(ImageClassifier):
         Raises: ConfigError: a block that does not exist.
         """
         depth = self.config.depth
-        wanted = list(range(depth - layers, depth)) if isinstance(layers, int) else [i % depth for i in layers]
-        if (
-            not wanted
-            or min(wanted) < 0
-            or (not isinstance(layers, int) and not all(-depth <= i < depth for i in layers))
-        ):
+        lowest, indices = (0, range(depth - layers, depth)) if isinstance(layers, int) else (-depth, layers)
+        if not indices or not all(lowest <= i < depth for i in indices):
             raise ConfigError(f"layers={layers}; this model has blocks 0 to {depth - 1}")
+        wanted = [i % depth for i in indices]
         grid, prefix = self._input_grid(x), self.config.num_prefix_tokens
         tokens, collected = self.forward_tokens(x), {}
         for i, block in enumerate(self.blocks):
