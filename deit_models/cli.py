@@ -106,8 +106,6 @@ def _run_info(args: argparse.Namespace) -> int:
 
 
 def _describe(info: Checkpoint) -> str:
-    spec = info.preprocessing
-    resize = f"shorter side to {spec.resize}" if isinstance(spec.resize, int) else "to {}x{}".format(*spec.resize)
     top5 = "" if info.top5 is None else f", {info.top5} % top-5"
     rows = {
         "family": info.family + (", distilled" if info.distilled else ""),
@@ -119,7 +117,7 @@ def _describe(info: Checkpoint) -> str:
         "accuracy": None if info.top1 is None else f"{info.top1} % top-1{top5}",
         "measured on": info.dataset,
         "licence": info.licence,
-        "transform": f"resize {resize} ({spec.interpolation}), centre crop {spec.crop[0]}x{spec.crop[1]}",
+        "transform": info.preprocessing,
         "note": info.note,
         "weights": "none published" if not info.sources else None,
     }

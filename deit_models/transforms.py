@@ -187,12 +187,7 @@ class EvalTransform:
 
     def __repr__(self) -> str:
         spec = self.preprocessing
-        resize = f"shorter side to {spec.resize}" if isinstance(spec.resize, int) else "to {}x{}".format(*spec.resize)
-        height, width = spec.crop
-        return (
-            f"EvalTransform(resize {resize} ({spec.interpolation}), centre crop {height}x{width}, "
-            f"mean {spec.mean}, std {spec.std})"
-        )
+        return f"EvalTransform({spec}, mean {spec.mean}, std {spec.std})"
 
 
 def transform_for(

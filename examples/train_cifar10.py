@@ -3,9 +3,9 @@
     python examples/train_cifar10.py path/to/cifar10 --out runs/cifar10
 
 The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. Images are 32 pixels, so all 60,000 fit in memory
-as bytes and are augmented a batch at a time. The last epoch's weights are kept: choosing the best
-epoch by test accuracy would flatter the figure. A second start with the same
-`--out` goes on after the last finished epoch. This is how the checkpoint in `weights/` was made; see its README.
+as bytes and are augmented a batch at a time. The last epoch's weights are kept: choosing the best epoch by test
+accuracy would flatter the figure. A second start with the same `--out` goes on after the last finished epoch. This is
+how the checkpoint in `weights/` was made; see its README.
 """
 
 from __future__ import annotations

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,8 +13,9 @@ from huggingface_hub.errors import CacheNotFound
 
 from ..errors import DeitModelsError, FetchError, UnknownModelError
 from . import fetch
-from .configs import read_config
-from .fetch import Access
+from .configs import read_config, read_json
+from .download import file_name
+from .fetch import CONFIG_NAME, WEIGHTS_NAMES, Access
 from .manifest import find_repo, load_manifest
 
 
@@ -76,10 +76,10 @@ def _repo_files(repo: CachedRepoInfo) -> Iterator[CachedFile]:
     known = find_repo(repo.repo_id)
     for revision in repo.revisions:
         files = {file.file_name: file for file in revision.files}
-        weights = next((files[name] for name in ("model.safetensors", "pytorch_model.bin") if name in files), None)
+        weights = next((files[name] for name in WEIGHTS_NAMES if name in files), None)
         if weights is None:
             continue
-        config = files.get("config.json")
+        config = files.get(CONFIG_NAME)
         if known is not None:
             model: str | None = known[0].name
         else:
@@ -100,14 +100,14 @@ def _repo_files(repo: CachedRepoInfo) -> Iterator[CachedFile]:
 
 def _model_of(config: Path) -> str | None:
     try:
-        return read_config(json.loads(config.read_text(encoding="utf-8"))).origin.name
-    except (DeitModelsError, ValueError, OSError):
+        return read_config(read_json(config)).origin.name
+    except (DeitModelsError, OSError):
         return None
 
 
 def _downloads(access: Access) -> Iterator[CachedFile]:
     by_name = {
-        Path(source.url).name: (checkpoint, source)
+        file_name(source.url): (checkpoint, source)
         for checkpoint in load_manifest().values()
         for source in checkpoint.sources
         if source.url is not None
@@ -129,9 +129,9 @@ def _downloads(access: Access) -> Iterator[CachedFile]:
 def _converted(access: Access) -> Iterator[CachedFile]:
     for path in sorted(fetch.assets_dir("converted", access).glob("*.safetensors")):
         try:
-            record = json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))
+            record = read_json(path.with_suffix(".json"))
             source, digest = record["source"], record["sha256"]
-        except (OSError, ValueError, LookupError, TypeError):
+        except (DeitModelsError, OSError, LookupError):
             source, digest = path.name, None
         yield CachedFile(
             model=next((c.name for c in load_manifest().values() if source in map(str, c.sources)), None),

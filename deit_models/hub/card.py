@@ -32,8 +32,7 @@ def model_card(model: ImageClassifier, layout: Layout, *, repo_id: str = "owner/
         "Weights": f"{origin.source or 'random, not trained'}{digest}",
         "Trained on": origin.dataset or "not recorded",
         "Accuracy": ", ".join(accuracies) or "not recorded",
-        "Evaluation transform": f"resize {spec.resize}, centre crop {height}x{width}, {spec.interpolation}, "
-        f"mean {list(spec.mean)}, std {list(spec.std)}",
+        "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",
         "Paper": known.paper if known is not None else None,
     }
     return "\n".join(

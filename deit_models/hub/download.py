@@ -13,7 +13,7 @@ from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils.tqdm import tqdm
 
 from ..errors import FetchError, IntegrityError
-from .fetch import ATTEMPTS, CHUNK_BYTES, Access, TransientError, assets_dir, check_digest, first_line, wait
+from .fetch import CHUNK_BYTES, Access, TransientError, assets_dir, check_digest, first_line, with_retries
 
 TIMEOUT_S = 30.0
 
@@ -28,23 +28,20 @@ def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
 
     Raises: FetchError: offline, or the server or the disk failed. IntegrityError: other bytes than announced.
     """
-    name = PurePosixPath(urlsplit(url).path).name
-    path = assets_dir("downloads", access) / name
+    path = assets_dir("downloads", access) / file_name(url)
     if path.exists():
         return path
     if access.offline:
         raise FetchError(f"{url} is not in the cache, and offline; load it once with network, or pass a path")
     with WeakFileLock(path.with_suffix(".lock")):
-        for attempt in range(ATTEMPTS):
-            if path.exists():  # another process fetched it while this one waited
-                break
-            try:
-                _download(url, path, digest)
-            except TransientError as error:
-                if attempt == ATTEMPTS - 1:
-                    raise
-                wait(attempt, error)
+        if not path.exists():  # or another process fetched it while this one waited
+            with_retries(lambda: _download(url, path, digest))
     return path
+
+
+def file_name(url: str) -> str:
+    """The name a download is cached under."""
+    return PurePosixPath(urlsplit(url).path).name
 
 
 def _download(url: str, path: Path, digest: str | None) -> None:

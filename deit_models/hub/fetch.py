@@ -6,11 +6,12 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import NamedTemporaryFile
+from typing import TypeVar
 
 import huggingface_hub
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
@@ -20,6 +21,13 @@ from safetensors import SafetensorError
 from ..errors import FetchError, IntegrityError
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""What a repository or folder may call its weights; the first is what is written."""
 
 ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
@@ -63,12 +71,19 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
 
     Raises: NoSuchFileError: the repository lacks it. FetchError: anything else, with the reason and what to do.
     """
+    return with_retries(lambda: _hub_file(repo_id, filename, access))
+
+
+def with_retries(fetch: Callable[[], T]) -> T:
+    """Call `fetch` again, after a growing pause, while it fails with a TransientError; the last attempt's stands."""
     for attempt in range(ATTEMPTS - 1):
         try:
-            return _hub_file(repo_id, filename, access)
+            return fetch()
         except TransientError as error:
-            wait(attempt, error)
-    return _hub_file(repo_id, filename, access)
+            delay = RETRY_DELAY_S * 2**attempt
+            logger.warning("%s; trying again in %g s", error, delay)
+            time.sleep(delay)
+    return fetch()
 
 
 # What a refusal of the Hub means for the user; the first class that fits decides.
@@ -204,13 +219,6 @@ def atomic_write(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
-
-
-def wait(attempt: int, error: Exception) -> None:
-    """Say why, and pause before the next attempt."""
-    delay = RETRY_DELAY_S * 2**attempt
-    logger.warning("%s; trying again in %g s", error, delay)
-    time.sleep(delay)
 
 
 def first_line(error: BaseException) -> str:

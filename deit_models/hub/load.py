@@ -23,16 +23,12 @@ from ..registry import family_spec, unknown_model
 from . import fetch
 from .configs import Description, describe_bare, describe_registered, read_config, read_json
 from .download import url_file
-from .fetch import Access
+from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
 from .reference import check_reference
-from .weights import PICKLE_SUFFIXES, native_tensors, read_tensors, verified_state
+from .weights import PICKLE_SUFFIXES, meta_model, native_tensors, read_tensors, verified_state
 
 logger = logging.getLogger(__name__)
-
-CONFIG_NAME = "config.json"
-PROCESSOR_NAME = "preprocessor_config.json"
-WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,15 +215,17 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     )
     model_class = family_spec(description.family).model_class
     try:
-        mapped = native_tensors(tensors, model_class, description.config)
+        model = meta_model(model_class, description.config)
+        mapped = native_tensors(tensors, model)
         if description.layout is None:
             description = replace(description, config=model_class.describe_state(mapped.tensors, description.config))
-        state = verified_state(mapped, model_class, description.config)
+            model = meta_model(model_class, description.config)
+        state = verified_state(mapped, model)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{located.source}: {error}") from error
-    with torch.device("meta"):
-        model = model_class(override(description.config, changes))
-    state = model.fit_state(state, description.config)
+    if changes:
+        model = meta_model(model_class, override(description.config, changes))
+        state = model.fit_state(state, description.config)
     remade = model.num_classes != description.config.num_classes
     if remade:
         state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in model.head_names}

@@ -55,6 +55,10 @@ class Preprocessing:
             for field in fields(self)
         }
 
+    def __str__(self) -> str:
+        resize = f"shorter side to {self.resize}" if isinstance(self.resize, int) else "to {}x{}".format(*self.resize)
+        return f"resize {resize} ({self.interpolation}), centre crop {self.crop[0]}x{self.crop[1]}"
+
     def at_size(self, crop: tuple[int, int]) -> Preprocessing:
         """The same preprocessing for another input size, keeping the ratio of crop to resize.
 

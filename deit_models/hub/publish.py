@@ -18,7 +18,7 @@ from ..models.layers import ImageClassifier, Layout
 from ..registry import Origin, model_spec
 from .card import model_card
 from .configs import CONFIG_FORMAT, PIL_FILTERS, TIMM_OPTIONS, TRANSFORMERS_FIELDS
-from .fetch import atomic_write, first_line
+from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, atomic_write, first_line
 from .layouts import Naming, from_native
 from .manifest import Preprocessing, load_manifest
 
@@ -45,7 +45,7 @@ def save_pretrained(
         raise ConfigError(f"{folder} is a file; expected a directory to write to")
     files = write_config(model, layout)
     tensors = layout_tensors(model, layout)
-    with atomic_write(folder / "model.safetensors") as temporary:
+    with atomic_write(folder / WEIGHTS_NAMES[0]) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
     for name, data in files.items():
         with atomic_write(folder / name) as temporary:
@@ -108,13 +108,13 @@ def write_config(model: ImageClassifier, layout: Layout) -> dict[str, dict[str, 
     if model.origin is None:
         raise ConfigError("this model has no origin; build it with create_model or load it with from_pretrained")
     if layout == "native":
-        return {"config.json": _write_native(model, model.origin)}
+        return {CONFIG_NAME: _write_native(model, model.origin)}
     if layout == "timm":
-        return {"config.json": _write_timm(model, model.origin)}
+        return {CONFIG_NAME: _write_timm(model, model.origin)}
     if layout == "transformers":
         return {
-            "config.json": _write_transformers(model, model.origin),
-            "preprocessor_config.json": _write_processor(model.origin.preprocessing),
+            CONFIG_NAME: _write_transformers(model, model.origin),
+            PROCESSOR_NAME: _write_processor(model.origin.preprocessing),
         }
     raise ConfigError(f"layout={layout!r}; expected 'native', 'timm' or 'transformers'")
 

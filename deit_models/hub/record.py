@@ -18,7 +18,7 @@ from ..errors import CheckpointError, DeitModelsError, ManifestError, UnknownMod
 from .fetch import Access, atomic_write, sha256_of
 from .load import load_source
 from .manifest import Checkpoint, Source, parse_manifest
-from .reference import REFERENCE_TOLERANCE, reference_input
+from .reference import REFERENCE_TOLERANCE, reference_logits
 
 NUM_LOGITS = 5
 
@@ -82,9 +82,7 @@ def _facts(checkpoint: Checkpoint, access: Access) -> tuple[dict[tuple[Source | 
     for source in checkpoint.sources:
         try:
             located, model = load_source(checkpoint, source, access)
-            with torch.inference_mode():
-                # float: a file may hold half precision
-                logits = model.float().eval()(reference_input(model.config))[0, :NUM_LOGITS]
+            logits = reference_logits(model.float(), NUM_LOGITS)  # float: a file may hold half precision
             if reference is None:
                 reference, first = logits, str(source)
             difference = float((logits - reference).abs().max())

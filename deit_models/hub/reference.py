@@ -21,14 +21,19 @@ def reference_input(config: Any) -> Tensor:
 
 
 @torch.inference_mode()
+def reference_logits(model: ImageClassifier, count: int) -> Tensor:
+    """The first `count` logits for `reference_input`, in eval mode; the model's mode is left as it was."""
+    training = model.training
+    logits: Tensor = model.eval()(reference_input(model.config).to(next(model.parameters())))[0, :count]
+    model.train(training)
+    return logits.float().cpu()
+
+
 def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None:
     """Compare the first logits for `reference_input` with recorded ones.
 
     Raises: CheckpointError: they differ by more than REFERENCE_TOLERANCE; the weights are not the published ones.
     """
-    training = model.training
-    logits = model.eval()(reference_input(model.config).to(next(model.parameters())))[0, : len(expected)]
-    model.train(training)
-    difference = float((logits.float().cpu() - torch.tensor(expected)).abs().max())
+    difference = float((reference_logits(model, len(expected)) - torch.tensor(expected)).abs().max())
     if not difference <= REFERENCE_TOLERANCE:
         raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")

@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.layers import ImageClassifier
 from . import fetch
+from .configs import read_json
 from .fetch import Access
 from .layouts import Mapped, tell_naming, to_native
 
@@ -91,9 +92,9 @@ def _read_pickle(path: Path, access: Access, *, source: str, digest: str, payloa
     record = converted.with_suffix(".json")
     if converted.is_file() and record.is_file():
         try:
-            fetch.check_digest(converted, json.loads(record.read_text(encoding="utf-8"))["sha256"])
+            fetch.check_digest(converted, read_json(record)["sha256"])
             return _read_safetensors(converted)
-        except (CheckpointError, ValueError, KeyError) as error:
+        except (CheckpointError, LookupError, AttributeError, TypeError) as error:
             logger.warning("%s; converting %s again", error, path)
     tensors = unpickle_tensors(path, payload=payload)
     with fetch.atomic_write(converted) as temporary:
@@ -144,25 +145,29 @@ def _forget(path: Path, access: Access) -> None:
         path.unlink(missing_ok=True)
 
 
-def native_tensors(tensors: Mapping[str, Tensor], model_class: type[ImageClassifier], config: Any) -> Mapped:
-    """A file's tensors under native names; which names these are hangs on neither the classes nor the image size.
+def meta_model(model_class: type[ImageClassifier], config: Any) -> ImageClassifier:
+    """A model that takes no memory: names and shapes to compare with, parameters to be assigned."""
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def native_tensors(tensors: Mapping[str, Tensor], model: ImageClassifier) -> Mapped:
+    """A file's tensors under the model's native names, which hang on neither its classes nor its image size.
 
     Raises: CheckpointError: names of no known layout.
     """
-    with torch.device("meta"):
-        names = list(model_class(config).state_dict())
-    distilled = getattr(config, "distilled", False)
-    return to_native(tensors, names, family=model_class.family, naming=tell_naming(tensors), distilled=distilled)
+    distilled = getattr(model.config, "distilled", False)
+    names = model.state_dict()
+    return to_native(tensors, names, family=model.family, naming=tell_naming(tensors), distilled=distilled)
 
 
-def verified_state(mapped: Mapped, model_class: type[ImageClassifier], config: Any) -> dict[str, Tensor]:
+def verified_state(mapped: Mapped, model: ImageClassifier) -> dict[str, Tensor]:
     """Native tensors, compared with the model they are said to be.
 
     Raises: CheckpointError: names missing or unexpected, a wrong shape, not floating point, or NaN or infinity inside.
         All mismatches are listed in one message.
     """
-    with torch.device("meta"):
-        expected = model_class(config).state_dict()
+    expected = model.state_dict()
     shapes = mapped.uneven + [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
         for name, tensor in mapped.tensors.items()

@@ -15,6 +15,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, SHAPE, answer, assert_same_answer, assert_same_state, published_files, refusal
 from tiny_models import tiny_model as make
+from toy_manifest import put_checkpoints_in_force
 
 import deit_models
 from deit_models import (
@@ -347,9 +348,7 @@ def publish(monkeypatch, own_registry):
             sources=sources,
             **facts,
         )
-        table = {**manifest.load_manifest(), "toy": checkpoint}
-        for module in (manifest, registry, load):
-            monkeypatch.setattr(module, "load_manifest", lambda: table)
+        put_checkpoints_in_force({"toy": checkpoint}, monkeypatch)
         return checkpoint
 
     assert own_registry is None

@@ -15,7 +15,7 @@ from deit_models import CheckpointError, FetchError, IntegrityError
 from deit_models.hub import fetch
 from deit_models.hub.fetch import Access
 from deit_models.hub.layouts import from_native
-from deit_models.hub.weights import native_tensors, read_tensors, unpickle_tensors, verified_state
+from deit_models.hub.weights import meta_model, native_tensors, read_tensors, unpickle_tensors, verified_state
 from deit_models.models.deit import DeiT
 
 
@@ -35,7 +35,8 @@ def state(model):
 
 
 def verify(state, model):
-    return verified_state(native_tensors(state, DeiT, model.config), DeiT, model.config)
+    expected = meta_model(DeiT, model.config)
+    return verified_state(native_tensors(state, expected), expected)
 
 
 def read(path, access, **known):

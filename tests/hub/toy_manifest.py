@@ -39,8 +39,15 @@ def register_toys(model: ImageClassifier, *names: str) -> None:
 
 
 def put_in_force(text: str, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Checkpoint]:
-    """Have the whole package read this manifest, and the installed one after it."""
-    table = {**load_manifest(), **parse_manifest(text)}
+    """Have the whole package read this manifest on top of the installed one."""
+    return put_checkpoints_in_force(parse_manifest(text), monkeypatch)
+
+
+def put_checkpoints_in_force(
+    checkpoints: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> Mapping[str, Checkpoint]:
+    """The same for checkpoints made in the test."""
+    table = {**load_manifest(), **checkpoints}
     for name, module in list(sys.modules.items()):
         if name.startswith("deit_models") and hasattr(module, "load_manifest"):
             monkeypatch.setattr(module, "load_manifest", lambda: table)
