@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 from .errors import (
     CheckpointError,
     ConfigError,
+    DataError,
     DeitModelsError,
     FetchError,
     ImageError,
     IntegrityError,
     ManifestError,
     MissingExtraError,
+    TrainingError,
     UnknownModelError,
 )
 from .registry import create_model, list_models, model_info, register_model
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
     from .hub.load import from_pretrained
     from .hub.publish import push_to_hub, save_pretrained
     from .predict import Classifier, attention_maps
+    from .training.evaluation import evaluate
+    from .training.recipe import recipe_named
+    from .training.run import train
     from .transforms import transform_for
 
 __version__ = "0.1.0"
@@ -33,22 +38,27 @@ __all__ = [
     "CheckpointError",
     "Classifier",
     "ConfigError",
+    "DataError",
     "DeitModelsError",
     "FetchError",
     "ImageError",
     "IntegrityError",
     "ManifestError",
     "MissingExtraError",
+    "TrainingError",
     "UnknownModelError",
     "__version__",
     "attention_maps",
     "create_model",
+    "evaluate",
     "from_pretrained",
     "list_models",
     "model_info",
     "push_to_hub",
+    "recipe_named",
     "register_model",
     "save_pretrained",
+    "train",
     "transform_for",
 ]
 
@@ -56,9 +66,12 @@ __all__ = [
 _LAZY = {
     "Classifier": ".predict",
     "attention_maps": ".predict",
+    "evaluate": ".training.evaluation",
     "from_pretrained": ".hub.load",
     "push_to_hub": ".hub.publish",
+    "recipe_named": ".training.recipe",
     "save_pretrained": ".hub.publish",
+    "train": ".training.run",
     "transform_for": ".transforms",
 }
 

@@ -35,5 +35,13 @@ class ImageError(DeitModelsError, ValueError):
     """An image cannot be decoded, or is refused because of its size."""
 
 
+class DataError(DeitModelsError, ValueError):
+    """A data set that is not there, is not laid out as expected, or holds too many damaged images."""
+
+
+class TrainingError(DeitModelsError, RuntimeError):
+    """Training cannot go on: the loss is no number, the teacher does not fit, a saved state belongs to another run."""
+
+
 class MissingExtraError(DeitModelsError, ImportError):
     """An optional dependency is not installed; the message names the `pip install` to run."""

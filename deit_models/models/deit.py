@@ -175,6 +175,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
+def _drop_path_rates(config: DeiTConfig) -> list[float]:
+    """Of each block: from 0 at the first, growing linearly to `drop_path_rate` at the last."""
+    return [config.drop_path_rate * i / max(config.depth - 1, 1) for i in range(config.depth)]
+
+
 class DeiT(ImageClassifier):
     """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
 
@@ -192,10 +197,7 @@ class DeiT(ImageClassifier):
         # after pos_embed, as the authors register it: optimizer states of their checkpoints count parameters in order
         self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         self.pos_drop = nn.Dropout(config.drop_rate)
-        last = max(config.depth - 1, 1)
-        self.blocks = nn.Sequential(
-            *(Block(config, drop_path_rate=config.drop_path_rate * i / last) for i in range(config.depth))
-        )
+        self.blocks = nn.Sequential(*(Block(config, drop_path_rate=rate) for rate in _drop_path_rates(config)))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.num_classes)
         self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None
@@ -207,6 +209,18 @@ class DeiT(ImageClassifier):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
         init_vit_weights(self)
+
+    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
+        """Change dropout and stochastic depth in place; see `DeiTConfig` for what the rates mean.
+
+        Raises: ConfigError: a rate that is no probability below 1.
+        """
+        self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        for module in self.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = drop_rate
+        for block, rate in zip(self.blocks, _drop_path_rates(self.config), strict=True):
+            cast(Block, block).drop_path.rate = rate
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Image to the first block's input: (B, C, H, W) -> (B, P + N, D).

@@ -73,6 +73,10 @@ class ImageClassifier(nn.Module):
                     head.to_empty(device="cpu")
                 init_vit_weights(head)
 
+    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
+        """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
+        raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")
+
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of each head, whatever the mode; x is (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")

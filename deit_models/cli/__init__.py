@@ -1,0 +1,57 @@
+"""The `deit-models` command: parses, calls the package, prints. No logic of its own; one file a kind of command."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from collections.abc import Sequence
+
+from .. import __version__
+from ..errors import DeitModelsError
+from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
+from .caching import add_cache
+from .evaluating import add_evaluate
+from .models import add_convert, add_info, add_list
+from .predicting import add_predict
+from .progress import process_number
+from .training import add_distill, add_train
+
+_COMMANDS = (add_list, add_info, add_predict, add_evaluate, add_train, add_distill, add_convert, add_cache)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; gives the exit status: 0 fine, 1 a failure that was explained, 2 wrong usage (from argparse)."""
+    try:
+        args = build_parser().parse_args(argv)
+        # what all processes of a run have to say, the first one says
+        logging.basicConfig(format="%(message)s", level=logging.ERROR if process_number() else logging.WARNING)
+        status: int = args.run(args)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+        sys.stdout = None  # or the interpreter would try to write the rest at its end
+        return EXIT_OK
+    except (DeitModelsError, OSError) as error:
+        who = f" (process {process_number()})" if process_number() else ""
+        print(f"deit-models{who}: {error}", file=sys.stderr)
+        if not isinstance(error, DeitModelsError):
+            sys.stdout = None  # it may be what cannot be written
+        return EXIT_FAILED
+    except KeyboardInterrupt:
+        print("deit-models: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands; each sets `run`."""
+    parser = argparse.ArgumentParser(
+        prog="deit-models",
+        description="Data-efficient image transformers: find, load, classify, train, convert.",
+        epilog="example: deit-models predict photo.jpg",
+    )
+    parser.add_argument("--version", action="version", version=f"deit-models {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    for add in _COMMANDS:
+        add(commands)
+    return parser

@@ -1,0 +1,128 @@
+"""What the commands share: how a parser is made, common options, exit statuses."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from ..training.distributed import Process
+    from ..training.records import ImageRecords
+
+EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
+
+
+def command(
+    commands: Any,
+    name: str,
+    summary: str,
+    example: str,
+    run: Callable[[argparse.Namespace], int] | None,
+    *,
+    own_help: bool = False,
+) -> argparse.ArgumentParser:
+    """Add a command's parser; `example` is what to type after `deit-models`; `own_help` leaves --help to the caller."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=summary,
+        description=f"{summary[0].upper()}{summary[1:]}.",
+        epilog=f"example: deit-models {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=not own_help,
+    )
+    parser.set_defaults(run=run)
+    return parser
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """The option `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def device(name: str) -> str:
+    """The name of a device that is there. Raises: ArgumentTypeError: there is no such device."""
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError) as error:
+        raise argparse.ArgumentTypeError(f"no device {name!r} on this machine; the CPU is 'cpu'") from error
+    return name
+
+
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """The options `--workers` and `--device`, for commands whose default is what suits the machine."""
+    text = "decoding processes, 0: none besides this one; default: by the number of cores"
+    parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
+    parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Reads a whole number; argparse refuses one below `low`."""
+
+    def read(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}; expected {low} or more")
+        return int(text)
+
+    read.__name__ = "int"  # which argparse shows for what is no number
+    return read
+
+
+def add_loading(parser: argparse.ArgumentParser) -> None:
+    """The options for where weights come from; `loading` reads them."""
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
+    parser.add_argument("--cache-dir", type=Path, help="where to keep downloads")
+    parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
+
+
+def loading(args: argparse.Namespace) -> dict[str, Any]:
+    """What `add_loading` parsed, as keywords of `from_pretrained`."""
+    return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
+
+
+def add_data(parser: argparse.ArgumentParser, text: str) -> None:
+    """The argument for labelled images and the options that belong to it; `open_data` reads them."""
+    parser.add_argument("data", help=text)
+    parser.add_argument("--root", type=Path, help="where a data set known by name lies, default data")
+    parser.add_argument("--download", action="store_true", help="fetch a data set known by name if it is not there")
+
+
+def open_data(
+    args: argparse.Namespace,
+    source: str,
+    split: Literal["train", "val"],
+    process: Process,
+    *,
+    classes: Sequence[str] | None = None,
+    own_folder: bool = False,
+) -> ImageRecords:
+    """One split of labelled images, the same in every process; only one on each machine downloads.
+
+    Args:
+        args: of a parser with `add_data`; its options belong to `args.data`, and to any source known by name.
+        source: a folder or a name.
+        split: "train" or "val".
+        process: this one among those that open the same data.
+        classes: the names it must have, in the order that numbers the labels.
+        own_folder: the folder was named for this split, and may hold class folders right in it.
+
+    Raises: DataError: see `open_dataset`. ConfigError: options that do not fit the source.
+    """
+    from ..training.datasets import open_dataset
+    from ..training.named_datasets import DATASETS
+
+    fetched = source == args.data or source.partition(":")[0] in DATASETS
+    root, download = (args.root, args.download) if fetched else (None, False)
+    waits = download and int(os.environ.get("LOCAL_RANK", "0")) > 0
+    if waits:
+        process.wait_for_all()
+    records = open_dataset(
+        source, split, root=root, download=download and not waits, classes=classes, own_folder=own_folder
+    )
+    if download and not waits:
+        process.wait_for_all()
+    return records

@@ -1,0 +1,91 @@
+"""`deit-models list`, `info` and `convert`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..hub.manifest import Checkpoint
+from ..registry import list_models, model_info
+from .arguments import EXIT_FAILED, EXIT_OK, add_json, add_loading, command, loading
+
+
+def add_list(commands: Any) -> None:
+    """The command `list`."""
+    parser = command(commands, "list", "list model names", "list 'deit_*distilled*'", _run_list)
+    parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, default all")
+    parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
+    add_json(parser)
+
+
+def _run_list(args: argparse.Namespace) -> int:
+    names = list_models(args.pattern, pretrained=args.pretrained)
+    if args.json:
+        print(json.dumps(names))
+    elif names:
+        print("\n".join(names))
+    else:
+        print(f"deit-models: no model matches {args.pattern!r}", file=sys.stderr)
+    return EXIT_OK if names else EXIT_FAILED
+
+
+def add_info(commands: Any) -> None:
+    """The command `info`."""
+    example = "info deit_tiny_patch16_224"
+    parser = command(commands, "info", "show what is known of a model", example, _run_info)
+    parser.add_argument("model", help="a name from `deit-models list`")
+    add_json(parser)
+
+
+def _run_info(args: argparse.Namespace) -> int:
+    info = model_info(args.model)
+    print(json.dumps(asdict(info), indent=2) if args.json else _describe(info))
+    return EXIT_OK
+
+
+def _describe(info: Checkpoint) -> str:
+    top5 = "" if info.top5 is None else f", {info.top5} % top-5"
+    rows = {
+        "family": info.family + (", distilled" if info.distilled else ""),
+        "paper": info.paper,
+        "parameters": f"{info.params:,}",
+        "MACs": f"{info.macs / 1e9:.2f} G",
+        "input": f"{info.input_size}x{info.input_size}",
+        "classes": info.num_classes,
+        "accuracy": None if info.top1 is None else f"{info.top1} % top-1{top5}",
+        "measured on": info.dataset,
+        "licence": info.licence,
+        "transform": info.preprocessing,
+        "note": info.note,
+        "weights": "none published" if not info.sources else None,
+    }
+    lines = [info.name, *(f"  {key:<12}{value}" for key, value in rows.items() if value is not None)]
+    return "\n".join(lines + [f"  {'weights' if i == 0 else '':<12}{source}" for i, source in enumerate(info.sources)])
+
+
+def add_convert(commands: Any) -> None:
+    """The command `convert`."""
+    example = "convert deit_tiny.pth out/ --model deit_tiny_patch16_224 --layout transformers"
+    parser = command(commands, "convert", "write a checkpoint in another layout", example, _run_convert)
+    parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
+    parser.add_argument("destination", type=Path, help="folder to write")
+    parser.add_argument("--layout", choices=["native", "timm", "transformers"], default="native", help="default native")
+    parser.add_argument("--model", help="the model that a bare weights file holds")
+    dtypes = ["float32", "float16", "bfloat16"]
+    parser.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
+    add_loading(parser)
+
+
+def _run_convert(args: argparse.Namespace) -> int:
+    import torch
+
+    from ..hub.load import from_pretrained
+
+    model = from_pretrained(args.source, model=args.model, dtype=getattr(torch, args.dtype), **loading(args))
+    model.save_pretrained(args.destination, layout=args.layout)
+    print(f"wrote {args.destination} ({args.layout}, {args.dtype})")
+    return EXIT_OK

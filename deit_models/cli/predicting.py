@@ -1,0 +1,50 @@
+"""`deit-models predict`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from .arguments import EXIT_FAILED, EXIT_OK, add_loading, command, device, loading
+from .progress import with_progress
+
+
+def add_predict(commands: Any) -> None:
+    """The command `predict`."""
+    example = "predict photos/ --model deit_small_patch16_224 --format csv --output labels.csv"
+    parser = command(commands, "predict", "classify images", example, _run_predict)
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
+    parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
+    add_loading(parser)
+    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
+    parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding processes, default 0: this one")
+    parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
+    written = parser.add_mutually_exclusive_group()
+    written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
+    written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
+    parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
+
+
+def _run_predict(args: argparse.Namespace) -> int:
+    from ..predict import DEFAULT_MODEL, Classifier, find_images
+    from ..results import write_results
+
+    paths = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
+    classifier = Classifier(
+        args.model or DEFAULT_MODEL, device=args.device, batch_size=args.batch_size, **loading(args)
+    )
+    results = classifier.classify_files(paths, top_k=args.top_k, workers=args.workers)
+    # newline="": the csv module ends lines itself
+    opened = args.output.open("w", encoding="utf-8", newline="") if args.output is not None else nullcontext(sys.stdout)
+    with opened as stream:
+        shown = with_progress(results, len(paths), on_screen=stream.isatty())
+        summary = write_results(shown, stream, format=args.format)
+    if summary.failed:
+        print(f"deit-models: {len(summary.failed)} of {len(paths)} images could not be read:", file=sys.stderr)
+        for result in summary.failed:
+            print(f"  {result.error}", file=sys.stderr)
+    return EXIT_FAILED if summary.failed else EXIT_OK

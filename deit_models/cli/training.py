@@ -1,0 +1,228 @@
+"""`deit-models train` and `deit-models distill`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from ..errors import ConfigError, DataError, TrainingError
+from .arguments import EXIT_INTERRUPTED, EXIT_OK, add_data, add_loading, add_workers, command, loading, open_data
+from .progress import TrainingDisplay, process_number
+from .recipes import add_recipe, chosen_recipe
+
+if TYPE_CHECKING:
+    from ..models.layers import ImageClassifier
+    from ..training.distributed import Process
+    from ..training.recipe import Recipe
+    from ..training.records import ImageRecords
+    from ..training.run import TrainResult
+
+NO_VALIDATION = "none"
+_USAGE = "%(prog)s DATA --out FOLDER{} [--model NAME] [--recipe NAME|FILE.toml] [options]"
+_TORCHRUN = "on 8 GPUs: torchrun --nproc-per-node 8 -m deit_models {} ..."
+
+
+def add_train(commands: Any) -> None:
+    """The command `train`."""
+    example = "train photos/ --model deit_tiny_patch16_224 --out runs/photos --recipe deit_300e --epochs 100"
+    parser = command(commands, "train", "train a model by a recipe", example, _run, own_help=True)
+    parser.set_defaults(teacher=None, teacher_weights=None, teacher_precision="float32")
+    parser.usage = _USAGE.format("")
+    add_recipe(parser, "deit_300e")
+    _add_options(parser, "deit_tiny_patch16_224")
+    parser.epilog = f"{_TORCHRUN.format('train')}\n{parser.epilog}"
+
+
+def add_distill(commands: Any) -> None:
+    """The command `distill`."""
+    example = "distill imagenet/ --teacher regnet_y_16gf --out runs/distilled"
+    parser = command(commands, "distill", "train a model with a teacher", example, _run, own_help=True)
+    parser.usage = _USAGE.format(" --teacher NAME")
+    add_recipe(parser, "deit_distill_300e")
+    text = (
+        "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, which is run"
+    )
+    parser.add_argument("--teacher", required=True, help=text)
+    text = "a weights file of the teacher, or the name of torchvision's weights"
+    parser.add_argument("--teacher-weights", metavar="FILE", help=text)
+    text = "what the teacher computes in, default float32"
+    parser.add_argument("--teacher-precision", choices=["float32", "bf16"], default="float32", help=text)
+    _add_options(parser, "deit_tiny_distilled_patch16_224")
+    parser.epilog = f"{_TORCHRUN.format('distill')}\n{parser.epilog}"
+
+
+def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
+    parser.set_defaults(default_model=model)
+    add_data(
+        parser, "a folder with train/ and val/, each with a folder of images for each class; or a name: cifar10, ..."
+    )
+    text = f"images to evaluate on, a folder or a name; default: those of DATA; {NO_VALIDATION}: train without any"
+    parser.add_argument("--val-data", metavar="DATA", help=text)
+    text = "for recipe, log, saved state and models; a run that is in it goes on"
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
+    parser.add_argument("--fresh", action="store_true", help="refuse to go on with a run: --out must be new or empty")
+    text = (
+        f"what to train, from `deit-models list`, default {model}; with --pretrained, the model of a bare weights file"
+    )
+    parser.add_argument("--model", metavar="NAME", help=text)
+    text = (
+        "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are made anew"
+    )
+    parser.add_argument("--pretrained", metavar="SOURCE", help=text)
+    add_loading(parser)
+    add_workers(parser)
+    text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
+    parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
+    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files into --out")
+
+
+def _run(args: argparse.Namespace) -> int:
+    recipe = _checked_recipe(args)
+    display = TrainingDisplay(recipe.total_epochs, finished=None if _state(args).exists() else 0)
+    import torch
+
+    try:
+        with closing(display):
+            _train(args, recipe, display)
+    except KeyboardInterrupt:
+        _say(f"deit-models: interrupted; {_what_is_kept(args, display)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU has too little memory for {recipe.batch_size // recipe.accumulate} images at once; "
+            f"--accumulate {2 * recipe.accumulate} does each step in smaller parts"
+        ) from error
+    return EXIT_OK
+
+
+def _checked_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe, which fits the command. Raises: ConfigError: it does not, or `--fresh` finds a folder in use."""
+    recipe = chosen_recipe(args)
+    if args.teacher is None and recipe.distillation != "none":
+        raise ConfigError(
+            f"this recipe has distillation={recipe.distillation!r}, which needs a teacher: use `deit-models distill`, "
+            f"or --distillation none"
+        )
+    if args.teacher is not None and recipe.distillation == "none":
+        raise ConfigError("this recipe has distillation='none' and would not use the teacher; pass --distillation hard")
+    if args.fresh and process_number() == 0 and args.out.is_dir() and any(args.out.iterdir()):
+        raise ConfigError(
+            f"{args.out} is not empty; --fresh starts in a new or empty folder: delete it or name another"
+        )
+    return recipe
+
+
+def _state(args: argparse.Namespace) -> Path:
+    from ..training.state import STATE_NAME
+
+    return Path(args.out, STATE_NAME)
+
+
+def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> None:
+    from ..training.distributed import join_processes
+    from ..training.run import train
+    from ..training.teacher import load_teacher
+    from ..transforms import transform_for
+
+    with join_processes(args.device) as process:
+        records = open_data(args, args.data, "train", process)
+        val = _validation(args, process, records)
+        model, start = _student(args, recipe, records)
+        _say(_plan(args, start, records, val))
+        teacher = None
+        if args.teacher is not None:
+            teacher = load_teacher(
+                args.teacher,
+                num_classes=model.num_classes,
+                student=transform_for(model).preprocessing,
+                weights=args.teacher_weights,
+                precision=args.teacher_precision,
+                device=process.device,
+            )
+        result = train(
+            model,
+            recipe=recipe,
+            train=records,
+            val=val,
+            out=args.out,
+            teacher=teacher,
+            device=process.device,
+            workers=args.workers,
+            shard=args.shard,
+            tensorboard=args.tensorboard,
+            watch=display.watch,
+            on_epoch=display.show_epoch,
+        )
+    _say(_summary(result))
+
+
+def _validation(args: argparse.Namespace, process: Process, records: ImageRecords) -> ImageRecords | None:
+    if args.val_data == NO_VALIDATION:
+        return None
+    try:
+        if args.val_data is None:
+            return open_data(args, args.data, "val", process, classes=records.classes)
+        return open_data(args, args.val_data, "val", process, classes=records.classes, own_folder=True)
+    except DataError as error:
+        if args.val_data is not None:
+            raise
+        raise DataError(f"{error} (--val-data), or train without any (--val-data {NO_VALIDATION})") from error
+
+
+def _student(args: argparse.Namespace, recipe: Recipe, records: ImageRecords) -> tuple[ImageClassifier, str]:
+    """The model to train, and in words what it starts from. Its random weights come from the recipe's seed."""
+    import torch
+
+    from ..hub.load import from_pretrained
+    from ..registry import create_model, list_models
+    from .class_names import match_classes
+
+    changes: dict[str, Any] = {"num_classes": len(records.classes)}
+    if recipe.img_size:
+        changes["img_size"] = recipe.img_size
+    torch.manual_seed(recipe.seed)
+    if args.pretrained is None:
+        return create_model(args.model or args.default_model, **changes), "with random weights"
+    if args.model is not None and args.pretrained in list_models():
+        raise ConfigError(f"--pretrained {args.pretrained} says which model it is; leave out --model {args.model}")
+    model = from_pretrained(args.pretrained, model=args.model, **changes, **loading(args))
+    order, _ = match_classes(model, records)
+    if order is not None and list(order) == sorted(order):
+        return model, "with its heads"
+    # as many classes, and not these or in another order: the heads would start from what is wrong
+    model.reset_heads()
+    return model, "with new heads"
+
+
+def _plan(args: argparse.Namespace, start: str, records: ImageRecords, val: ImageRecords | None) -> str:
+    """What is about to be done, in one line."""
+    model = args.model or args.default_model if args.pretrained is None else args.pretrained
+    checked = "none to evaluate on" if val is None else f"{len(val)} to evaluate on"
+    data = f"{len(records)} images of {len(records.classes)} classes, {checked}"
+    place = f"going on in {args.out}" if _state(args).exists() else f"into {args.out}"
+    return f"{model} {start}, recipe {args.recipe}: {data}; {place}"
+
+
+def _what_is_kept(args: argparse.Namespace, display: TrainingDisplay) -> str:
+    """For the message of an interrupted run."""
+    if display.finished == 0:
+        return "no epoch was finished, so the same command starts again"
+    if display.finished is None:
+        return f"{args.out} is as before, and the same command goes on from there"
+    return f"{args.out} keeps epoch {display.finished} of {display.epochs}, and the same command goes on from there"
+
+
+def _summary(result: TrainResult) -> str:
+    if result.top1 is None or result.best_epoch is None:
+        return f"wrote {result.out / 'model'}"
+    best = f", best {result.best_top1:.2f} % after epoch {result.best_epoch + 1}"
+    return f"top-1 {result.top1:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
+
+
+def _say(text: str, file: TextIO | None = None) -> None:
+    """Print, in the first process alone."""
+    if process_number() == 0:
+        print(text, file=file, flush=True)

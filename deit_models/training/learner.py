@@ -1,0 +1,144 @@
+"""What learns: a model with its optimiser, averaged weights, mixing, loss and teacher, on its device."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, DataError
+from ..hub.manifest import Preprocessing
+from ..models.layers import HeadLogits, ImageClassifier
+from .distillation import DistillationLoss
+from .distributed import Process, Shard, copy_from_first, shard_parameters, spread
+from .mixing import Mixing
+from .optim import WeightAverage, make_optimizer
+from .recipe import Precision, Recipe
+from .teacher import Teacher, TeacherSpec, load_teacher
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Mixed precision as the recipe names it."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+class Heads(nn.Module):
+    """A model whose forward gives the logits of each head, in training and in eval mode alike.
+
+    What is compiled and what is distributed is this, because DDP and torch.compile go through `forward`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> HeadLogits:
+        """(B, 3, H, W) -> the heads' logits; a foreign network has one head."""
+        if isinstance(self.model, ImageClassifier):
+            return self.model.forward_heads(x)
+        return HeadLogits(self.model(x), None)
+
+
+@dataclass(slots=True)
+class Learner:
+    """All that changes while training, and the functions it is trained with.
+
+    Attributes:
+        divided: whether each process holds but a part of the parameters (FSDP).
+        bare: the model behind its heads, neither compiled nor wrapped.
+        heads: what is called in training: `bare`, perhaps distributed, perhaps compiled.
+        scaler: scales the loss under fp16, does nothing otherwise.
+        average: the moving average of `bare`, or None.
+    """
+
+    recipe: Recipe
+    process: Process
+    divided: bool
+    bare: Heads
+    heads: nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    average: WeightAverage | None
+    mixing: Mixing
+    loss: DistillationLoss
+    teacher: Teacher | None = None
+
+    def versions(self) -> dict[str, Heads]:
+        """The weights there are, by the prefix of their figures in logs: the learning ones, and their average."""
+        return {"": self.bare} if self.average is None else {"": self.bare, "ema_": cast(Heads, self.average.module)}
+
+
+def make_learner(
+    model: nn.Module,
+    recipe: Recipe,
+    *,
+    num_classes: int,
+    process: Process,
+    preprocessing: Preprocessing,
+    teacher: Teacher | TeacherSpec | None = None,
+    shard: Shard = "ddp",
+) -> Learner:
+    """Get a model ready to learn: on its device, in place.
+
+    Args:
+        model: any module that turns (B, 3, H, W) into (B, K) logits.
+        recipe: the settings.
+        num_classes: of the training set.
+        process: this one.
+        preprocessing: what the input looks like, for the teacher's sake.
+        teacher: see `load_teacher`.
+        shard: see `spread`.
+
+    Raises: ConfigError: the recipe's size is not the model's. DataError: another number of classes. TrainingError: the
+        teacher does not fit.
+    """
+    _check_fit(model, recipe, num_classes, preprocessing)
+    if isinstance(model, ImageClassifier):
+        model.set_drop_rates(drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate)
+    device = process.device
+    bare = Heads(model.to(device))
+    copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
+    average = WeightAverage(bare, recipe.ema_decay) if recipe.ema_decay else None
+    divided = shard == "fsdp" and process.world > 1
+    taught = recipe.distillation != "none" and recipe.distill_on == "token"
+    heads = spread(bare, process, shard, unused="head_dist" in dict(model.named_children()) and not taught)
+    if divided and average is not None:
+        shard_parameters(average.module)
+    if teacher is not None:
+        teacher = load_teacher(
+            teacher, num_classes=num_classes, student=preprocessing, device=device, precision=recipe.precision
+        )
+    return Learner(
+        recipe=recipe,
+        process=process,
+        divided=divided,
+        bare=bare,
+        heads=cast(nn.Module, torch.compile(heads)) if recipe.compile else heads,
+        optimizer=make_optimizer(model, recipe),
+        scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
+        average=average,
+        mixing=Mixing(recipe, num_classes),
+        loss=DistillationLoss(recipe, teacher=teacher),
+        teacher=teacher,
+    )
+
+
+def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing) -> None:
+    if isinstance(model, ImageClassifier) and model.num_classes != num_classes:
+        raise DataError(
+            f"the training set has {num_classes} classes, the model {model.num_classes}; build or load it with "
+            f"num_classes={num_classes}"
+        )
+    size = model.config.image_hw if isinstance(model, ImageClassifier) else preprocessing.crop
+    if recipe.img_size and size != (recipe.img_size, recipe.img_size):
+        raise ConfigError(
+            f"the recipe's img_size={recipe.img_size}, the model takes {size}; build or load it with "
+            f"img_size={recipe.img_size}"
+        )
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise ConfigError("no parameter of the model requires a gradient, so there is nothing to train")

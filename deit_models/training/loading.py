@@ -1,0 +1,130 @@
+"""Batches from a set of images: worker processes, pinned memory, and which images could not be read."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from os import PathLike
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ..errors import DataError, DeitModelsError, TrainingError
+from .datasets import Split, TrainingSamples, open_dataset, wrap
+from .records import ImageRecords, check_classes
+
+logger = logging.getLogger(__name__)
+
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Images (B, 3, H, W) float32, labels (B,), and for each sample FINE, PADDING, or the index of the image that could
+not be read."""
+FINE, PADDING = -1, -2
+
+
+def default_workers(device: torch.device) -> int:
+    """Loading processes for one training process: up to 12 beside a GPU; one beside a CPU, whose cores are wanted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    gpus = max(torch.cuda.device_count(), 1) if device.type == "cuda" else 1
+    return min(12, max(cores // gpus - 1, 1)) if device.type == "cuda" else min(1, cores - 1)
+
+
+def make_loader(
+    samples: Dataset[Any],
+    sampler: Sampler[Any],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+) -> DataLoader[Batch]:
+    """A loader of `Batch`es in the sampler's order, the same whatever the number of workers.
+
+    A loader draws a number to begin with, each time only where its workers do not persist; from a generator of its own,
+    or mixing and stochastic depth would depend on the workers, and on whether a run was interrupted.
+    """
+    return DataLoader(
+        samples,
+        batch_size=batch_size,
+        sampler=sampler,
+        num_workers=workers,
+        persistent_workers=workers > 0 and isinstance(samples, TrainingSamples),
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),
+    )
+
+
+@contextmanager
+def explained_worker_failure(workers: int) -> Iterator[None]:
+    """Turn the loader's deaths into one line that says what to do, and its workers' errors back into their one line.
+
+    Raises: TrainingError: a worker was killed, mostly for lack of shared memory.
+    """
+    try:
+        yield
+    except (DeitModelsError, RuntimeError, OSError) as error:
+        text = str(error)
+        if isinstance(error, DeitModelsError):
+            if text.startswith("Caught "):  # the loader's words, then the worker's traceback, which ends in the message
+                raise type(error)(text.rstrip().rpartition("\n")[2].partition(": ")[2]) from error
+            raise
+        if not any(sign in text for sign in _WORKER_DEATHS):
+            raise
+        raise TrainingError(
+            f"a loading process died, most likely for lack of memory in /dev/shm or of main memory; use fewer than "
+            f"{workers} workers (0 loads in the training process), or give the container more (docker run --shm-size)"
+        ) from error
+
+
+_WORKER_DEATHS = (
+    *("DataLoader worker (pid", "shared memory(shm)", "shared memory object", "torch_shm_manager", "of ancdata"),
+    *("Too many open files", "unable to open file </torch_", "unable to mmap", "unable to write to file </torch_"),
+)
+"""Signs, in the messages of torch and of the operating system, that processes could not pass tensors to each other."""
+
+
+def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None) -> ImageRecords:
+    """Images in any of the accepted forms; with `classes`, numbered as those are."""
+    if isinstance(data, (str, PathLike)):
+        return open_dataset(data, split, classes=classes, own_folder=True)
+    records = wrap(data)
+    if classes is not None and records.classes != classes:
+        check_classes(records.classes, classes, where=records.name)
+        raise DataError(
+            f"{records.name}: the classes of the training set in another order, so labels would be mixed up"
+        )
+    return records
+
+
+Watch = Callable[[Iterable[Any], int], Iterable[Any]]
+"""Passes batches on, given how many there will be; where a progress bar hooks in."""
+
+
+def plain_watch(batches: Iterable[Any], total: int) -> Iterable[Any]:  # noqa: ARG001
+    """No progress bar."""
+    return batches
+
+
+class DamageCount:
+    """Counts the images that could not be read, names each once, and stops a run that meets too many."""
+
+    def __init__(self, records: ImageRecords, limit: float) -> None:
+        self.records = records
+        self.limit = limit
+        self.failed: set[int] = set()
+        self.seen = 0
+
+    def add(self, failures: Tensor) -> None:
+        """Note one batch. Raises: DataError: more than `limit` of all images so far, and at least three, failed."""
+        self.seen += int((failures != PADDING).sum())
+        for index in failures[failures >= 0].tolist():
+            if index not in self.failed:
+                self.failed.add(index)
+                logger.warning("skipped an image that cannot be read: %s", self.records.describe(index))
+        if len(self.failed) > max(self.limit * min(self.seen, len(self.records)), 2):
+            raise DataError(
+                f"{len(self.failed)} of the first {self.seen} images of {self.records.name} cannot be read, more than "
+                f"the limit of {self.limit:.1%}; the last is {self.records.describe(max(self.failed))}"
+            )

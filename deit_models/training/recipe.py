@@ -1,0 +1,247 @@
+"""What one training run is made of: a frozen record with the papers' settings as named presets.
+
+Every field can be overridden from Python (`recipe_named("deit_300e", epochs=100)`), from a TOML file (`read_recipe`)
+and on the command line (one option per field). No field is ever None: 0 or "none" switches a thing off, so that a
+recipe can be written to TOML and read back unchanged.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, get_args, get_type_hints
+
+from ..config import nearest, override
+from ..errors import ConfigError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+Schedule = Literal["epoch", "epoch_delayed", "step", "constant"]
+Optimizer = Literal["adamw", "sgd"]
+ClipMode = Literal["norm", "agc"]
+Precision = Literal["float32", "bf16", "fp16"]
+Crop = Literal["random_resized", "pad", "simple", "none"]
+Interpolation = Literal["bicubic", "bilinear", "random"]
+Loss = Literal["ce", "bce"]
+Distillation = Literal["none", "soft", "hard"]
+DistillOn = Literal["token", "class"]
+CUSTOM = "custom"
+"""The label of a recipe that began as no preset."""
+
+
+def _option(default: Any, text: str) -> Any:
+    """A field with its explanation, which the command line and the documentation show."""
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """The settings of a training run; the defaults are the DeiT paper's for training from scratch (table 9).
+
+    Raises: ConfigError: a value that cannot work, with its name and what is accepted.
+    """
+
+    preset: str = _option(CUSTOM, "name of the preset this recipe began as; a label only")
+
+    epochs: int = _option(300, "length of the cosine; passes over the training set")
+    cooldown_epochs: int = _option(0, "epochs after the cosine, at min_lr (T2T-ViT: 10)")
+    batch_size: int = _option(1024, "images in one optimiser step, over all processes and accumulation steps")
+    accumulate: int = _option(1, "split each step into this many forward and backward passes")
+    optimizer: Optimizer = _option("adamw", "adamw, or sgd with momentum")
+    lr: float = _option(5e-4, "peak learning rate, for a batch of lr_batch images")
+    lr_batch: int = _option(512, "scale lr by batch_size / lr_batch; 0: use lr as given")
+    warmup_lr: float = _option(1e-6, "learning rate at the start of the warm-up; never scaled")
+    min_lr: float = _option(1e-5, "learning rate at the end of the cosine; never scaled")
+    warmup_epochs: int = _option(5, "epochs of linear warm-up")
+    schedule: Schedule = _option(
+        "epoch_delayed",
+        "epoch: one value an epoch; epoch_delayed: an epoch late, as the DeiT and LeViT scripts do, so that epochs 0 "
+        "and 1 both run at warmup_lr; step: interpolated at every step; constant: after the warm-up, always lr",
+    )
+    weight_decay: float = _option(0.05, "on every parameter but vectors, biases and model.no_weight_decay()")
+    beta1: float = _option(0.9, "AdamW's first beta, or SGD's momentum")
+    beta2: float = _option(0.999, "AdamW's second beta")
+    eps: float = _option(1e-8, "AdamW's epsilon")
+    clip_grad: float = _option(0.0, "gradient clipping; 0: none")
+    clip_mode: ClipMode = _option("norm", "norm: of all gradients together; agc: adaptive, unit by unit (LeViT)")
+    ema_decay: float = _option(0.99996, "moving average of the weights; 0: none")
+    drop_path_rate: float = _option(0.1, "stochastic depth of the last block")
+    drop_rate: float = _option(0.0, "dropout")
+    train_mode: bool = _option(True, "train with dropout and stochastic depth on; DeiT fine-tuned with them off")
+
+    img_size: int = _option(0, "pixels; 0: the model's own")
+    crop: Crop = _option(
+        "random_resized",
+        "random_resized: a random area and aspect; pad: pad by 1/8 and cut out img_size (CIFAR); simple: shorter side "
+        "to img_size, reflect-pad 4, random crop (DeiT III); none: the evaluation transform's crop",
+    )
+    crop_scale: float = _option(0.08, "smallest area of a random_resized crop, as a fraction of the image")
+    interpolation: Interpolation = _option("bicubic", "of crops and geometric operations; random: bilinear or bicubic")
+    hflip: float = _option(0.5, "probability of mirroring")
+    augment: str = _option(
+        "rand-m9-mstd0.5-inc1", "none; 3-augment (DeiT III); or rand-mM-mstdS-inc1: RandAugment of magnitude M, noise S"
+    )
+    color_jitter: float = _option(0.3, "of brightness, contrast and saturation; ignored with RandAugment, as in timm")
+    erase: float = _option(0.25, "probability of random erasing, pixel by pixel")
+    repeats: int = _option(3, "repeated augmentation: times each image is drawn in its epoch; 1: off")
+
+    mixup: float = _option(0.8, "alpha of mixup; 0: none")
+    cutmix: float = _option(1.0, "alpha of CutMix; 0: none")
+    mix_prob: float = _option(1.0, "probability that a batch is mixed at all")
+    mix_switch: float = _option(0.5, "probability of CutMix where both are on")
+    label_smoothing: float = _option(0.1, "mass spread over all classes")
+    loss: Loss = _option("ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive")
+
+    distillation: Distillation = _option("none", "none, soft (KL to the teacher) or hard (the teacher's decision)")
+    distill_on: DistillOn = _option(
+        "token", "where the teacher speaks: the distillation token's head, or the class head"
+    )
+    alpha: float = _option(0.5, "weight of the teacher's loss; the labels get 1 - alpha")
+    tau: float = _option(1.0, "temperature of soft distillation")
+
+    precision: Precision = _option("bf16", "autocast; fp16 scales the loss")
+    compile: bool = _option(False, "torch.compile the model")
+    seed: int = _option(0, "of weights, order and augmentation")
+    eval_every: int = _option(1, "epochs between evaluations; the last epoch is always evaluated")
+
+    def __post_init__(self) -> None:
+        """Check types, choices, ranges and relations; whole numbers are accepted where a float is meant."""
+        for name, kind in get_type_hints(type(self)).items():
+            object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
+        if self.preset != CUSTOM and self.preset not in PRESETS:
+            raise ConfigError(f"unknown recipe {self.preset!r}{nearest(self.preset, PRESETS)}")
+        if self.loss == "bce" and self.label_smoothing:
+            raise ConfigError("loss='bce' needs label_smoothing=0: smoothing would make every class a positive")
+        if self.batch_size % self.accumulate:
+            raise ConfigError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
+        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs} leaves none of epochs={self.epochs} to train")
+
+    @property
+    def peak_lr(self) -> float:
+        """The learning rate after the warm-up, scaled linearly with the batch. Source: DeiT, section 6."""
+        return self.lr * self.batch_size / self.lr_batch if self.lr_batch else self.lr
+
+    @property
+    def total_epochs(self) -> int:
+        """Epochs run: the cosine's and the cool-down's."""
+        return self.epochs + self.cooldown_epochs
+
+    def to_toml(self) -> str:
+        """All fields as TOML, one line each, in order."""
+        # JSON's strings, numbers and booleans are TOML's too
+        return "".join(f"{item.name} = {json.dumps(getattr(self, item.name))}\n" for item in fields(self))
+
+
+def _checked(name: str, value: Any, kind: Any) -> Any:
+    """The value of a field, a float where one is meant. Raises: ConfigError: another type, or out of range."""
+    if kind is float and type(value) is int:
+        value = float(value)
+    if choices := get_args(kind):
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r}; expected one of {', '.join(choices)}")
+    elif type(value) is not kind:
+        raise ConfigError(f"{name}={value!r} is not of type {kind.__name__}")
+    for names, fits, expected in _RANGES:
+        if name in names and not fits(value):
+            raise ConfigError(f"{name}={value!r}; expected {expected}")
+    return value
+
+
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("epochs", "batch_size", "accumulate", "repeats", "eval_every"), lambda v: v >= 1, "1 or more"),
+    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size"), lambda v: v >= 0, "0 or more"),
+    (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
+    (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
+    (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),
+    (("hflip", "erase", "mix_prob", "mix_switch", "label_smoothing", "alpha"), lambda v: 0 <= v <= 1, "0 to 1"),
+    (("beta1", "beta2", "ema_decay", "drop_path_rate", "drop_rate"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("crop_scale",), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
+)
+"""Every number among the fields: which ones, whether a value is in range, and how to say so."""
+
+_FINETUNE_384 = {
+    "epochs": 30,
+    "batch_size": 512,
+    "lr": 5e-6,
+    "min_lr": 5e-6,
+    "weight_decay": 1e-8,
+    "img_size": 384,
+    "train_mode": False,
+}
+_CIFAR = {
+    "epochs": 100,
+    "batch_size": 128,
+    "lr": 1e-3,
+    "lr_batch": 0,
+    "warmup_epochs": 5,
+    "schedule": "step",
+    "crop": "pad",
+    "augment": "none",
+    "color_jitter": 0.0,
+    "erase": 0.0,
+    "repeats": 1,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "ema_decay": 0.0,
+    "drop_path_rate": 0.0,
+}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deit_300e": ("DeiT from scratch: DeiT, table 9", {}),
+    "deit_distill_300e": ("hard distillation through the token: DeiT, section 4", {"distillation": "hard"}),
+    "deit_finetune_384": ("DeiT at a higher resolution: the authors' README", _FINETUNE_384),
+    "deit_finetune_384_distill": (
+        "the same with a teacher, which the authors' script refuses: DeiT, section 4",
+        {**_FINETUNE_384, "distillation": "hard"},
+    ),
+    "cifar_scratch": ("32-pixel images from scratch, light augmentation, one step schedule: ours", _CIFAR),
+    "cifar_distill": ("the same with a teacher: ours", {**_CIFAR, "distillation": "hard"}),
+}
+"""Name to (what it is and where it comes from, what differs from the defaults)."""
+
+
+def recipe_named(name: str, /, **overrides: Any) -> Recipe:
+    """A preset, with some fields replaced.
+
+    Raises: ConfigError: no such preset or field (the nearest are named), or a value that cannot work.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"unknown recipe {name!r}{nearest(name, PRESETS)}")
+    return override(Recipe(), {"preset": name, **PRESETS[name][1], **overrides})
+
+
+def recipe_from_toml(text: str, /, **overrides: Any) -> Recipe:
+    """A recipe from TOML: `preset` names what it starts from, the other keys replace fields.
+
+    Raises: ConfigError: not TOML, no such preset or field, or a value that cannot work.
+    """
+    try:
+        settings = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    preset = settings.pop("preset", CUSTOM)
+    if preset == CUSTOM:
+        return override(Recipe(), {**settings, **overrides})
+    return recipe_named(str(preset), **{**settings, **overrides})
+
+
+def read_recipe(path: str | PathLike[str], /, **overrides: Any) -> Recipe:
+    """A recipe from a TOML file, see `recipe_from_toml`.
+
+    Raises: ConfigError: the file cannot be read, or `recipe_from_toml` refuses it; the file is named.
+    """
+    try:
+        return recipe_from_toml(Path(path).read_text(encoding="utf-8"), **overrides)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error

@@ -1,0 +1,280 @@
+"""A whole run: from a model, a recipe and two sets of images to a folder with checkpoints, log and recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from ..errors import ConfigError, DataError, TrainingError
+from ..hub.fetch import atomic_write
+from ..hub.manifest import Preprocessing
+from ..models.layers import ImageClassifier
+from ..transforms import EvalTransform
+from .augment import train_transform
+from .datasets import TrainingSamples
+from .distributed import Shard, join_processes
+from .engine import train_epoch
+from .evaluation import eval_batches, preprocessing_of, score
+from .export import export_model
+from .learner import Heads, Learner, make_learner
+from .loading import (
+    Batch,
+    DamageCount,
+    Watch,
+    default_workers,
+    explained_worker_failure,
+    make_loader,
+    open_images,
+    plain_watch,
+)
+from .logs import RunLog
+from .recipe import Recipe
+from .records import ImageRecords
+from .samplers import TrainSampler, sample_seed
+from .state import STATE_NAME, Progress, load_state, remove_leftovers, save_state
+from .teacher import Teacher, TeacherSpec
+
+RECIPE_NAME = "recipe.toml"
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """How a run ended.
+
+    Attributes:
+        out: the folder; `model/` holds the last weights, `best/` those of the best epoch, `ema/` the averaged ones.
+        top1: accuracy of the last weights on the validation images in percent; None without such images.
+        best_top1: the best epoch's; None likewise. That epoch was chosen on these very images: to report a figure, take
+            `top1`, or evaluate `best/` on images that had no part in the choice.
+        best_epoch: from 0.
+        log: the rows of log.jsonl, one an epoch.
+    """
+
+    out: Path
+    top1: float | None
+    best_top1: float | None
+    best_epoch: int | None
+    log: list[dict[str, Any]]
+
+
+def train(
+    model: nn.Module,
+    *,
+    recipe: Recipe,
+    train: Any,
+    val: Any = None,
+    out: str | PathLike[str],
+    teacher: Teacher | TeacherSpec | None = None,
+    preprocessing: Preprocessing | None = None,
+    device: str | torch.device | None = None,
+    workers: int | None = None,
+    shard: Shard = "ddp",
+    tensorboard: bool = False,
+    corrupt_limit: float = 0.01,
+    watch: Watch = plain_watch,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> TrainResult:
+    """Train a model in place; a second call with the same `out` goes on after the last finished epoch.
+
+    Under torchrun every process calls this with the same arguments.
+
+    Args:
+        model: from `create_model` or `from_pretrained`, or any module that turns (B, 3, H, W) into (B, K) logits.
+        recipe: the settings.
+        train: training images: a folder or the name of a data set (see `open_dataset`), or a Dataset (see `wrap`).
+        val: images to evaluate on, with the same classes, in the same forms; None: no evaluation.
+        out: folder for the results: recipe.toml, log.jsonl, last.pt (the state to resume from), and model folders.
+        teacher: see `load_teacher`; goes with a recipe that distils.
+        preprocessing: normalisation and size of the input, for modules that do not know theirs (`model.origin`).
+        device: where to compute; default: the GPU if there is one.
+        workers: loading processes; what comes out does not depend on them.
+        shard: under torchrun, "ddp" (a copy in each process) or "fsdp" (parameters divided).
+        tensorboard: also write event files.
+        corrupt_limit: fraction of the images that may be unreadable before the run stops.
+        watch: wraps each epoch's batches, for a progress bar.
+        on_epoch: called with each finished epoch's row of the log.
+
+    Raises:
+        ConfigError: settings that do not fit each other, the model or the processes.
+        DataError: images or classes are missing, or too many images are damaged.
+        TrainingError: the loss is no number, the teacher does not fit, `out` holds another run, a worker died.
+        FetchError: no space or no permission in `out`; the last complete state stays.
+    """
+    records = open_images(train, "train")
+    val_records = None if val is None else open_images(val, "val", records.classes)
+    preprocessing = preprocessing or preprocessing_of(model)
+    with join_processes(device) as process:
+        learner = make_learner(
+            model,
+            recipe,
+            num_classes=len(records.classes),
+            process=process,
+            preprocessing=preprocessing,
+            teacher=teacher,
+            shard=shard,
+        )
+        if learner.divided and val_records is not None and len(val_records) < process.world:
+            raise DataError(f"{len(val_records)} images to evaluate on, fewer than the {process.world} processes")
+        run = _Run(
+            learner=learner,
+            records=records,
+            val=val_records,
+            out=Path(out),
+            preprocessing=preprocessing,
+            workers=default_workers(process.device) if workers is None else workers,
+            corrupt_limit=corrupt_limit,
+            watch=watch,
+        )
+        with explained_worker_failure(run.workers):
+            return run.to_the_end(tensorboard=tensorboard, on_epoch=on_epoch)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Run:
+    """One call of `train`: what stays the same while epochs go by."""
+
+    learner: Learner
+    records: ImageRecords
+    val: ImageRecords | None
+    out: Path
+    preprocessing: Preprocessing
+    workers: int
+    corrupt_limit: float
+    watch: Watch
+
+    def to_the_end(self, *, tensorboard: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> TrainResult:
+        """All epochs from the last saved one on, then the final export."""
+        recipe, process = self.learner.recipe, self.learner.process
+        sampler, batches = self._training_batches()
+        identity = self._identity()
+        progress = load_state(self.out, self.learner, run=identity) or Progress()
+        if len(set(process.gather(progress.epoch))) > 1:
+            raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
+        log = RunLog(self.out, first_epoch=progress.epoch, tensorboard=tensorboard, writes=process.is_main)
+        if process.is_main:
+            remove_leftovers(self.out)
+            with atomic_write(self.out / RECIPE_NAME) as temporary:
+                temporary.write_text(recipe.to_toml(), encoding="utf-8")
+        damage = DamageCount(self.records, self.corrupt_limit)
+        with closing(log):
+            for epoch in range(progress.epoch, recipe.total_epochs):
+                row = self._one_epoch(epoch, sampler, batches, damage)
+                if row.get("top1", -1.0) > progress.best_top1:
+                    progress.best_top1, progress.best_epoch = row["top1"], epoch
+                    self._export("best", self.learner.bare, row)
+                progress.epoch = epoch + 1
+                log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
+                save_state(self.out, self.learner, progress, run=identity)
+                if on_epoch is not None and process.is_main:
+                    on_epoch(row)
+        last = log.rows[-1] if log.rows else {}
+        self._export("model", self.learner.bare, last)
+        if self.learner.average is not None:
+            self._export(
+                "ema", self.learner.versions()["ema_"], {"top1": last.get("ema_top1"), "top5": last.get("ema_top5")}
+            )
+        self.learner.bare.eval()
+        known = progress.best_epoch >= 0
+        return TrainResult(
+            out=self.out,
+            top1=last.get("top1"),
+            best_top1=progress.best_top1 if known else None,
+            best_epoch=progress.best_epoch if known else None,
+            log=log.rows,
+        )
+
+    def _one_epoch(
+        self, epoch: int, sampler: TrainSampler, batches: DataLoader[Batch], damage: DamageCount
+    ) -> dict[str, Any]:
+        """Train, and evaluate where the recipe says so; gives the epoch's row of the log."""
+        recipe, process = self.learner.recipe, self.learner.process
+        sampler.set_epoch(epoch)
+        # for mixing and stochastic depth; no epoch has 2**40 samples, so none shares its seed with these
+        torch.manual_seed(sample_seed(recipe.seed, epoch, (1 << 40) + process.rank))
+        kept = f"; the last good weights, of epoch {epoch - 1}, are in {self.out / STATE_NAME}" if epoch else ""
+        done = train_epoch(
+            self.learner, batches, steps=sampler.steps, epoch=epoch, damage=damage, watch=self.watch, kept=kept
+        )
+        row: dict[str, Any] = {
+            "epoch": epoch,
+            "lr": done.lr,
+            "loss": round(done.loss, 6),
+            "seconds": round(done.seconds, 2),
+            "images_per_second": round(done.images / done.seconds, 1),
+            "unreadable": len(set().union(*process.gather(damage.failed))),
+        }
+        if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.total_epochs:
+            row |= self._evaluate()
+        return row
+
+    def _identity(self) -> dict[str, str]:
+        """What a saved state must have been made with, besides the recipe."""
+        model = self.learner.bare.model
+        config = model.config if isinstance(model, ImageClassifier) else type(model).__name__
+        data = f"{len(self.records)} images in {len(self.records.classes)} classes"
+        # a divided optimiser is saved under other names
+        return {"model": str(config), "data": data} | ({"shard": "fsdp"} if self.learner.divided else {})
+
+    def _training_batches(self) -> tuple[TrainSampler, DataLoader[Batch]]:
+        recipe, process = self.learner.recipe, self.learner.process
+        part, rest = divmod(recipe.batch_size, process.world * recipe.accumulate)
+        if rest:
+            raise ConfigError(
+                f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
+                f"{recipe.accumulate} accumulation steps each"
+            )
+        sampler = TrainSampler(
+            len(self.records),
+            batch_size=recipe.batch_size,
+            repeats=recipe.repeats,
+            seed=recipe.seed,
+            rank=process.rank,
+            world=process.world,
+        )
+        samples = TrainingSamples(self.records, train_transform(recipe, self.preprocessing, self.preprocessing.crop))
+        return sampler, make_loader(samples, sampler, batch_size=part, workers=self.workers, device=process.device)
+
+    def _evaluate(self) -> dict[str, Any]:
+        """Validation figures of the weights and, under names that begin with ema_, of their average."""
+        if self.val is None:
+            return {}
+        recipe, process = self.learner.recipe, self.learner.process
+        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate), 1)
+        # where parameters are divided, every process must take part in every forward pass
+        most = -(-len(self.val) // process.world)
+        rounds = -(-most // size) if self.learner.divided else None
+        row: dict[str, Any] = {}
+        for prefix, heads in self.learner.versions().items():
+            batches = eval_batches(
+                self.val, EvalTransform(self.preprocessing), process, batch_size=size, workers=self.workers
+            )
+            damage = DamageCount(self.val, self.corrupt_limit)
+            result = score(heads, batches, process, precision=recipe.precision, damage=damage, rounds=rounds)
+            row |= {f"{prefix}top1": round(result.top1, 4), f"{prefix}top5": round(result.top5, 4)}
+            row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
+            if not prefix:
+                row |= {
+                    "val_loss": round(result.loss, 6),
+                    "val_images": result.images,
+                    "val_unreadable": result.skipped,
+                }
+        return row
+
+    def _export(self, name: str, heads: Heads, accuracy: dict[str, Any]) -> None:
+        learner = self.learner
+        export_model(
+            heads.model,
+            self.out / name,
+            learner.process,
+            divided=learner.divided,
+            records=self.records,
+            accuracy=accuracy,
+        )

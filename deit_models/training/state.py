@@ -1,0 +1,172 @@
+"""What a run must remember to go on after any interruption: written after each epoch, whole or not at all.
+
+Random numbers need no saving: every epoch seeds its generators from (seed, epoch, process), and every sample from
+(seed, epoch, place in the epoch).
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+import zipfile
+import zlib
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+
+from ..errors import TrainingError
+from ..hub.fetch import atomic_write, first_line
+from .export import MODEL_FOLDERS, WEIGHTS_NAME
+from .learner import Learner
+from .recipe import Recipe, recipe_from_toml
+
+STATE_NAME = "last.pt"
+_FORMAT = 1
+_MAY_CHANGE = {"preset", "eval_every"}
+"""Recipe fields that do not touch the weights a run ends with."""
+
+
+@dataclass(slots=True)
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: the next epoch to run, from 0.
+        best_top1: the best validation accuracy so far in percent; below 0 before the first evaluation.
+        best_epoch: the epoch it was reached in; -1 before the first evaluation.
+    """
+
+    epoch: int = 0
+    best_top1: float = -1.0
+    best_epoch: int = -1
+
+
+def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
+    """Write the state of a run into `out`; called by every process, written by the first.
+
+    Args:
+        out: the run's folder.
+        learner: what is saved.
+        progress: where the run stands.
+        run: what must be the same when the run goes on: names of the model, of the data.
+
+    Raises: FetchError: no space or no permission; the previous state is left as it was.
+    """
+    state = {
+        "format": _FORMAT,
+        "recipe": learner.recipe.to_toml(),
+        "run": run,
+        "progress": asdict(progress),
+        "scaler": learner.scaler.state_dict(),
+        **_gather(learner),
+    }
+    if learner.process.is_main:
+        with atomic_write(out / STATE_NAME) as temporary:
+            _write(state, temporary)
+    learner.process.wait_for_all()
+
+
+def _write(state: dict[str, Any], path: Path) -> None:
+    """torch.save, on the disk when this returns. Raises: OSError: it could not be written."""
+    try:
+        with path.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+    except RuntimeError as error:
+        # what torch makes of a full disk; the reason stands behind it
+        reason = error.__context__
+        raise (reason if isinstance(reason, OSError) else OSError(first_line(error))) from error
+
+
+def remove_leftovers(out: Path) -> None:
+    """Delete the half-written files of killed runs in `out` and the folders of exported models."""
+    for folder in (out, *(out / name for name in MODEL_FOLDERS)):
+        for name in (STATE_NAME, WEIGHTS_NAME):
+            for leftover in folder.glob(f"{name}.*.tmp"):
+                leftover.unlink(missing_ok=True)
+
+
+def load_state(out: Path, learner: Learner, *, run: dict[str, str]) -> Progress | None:
+    """Put a saved run back into the learner; None if `out` holds none.
+
+    Raises: TrainingError: the state is damaged, or was saved by a run with other settings; they are named.
+    """
+    path = out / STATE_NAME
+    if not path.exists():
+        return None
+    try:
+        _check_bytes(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise ValueError(f"it holds one {type(state).__name__}")
+        _check_same_run(path, state, learner.recipe, run)
+        _scatter(learner, state)
+        learner.scaler.load_state_dict(state["scaler"])
+        return Progress(**state["progress"])
+    except _DAMAGES as error:
+        if isinstance(error, TrainingError):
+            raise
+        raise TrainingError(f"{path} is damaged or not a state of this package: {first_line(error)}") from error
+
+
+def _check_bytes(path: Path) -> None:
+    """Compare the checksums of a file that torch.save wrote; torch.load does not. Raises: one of `_DAMAGES`."""
+    with zipfile.ZipFile(path) as archive:
+        if (name := archive.testzip()) is not None:
+            raise ValueError(f"the checksum of {name} is wrong")
+
+
+_DAMAGES = (
+    *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, MemoryError),
+    *(OSError, EOFError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
+)
+"""What reading a damaged archive of tensors can raise."""
+
+
+def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict[str, str]) -> None:
+    if state["format"] != _FORMAT:
+        raise TrainingError(
+            f"{path} has format {state['format']}, this version reads {_FORMAT}; train into a new folder"
+        )
+    before, now = asdict(recipe_from_toml(state["recipe"])) | state["run"], asdict(recipe) | run
+    changed = [name for name in now | before if name not in _MAY_CHANGE and before.get(name) != now.get(name)]
+    if changed:
+        settings = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in changed)
+        raise TrainingError(f"{path} was saved with {settings}; use those settings, or train into a new folder")
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _gather(learner: Learner) -> dict[str, Any]:
+    """The tensors to save: whole ones, also where each process holds but a part."""
+    models = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+    if not learner.divided:
+        whole: dict[str, Any] = {name: model.state_dict() for name, model in models.items()}
+        return {**whole, "optimizer": learner.optimizer.state_dict()}
+    whole = {name: get_model_state_dict(model, options=_FULL) for name, model in models.items()}
+    return {**whole, "optimizer": get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)}
+
+
+def _scatter(learner: Learner, state: dict[str, Any]) -> None:
+    """Put saved tensors back; where they are divided, each process takes its part."""
+    models = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+    if not learner.divided:
+        for name, model in models.items():
+            model.load_state_dict(state[name])
+        learner.optimizer.load_state_dict(state["optimizer"])
+        return
+    for name, model in models.items():
+        set_model_state_dict(model, state[name], options=_FULL)
+    set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=_FULL)

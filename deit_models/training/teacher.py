@@ -1,0 +1,293 @@
+"""A teacher for distillation: any frozen network, shown the student's batch in its own normalisation.
+
+Source: DeiT, section 3: the teacher labels the very batch the student sees, augmented and mixed.
+"""
+
+from __future__ import annotations
+
+import copy
+import pkgutil
+import re
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision import models as torchvision_models
+
+from ..config import nearest
+from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError
+from ..hub.fetch import Access, first_line
+from ..hub.layouts import Mapped
+from ..hub.load import from_pretrained
+from ..hub.manifest import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from ..hub.weights import PICKLE_SUFFIXES, read_tensors, unpickle_tensors, verified_state
+from ..models.layers import HeadLogits, ImageClassifier
+from ..registry import list_models
+from .recipe import Precision
+
+Network = Callable[[Tensor], Any]
+_Found = tuple[Network, Sequence[float] | None, Sequence[float] | None]
+"""A network, and the mean and std it was trained with where they are known."""
+PathOrName = str | PathLike[str]
+TeacherSpec = PathOrName | Network
+"""A name, a folder or repository, "module:factory", "file.py:factory", a module or another callable."""
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Teacher(nn.Module):
+    """A network that only answers, without gradient; a module is, in place, frozen and put into eval mode for good.
+
+    Args:
+        network: takes (B, 3, H, W); gives (B, K) logits, or our heads (their mean is taken), or a record with `logits`.
+        student: how the student's input is normalised.
+        mean: what the network was trained with, per channel; the student's if not given.
+        std: likewise.
+        img_size: (height, width) to resize batches to; by default the size of a network that takes one size only.
+        precision: in bf16 and fp16, weights of convolutions and linear layers are stored so and autocast does the rest;
+            autocast alone would cast frozen weights again at every call.
+        channels_last: memory format of convolutions.
+
+    Raises: ConfigError: mean and std that are not one number a channel, std above 0; an unknown precision.
+    """
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(
+        self,
+        network: Network,
+        *,
+        student: Preprocessing,
+        mean: Sequence[float] | None = None,
+        std: Sequence[float] | None = None,
+        img_size: tuple[int, int] | None = None,
+        precision: Precision = "float32",
+        channels_last: bool = False,
+    ) -> None:
+        super().__init__()
+        if precision not in ("float32", *_DTYPES):
+            raise ConfigError(f"precision={precision!r} of the teacher; expected float32, bf16 or fp16")
+        mean, std = tuple(mean or student.mean), tuple(std or student.std)
+        if len(mean) != len(student.mean) or len(std) != len(student.std) or min(std) <= 0:
+            raise ConfigError(f"teacher's mean {mean} and std {std}; expected {len(student.mean)} numbers, std above 0")
+        self.renormalises = (mean, std) != (tuple(student.mean), tuple(student.std))
+        # ((x * student_std + student_mean) - mean) / std as one product and one sum
+        scale = [ours / theirs for ours, theirs in zip(student.std, std, strict=True)]
+        shift = [(ours - theirs) / by for ours, theirs, by in zip(student.mean, mean, std, strict=True)]
+        self.register_buffer("scale", torch.tensor(scale).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("shift", torch.tensor(shift).view(1, -1, 1, 1), persistent=False)
+        self.network = network
+        self.img_size = img_size or _only_size(network)
+        self.dtype = _DTYPES.get(precision)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        if isinstance(network, nn.Module):
+            network.float().to(memory_format=self.memory_format)
+            # norms and their running statistics stay in float32
+            for module in network.modules():
+                if isinstance(module, (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+                    module.to(dtype=self.dtype)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002
+        """Eval mode, whatever is asked for: dropout stays off, running statistics stay as they are."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch in the student's normalisation: (B, 3, H, W) -> (B, K) float32, without gradient.
+
+        Raises: TrainingError: the network gives something else than (B, K) logits.
+        """
+        x = x.float()
+        if self.renormalises:
+            x = torch.addcmul(self.shift, x, self.scale)
+        if self.img_size is not None and self.img_size != tuple(x.shape[-2:]):
+            x = F.interpolate(x, size=self.img_size, mode="bicubic", align_corners=False, antialias=True)
+        # in place of the caller's autocast
+        with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+            logits = _logits_of(self.network(x.contiguous(memory_format=self.memory_format)))
+        if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
+            raise TrainingError(
+                f"the teacher gives {tuple(logits.shape)} for {len(x)} images; expected (images, classes)"
+            )
+        # a network that works in inference mode gives tensors that autograd refuses to save
+        return logits.float().clone() if logits.is_inference() else logits.float()
+
+
+def _only_size(network: Network) -> tuple[int, int] | None:
+    """(height, width) of a network that is known to take one size only."""
+    if isinstance(network, ImageClassifier) and not getattr(network.config, "dynamic_img_size", False):
+        return tuple(network.config.image_hw)
+    if isinstance(network, torchvision_models.VisionTransformer):
+        return network.image_size, network.image_size
+    return None
+
+
+def _logits_of(output: Any) -> Tensor:
+    if isinstance(output, HeadLogits):
+        return output.cls if output.dist is None else (output.cls + output.dist) / 2
+    logits = getattr(output, "logits", output)  # of torchvision's Inception and of transformers
+    if not isinstance(logits, Tensor):
+        raise TrainingError(f"the teacher gives {type(output).__name__}; wrap it in a function that gives logits")
+    return logits
+
+
+def load_teacher(
+    spec: TeacherSpec | Teacher,
+    *,
+    num_classes: int,
+    student: Preprocessing,
+    weights: PathOrName | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+    img_size: tuple[int, int] | None = None,
+    device: torch.device | str | None = None,
+    precision: Precision = "float32",
+    channels_last: bool = True,
+) -> Teacher:
+    """A teacher from a name, a place or a network, tried out on a blank batch.
+
+    Args:
+        spec: looked up in this order: a registered name of this package (`list_models()`); a classification model of
+            torchvision, "regnet_y_16gf" or "torchvision:regnet_y_16gf"; "package.module:factory" or
+            "path/to/file.py:factory", called without arguments, to give a module or callable (this runs that code with
+            all your rights: name only what you trust); a folder, file or Hub repository that `from_pretrained` reads.
+            Or a module, which is copied and not changed; any other callable; a `Teacher`, used as it is.
+        num_classes: logits the teacher must give.
+        student: how the student's input is normalised, and its size (`crop`).
+        weights: a file, for registered names, torchvision models and factories; a .pth is read without running code of
+            it. For torchvision also the name of published weights; by default the best.
+        mean: see `Teacher`; by default what our or torchvision's published weights were trained with, ImageNet's for
+            torchvision models from a file, the student's for everything else.
+        std: likewise.
+        img_size: see `Teacher`.
+        device: where to put it.
+        precision: see `Teacher`.
+        channels_last: see `Teacher`.
+
+    Raises: TrainingError: other classes, or it does not run. UnknownModelError: no such teacher. CheckpointError:
+        damaged or foreign weights. FetchError: no such file, or no download. ConfigError: options that do not fit.
+    """
+    if not isinstance(spec, Teacher):
+        # building it must not change which random numbers the student draws
+        with torch.random.fork_rng(devices=[]):
+            network, own_mean, own_std = _find(spec, weights, num_classes)
+        spec = Teacher(
+            network, student=student, mean=mean or own_mean, std=std or own_std, img_size=img_size, precision=precision,
+            channels_last=channels_last,
+        )  # fmt: skip
+    _try_out(spec.to(device), num_classes=num_classes, student=student)
+    return spec
+
+
+def _try_out(teacher: Teacher, *, num_classes: int, student: Preprocessing) -> None:
+    # two images, because some networks drop a batch dimension of one
+    blank = torch.zeros(2, len(student.mean), *student.crop, device=teacher.scale.device)
+    try:
+        logits = teacher(blank)
+    except (RuntimeError, ValueError, TypeError, AssertionError, LookupError, AttributeError) as error:
+        size = f"{tuple(blank.shape)} (for another size pass img_size)"
+        raise TrainingError(f"the teacher fails on images of shape {size}: {first_line(error)}") from error
+    if logits.shape[1] != num_classes:
+        raise _other_classes(logits.shape[1], num_classes)
+    if not logits.isfinite().all():
+        raise TrainingError("the teacher gives NaN or infinity for a blank image; try precision='float32' or 'bf16'")
+
+
+def _other_classes(given: int, expected: int) -> TrainingError:
+    advice = "both need the same, in the same order: fine-tune the teacher on this data, then pass its weights"
+    return TrainingError(f"the teacher knows {given} classes, the student's data has {expected}; {advice}")
+
+
+def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _Found:
+    if not isinstance(spec, (str, PathLike)):
+        if weights is not None:
+            raise ConfigError("weights belong to a teacher that is named; load them into the network yourself")
+        return _described(copy.deepcopy(spec) if isinstance(spec, nn.Module) else spec)
+    name, known = fspath(spec), torchvision_models.list_models(module=torchvision_models)
+    bare = name.removeprefix("torchvision:")
+    if name in list_models():
+        if weights is None and name not in list_models(pretrained=True):
+            raise TrainingError(f"no weights of {name} are published; pass weights=FILE of a trained one")
+        return _described(from_pretrained(name) if weights is None else from_pretrained(weights, model=name))
+    if bare in known:
+        return _from_torchvision(bare, weights, num_classes)
+    if bare == name and (factory := re.fullmatch(r"(.+):([A-Za-z_]\w*)", name)):
+        network = _resolve(*factory.groups())()
+        return _described(network if weights is None else _filled(network, Path(weights), num_classes))
+    if bare == name and ("/" in name or Path(name).exists()):
+        if name.endswith(".py"):
+            raise ConfigError(f"{name} names no factory; pass {name}:NAME, a function that returns the teacher")
+        if weights is not None:
+            raise ConfigError(f"weights={fspath(weights)!r} with the teacher {name!r}, which brings its own; pass one")
+        return _described(from_pretrained(spec))
+    raise UnknownModelError(f"unknown teacher {name!r}{nearest(bare, [*list_models(), *known])}")
+
+
+def _described(network: Any) -> _Found:
+    if not callable(network):
+        raise ConfigError(f"{type(network).__name__} is no teacher; expected a name, a module or a callable")
+    origin = network.origin if isinstance(network, ImageClassifier) else None
+    return (network, None, None) if origin is None else (network, origin.preprocessing.mean, origin.preprocessing.std)
+
+
+def _from_torchvision(name: str, weights: PathOrName | None, num_classes: int) -> _Found:
+    published = torchvision_models.get_model_weights(name)
+    wanted = "DEFAULT" if weights is None else fspath(weights).removeprefix(f"{published.__name__}.")
+    if wanted in published.__members__:
+        chosen = published[wanted]
+        if (known := len(chosen.meta["categories"])) != num_classes:  # told before hundreds of megabytes are fetched
+            raise _other_classes(known, num_classes)
+        try:
+            network = torchvision_models.get_model(name, weights=chosen, progress=sys.stderr.isatty())
+        except (OSError, RuntimeError) as error:
+            raise FetchError(f"{chosen.url} could not be fetched: {first_line(error)}") from error
+        return network, chosen.transforms().mean, chosen.transforms().std
+    if not (path := Path(wanted)).suffix and not path.exists():
+        raise ConfigError(f"unknown weights {wanted!r} of {name}{nearest(wanted, published.__members__)}")
+    network = torchvision_models.get_model(name, weights=None, num_classes=num_classes)
+    return _filled(network, path, num_classes), IMAGENET_MEAN, IMAGENET_STD
+
+
+def _resolve(place: str, name: str) -> Callable[[], Any]:
+    try:
+        found = runpy.run_path(place)[name] if place.endswith(".py") else pkgutil.resolve_name(f"{place}:{name}")
+    except (ImportError, AttributeError, ValueError, KeyError, OSError) as error:
+        raise UnknownModelError(f"no teacher {place}:{name} ({type(error).__name__}: {first_line(error)})") from error
+    if not callable(found):
+        raise ConfigError(f"{place}:{name} is {type(found).__name__}; expected a function that returns the teacher")
+    return found
+
+
+def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
+    """The network with the weights of a file. Raises: CheckpointError: they are damaged, or another network's."""
+    if not isinstance(network, nn.Module):
+        raise ConfigError(f"weights cannot be loaded into {type(network).__name__}; expected a module")
+    if not path.is_file():
+        raise FetchError(f"{path}: no such weights file")
+    pickled = path.suffix in PICKLE_SUFFIXES
+    tensors = unpickle_tensors(path) if pickled else read_tensors(path, Access(), source=path.name)[0]
+    # whole numbers are counters of batches, and tables that a network computes itself
+    own, given = ({k: t for k, t in s.items() if t.is_floating_point()} for s in (network.state_dict(), tensors))
+    missing, unexpected = sorted(own.keys() - given), sorted(given.keys() - own)
+    uneven = [k for k in own.keys() & given if given[k].shape != own[k].shape]
+    heads = {given[k].shape[:1].numel() if given[k].shape[1:] == own[k].shape[1:] else 0 for k in uneven}
+    if len(heads) == 1 and 0 not in heads and not missing and not unexpected:
+        raise _other_classes(heads.pop(), num_classes)
+    try:
+        mapped = Mapped({k: given[k] for k in own.keys() & given}, missing, unexpected, [])
+        state = verified_state(mapped, cast(ImageClassifier, network))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    # not load_state_dict, which some torchvision models let refuse tensors that do not tell their version
+    for name, tensor in state.items():
+        own[name].copy_(tensor)
+    return network

@@ -1,0 +1,138 @@
+"""The DeiT paper's distillation table on CIFAR-10: one student, one budget, four ways to use a convnet teacher.
+
+    python examples/distill_cifar10.py path/to/cifar10 --out runs/distill
+
+The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. A ResNet-20 is trained, then the same small
+transformer from the same seed: without a teacher, with soft and with hard distillation on the class token, and with
+hard distillation through the distillation token. The last epoch's weights are scored: choosing epochs by test accuracy
+would flatter the figures. A second start goes on where the first one stopped; `--arms` chooses some of the arms, so
+that they can run side by side. Once all are there, `table.md` and (with the extra `[plot]`) `curves.png` are written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from cifar_resnet import resnet20
+
+import deit_models
+from deit_models.registry import default_preprocessing
+from deit_models.training.datasets import open_dataset
+from deit_models.training.logs import LOG_NAME, read_log
+from deit_models.training.plots import plot_curves
+from deit_models.training.recipe import Recipe, recipe_named
+from deit_models.training.run import TrainResult, train
+from deit_models.training.teacher import Teacher, load_teacher
+
+ARMS = {
+    "none": ("deit_micro_patch4_32", {}),
+    "soft": ("deit_micro_patch4_32", {"distillation": "soft", "distill_on": "class", "alpha": 10 / 19, "tau": 3.0}),
+    "hard": ("deit_micro_patch4_32", {"distillation": "hard", "distill_on": "class"}),
+    "token": ("deit_micro_distilled_patch4_32", {"distillation": "hard", "distill_on": "token"}),
+}
+"""Name of an arm to its model and what differs in the recipe.
+
+"soft" is the paper's equation 2 with its lambda 0.1 and tau 3: the authors' code, and so ours, divides the teacher's
+loss by the number of classes as well, which for ten classes an alpha of 10/19 makes up for.
+"""
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; the defaults are those of the recorded experiment."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with train/ and test/ class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the results, and to resume from")
+    parser.add_argument("--arms", nargs="*", choices=ARMS, default=list(ARMS), help="default: all")
+    parser.add_argument("--epochs", type=int, default=12, help="of each student")
+    parser.add_argument("--teacher-epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=0, help="loading processes; the result is the same")
+    parser.add_argument("--compile", action="store_true", help="torch.compile the students (needs a C++ compiler)")
+    return parser.parse_args()
+
+
+def student_recipe(args: argparse.Namespace, **changes: object) -> Recipe:
+    """What all students share: light augmentation, label smoothing, a short warm-up."""
+    warmup = min(2, args.epochs - 1)
+    shared = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
+    return recipe_named("cifar_scratch", warmup_epochs=warmup, **shared, **changes)
+
+
+def teacher_recipe(args: argparse.Namespace) -> Recipe:
+    """SGD with momentum, as ResNets are trained; no label smoothing, which spoils a teacher (Mueller et al. 2019)."""
+    return recipe_named(
+        "cifar_scratch",
+        epochs=args.teacher_epochs,
+        warmup_epochs=min(1, args.teacher_epochs - 1),
+        batch_size=args.batch_size,
+        optimizer="sgd",
+        lr=0.1,
+        min_lr=0.0,
+        weight_decay=5e-4,
+        label_smoothing=0.0,
+        seed=args.seed,
+    )
+
+
+def main() -> None:
+    """Train the students, and the teacher once a student needs it, as far as they are not there yet."""
+    args = parse_args()
+    records = open_dataset(args.data, "train")
+    test = open_dataset(args.data, "val", classes=records.classes)
+    preprocessing = default_preprocessing(ARMS["none"][0], (32, 32))
+
+    def run(name: str, model: torch.nn.Module, recipe: Recipe, **options: object) -> TrainResult:
+        def report(row: dict[str, object]) -> None:
+            print(json.dumps({"run": name, **row}), flush=True)
+
+        common = {"train": records, "val": test, "workers": args.workers, "on_epoch": report}
+        return train(model, recipe=recipe, out=args.out / name, **common, **options)
+
+    def train_teacher() -> Teacher:
+        torch.manual_seed(args.seed)
+        network = resnet20(len(records.classes))
+        result = run("teacher", network, teacher_recipe(args), preprocessing=preprocessing)
+        print(f"teacher: {result.top1:.2f} % of {len(test)} test images", flush=True)
+        return load_teacher(network, num_classes=len(records.classes), student=preprocessing, precision="bf16")
+
+    for arm in args.arms:
+        name, changes = ARMS[arm]
+        torch.manual_seed(args.seed)
+        model = deit_models.create_model(name, num_classes=len(records.classes))
+        teacher = None if arm == "none" else train_teacher()
+        result = run(arm, model, student_recipe(args, **changes), teacher=teacher)
+        print(f"{arm}: {result.top1:.2f} % of {len(test)} test images", flush=True)
+    report(args.out)
+
+
+def report(out: Path) -> None:
+    """The paper's table 3 with our figures, once every run is finished; and the curves, where matplotlib is there."""
+    if not all((out / name / "model").is_dir() for name in ("teacher", *ARMS)):
+        return
+    logs = {name: read_log(out / name / LOG_NAME) for name in ("teacher", *ARMS)}
+    last = {name: rows[-1] for name, rows in logs.items()}
+    rows = [
+        ("no distillation", "class", last["none"]["top1"]),
+        ("soft distillation", "class", last["soft"]["top1"]),
+        ("hard distillation", "class", last["hard"]["top1"]),
+        ("distillation token", "class", last["token"]["class_top1"]),
+        ("distillation token", "distillation", last["token"]["distillation_top1"]),
+        ("distillation token", "both", last["token"]["top1"]),
+        ("(the teacher)", "", last["teacher"]["top1"]),
+    ]
+    lines = ["| training | heads used at test | top-1 (%) |", "| --- | --- | ---: |"]
+    table = "\n".join(lines + [f"| {name} | {heads} | {top1:.2f} |" for name, heads, top1 in rows]) + "\n"
+    print(table)
+    (out / "table.md").write_text(table, encoding="utf-8")
+    try:
+        plot_curves({name: logs[name] for name in ARMS}, out / "curves.png", title="One student, four trainings")
+    except deit_models.MissingExtraError as error:
+        print(error)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,258 @@
+"""`deit-models evaluate`: the figures, what stands beside them, and how classes are matched."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from command_line import CLASSES, MODELS, failure, save_class_folders, usage_error
+from torch.nn import functional as F
+
+import deit_models
+from deit_models.cli import main
+from deit_models.cli.class_names import Match, Relabelled, match_classes
+from deit_models.training.records import ImageRecords
+
+PLAIN, DISTILLED = MODELS
+QUICK = ["--workers", "0", "--device", "cpu"]
+
+pytestmark = pytest.mark.usefixtures("atoms")
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """Saves a model with random heads that know CLASSES, and an accuracy to stand beside; gives its folder."""
+    return save(tmp_path / "model", class_names=CLASSES, top1=66.6, top5=99.9, dataset="Fauna")
+
+
+def save(folder: Path, name: str = DISTILLED, seed: int = 0, **origin: object) -> Path:
+    torch.manual_seed(seed)
+    model = deit_models.create_model(name)
+    for part in model.head_names:
+        if (head := getattr(model, part)) is not None:
+            torch.nn.init.normal_(head.weight)
+    model.origin = replace(model.origin, **origin)
+    model.save_pretrained(folder)
+    return folder
+
+
+def evaluate(capsys: pytest.CaptureFixture[str], model: Path, data: Path, *more: object) -> dict[str, object]:
+    """What `evaluate --json` prints, and nothing else."""
+    assert main([*map(str, ["evaluate", model, data, "--json", *QUICK, *more])]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    return json.loads(out)
+
+
+def expected(model: Path, folder: Path, classes: tuple[str, ...] = CLASSES) -> dict[str, object]:
+    """The figures, the plain way."""
+    network = deit_models.from_pretrained(model)
+    transform = deit_models.transform_for(network)
+    files = [(path, label) for label, name in enumerate(classes) for path in sorted((folder / name).iterdir())]
+    labels = torch.tensor([label for _, label in files])
+    with torch.no_grad():
+        heads = network.forward_heads(torch.stack([transform(path) for path, _ in files]))
+    mean = (heads.cls + heads.dist) / 2
+    right = [100 * (logits.argmax(1) == labels).double().mean().item() for logits in (mean, *heads)]
+    return {"top1": right[0], "loss": F.cross_entropy(mean, labels).item(), "class": right[1], "distillation": right[2]}
+
+
+# The figures
+
+
+def test_figures_are_those_of_the_model_and_of_each_head(saved, data, capsys):
+    found = evaluate(capsys, saved, data, "--batch-size", 4)
+    plain = expected(saved, data / "val")
+    assert {"top1": found["top1"], "loss": found["loss"], **found["heads"]} == pytest.approx(plain, rel=1e-4)
+    assert (found["images"], found["skipped"], found["top5"]) == (6, 0, 100)
+    assert found["published"] == {"top1": 66.6, "top5": 99.9, "dataset": "Fauna"}
+    chosen = {"model": str(saved), "data": str(data), "split": "val", "style": "checkpoint", "precision": "float32"}
+    assert chosen.items() <= found.items()
+
+
+def test_text_shows_the_published_figures_beside_the_measured(saved, data, capsys):
+    plain = expected(saved, data / "val")
+    assert main(["evaluate", str(saved), str(data), *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    title, *lines = out.splitlines()
+    assert title == f"{saved} on {data}, val"
+    rows = {line[2:22].strip(): line[22:] for line in lines}
+    assert rows == {
+        "top-1": f"{plain['top1']:.2f} %  published: 66.6 % (Fauna)",
+        "top-5": "100.00 %  published: 99.9 % (Fauna)",
+        "class head": f"{plain['class']:.2f} % top-1",
+        "distillation head": f"{plain['distillation']:.2f} % top-1",
+        "loss": f"{plain['loss']:.4f}",
+        "images": "6",
+        "skipped": "0",
+    }
+
+
+def test_nothing_stands_beside_where_nothing_is_published(data, tmp_path, capsys):
+    model = save(tmp_path / "model", PLAIN, class_names=CLASSES)
+    found = evaluate(capsys, model, data)
+    assert (found["published"], found["heads"]) == (None, {})
+    assert main(["evaluate", str(model), str(data), *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "published" not in out
+    assert "head" not in out
+
+
+def test_split_and_folders_are_the_users_choice(saved, data, capsys):
+    whole = evaluate(capsys, saved, data, "--split", "train")
+    assert (whole["images"], whole["split"]) == (12, "train")
+    assert whole["loss"] == pytest.approx(expected(saved, data / "train")["loss"], rel=1e-4)
+    right_in_it = evaluate(capsys, saved, data / "train")
+    assert right_in_it["loss"] == whole["loss"]
+
+
+def test_style_and_precision_reach_the_evaluation(saved, data, capsys):
+    for path in data.rglob("*.png"):  # not square, so that crops differ
+        PIL.Image.open(path).resize((40, 16)).save(path)
+    plain = evaluate(capsys, saved, data)["loss"]
+    losses = [
+        evaluate(capsys, saved, data, *more)["loss"] for more in (["--style", "transformers"], ["--precision", "bf16"])
+    ]
+    assert plain == pytest.approx(expected(saved, data / "val")["loss"], rel=1e-4)
+    assert len({plain, *losses}) == 3
+    assert losses[1] == pytest.approx(plain, rel=0.05)
+
+
+def test_image_that_cannot_be_read_is_counted_and_gives_status_1(saved, data, capsys, caplog):
+    (data / "val" / "bee" / "1.png").write_text("no picture")
+    assert main(["evaluate", str(saved), str(data), "--json", *QUICK]) == 1
+    out, err = capsys.readouterr()
+    assert (json.loads(out)["images"], json.loads(out)["skipped"]) == (5, 1)
+    assert err == "deit-models: 1 of 6 images could not be read\n"
+    assert [str(Path("bee", "1.png")) in record.getMessage() for record in caplog.records] == [True]
+
+
+# Classes
+
+
+def test_classes_in_another_order_are_matched_by_name(data, tmp_path, capsys):
+    names = ("cow", "ant", "bee")
+    model = save(tmp_path / "model", class_names=names)
+    found, plain = evaluate(capsys, model, data), expected(model, data / "val", names)
+    assert (found["top1"], found["loss"]) == pytest.approx((plain["top1"], plain["loss"]), rel=1e-4)
+    assert plain["loss"] != pytest.approx(expected(model, data / "val")["loss"], rel=1e-3)
+
+
+def test_other_classes_are_refused_unless_the_user_knows_better(data, tmp_path, capsys):
+    model = save(tmp_path / "model", class_names=("ant", "bee", "dog"))
+    line = failure(capsys, "evaluate", model, data, *QUICK)
+    assert "the model alone knows dog, the data alone has cow" in line
+    assert "--ignore-class-names" in line
+    found = evaluate(capsys, model, data, "--ignore-class-names")
+    assert found["loss"] == pytest.approx(expected(model, data / "val")["loss"], rel=1e-4)
+
+
+def test_another_number_of_classes_is_refused_whatever_they_are_called(saved, data, capsys):
+    for split in ("train", "val"):
+        save_class_folders(data / split / "more", ["dog"], 1)
+        (data / split / "more" / "dog").rename(data / split / "dog")
+        (data / split / "more").rmdir()
+    for more in ([], ["--ignore-class-names"]):
+        line = failure(capsys, "evaluate", saved, data, *QUICK, *more)
+        assert f"{data / 'val'} has 4 classes, {saved} has 3" in line
+
+
+def test_model_without_class_names_is_said_to_have_none(data, tmp_path, capsys):
+    model = save(tmp_path / "model", class_names=None)
+    assert main(["evaluate", str(model), str(data), "--json", *QUICK]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["loss"] == pytest.approx(expected(model, data / "val")["loss"], rel=1e-4)
+    assert err == f"deit-models: {model} does not name its classes: taken to be in the data's order\n"
+
+
+class Named(ImageRecords):
+    """Class names and one image for each."""
+
+    def __init__(self, classes, name="photos"):
+        self.name, self.classes = name, tuple(classes)
+
+    def __len__(self):
+        return len(self.classes)
+
+    def __getitem__(self, index):
+        return PIL.Image.new("RGB", (1, 1), (index, 0, 0)), index
+
+
+def imagenet_model(**origin):
+    model = deit_models.create_model(PLAIN, num_classes=1000)
+    model.origin = replace(model.origin, **{"dataset": "ImageNet-1k", **origin})
+    return model
+
+
+WORDNET_IDS = [f"n{number:08}" for number in range(1000)]
+
+
+def test_imagenet_is_known_by_its_wordnet_ids_and_by_torchvisions_names():
+    as_they_are = Match(tuple(range(1000)))
+    assert match_classes(imagenet_model(), Named(WORDNET_IDS)) == as_they_are
+    synonyms = [f"name {number}, other name" for number in range(1000)]
+    assert match_classes(imagenet_model(), Named(synonyms, "imagenet")) == as_they_are
+    # a checkpoint from the Hub, which calls its classes by words
+    assert match_classes(imagenet_model(class_names=tuple(synonyms)), Named(WORDNET_IDS)) == as_they_are
+    assert (
+        match_classes(imagenet_model(class_names=tuple(synonyms[::-1])), Named(synonyms)).order
+        == tuple(range(1000))[::-1]
+    )
+
+
+def test_imagenets_order_is_not_taken_for_granted():
+    assert match_classes(imagenet_model(), Named(WORDNET_IDS[::-1])).order is None
+    names = [f"name {number}" for number in range(1000)]
+    match = match_classes(imagenet_model(), Named(names))
+    assert match.order is None
+    assert match.difference.startswith("the model alone knows tench, goldfish, great white shark and 997 more")
+    # one that was trained on folders in another order
+    trained = imagenet_model(class_names=tuple(WORDNET_IDS[::-1]))
+    assert match_classes(trained, Named(WORDNET_IDS)).order == tuple(range(1000))[::-1]
+
+
+def test_two_classes_of_one_name_cannot_be_matched():
+    model = deit_models.create_model(PLAIN)
+    model.origin = replace(model.origin, class_names=("crane", "crane", "cow"))
+    assert match_classes(model, Named(("crane", "cow", "ant"))).order is None
+
+
+def test_relabelled_images_keep_their_description_and_name():
+    records = Named(CLASSES)
+    other = Relabelled(records, (2, 0, 1))  # ant becomes 2, bee 0, cow 1
+    assert other.classes == ("bee", "cow", "ant")
+    assert [other[i][1] for i in range(3)] == [2, 0, 1]
+    assert [other[i][0].getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
+    assert (len(other), other.name, other.describe(1)) == (3, "photos", records.describe(1))
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--batch-size", "0"], "--batch-size: 0; expected 1 or more"),
+        (["--workers", "-1"], "--workers: -1; expected 0 or more"),
+        (["--workers", "many"], "--workers: invalid int value: 'many'"),
+        (["--split", "test"], "--split: invalid choice: 'test'"),
+        (["--style", "mine"], "--style: invalid choice: 'mine'"),
+        (["--precision", "int8"], "--precision: invalid choice: 'int8'"),
+        (["--device", "abacus"], "no device 'abacus' on this machine"),
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_names_the_option(options, reason, capsys):
+    assert reason in usage_error(capsys, "evaluate", "model", "data", *options)
+
+
+def test_what_is_not_there_is_one_line(saved, data, tmp_path, capsys):
+    assert "unknown model 'deit_huge'" in failure(capsys, "evaluate", "deit_huge", data)
+    assert "no/such/folder" in failure(capsys, "evaluate", saved, "no/such/folder")
+    (tmp_path / "empty").mkdir()
+    assert "no class folders" in failure(capsys, "evaluate", saved, tmp_path / "empty")
+    line = failure(capsys, "evaluate", saved, "cifar10", "--root", tmp_path / "sets")
+    assert "--download" in line

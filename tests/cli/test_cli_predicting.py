@@ -1,0 +1,160 @@
+"""`deit-models predict`: what it prints, where, and with which status."""
+
+import csv
+import json
+import os
+import sys
+from pathlib import Path
+
+import PIL.Image
+import pytest
+import torch
+from command_line import NAMES, failure, save_pictures
+
+import deit_models
+from deit_models import predict
+from deit_models.cli import main, progress
+
+
+def expected(tiny: Path, photo: Path) -> list[str]:
+    """The labels of the classes, likeliest first, the plain way."""
+    model = deit_models.from_pretrained(tiny)
+    with torch.no_grad():
+        logits = model(deit_models.transform_for(model)(photo)[None])[0]
+    return [NAMES[i] for i in logits.argsort(descending=True)]
+
+
+def test_predict_prints_labels_and_percents_for_readers(tiny, photos, capsys):
+    photo = photos / "001.png"
+    assert main(["predict", str(photo), "--model", str(tiny), "--top-k", "2"]) == 0
+    out, err = capsys.readouterr()
+    name, *lines = out.splitlines()
+    assert (name, err) == (str(photo), "")
+    assert [line.split(" %  ")[1] for line in lines] == expected(tiny, photo)[:2]
+    percents = [float(line.split(" %  ")[0]) for line in lines]
+    assert 100 > percents[0] > percents[1] > 0
+
+
+def test_predict_takes_files_and_folders_in_the_order_given(tiny, photos, tmp_path, capsys):
+    PIL.Image.new("RGB", (50, 40)).save(tmp_path / "first.jpg")
+    assert main(["predict", str(tmp_path / "first.jpg"), str(photos), "--model", str(tiny), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [Path(row["file"]).name for row in rows] == ["first.jpg", "000.png", "001.png", "002.png"]
+
+
+def test_predict_as_json_lines_gives_five_predictions_an_image(tiny, photos, capsys):
+    assert main(["predict", str(photos), "--model", str(tiny), "--format", "jsonl"]) == 0
+    lines = capsys.readouterr().out
+    rows = [json.loads(line) for line in lines.splitlines()]
+    assert [p["label"] for p in rows[2]["predictions"]] == expected(tiny, photos / "002.png")[:5]
+    assert main(["predict", str(photos), "--model", str(tiny), "--json"]) == 0
+    assert capsys.readouterr().out == lines
+
+
+def test_predict_writes_csv_to_a_file(tiny, photos, tmp_path, capsys):
+    output = tmp_path / "labels.csv"
+    arguments = ["predict", str(photos), "--model", str(tiny), "--format", "csv", "--output", str(output)]
+    assert main(arguments) == 0
+    assert capsys.readouterr() == ("", "")
+    with output.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 15
+    assert [row["label"] for row in rows[:5]] == expected(tiny, photos / "000.png")[:5]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_three_broken_files_of_fifty_are_counted_named_and_give_status_1(tiny, tmp_path, workers, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_pictures(folder, 50)
+    (folder / "007.png").write_bytes(b"")
+    (folder / "023.png").write_text("not a picture")
+    whole = (folder / "041.png").read_bytes()
+    (folder / "041.png").write_bytes(whole[: len(whole) // 2])
+    arguments = ["predict", str(folder), "--model", str(tiny), "--batch-size", "8", "--workers", str(workers)]
+    assert main([*arguments, "--json"]) == 1
+    out, err = capsys.readouterr()
+    rows = [json.loads(line) for line in out.splitlines()]
+    assert [Path(row["file"]).name for row in rows] == [f"{i:03}.png" for i in range(50)]
+    assert sum("predictions" in row for row in rows) == 47
+    first, *named = err.splitlines()
+    assert first == "deit-models: 3 of 50 images could not be read:"
+    assert [[name for name in ("007", "023", "041") if f"{name}.png" in line] for line in named] == [
+        ["007"], ["023"], ["041"]
+    ]  # fmt: skip
+
+
+def test_text_leaves_broken_files_to_the_error_output(tiny, photos, capsys):
+    (photos / "001.png").write_bytes(b"")
+    assert main(["predict", str(photos), "--model", str(tiny), "--top-k", "1"]) == 1
+    out, err = capsys.readouterr()
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [
+        str(photos / "000.png"), str(photos / "002.png")
+    ]  # fmt: skip
+    assert "001.png" in err
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such names")
+def test_file_name_that_is_not_unicode_stops_no_format(tiny, photos, tmp_path, capfd):
+    os.rename(photos / "001.png", os.fsencode(photos) + b"/\xff.png")
+    for form in ("text", "csv", "jsonl"):
+        output = tmp_path / form
+        arguments = ["predict", str(photos), "--model", str(tiny), "--format", form, "--output", str(output)]
+        assert main(arguments) == 0
+        assert "udcff.png" in output.read_text(encoding="utf-8")
+    assert capfd.readouterr().err == ""
+
+
+def test_missing_image_is_a_named_failure(tiny, photos, capsys):
+    assert main(["predict", str(photos / "009.png"), str(photos / "000.png"), "--model", str(tiny)]) == 1
+    out, err = capsys.readouterr()
+    assert out.startswith(str(photos / "000.png"))
+    assert err.startswith("deit-models: 1 of 2 images could not be read:\n")
+    assert "009.png" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--top-k", "0"], "top_k=0; expected 1 to 10"),
+        (["--batch-size", "0"], "batch_size=0; expected 1 or more"),
+        (["--workers", "-1"], "workers=-1; expected 0 or more"),
+        (["--output", "no/such/folder/labels.csv"], "labels.csv"),
+        (["--revision", "main", "--model", "deit_tiny_patch4_32"], "no weights of deit_tiny_patch4_32 are published"),
+        (["--model", "deit_huge"], "unknown model 'deit_huge'"),
+        (["--model", "no/such/folder"], "neither a file or directory here nor a Hub repository"),
+    ],
+)
+def test_predict_explains_in_one_line_what_it_cannot_do(tiny, photos, options, reason, capsys):
+    model = [] if "--model" in options else ["--model", tiny]
+    assert reason in failure(capsys, "predict", photos, *model, *options)
+
+
+def test_folder_without_images_is_one_line(tiny, tmp_path, capsys):
+    assert "no image in it or below" in failure(capsys, "predict", tmp_path, "--model", tiny)
+
+
+def test_offline_option_reaches_the_hub_client(photos, tmp_path, capsys):
+    options = ["--model", "nobody/nothing", "--offline", "--cache-dir", tmp_path / "cache"]
+    assert "not in the cache, and offline" in failure(capsys, "predict", photos, *options)
+
+
+def test_named_device_is_used(tiny, photos, monkeypatch, capsys):
+    seen = []
+    real = predict.Classifier
+    monkeypatch.setattr(predict, "Classifier", lambda *a, **k: seen.append(k["device"]) or real(*a, **k))
+    assert main(["predict", str(photos), "--model", str(tiny), "--device", "cpu", "--json"]) == 0
+    assert seen == ["cpu"]
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("terminal", "on_screen", "bar"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_bar_appears_on_a_terminal_that_shows_no_results(terminal, on_screen, bar, monkeypatch, capsys):
+    from huggingface_hub.utils import tqdm as module
+
+    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    assert list(progress.with_progress(iter("abc"), 3, on_screen=on_screen)) == list("abc")
+    assert ("3/3" in capsys.readouterr().err) == bar

@@ -1,0 +1,398 @@
+"""`deit-models train` and `distill`: what a run prints and leaves, what it goes on with, and what it refuses."""
+
+import json
+import os
+import re
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from command_line import CLASSES, MODELS, failure, run, save_class_folders, start
+
+import deit_models
+from deit_models.cli import main
+from deit_models.cli.progress import TrainingDisplay, epoch_line
+from deit_models.training.recipe import read_recipe, recipe_named
+
+PLAIN, DISTILLED = MODELS
+SETTINGS = {"epochs": 2, "warmup_epochs": 0, "batch_size": 6, "precision": "float32"}
+QUICK = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()] + ["--workers=0", "--device=cpu"]
+FROZEN = ["--lr=0", "--warmup-lr=0", "--min-lr=0"]  # the weights end as they began
+
+pytestmark = pytest.mark.usefixtures("atoms")
+
+
+def train(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: object) -> list[str]:
+    """Run `train` to its end; the lines it prints."""
+    arguments = ["train", data, "--out", out, "--recipe", "cifar_scratch", *QUICK, *more]
+    assert main([str(argument) for argument in arguments]) == 0
+    printed, err = capsys.readouterr()
+    assert err == ""
+    return printed.splitlines()
+
+
+def head(folder: Path) -> torch.Tensor:
+    return deit_models.from_pretrained(folder).head.weight.detach()
+
+
+# A run
+
+
+def test_run_prints_what_it_does_a_line_an_epoch_and_where_the_models_are(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    plan, first, second, summary = train(capsys, data, out, "--model", PLAIN)
+    assert plan == (
+        f"{PLAIN} with random weights, recipe cifar_scratch: 12 images of 3 classes, 6 to evaluate on; into {out}"
+    )
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [first, second] == [epoch_line(row, 2) for row in rows]
+    assert first.startswith("epoch 1/2  loss ")
+    assert f"top-1 {rows[1]['top1']:.2f} %" in summary
+    assert summary.endswith(f"wrote {out / 'model'} and {out / 'best'}")
+
+
+def test_run_leaves_the_resolved_recipe_and_models_that_know_their_classes(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "run", "--model", PLAIN, "--hflip", "0.25")
+    assert read_recipe(tmp_path / "run" / "recipe.toml") == recipe_named("cifar_scratch", **SETTINGS, hflip=0.25)
+    for name in ("model", "best"):
+        model = deit_models.from_pretrained(tmp_path / "run" / name)
+        assert model.origin.class_names == CLASSES
+        assert model.origin.name == PLAIN
+    assert not model.config.distilled
+
+
+def test_recipe_of_a_run_trains_the_same_model_again(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "run", "--model", PLAIN, "--seed", "5")
+    train(capsys, data, tmp_path / "same", "--model", PLAIN, "--recipe", tmp_path / "run" / "recipe.toml")
+    train(capsys, data, tmp_path / "other", "--model", PLAIN, "--seed", "6")
+    assert torch.equal(head(tmp_path / "same" / "model"), head(tmp_path / "run" / "model"))
+    assert not torch.equal(head(tmp_path / "other" / "model"), head(tmp_path / "run" / "model"))
+
+
+def test_img_size_of_the_recipe_builds_the_model(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "run", "--model", PLAIN, "--img-size", "24")
+    model = deit_models.from_pretrained(tmp_path / "run" / "model")
+    assert model.config.image_hw == (24, 24)
+    assert model.origin.preprocessing.crop == (24, 24)
+
+
+def test_finished_run_has_nothing_left_to_do(data, tmp_path, capsys):
+    _, *lines, summary = train(capsys, data, tmp_path / "run", "--model", PLAIN)
+    plan, again = train(capsys, data, tmp_path / "run", "--model", PLAIN)
+    assert len(lines) == 2
+    assert plan.endswith(f"going on in {tmp_path / 'run'}")
+    assert again == summary
+
+
+def test_image_that_cannot_be_read_is_passed_over_and_counted(data, tmp_path, capsys, caplog):
+    (data / "train" / "bee" / "1.png").write_bytes(b"")
+    _, _, second, _ = train(capsys, data, tmp_path / "run", "--model", PLAIN)
+    assert second.endswith("1 unreadable")
+    assert [str(Path("bee", "1.png")) in record.getMessage() for record in caplog.records] == [True]
+
+
+# Going on
+
+
+@contextmanager
+def interrupted_after(epochs: int) -> Iterator[None]:
+    """As if Ctrl-C were pressed when so many epochs are done."""
+    from deit_models.training import run as module
+
+    real = module.train
+
+    def broken(*args, on_epoch, **options):
+        def stop(row):
+            on_epoch(row)
+            if row["epoch"] + 1 == epochs:
+                raise KeyboardInterrupt
+
+        if not epochs:
+            raise KeyboardInterrupt
+        real(*args, on_epoch=stop, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "train", broken)
+        yield
+
+
+def test_interrupted_run_says_what_is_kept_and_goes_on_from_there(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "whole", "--model", PLAIN)
+    arguments = ["train", str(data), "--out", str(tmp_path / "run"), "--recipe", "cifar_scratch", *QUICK]
+    with interrupted_after(1):
+        assert main([*arguments, "--model", PLAIN]) == 130
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith("epoch 1/2")
+    assert err == (
+        f"deit-models: interrupted; {tmp_path / 'run'} keeps epoch 1 of 2, and the same command goes on from there\n"
+    )
+    plan, second, _ = train(capsys, data, tmp_path / "run", "--model", PLAIN)
+    assert plan.endswith(f"going on in {tmp_path / 'run'}")
+    assert second.startswith("epoch 2/2")
+    assert torch.equal(head(tmp_path / "run" / "model"), head(tmp_path / "whole" / "model"))
+
+
+def test_run_that_is_interrupted_at_once_keeps_what_there_was(data, tmp_path, capsys):
+    arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
+    arguments = [str(argument) for argument in arguments]
+    with interrupted_after(0):
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith("no epoch was finished, so the same command starts again\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "last.pt").write_bytes(b"")
+    with interrupted_after(0):
+        assert main(arguments) == 130
+    assert capsys.readouterr().err.endswith(
+        f"{tmp_path / 'run'} is as before, and the same command goes on from there\n"
+    )
+
+
+def test_run_with_other_settings_does_not_go_on(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "run", "--model", PLAIN)
+    more = ["--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN, "--lr", "0.5"]
+    assert main([str(argument) for argument in ["train", data, *more]]) == 1
+    assert "lr=0.001 (now 0.5)" in capsys.readouterr().err
+
+
+def test_fresh_refuses_a_folder_in_use_and_takes_an_empty_one(data, tmp_path, capsys):
+    out = tmp_path / "run"
+    out.mkdir()
+    train(capsys, data, out, "--model", PLAIN, "--fresh")
+    before = (out / "last.pt").read_bytes()
+    assert f"{out} is not empty" in failure(capsys, "train", data, "--out", out, "--fresh", "--model", PLAIN)
+    assert (out / "last.pt").read_bytes() == before
+
+
+# What it starts from
+
+
+def test_pretrained_weights_keep_their_heads_for_the_same_classes(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "first", "--model", PLAIN)
+    source = tmp_path / "first" / "model"
+    plan, *_ = train(capsys, data, tmp_path / "second", "--pretrained", source, *FROZEN)
+    assert plan.startswith(f"{source} with its heads, recipe")
+    assert torch.equal(head(tmp_path / "second" / "model"), head(source))
+
+
+@pytest.mark.parametrize("classes", [("ant", "bee", "dog"), ("ant", "bee", "cow", "dog")], ids=len)
+def test_pretrained_weights_get_new_heads_for_other_classes(data, tmp_path, classes, capsys):
+    train(capsys, data, tmp_path / "first", "--model", PLAIN)
+    source, other = tmp_path / "first" / "model", tmp_path / "other"
+    for split in ("train", "val"):
+        save_class_folders(other / split, classes, 2)
+    plan, *_ = train(capsys, other, tmp_path / "second", "--pretrained", source, *FROZEN)
+    assert plan.startswith(f"{source} with new heads, recipe")
+    new, old = (deit_models.from_pretrained(folder) for folder in (tmp_path / "second" / "model", source))
+    assert torch.equal(new.blocks[0].attn.qkv.weight, old.blocks[0].attn.qkv.weight)
+    assert new.head.weight.shape[0] == len(classes)
+    assert not torch.equal(new.head.weight[:3], old.head.weight)
+
+
+def test_pretrained_bare_file_takes_the_model_by_name(data, tmp_path, capsys):
+    model = deit_models.create_model(PLAIN)
+    torch.save(model.state_dict(), tmp_path / "bare.pth")
+    arguments = ["--pretrained", tmp_path / "bare.pth", "--cache-dir", tmp_path / "cache"]
+    assert "say which model it is" in failure(capsys, "train", data, "--out", tmp_path / "run", *arguments)
+    train(capsys, data, tmp_path / "run", *arguments, "--model", PLAIN, *FROZEN)
+    written = deit_models.from_pretrained(tmp_path / "run" / "model")
+    assert torch.equal(written.blocks[0].attn.qkv.weight, model.blocks[0].attn.qkv.weight)
+
+
+# The data
+
+
+def test_validation_images_may_lie_elsewhere_or_be_left_out(data, tmp_path, capsys):
+    only = data / "train"
+    line = failure(capsys, "train", only, "--out", tmp_path / "run", "--model", PLAIN)
+    assert "--val-data" in line
+    assert "--val-data none" in line
+    plan, *_ = train(capsys, only, tmp_path / "run", "--val-data", data / "val", "--model", PLAIN)
+    assert "6 to evaluate on" in plan
+    plan, first, _, summary = train(capsys, only, tmp_path / "blind", "--val-data", "none", "--model", PLAIN)
+    assert "none to evaluate on" in plan
+    assert "top-1" not in first
+    assert summary == f"wrote {tmp_path / 'blind' / 'model'}"
+
+
+def test_validation_images_of_other_classes_are_refused(data, tmp_path, capsys):
+    save_class_folders(tmp_path / "other", ("ant", "bee", "dog"), 2)
+    line = failure(capsys, "train", data, "--out", tmp_path / "run", "--val-data", tmp_path / "other")
+    assert "missing cow; not in training dog" in line
+
+
+def test_options_for_named_sets_are_refused_for_folders(data, tmp_path, capsys):
+    for option in (["--root", tmp_path], ["--download"]):
+        line = failure(capsys, "train", data, "--out", tmp_path / "run", *option)
+        assert "known by name" in line
+
+
+def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
+    line = failure(capsys, "train", "cifar10", "--root", tmp_path / "sets", "--out", tmp_path / "run")
+    assert "--download" in line
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["no/such/folder"], "no/such/folder"),
+        (["DATA", "--model", "deit_huge"], "unknown model 'deit_huge'"),
+        (["DATA", "--recipe", "deit_400e"], "unknown recipe 'deit_400e'; nearest: deit_300e"),
+        (["DATA", "--recipe", "no_such.toml"], "no_such.toml: No such file"),
+        (["DATA", "--epochs", "0"], "epochs=0; expected 1 or more"),
+        (["DATA", "--model", PLAIN, "--img-size", "20"], "img_size=20 is not a multiple of patch_size=8"),
+        (["DATA", "--distillation", "soft"], "use `deit-models distill`"),
+        (["DATA", "--pretrained", PLAIN, "--model", DISTILLED], f"leave out --model {DISTILLED}"),
+    ],
+)
+def test_train_explains_in_one_line_what_it_cannot_do(data, tmp_path, options, reason, capsys):
+    options = [data if option == "DATA" else option for option in options]
+    assert reason in failure_after_plan(capsys, "train", *options, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def failure_after_plan(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
+    """The one line that explains a failure, also one that comes after the plan was printed."""
+    assert main([str(argument) for argument in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) <= 1
+    assert err.startswith("deit-models: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def test_too_little_gpu_memory_is_one_line_with_what_to_do(data, tmp_path, monkeypatch, capsys):
+    from deit_models.training import run as module
+
+    def full(*_args, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(module, "train", full)
+    options = ["--model", PLAIN, "--recipe", "cifar_scratch", "--accumulate", "2"]
+    line = failure_after_plan(capsys, "train", data, "--out", tmp_path / "run", *options)
+    assert "memory for 64 images at once; --accumulate 4" in line
+
+
+# Distillation
+
+
+def test_distill_trains_a_distilled_model_with_the_teacher(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "teacher", "--model", PLAIN)
+    options = ["--teacher", tmp_path / "teacher" / "model", "--model", DISTILLED, "--recipe", "cifar_distill", *QUICK]
+    assert main([str(argument) for argument in ["distill", data, "--out", tmp_path / "run", *options]]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    assert "class head" in out.splitlines()[1]
+    assert deit_models.from_pretrained(tmp_path / "run" / "model").config.distilled
+
+
+def test_teachers_weights_and_precision_reach_it(data, tmp_path, monkeypatch):
+    from deit_models.training import run as module
+    from deit_models.training import teacher as teachers
+
+    seen = {}
+    torch.save(deit_models.create_model(PLAIN).state_dict(), tmp_path / "teacher.pth")
+    real = teachers.load_teacher
+    monkeypatch.setattr(teachers, "load_teacher", lambda spec, **options: seen.update(options) or real(spec, **options))
+    monkeypatch.setattr(module, "train", lambda *_, teacher, **__: seen.update(teacher=teacher) or sys.exit(7))
+    options = ["--teacher", PLAIN, "--teacher-weights", tmp_path / "teacher.pth", "--teacher-precision", "bf16"]
+    arguments = ["distill", data, "--out", tmp_path / "run", *options, "--model", DISTILLED]
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit, match="7"):
+        main([str(argument) for argument in arguments])
+    assert (seen["weights"], seen["precision"], seen["num_classes"]) == (str(tmp_path / "teacher.pth"), "bf16", 3)
+    assert seen["teacher"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--teacher", "resnet_1"], "unknown teacher 'resnet_1'"),
+        (["--teacher", "resnet18"], "the teacher knows 1000 classes"),
+        (["--teacher", "resnet18", "--distillation", "none"], "would not use the teacher; pass --distillation hard"),
+        (["--teacher", "resnet18", "--recipe", "cifar_scratch"], "would not use the teacher"),
+    ],
+)
+def test_distill_explains_in_one_line_what_it_cannot_do(data, tmp_path, options, reason, capsys):
+    arguments = ["distill", data, "--out", tmp_path / "run", "--model", DISTILLED, *options]
+    assert reason in failure_after_plan(capsys, *arguments)
+
+
+# What is shown
+
+
+ROW = {"epoch": 9, "loss": 1.23456, "lr": 0.000753, "images_per_second": 1234.5, "unreadable": 0}
+
+
+def test_epoch_line_counts_from_one_and_leaves_out_what_was_not_measured():
+    assert epoch_line(ROW, 100) == "epoch  10/100  loss 1.2346  lr 0.000753  1234 images/s"
+    measured = {"top1": 50.0, "class_top1": 49.5, "distillation_top1": 40.25, "ema_top1": 33.333, "unreadable": 2}
+    assert epoch_line(ROW | measured, 10) == (
+        "epoch 10/10  loss 1.2346  top-1 50.00 %  class head 49.50 %  distillation head 40.25 %  averaged 33.33 %"
+        "  lr 0.000753  1234 images/s  2 unreadable"
+    )
+
+
+@pytest.mark.parametrize(("finished", "label"), [(None, "training"), (0, "epoch 1/7"), (3, "epoch 4/7")])
+@pytest.mark.parametrize(("terminal", "rank", "bar"), [(True, "0", True), (False, "0", False), (True, "1", False)])
+def test_bar_of_an_epoch_appears_on_the_terminal_of_the_first_process(
+    finished, label, terminal, rank, bar, monkeypatch, capsys
+):
+    from huggingface_hub.utils import tqdm as module
+
+    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None, raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    display = TrainingDisplay(7, finished=finished)
+    assert list(display.watch(iter("abc"), 3)) == list("abc")
+    display.close()
+    assert (f"{label}: " in capsys.readouterr().err) == bar
+
+
+def test_bar_of_the_next_epoch_has_the_next_number(monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    display = TrainingDisplay(12, finished=None)
+    display.show_epoch(ROW)
+    display.watch(iter("abc"), 3)
+    display.close()
+    out, err = capsys.readouterr()
+    assert out == epoch_line(ROW, 12) + "\n"
+    assert "epoch 11/12" in err
+
+
+# As a process
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+def test_interrupted_process_ends_with_one_line_and_keeps_its_epochs(data, tmp_path):
+    model = "deit_micro_patch4_32"  # a process knows registered names alone
+    options = ["--model", model, "--recipe", "cifar_scratch", *QUICK[1:], "--epochs", 5000, "--workers", 1]
+    process = start("train", data, "--out", tmp_path / "run", *options, start_new_session=True)
+    lines = [process.stdout.readline() for _ in range(3)]
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does it: the loading processes get it too
+    out, err = process.communicate(timeout=120)
+    assert lines[2].startswith("epoch    2/5000")
+    done = 2 + len(out.splitlines())
+    kept = re.fullmatch(
+        rf"deit-models: interrupted; {tmp_path / 'run'} keeps epoch (\d+) of 5000, and the same command goes on .*\n",
+        err,
+    )
+    # the signal may come when an epoch is done and its line not printed
+    assert kept is not None
+    assert (process.returncode, int(kept[1]) - done) in ((130, 0), (130, 1))
+    assert (tmp_path / "run" / "last.pt").is_file()
+
+
+@pytest.mark.slow
+def test_of_two_processes_only_the_first_prints(data, tmp_path):
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    options = ["--model", "deit_micro_patch4_32", "--recipe", "cifar_scratch", *QUICK, "--out", tmp_path / "run"]
+    status, out, _ = run("train", data, *options, options=tuple(torchrun))
+    assert status == 0
+    assert [line.split()[0] for line in out.splitlines()] == ["deit_micro_patch4_32", "epoch", "epoch", "top-1"]
+    status, out, _ = run("evaluate", tmp_path / "run" / "model", data, "--json", options=tuple(torchrun))
+    assert (status, json.loads(out)["images"]) == (0, 6)

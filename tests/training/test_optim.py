@@ -1,0 +1,270 @@
+"""Schedule, weight-decay groups, clipping and averaged weights, against the facts' figures, formulas, and timm."""
+
+import copy
+import math
+
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from deit_models.registry import list_models, model_spec
+from deit_models.training.optim import (
+    WeightAverage,
+    clip_adaptively,
+    clip_gradients,
+    learning_rate,
+    make_optimizer,
+    parameter_groups,
+    set_learning_rate,
+)
+from deit_models.training.recipe import Recipe, recipe_named
+
+DEIT = recipe_named("deit_300e")
+BY_EPOCH = recipe_named("deit_300e", schedule="epoch")
+
+
+@pytest.mark.parametrize(
+    ("epoch", "rate"),
+    [(0, 1e-6), (1, 2.008e-4), (4, 8.002e-4), (5, 9.993e-4), (150, 5.05e-4), (299, 1.0027e-5), (300, 1e-5)],
+)
+def test_schedule_gives_the_published_figures(epoch: int, rate: float) -> None:
+    assert BY_EPOCH.peak_lr == pytest.approx(1e-3)
+    assert learning_rate(BY_EPOCH, epoch) == pytest.approx(rate, rel=5e-5)
+
+
+def test_schedule_is_the_authors_formula() -> None:
+    for epoch in range(311):
+        if epoch < 5:
+            expected = 1e-6 + epoch * (1e-3 - 1e-6) / 5
+        elif epoch < 300:
+            expected = 1e-5 + 0.5 * (1e-3 - 1e-5) * (1 + math.cos(math.pi * epoch / 300))
+        else:
+            expected = 1e-5
+        assert learning_rate(BY_EPOCH, epoch) == pytest.approx(expected, rel=1e-12)
+
+
+def test_deit_runs_an_epoch_late_so_that_two_run_at_the_warm_up_rate() -> None:
+    assert DEIT.schedule == "epoch_delayed"
+    assert learning_rate(DEIT, 0) == learning_rate(DEIT, 1) == 1e-6
+    for epoch in range(1, 301):
+        assert learning_rate(DEIT, epoch, progress=0.7) == learning_rate(BY_EPOCH, epoch - 1)
+
+
+def test_schedules_are_those_of_timm() -> None:
+    scheduler = pytest.importorskip("timm.scheduler")
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1e-3)
+    timms = scheduler.CosineLRScheduler(optimizer, t_initial=300, lr_min=1e-5, warmup_t=5, warmup_lr_init=1e-6)
+    for epoch in range(310):
+        # the authors' loop: train at the rate that is set, then step with the number of the epoch just trained
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(DEIT, epoch), rel=1e-9)
+        timms.step(epoch)
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(learning_rate(BY_EPOCH, epoch), rel=1e-9)
+
+
+def test_cool_down_of_t2t_runs_at_the_lowest_rate() -> None:
+    t2t = recipe_named("deit_300e", schedule="epoch", cooldown_epochs=10)
+    assert t2t.total_epochs == 310
+    assert {learning_rate(t2t, epoch) for epoch in range(300, 310)} == {1e-5}
+    assert learning_rate(t2t, 299) > 1e-5
+
+
+def test_fine_tuning_rate_is_constant_after_the_warm_up() -> None:
+    finetune = recipe_named("deit_finetune_384")
+    assert finetune.peak_lr == pytest.approx(5e-6)
+    rates = [learning_rate(finetune, epoch) for epoch in range(finetune.total_epochs)]
+    assert rates[:2] == [1e-6, 1e-6]
+    assert rates[2] == pytest.approx(1.8e-6)
+    assert rates[6:] == pytest.approx([5e-6] * 24)
+
+
+def test_step_schedule_has_no_jump_but_the_end_of_the_warm_up() -> None:
+    steps = Recipe(epochs=20, warmup_epochs=4, schedule="step", lr_batch=0, lr=1e-3)
+    for epoch in range(20):
+        assert learning_rate(steps, epoch, 1.0) == pytest.approx(learning_rate(steps, epoch + 1, 0.0))
+    moments = [(epoch, part / 50) for epoch in range(20) for part in range(50)]
+    rates = [learning_rate(steps, *moment) for moment in moments]
+    assert rates == pytest.approx([learning_rate(steps, 0, epoch + part) for epoch, part in moments])
+    jumps = [after - before for before, after in zip(rates, rates[1:], strict=False)]
+    assert all(0 < jump < 6e-6 for jump in jumps[:199])
+    # the cosine counts from epoch 0, so it begins below the peak
+    assert rates[200] == pytest.approx(1e-5 + 0.99e-3 * (1 + math.cos(math.pi / 5)) / 2)
+    assert all(-2e-6 < jump < 0 for jump in jumps[200:])
+
+
+def test_constant_schedule_warms_up_by_step_and_stays() -> None:
+    constant = Recipe(epochs=10, warmup_epochs=2, schedule="constant", lr_batch=0, lr=1e-3, warmup_lr=0.0)
+    assert learning_rate(constant, 0, 0.5) == pytest.approx(0.25e-3)
+    assert learning_rate(constant, 1, 0.5) == pytest.approx(0.75e-3)
+    assert {learning_rate(constant, epoch, 0.3) for epoch in range(2, 10)} == {1e-3}
+
+
+def test_without_warm_up_the_first_epoch_runs_at_the_peak() -> None:
+    for schedule in ("epoch", "step", "epoch_delayed", "constant"):
+        settings = Recipe(epochs=3, warmup_epochs=0, schedule=schedule, lr_batch=0, lr=1e-3)
+        assert learning_rate(settings, 0) == pytest.approx(1e-3)
+
+
+def test_rate_reaches_each_group_with_its_own_scale() -> None:
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([{"params": [first]}, {"params": [second], "lr_scale": 0.1}], lr=1.0)
+    set_learning_rate(optimizer, 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.5, 0.05]
+
+
+# ---- weight decay
+
+
+def names_of(model: nn.Module, group: dict[str, object]) -> set[str]:
+    chosen = {id(parameter) for parameter in group["params"]}  # type: ignore[attr-defined]
+    return {name for name, parameter in model.named_parameters() if id(parameter) in chosen}
+
+
+@pytest.mark.parametrize("name", list_models("deit_*"))
+def test_weight_decay_groups_of_every_deit(name: str) -> None:
+    spec = model_spec(name)
+    with torch.device("meta"):
+        model = spec.model_class(spec.config)
+    decayed, plain = parameter_groups(model, 0.05)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (0.05, 0.0)
+    names = {parameter for parameter, _ in model.named_parameters()}
+    vectors = {parameter for parameter in names if "norm" in parameter or parameter.endswith(".bias")}
+    assert names_of(model, plain) == vectors | {"pos_embed", "cls_token"}
+    assert names_of(model, decayed) == names - vectors - {"pos_embed", "cls_token"}
+    assert ("dist_token" in names_of(model, decayed)) == spec.config.distilled
+
+
+def test_weight_decay_groups_are_timms() -> None:
+    timm_optim = pytest.importorskip("timm.optim")
+    model = tiny.model(distilled=True)
+    decayed, plain = parameter_groups(model, 0.05)
+    theirs = timm_optim.param_groups_weight_decay(model, 0.05, no_weight_decay_list=("pos_embed", "cls_token"))
+    assert {group["weight_decay"]: names_of(model, group) for group in theirs} == {
+        0.0: names_of(model, plain),
+        0.05: names_of(model, decayed),
+    }
+
+
+def test_frozen_parameters_are_in_no_group() -> None:
+    model = tiny.model()
+    model.patch_embed.requires_grad_(False)
+    decayed, plain = parameter_groups(model, 0.1)
+    assert names_of(model, decayed) | names_of(model, plain) == {
+        name for name, _ in model.named_parameters() if not name.startswith("patch_embed")
+    }
+
+
+def test_foreign_modules_need_no_list() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 3))
+    decayed, plain = parameter_groups(model, 0.1)
+    assert names_of(model, decayed) == {"0.weight", "3.weight"}
+    assert names_of(model, plain) == {"0.bias", "1.weight", "1.bias", "3.bias"}
+
+
+def test_sgd_is_momentum_with_coupled_decay() -> None:
+    model = nn.Linear(3, 2)
+    settings = tiny.recipe(optimizer="sgd", beta1=0.8, weight_decay=0.1)
+    optimizer = make_optimizer(model, settings)
+    weight, bias = model.weight.detach().clone(), model.bias.detach().clone()
+    velocity = torch.zeros_like(weight)
+    for step in range(3):
+        set_learning_rate(optimizer, 0.5)
+        gradient = torch.full_like(weight, 1.0 + step)
+        model.weight.grad, model.bias.grad = gradient.clone(), torch.zeros(2)
+        velocity = 0.8 * velocity + gradient + 0.1 * weight
+        weight = weight - 0.5 * velocity
+        optimizer.step()
+    torch.testing.assert_close(model.weight.detach(), weight)
+    torch.testing.assert_close(model.bias.detach(), bias)
+
+
+# ---- clipping
+
+
+def with_gradients(scale: float) -> nn.Module:
+    """Convolution, linear layer, norm and a token, with gradients from tiny to large and some of them zero."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(5, 6), nn.LayerNorm(6))
+    model.register_parameter("token", nn.Parameter(torch.randn(1, 1, 7)))
+    model.register_parameter("unused", nn.Parameter(torch.randn(2, 2)))
+    for name, parameter in model.named_parameters():
+        if name != "unused":
+            parameter.grad = torch.randn_like(parameter) * torch.logspace(-4, 1, parameter.shape[-1]) * scale
+    model[1].weight.data[0] = 0  # its norm counts as eps
+    model[1].weight.grad[1] = 0
+    return model
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e-2, 1.0])
+@pytest.mark.parametrize("factor", [0.01, 0.5])
+def test_adaptive_clipping_is_timms(scale: float, factor: float) -> None:
+    agc = pytest.importorskip("timm.utils.agc")
+    ours, theirs = with_gradients(scale), with_gradients(scale)
+    clip_adaptively(ours.parameters(), factor)
+    agc.adaptive_clip_grad(theirs.parameters(), factor)
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, rtol=1e-5, atol=1e-9, msg=name)
+
+
+def test_adaptive_clipping_limits_each_row_to_its_weights() -> None:
+    model, before = with_gradients(1.0), with_gradients(1.0)
+    clip_gradients(model, tiny.recipe(clip_grad=0.1, clip_mode="agc"))
+    weight, gradient, old = model[1].weight.detach(), model[1].weight.grad, before[1].weight.grad
+    for row in range(6):
+        limit = 0.1 * max(float(weight[row].norm()), 1e-3)
+        expected = old[row] * min(1.0, limit / max(float(old[row].norm()), 1e-6))
+        torch.testing.assert_close(gradient[row], expected)
+    vector = model[2].weight
+    assert float(vector.grad.norm()) == pytest.approx(0.1 * float(vector.detach().norm()), rel=1e-5)
+    assert model.unused.grad is None
+
+
+def test_norm_clipping_scales_all_gradients_together() -> None:
+    def gradients(model: nn.Module) -> Tensor:
+        return torch.cat([parameter.grad.flatten() for parameter in model.parameters() if parameter.grad is not None])
+
+    before = gradients(with_gradients(1.0))
+    for limit in (1.0, 1e6, 0.0):
+        model = with_gradients(1.0)
+        clip_gradients(model, tiny.recipe(clip_grad=limit))
+        factor = 1.0 / float(before.norm()) if limit == 1.0 else 1.0
+        torch.testing.assert_close(gradients(model), before * factor, rtol=1e-5, atol=0)
+
+
+# ---- averaged weights
+
+
+def test_average_follows_the_whole_state_from_the_first_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    average = WeightAverage(model, 0.9)
+    expected = {name: tensor.double().clone() for name, tensor in model.state_dict().items()}
+    for _ in range(3):
+        model(torch.randn(4, 3, 5, 5))  # moves the running statistics
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(torch.randn_like(parameter))
+        average.update_parameters(model)
+        for name, tensor in model.state_dict().items():
+            expected[name] = 0.9 * expected[name] + 0.1 * tensor.double()
+            if not tensor.is_floating_point():
+                expected[name] = expected[name].trunc()  # a counter stays whole
+    averaged = average.module.state_dict()
+    assert averaged.keys() == expected.keys()
+    for name, tensor in averaged.items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-6, msg=name)
+    assert not torch.equal(averaged["1.running_mean"], torch.zeros(4))
+
+
+def test_average_is_a_frozen_copy_in_eval_mode() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Dropout(0.5))
+    before = copy.deepcopy(model.state_dict())
+    average = WeightAverage(model, 0.5)
+    assert not any(module.training for module in average.module.modules())
+    assert not any(parameter.requires_grad for parameter in average.parameters())
+    tiny.same_bits(dict(average.module.state_dict()), dict(before))
+    with torch.no_grad():
+        model[0].weight.zero_()
+    tiny.same_bits(dict(average.module.state_dict()), dict(before))
+    assert model.training
+    assert all(parameter.requires_grad for parameter in model.parameters())

@@ -1,0 +1,194 @@
+"""Order and seeds of samples: one plan for any number of processes, and the authors' repeated augmentation."""
+
+import math
+from collections import Counter
+from collections.abc import Iterable
+
+import pytest
+import torch
+
+from deit_models.errors import ConfigError
+from deit_models.training.samplers import ShardSampler, TrainSampler, sample_seed
+
+
+def steps_of(sampler: TrainSampler, per_step: int) -> list[list[tuple[int, int]]]:
+    pairs = list(sampler)
+    assert len(pairs) == len(sampler)
+    assert len(pairs) % per_step == 0
+    return [pairs[start : start + per_step] for start in range(0, len(pairs), per_step)]
+
+
+def plan(
+    length: int, *, batch: int, world: int, repeats: int = 1, seed: int = 7, epoch: int = 2
+) -> list[Counter[tuple[int, int]]]:
+    """What all processes together draw in each step."""
+    per_rank = []
+    for rank in range(world):
+        sampler = TrainSampler(length, batch_size=batch, repeats=repeats, seed=seed, rank=rank, world=world)
+        sampler.set_epoch(epoch)
+        per_rank.append(steps_of(sampler, batch // world))
+    return [Counter(pair for part in step for pair in part) for step in zip(*per_rank, strict=True)]
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+@pytest.mark.parametrize("length", [5, 100, 1000, 1031])
+@pytest.mark.parametrize("world", [2, 4])
+def test_steps_hold_the_same_samples_for_any_world(length: int, repeats: int, world: int) -> None:
+    alone = plan(length, batch=16, world=1, repeats=repeats)
+    assert plan(length, batch=16, world=world, repeats=repeats) == alone
+    selected = length - length % 256 if repeats > 1 and length >= 256 else length
+    assert len(alone) == max(1, selected // 16)
+
+
+def test_epoch_without_repeats_draws_no_image_twice_and_drops_the_rest() -> None:
+    drawn = Counter(index for step in plan(103, batch=10, world=1) for index, _ in step)
+    assert set(drawn.values()) == {1}
+    assert len(drawn) == 100
+    assert set(drawn) < set(range(103))
+
+
+def test_set_smaller_than_a_batch_fills_one_by_starting_over() -> None:
+    (step,) = plan(5, batch=12, world=2)
+    counts = Counter(index for index, _ in step.elements())
+    assert sorted(counts.values()) == [2, 2, 2, 3, 3]
+    assert len(step) == 12  # the copies differ in their seeds
+
+
+def test_seed_hangs_on_the_global_position_alone() -> None:
+    for world in (1, 2, 4):
+        for rank in range(world):
+            sampler = TrainSampler(1000, batch_size=20, repeats=3, seed=11, rank=rank, world=world)
+            sampler.set_epoch(5)
+            expected = [sample_seed(11, 5, position) for position in range(rank, sampler.steps * 20, world)]
+            assert [seed for _, seed in sampler] == expected
+
+
+def test_epochs_and_seeds_give_other_orders_and_the_same_ones_again() -> None:
+    def order(seed: int, epoch: int) -> list[tuple[int, int]]:
+        sampler = TrainSampler(200, batch_size=10, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 3) == order(0, 3)
+    for other in (order(0, 4), order(1, 3)):
+        assert [index for index, _ in other] != [index for index, _ in order(0, 3)]
+        assert not {seed for _, seed in other} & {seed for _, seed in order(0, 3)}
+
+
+def test_iteration_under_way_keeps_its_epoch() -> None:
+    sampler = TrainSampler(50, batch_size=10)
+    whole = list(sampler)
+    begun = iter(sampler)
+    sampler.set_epoch(1)
+    assert list(begun) == whole
+    assert list(sampler) != whole
+
+
+def authors_rank(length: int, *, rank: int, world: int, repeats: int, order: list[int]) -> list[int]:
+    """facts of the authors' sampler, step by step: repeat in place, pad by wrapping, every world-th, cut."""
+    repeated = [index for index in order for _ in range(repeats)]
+    while len(repeated) % world:
+        repeated.append(repeated[len(repeated) - length * repeats])
+    return repeated[rank::world][: length // 256 * 256 // world]
+
+
+@pytest.mark.parametrize("length", [256, 300, 511, 512, 1000, 4001])
+@pytest.mark.parametrize("world", [1, 2, 3, 8])
+@pytest.mark.parametrize("repeats", [2, 3, 4])
+def test_repeats_are_the_authors_arithmetic(length: int, world: int, repeats: int) -> None:
+    batch = 8 * world
+    # all images stand in their epoch's order when nothing is repeated
+    order = [index for index, _ in TrainSampler(length, batch_size=1, seed=3)]
+    for rank in range(world):
+        drawn = [
+            index
+            for index, _ in TrainSampler(length, batch_size=batch, repeats=repeats, seed=3, rank=rank, world=world)
+        ]
+        expected = authors_rank(length, rank=rank, world=world, repeats=repeats, order=order)
+        # their loader then drops the last incomplete batch of each process
+        assert drawn == expected[: len(expected) // 8 * 8]
+
+
+@pytest.mark.parametrize("length", [100, 256, 999, 5000, 12_345])
+@pytest.mark.parametrize("world", [1, 2, 4, 8])
+def test_steps_are_those_of_timms_sampler(length: int, world: int) -> None:
+    distributed_sampler = pytest.importorskip("timm.data.distributed_sampler")
+    per_rank = 4
+    for rank in (0, world - 1):
+        theirs = distributed_sampler.RepeatAugSampler(range(length), num_replicas=world, rank=rank)
+        ours = TrainSampler(length, batch_size=per_rank * world, repeats=3, rank=rank, world=world)
+        assert len(ours) == len(theirs) // per_rank * per_rank
+        # the orders differ, the places of the copies do not: number images as they come and compare
+        numbered = [as_they_come(index for index, _ in ours), as_they_come(theirs)]
+        assert numbered[0] == numbered[1][: len(numbered[0])]
+
+
+def as_they_come(indices: Iterable[int]) -> list[int]:
+    numbers: dict[int, int] = {}
+    return [numbers.setdefault(index, len(numbers)) for index in indices]
+
+
+def test_imagenet_epoch_has_the_published_number_of_steps() -> None:
+    sampler = TrainSampler(1_281_167, batch_size=1024, repeats=3, rank=5, world=8)
+    assert sampler.steps == 1251
+    assert len(sampler) == 160_128
+
+
+@pytest.mark.parametrize("world", [3, 4, 6])
+def test_copies_of_an_image_fall_on_different_processes(world: int) -> None:
+    owners: dict[int, list[int]] = {}
+    for rank in range(world):
+        for index, _ in TrainSampler(600, batch_size=12, repeats=3, rank=rank, world=world):
+            owners.setdefault(index, []).append(rank)
+    assert all(len(ranks) == len(set(ranks)) for ranks in owners.values())
+    assert len(owners) == math.ceil(504 / 3)  # 512 selected, 42 whole batches of 12
+
+
+def test_sample_seed_is_well_mixed_and_fits_a_generator() -> None:
+    seeds = [sample_seed(seed, epoch, position) for seed in range(4) for epoch in range(5) for position in range(500)]
+    assert len({seed & 0xFFFFFFFF for seed in seeds}) == len(seeds)  # torch's CPU generator takes these bits alone
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    torch.Generator().manual_seed(max(seeds))
+    ones = [sum(seed >> bit & 1 for seed in seeds) / len(seeds) for bit in range(63)]
+    assert all(abs(share - 0.5) < 0.025 for share in ones)  # 5 standard deviations of 10,000 fair coins
+    flips = [(sample_seed(0, 1, p) ^ sample_seed(0, 1, p + 1)).bit_count() for p in range(500)]
+    assert 28 < sum(flips) / len(flips) < 35
+
+
+def test_sample_seed_is_pinned() -> None:
+    # A resumed run must meet the seeds it would have met, in whatever version it continues
+    assert sample_seed(0, 0, 0) == 1279368494785126216
+    assert sample_seed(1, 2, 3) == 3851293329796251419
+    assert [sample_seed(0, 0, 1), sample_seed(0, 1, 0), sample_seed(1, 0, 0)] != [sample_seed(0, 0, 0)] * 3
+
+
+@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
+def test_shards_count_each_of_10001_images_once(world: int) -> None:
+    shards = [ShardSampler(10_001, rank=rank, world=world) for rank in range(world)]
+    counts = Counter(index for shard in shards for index in shard)
+    assert counts == Counter(range(10_001))
+    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
+    assert max(map(len, shards)) - min(map(len, shards)) <= 1
+
+
+def test_more_processes_than_images_leaves_some_without() -> None:
+    assert [list(ShardSampler(2, rank=rank, world=4)) for rank in range(4)] == [[0], [1], [], []]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 10, "world": 3}, "batch_size=10 cannot be shared evenly by 3"),
+        ({"batch_size": 0}, "batch_size=0"),
+        ({"batch_size": 4, "repeats": 0}, "repeats=0"),
+        ({"batch_size": 4, "rank": 2, "world": 2}, "rank=2, world=2"),
+        ({"batch_size": 4, "rank": -1, "world": 2}, "rank=-1"),
+    ],
+)
+def test_impossible_sharing_is_refused(options: dict[str, int], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainSampler(100, **options)
+    with pytest.raises(ConfigError, match="without images"):
+        TrainSampler(0, batch_size=4)
+    with pytest.raises(ConfigError, match="rank=3, world=3"):
+        ShardSampler(10, rank=3, world=3)
