@@ -46,9 +46,25 @@ def test_training_example_resumes_and_saves_a_model_that_learned(tiny_cifar: Pat
     assert "100.00 % of all 16 test images" in printed
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [0, 1, 2]
-    model = deit_models.from_pretrained(tmp_path / "out" / "model")
+    model = deit_models.from_pretrained(tmp_path / "out" / "half")
     assert model.origin.class_names == ("dark", "light")
     assert model.head.weight.dtype == torch.float32  # stored as float16
+
+
+def test_distillation_example_trains_a_teacher_and_four_students(tiny_cifar: Path, tmp_path: Path) -> None:
+    options = [tiny_cifar, "--out", tmp_path / "out", "--batch-size", 8, "--epochs", 2, "--teacher-epochs", 2]
+    run("distill_cifar10.py", *options, "--arms", "none")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["none"]  # no teacher was needed
+    printed = run("distill_cifar10.py", *options)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert table in printed
+    figures = [float(line.split("|")[3]) for line in table.splitlines()[2:]]
+    assert len(figures) == 7
+    rows = {name: (tmp_path / "out" / name / "log.jsonl").read_text().splitlines() for name in ("soft", "token")}
+    assert figures[1] == round(json.loads(rows["soft"][-1])["top1"], 2)
+    assert figures[4] == round(json.loads(rows["token"][-1])["distillation_top1"], 2)
+    assert len(rows["token"]) == 2
+    assert deit_models.from_pretrained(tmp_path / "out" / "token" / "model").config.distilled
 
 
 def test_photo_example_names_classes_of_the_demo_photograph_offline() -> None:

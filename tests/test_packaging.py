@@ -29,7 +29,7 @@ def config():
 
 
 def lines(text: str) -> list[str]:
-    return [line for line in text.strip().splitlines() if not line.startswith("#")]
+    return [line for line in text.strip().splitlines() if line and not line.startswith("#")]
 
 
 def project_names(text: str) -> set[str]:

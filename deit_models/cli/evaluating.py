@@ -34,7 +34,7 @@ def add_evaluate(commands: Any) -> None:
     """The command `evaluate`."""
     summary = "measure a model's accuracy on labelled images"
     parser = command(commands, "evaluate", summary, "evaluate deit_tiny_patch16_224 imagenet/", _run_evaluate)
-    parser.add_argument("model", help="a name, a folder or a Hub repository")
+    parser.add_argument("source", metavar="model", help="a name, a folder, a weights file or a Hub repository")
     add_data(parser, "a folder with val/ or with a folder of images for each class, or a name such as cifar10")
     parser.add_argument("--split", choices=["val", "train"], default="val", help="default val")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N", help="images at once, default 256")
@@ -45,6 +45,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
     text = "take the data's classes in their own order, although they are called otherwise than the model's"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
+    parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
     add_loading(parser)
     add_json(parser)
 
@@ -55,7 +56,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..training.evaluation import evaluate
     from ..transforms import transform_for
 
-    model = from_pretrained(args.model, **loading(args))
+    model = from_pretrained(args.source, model=args.model, **loading(args))
     transform = transform_for(model, style=args.style)
     with join_processes(args.device) as process:
         records = _labelled(args, model, process)
@@ -84,7 +85,7 @@ def _labelled(args: argparse.Namespace, model: ImageClassifier, process: Process
     records = open_data(args, args.data, args.split, process, own_folder=True)
     if len(records.classes) != model.num_classes:
         raise DataError(
-            f"{records.name} has {len(records.classes)} classes, {args.model} has {model.num_classes}; "
+            f"{records.name} has {len(records.classes)} classes, {args.source} has {model.num_classes}; "
             f"evaluate a model that was trained for these classes"
         )
     order, difference = match_classes(model, records)
@@ -92,11 +93,11 @@ def _labelled(args: argparse.Namespace, model: ImageClassifier, process: Process
         return records if list(order) == sorted(order) else Relabelled(records, order)
     if difference and not args.ignore_class_names:
         raise DataError(
-            f"{records.name} has other classes than {args.model}: {difference}; rename the folders, or pass "
+            f"{records.name} has other classes than {args.source}: {difference}; rename the folders, or pass "
             f"--ignore-class-names if they are the same classes in the same order"
         )
     if not args.ignore_class_names and process.is_main:
-        print(f"deit-models: {args.model} does not name its classes: taken to be in the data's order", file=sys.stderr)
+        print(f"deit-models: {args.source} does not name its classes: taken to be in the data's order", file=sys.stderr)
     return records
 
 
@@ -109,8 +110,8 @@ def _published(model: ImageClassifier) -> dict[str, Any] | None:
 
 
 def _as_json(args: argparse.Namespace, model: ImageClassifier, result: Evaluation) -> str:
-    chosen = {name: getattr(args, name) for name in ("model", "data", "split", "style", "precision")}
-    return json.dumps({**chosen, **asdict(result), "published": _published(model)}, indent=2)
+    chosen = {name: getattr(args, name) for name in ("data", "split", "style", "precision")}
+    return json.dumps({"model": args.source, **chosen, **asdict(result), "published": _published(model)}, indent=2)
 
 
 def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluation) -> str:
@@ -120,5 +121,5 @@ def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluatio
             rows[name] += "" if figure is None else f"  published: {figure} % ({published['dataset']})"
     rows |= {f"{name} head": f"{top1:.2f} % top-1" for name, top1 in result.heads.items()}
     rows |= {"loss": f"{result.loss:.4f}", "images": str(result.images), "skipped": str(result.skipped)}
-    lines = [f"{args.model} on {args.data}, {args.split}"]
+    lines = [f"{args.source} on {args.data}, {args.split}"]
     return "\n".join(lines + [f"  {name:<20}{value}" for name, value in rows.items()])

@@ -77,6 +77,7 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files into --out")
+    parser.add_argument("--plot", action="store_true", help="at the end, draw the curves into curves.png in --out")
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -123,10 +124,13 @@ def _state(args: argparse.Namespace) -> Path:
 
 def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> None:
     from ..training.distributed import join_processes
+    from ..training.plots import find_matplotlib, plot_curves
     from ..training.run import train
     from ..training.teacher import load_teacher
     from ..transforms import transform_for
 
+    if args.plot:
+        find_matplotlib()  # before hours of training, not after
     with join_processes(args.device) as process:
         records = open_data(args, args.data, "train", process)
         val = _validation(args, process, records)
@@ -157,6 +161,8 @@ def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -
             on_epoch=display.show_epoch,
         )
     _say(_summary(result))
+    if args.plot and process.is_main:
+        plot_curves({result.out.name: result.log}, result.out / "curves.png")
 
 
 def _validation(args: argparse.Namespace, process: Process, records: ImageRecords) -> ImageRecords | None:

@@ -88,7 +88,7 @@ def _open_folder(folder: Path, split: Split, *, classes: Sequence[str] | None, o
     if present and (len(present) == len(found) or any(subfolders(folder / name) for name in present)):
         for name in _FOLDERS[split]:
             if name in present:
-                return read_class_folders(folder / name, classes=classes)
+                return read_class_folders(folder / name, name=folder.resolve().name, classes=classes)
         raise DataError(f"{folder}: has {some(present)} but no {' or '.join(_FOLDERS[split])} folder")
     if split == "val" and not own_folder:
         raise DataError(

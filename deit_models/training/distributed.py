@@ -68,16 +68,17 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[Process
     NCCL connects GPUs, gloo CPUs. A process group that the caller has set up is used and left standing.
     Raises: ConfigError: more processes than GPUs.
     """
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0)) if world > 1 else 0  # some schedulers set a rank where there is one process
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda":
-        if chosen.index is None:
-            if local_rank >= torch.cuda.device_count():
-                raise ConfigError(f"process {local_rank} has no GPU: there are {torch.cuda.device_count()} here")
-            chosen = torch.device("cuda", local_rank)
+        index = local_rank if chosen.index is None else chosen.index
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"process {local_rank} has no GPU {index}: there are {torch.cuda.device_count()} here")
+        chosen = torch.device("cuda", index)
         torch.cuda.set_device(chosen)
     ours = world > 1 and not dist.is_initialized()
     if ours:

@@ -90,6 +90,7 @@ def score(
                 raise DataError(f"{damage.records.name} has {classes} classes, the model {logits.cls.shape[1]}")
             has_dist |= logits.dist is not None
             sums += _score_batch(logits, labels.to(process.device), failures.to(process.device))
+    damage.meet(process)
     count, skipped, right, right5, loss, right_cls, right_dist = process.total(sums).tolist()
     of = 100 / max(count, 1)
     each = {"class": right_cls * of, "distillation": right_dist * of} if has_dist else {}

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from os import PathLike
 from typing import Any
 
@@ -13,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import DataError, DeitModelsError, TrainingError
+from ..errors import ConfigError, DataError, DeitModelsError, TrainingError
 from .datasets import Split, TrainingSamples, open_dataset, wrap
+from .distributed import Process
 from .records import ImageRecords, check_classes
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,11 @@ def make_loader(
 
     A loader draws a number to begin with, each time only where its workers do not persist; from a generator of its own,
     or mixing and stochastic depth would depend on the workers, and on whether a run was interrupted.
+
+    Raises: ConfigError: no image at once, or fewer than no workers.
     """
+    if batch_size < 1 or workers < 0:
+        raise ConfigError(f"batch_size={batch_size}, workers={workers}; expected 1 or more, and 0 or more")
     return DataLoader(
         samples,
         batch_size=batch_size,
@@ -64,14 +70,20 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
     """
     try:
         yield
-    except (DeitModelsError, RuntimeError, OSError) as error:
+    except DeitModelsError as error:
         text = str(error)
-        if isinstance(error, DeitModelsError):
-            if text.startswith("Caught "):  # the loader's words, then the worker's traceback, which ends in the message
-                raise type(error)(text.rstrip().rpartition("\n")[2].partition(": ")[2]) from error
+        if not text.startswith("Caught "):
             raise
-        if not any(sign in text for sign in _WORKER_DEATHS):
+        # the loader's words, then the worker's traceback, which ends in the message
+        raise type(error)(text.rstrip().rpartition("\n")[2].partition(": ")[2]) from error
+    except (RuntimeError, OSError, EOFError) as error:
+        hung_up = workers > 0 and isinstance(error, (ConnectionError, EOFError))
+        if not hung_up and not any(sign in str(error) for sign in _WORKER_DEATHS):
             raise
+        if hung_up:
+            # torch raises RuntimeError wherever the signal of the worker's death finds us: let it find us here
+            with suppress(RuntimeError):
+                time.sleep(1)
         raise TrainingError(
             f"a loading process died, most likely for lack of memory in /dev/shm or of main memory; use fewer than "
             f"{workers} workers (0 loads in the training process), or give the container more (docker run --shm-size)"
@@ -108,23 +120,35 @@ def plain_watch(batches: Iterable[Any], total: int) -> Iterable[Any]:  # noqa: A
 
 
 class DamageCount:
-    """Counts the images that could not be read, names each once, and stops a run that meets too many."""
+    """Counts the images that could not be read, names each once, and stops a run that has met too many.
 
-    def __init__(self, records: ImageRecords, limit: float) -> None:
+    Too many are more than `limit` of all images, and three or more. Of all, not of those seen so far: early on, or
+    where broken ones lie side by side, that share is high by chance.
+    """
+
+    def __init__(self, records: ImageRecords, limit: float, *, failed: Iterable[int] = ()) -> None:
+        """Begin with the images that are known to have `failed`, in a run that goes on."""
         self.records = records
         self.limit = limit
-        self.failed: set[int] = set()
-        self.seen = 0
+        self.failed = set(failed)
 
     def add(self, failures: Tensor) -> None:
-        """Note one batch. Raises: DataError: more than `limit` of all images so far, and at least three, failed."""
-        self.seen += int((failures != PADDING).sum())
+        """Note one batch. Raises: DataError: too many images failed."""
         for index in failures[failures >= 0].tolist():
             if index not in self.failed:
                 self.failed.add(index)
                 logger.warning("skipped an image that cannot be read: %s", self.records.describe(index))
-        if len(self.failed) > max(self.limit * min(self.seen, len(self.records)), 2):
+        self._check()
+
+    def meet(self, process: Process) -> int:
+        """Share with the other processes what each found, and give the number. Raises: DataError: too many failed."""
+        self.failed.update(*process.gather(self.failed))
+        self._check()
+        return len(self.failed)
+
+    def _check(self) -> None:
+        if len(self.failed) > max(self.limit * len(self.records), 2):
             raise DataError(
-                f"{len(self.failed)} of the first {self.seen} images of {self.records.name} cannot be read, more than "
-                f"the limit of {self.limit:.1%}; the last is {self.records.describe(max(self.failed))}"
+                f"at least {len(self.failed)} of the {len(self.records)} images of {self.records.name} cannot be read, "
+                f"more than the limit of {self.limit:.1%}; one of them is {self.records.describe(max(self.failed))}"
             )

@@ -13,6 +13,15 @@ from ..hub.fetch import atomic_write
 Rows = Sequence[Mapping[str, Any]]
 
 
+def find_matplotlib() -> Any:
+    """Matplotlib's Figure class. Raises: MissingExtraError: it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib; pip install 'deit-models[plot]'") from error
+    return Figure
+
+
 def plot_curves(runs: Mapping[str, Rows], path: str | PathLike[str], *, title: str = "") -> None:
     """Draw training loss and validation accuracy by epoch, a line for each run, as PNG.
 
@@ -23,11 +32,7 @@ def plot_curves(runs: Mapping[str, Rows], path: str | PathLike[str], *, title: s
 
     Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib; pip install 'deit-models[plot]'") from error
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(panels, ("loss", "top1"), ("training loss", "validation top-1 (%)"), strict=True):

@@ -140,7 +140,7 @@ def apply_operation(
     if name == "Rotate":
         return image.rotate(sign * magnitude / MAX_MAGNITUDE * 30, interpolation, fillcolor=fill)
     if name in _ENHANCE:
-        return _ENHANCE[name](image, max(0.1, 1 + sign * (magnitude / MAX_MAGNITUDE * 0.9)))
+        return _ENHANCE[name](image, 1 + sign * (magnitude / MAX_MAGNITUDE * 0.9))
     if name in _LEVELS:
         return _LEVELS[name](image, magnitude / MAX_MAGNITUDE)
     raise ConfigError(f"RandAugment has no operation {name!r}; it has {', '.join(OPERATIONS)}")

@@ -139,7 +139,7 @@ def read_class_folders(
         )
     if len(found) == 1:
         raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders")
-    return FileRecords(name or str(folder), folder, files, labels, numbers)
+    return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
 
 
 def _images_in(folder: str | Path, prefix: str) -> list[str]:

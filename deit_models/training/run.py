@@ -163,14 +163,14 @@ class _Run:
             remove_leftovers(self.out)
             with atomic_write(self.out / RECIPE_NAME) as temporary:
                 temporary.write_text(recipe.to_toml(), encoding="utf-8")
-        damage = DamageCount(self.records, self.corrupt_limit)
+        damage = DamageCount(self.records, self.corrupt_limit, failed=progress.unreadable)
         with closing(log):
             for epoch in range(progress.epoch, recipe.total_epochs):
                 row = self._one_epoch(epoch, sampler, batches, damage)
                 if row.get("top1", -1.0) > progress.best_top1:
                     progress.best_top1, progress.best_epoch = row["top1"], epoch
                     self._export("best", self.learner.bare, row)
-                progress.epoch = epoch + 1
+                progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
                 log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
                 save_state(self.out, self.learner, progress, run=identity)
                 if on_epoch is not None and process.is_main:
@@ -209,7 +209,7 @@ class _Run:
             "loss": round(done.loss, 6),
             "seconds": round(done.seconds, 2),
             "images_per_second": round(done.images / done.seconds, 1),
-            "unreadable": len(set().union(*process.gather(damage.failed))),
+            "unreadable": damage.meet(process),
         }
         if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.total_epochs:
             row |= self._evaluate()

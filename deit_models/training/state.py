@@ -11,7 +11,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,8 @@ from .recipe import Recipe, recipe_from_toml
 
 STATE_NAME = "last.pt"
 _FORMAT = 1
-_MAY_CHANGE = {"preset", "eval_every"}
-"""Recipe fields that do not touch the weights a run ends with."""
+_MAY_CHANGE = {"preset", "eval_every", "compile"}
+"""Recipe fields that change the weights a run ends with by no more than rounding."""
 
 
 @dataclass(slots=True)
@@ -44,11 +44,13 @@ class Progress:
         epoch: the next epoch to run, from 0.
         best_top1: the best validation accuracy so far in percent; below 0 before the first evaluation.
         best_epoch: the epoch it was reached in; -1 before the first evaluation.
+        unreadable: numbers of the training images that could not be read so far.
     """
 
     epoch: int = 0
     best_top1: float = -1.0
     best_epoch: int = -1
+    unreadable: list[int] = field(default_factory=list)
 
 
 def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
@@ -169,4 +171,6 @@ def _scatter(learner: Learner, state: dict[str, Any]) -> None:
         return
     for name, model in models.items():
         set_model_state_dict(model, state[name], options=_FULL)
-    set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=_FULL)
+    # not strict: a head that is not trained has no state
+    options = replace(_FULL, strict=False)
+    set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=options)

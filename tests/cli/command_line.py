@@ -49,7 +49,7 @@ def start(*arguments: object, options: tuple[str, ...] = (), **popen: object) ->
 
 def run(*arguments: object, **options: object) -> tuple[int, str, str]:
     process = start(*arguments, **options)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     return process.returncode, out, err
 
 

@@ -109,6 +109,17 @@ def test_split_and_folders_are_the_users_choice(saved, data, capsys):
     assert right_in_it["loss"] == whole["loss"]
 
 
+def test_bare_weights_file_takes_the_model_by_name(saved, data, tmp_path, capsys):
+    torch.save(deit_models.from_pretrained(saved).state_dict(), tmp_path / "bare.pth")
+    cache = ["--cache-dir", tmp_path / "cache"]
+    assert "say which model it is" in failure(capsys, "evaluate", tmp_path / "bare.pth", data, *QUICK, *cache)
+    options = [*QUICK, *cache, "--model", DISTILLED, "--json"]
+    assert main([*map(str, ["evaluate", tmp_path / "bare.pth", data, *options])]) == 0
+    out, err = capsys.readouterr()
+    assert json.loads(out)["loss"] == pytest.approx(expected(saved, data / "val")["loss"], rel=1e-4)
+    assert "does not name its classes" in err
+
+
 def test_style_and_precision_reach_the_evaluation(saved, data, capsys):
     for path in data.rglob("*.png"):  # not square, so that crops differ
         PIL.Image.open(path).resize((40, 16)).save(path)

@@ -14,7 +14,8 @@ import torch
 from command_line import CLASSES, MODELS, failure, run, save_class_folders, start
 
 import deit_models
-from deit_models.cli import main
+from deit_models.cli import build_parser, main
+from deit_models.cli.arguments import open_data
 from deit_models.cli.progress import TrainingDisplay, epoch_line
 from deit_models.training.recipe import read_recipe, recipe_named
 
@@ -63,6 +64,19 @@ def test_run_leaves_the_resolved_recipe_and_models_that_know_their_classes(data,
         assert model.origin.class_names == CLASSES
         assert model.origin.name == PLAIN
     assert not model.config.distilled
+
+
+def test_plot_draws_the_curves(data, tmp_path, capsys):
+    pytest.importorskip("matplotlib", reason="the picture needs the extra [plot]")
+    train(capsys, data, tmp_path / "run", "--model", PLAIN, "--plot")
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_plot_that_cannot_be_drawn_is_said_before_training(data, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    message = failure(capsys, "train", data, "--out", tmp_path / "run", "--model", PLAIN, *QUICK, "--plot")
+    assert "pip install 'deit-models[plot]'" in message
+    assert not (tmp_path / "run").exists()
 
 
 def test_recipe_of_a_run_trains_the_same_model_again(data, tmp_path, capsys):
@@ -233,6 +247,25 @@ def test_options_for_named_sets_are_refused_for_folders(data, tmp_path, capsys):
 def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
     line = failure(capsys, "train", "cifar10", "--root", tmp_path / "sets", "--out", tmp_path / "run")
     assert "--download" in line
+
+
+@pytest.mark.parametrize(("rank", "events"), [("0", ["open True", "wait"]), ("1", ["wait", "open False"])])
+def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, monkeypatch):
+    from deit_models.training import datasets
+
+    seen = []
+
+    class Together:
+        def wait_for_all(self):
+            seen.append("wait")
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    monkeypatch.setattr(datasets, "open_dataset", lambda *_, download, **__: seen.append(f"open {download}"))
+    args = build_parser().parse_args(["train", "cifar10", "--download", "--out", "run", "--val-data", "photos"])
+    open_data(args, "cifar10", "train", Together())
+    assert seen == events
+    open_data(args, "photos", "val", Together())  # a folder, for which the option is not meant
+    assert seen[2:] == ["open False"]
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 import json
 import os
+import runpy
 import signal
+import sys
 
 import pytest
 from command_line import run, start, usage_error
@@ -82,6 +84,22 @@ def test_list_and_info_import_neither_torch_nor_the_hub_client():
         imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in err.splitlines()}
         assert "argparse" in imported
         assert imported.isdisjoint({"torch", "torchvision", "huggingface_hub", "PIL", "numpy", "safetensors"})
+
+
+def test_package_of_the_command_is_a_module_to_run(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["deit-models", "list", "deit_base*384"])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_module("deit_models.cli", run_name="__main__")
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out.split() == deit_models.list_models("deit_base*384")
+
+
+def test_failure_names_the_process_among_many(monkeypatch, capsys):
+    for rank, prefix in (("0", "deit-models: "), ("3", "deit-models (process 3): ")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", "4")
+        assert main(["info", "deit_tiny"]) == 1
+        assert capsys.readouterr().err.startswith(prefix + "unknown model")
 
 
 def test_failure_of_a_process_is_one_line_without_traceback():

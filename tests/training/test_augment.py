@@ -246,6 +246,7 @@ def test_erasing_changes_one_box_to_normal_noise() -> None:
             erased += 1
             rows, columns = hit[0].any(1), hit[0].any(0)
             assert int(hit[0].sum()) == int(rows.sum()) * int(columns.sum())
+            assert not rows.all()  # a box as high as the image is drawn again, as in timm
             noise.append(image[hit])
     assert abs(erased - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
     values = torch.cat(noise)
@@ -258,9 +259,6 @@ def test_image_too_small_to_erase_stays() -> None:
     assert torch.equal(PixelErasing(1.0)(image.clone()), image)
 
 
-# Beside timm
-
-
 def test_normal_noise_of_channels_is_independent() -> None:
     torch.manual_seed(0)
     image = torch.full((3, 64, 64), 99.0)
@@ -269,6 +267,9 @@ def test_normal_noise_of_channels_is_independent() -> None:
     inside = image[:, image[0] != 99]
     correlation = torch.corrcoef(inside) - torch.eye(3)
     assert float(correlation.abs().max()) < 4 / math.sqrt(inside.shape[1])
+
+
+# Beside timm
 
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (60, 200), (300, 40)])

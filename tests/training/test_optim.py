@@ -2,6 +2,7 @@
 
 import copy
 import math
+from itertools import pairwise
 
 import pytest
 import tiny
@@ -85,7 +86,7 @@ def test_step_schedule_has_no_jump_but_the_end_of_the_warm_up() -> None:
     moments = [(epoch, part / 50) for epoch in range(20) for part in range(50)]
     rates = [learning_rate(steps, *moment) for moment in moments]
     assert rates == pytest.approx([learning_rate(steps, 0, epoch + part) for epoch, part in moments])
-    jumps = [after - before for before, after in zip(rates, rates[1:], strict=False)]
+    jumps = [after - before for before, after in pairwise(rates)]
     assert all(0 < jump < 6e-6 for jump in jumps[:199])
     # the cosine counts from epoch 0, so it begins below the peak
     assert rates[200] == pytest.approx(1e-5 + 0.99e-3 * (1 + math.cos(math.pi / 5)) / 2)
@@ -176,6 +177,24 @@ def test_sgd_is_momentum_with_coupled_decay() -> None:
         optimizer.step()
     torch.testing.assert_close(model.weight.detach(), weight)
     torch.testing.assert_close(model.bias.detach(), bias)
+
+
+@pytest.mark.parametrize("changes", [{}, {"beta1": 0.7, "beta2": 0.95, "eps": 1e-3}], ids=["defaults", "other figures"])
+def test_adamw_takes_the_recipes_figures(changes: dict[str, float]) -> None:
+    model = nn.Linear(4, 2, bias=False).double()
+    optimizer = make_optimizer(model, tiny.recipe(weight_decay=0.2, **changes))
+    b1, b2, eps = ({"beta1": 0.9, "beta2": 0.999, "eps": 1e-8} | changes).values()
+    weight, first, second = model.weight.detach().clone(), torch.zeros(2, 4), torch.zeros(2, 4)
+    for step in range(1, 4):
+        set_learning_rate(optimizer, 0.1)
+        # down to the size of eps, where it shows
+        gradient = step * torch.logspace(-9, 0, 8, dtype=torch.float64).view(2, 4)
+        model.weight.grad = gradient.clone()
+        optimizer.step()
+        first, second = b1 * first + (1 - b1) * gradient, b2 * second + (1 - b2) * gradient**2
+        weight = weight * (1 - 0.1 * 0.2)
+        weight = weight - 0.1 * (first / (1 - b1**step)) / ((second / (1 - b2**step)).sqrt() + eps)
+    torch.testing.assert_close(model.weight.detach(), weight, rtol=1e-9, atol=1e-12)
 
 
 # ---- clipping

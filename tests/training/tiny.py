@@ -108,9 +108,7 @@ class Pictures(ArrayRecords):
 
 
 def learner(network: nn.Module, settings: Recipe, *, teacher: Any = None, process: Process = ALONE) -> Learner:
-    return make_learner(
-        network, settings, num_classes=3, process=process, preprocessing=PREPROCESSING, teacher=teacher
-    )
+    return make_learner(network, settings, num_classes=3, process=process, preprocessing=PREPROCESSING, teacher=teacher)
 
 
 def differences(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -118,7 +116,7 @@ def differences(first: Any, second: Any, path: str = "") -> Iterator[tuple[str, 
     if isinstance(first, Tensor):
         assert first.shape == second.shape, path
         assert first.dtype == second.dtype, path
-        yield path, float((first.double() - second.double()).abs().max()) if first.numel() else 0.0
+        yield path, float((first.detach().double() - second.detach().double()).abs().max()) if first.numel() else 0.0
     elif isinstance(first, Mapping):
         assert first.keys() == second.keys(), path
         for key in first:

@@ -1,0 +1,264 @@
+"""Evaluation: every readable image once, the figures of a plain loop, the model left as it was; and dying workers."""
+
+import os
+import signal
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import PIL.Image
+import pytest
+import tiny
+import torch
+from torch import Tensor, nn
+
+from deit_models.errors import ConfigError, DataError, TrainingError
+from deit_models.models.layers import ImageClassifier
+from deit_models.training.evaluation import Evaluation, eval_batches, evaluate, score
+from deit_models.training.learner import Heads
+from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure
+from deit_models.transforms import EvalTransform
+
+
+def plain_loop(model: ImageClassifier, pictures: tiny.Pictures, indices: list[int]) -> tuple[float, float, float]:
+    """Top-1, top-5 and loss, image by image."""
+    images, right, right5, loss = pictures.tensors(model.origin.preprocessing), 0, 0, 0.0
+    with torch.no_grad():
+        for index in indices:
+            cls, dist = model.forward_heads(images[index : index + 1])
+            logits = (cls if dist is None else (cls + dist) / 2)[0].double()
+            label = int(pictures.labels[index])
+            above = int((logits > logits[label]).sum())
+            right, right5 = right + (above < 1), right5 + (above < 5)
+            loss -= float(logits.log_softmax(0)[label])
+    count = len(indices)
+    return 100 * right / count, 100 * right5 / count, loss / count
+
+
+def sharp(**options: Any) -> ImageClassifier:
+    """A model that is sure of its answers, so that rounding cannot change their order; in eval mode."""
+    model = tiny.model(num_classes=7, **options).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(8)
+    return model
+
+
+@pytest.mark.parametrize("distilled", [False, True], ids=["one head", "two heads"])
+@pytest.mark.parametrize(("batch_size", "workers"), [(256, 0), (7, 0), (1, 0), (10, 1)])
+def test_figures_are_those_of_a_plain_loop(distilled: bool, batch_size: int, workers: int) -> None:
+    model, pictures = sharp(distilled=distilled), tiny.Pictures(41, classes=7)
+    result = evaluate(model, pictures, batch_size=batch_size, workers=workers)
+    top1, top5, loss = plain_loop(model, pictures, list(range(41)))
+    assert 0 < top1 < top5 < 100
+    assert (result.images, result.skipped) == (41, 0)
+    assert (result.top1, result.top5) == pytest.approx((top1, top5), rel=1e-12)
+    assert result.loss == pytest.approx(loss, rel=1e-5)
+    if workers == 0:
+        assert pictures.read == list(range(41))
+
+
+def test_each_head_has_its_own_figure() -> None:
+    model, pictures = sharp(distilled=True), tiny.Pictures(30, classes=7)
+    with torch.no_grad():
+        cls, dist = model.forward_heads(pictures.tensors(model.origin.preprocessing))
+    expected = [100 * float((logits.argmax(1) == pictures.labels).double().mean()) for logits in (cls, dist)]
+    result = evaluate(model, pictures, workers=0)
+    assert result.heads == pytest.approx({"class": expected[0], "distillation": expected[1]})
+    assert evaluate(sharp(), pictures, workers=0).heads == {}
+
+
+def test_unreadable_images_are_skipped_and_counted() -> None:
+    model = sharp()
+    broken = tiny.Pictures(40, classes=7, broken=(0, 13, 39))
+    readable = [index for index in range(40) if index not in broken.broken]
+    result = evaluate(model, broken, batch_size=9, workers=0, corrupt_limit=0.1)
+    top1, top5, loss = plain_loop(model, broken, readable)
+    assert (result.images, result.skipped) == (37, 3)
+    assert (result.top1, result.top5, result.loss) == pytest.approx((top1, top5, loss), rel=1e-5)
+
+
+def test_too_many_unreadable_images_stop_it() -> None:
+    broken = tiny.Pictures(400, broken=range(100, 110))
+    with pytest.raises(
+        DataError, match=r"at least 5 of the 400 images of noise .* limit of 1\.0%.* image 104"
+    ) as caught:
+        evaluate(tiny.model(), broken, batch_size=1, workers=0)
+    assert "\n" not in str(caught.value)
+    assert broken.read == list(range(105))
+    # what counts is the share of all images, not of those seen so far
+    assert evaluate(tiny.model(), tiny.Pictures(400, broken=range(4)), batch_size=1, workers=0).skipped == 4
+    # two are no cause for alarm, however few images there are
+    assert evaluate(tiny.model(), tiny.Pictures(4, broken=(1, 2)), workers=0).skipped == 2
+
+
+def test_nothing_readable_gives_no_figures() -> None:
+    result = evaluate(tiny.model(), tiny.Pictures(2, broken=(0, 1)), workers=0)
+    assert result == Evaluation(top1=0.0, top5=0.0, loss=0.0, images=0, skipped=2)
+
+
+def test_top5_of_three_classes_is_everything() -> None:
+    result = evaluate(tiny.model(), tiny.Pictures(12), workers=0)
+    assert result.top5 == 100
+    assert result.top1 < 100
+
+
+def test_average_of_the_logits_counts_not_the_first_head() -> None:
+    class TwoHeads(nn.Module):
+        def forward(self, x: Tensor) -> Any:
+            from deit_models.models.layers import HeadLogits
+
+            sure = torch.tensor([[5.0, 0.0, 0.0]]).expand(len(x), 3)
+            return HeadLogits(sure, sure.flip(1) * 2)
+
+    pictures = tiny.Pictures(20)
+    batches = eval_batches(pictures, EvalTransform(tiny.PREPROCESSING), tiny.ALONE, batch_size=8, workers=0)
+    result = score(TwoHeads(), batches, tiny.ALONE, precision="float32", damage=DamageCount(pictures, 0.01))
+    share = [100 * float((pictures.labels == label).double().mean()) for label in range(3)]
+    assert [result.top1, *result.heads.values()] == pytest.approx([share[2], share[0], share[2]])
+
+
+def test_padding_counts_for_nothing() -> None:
+    model, pictures = Heads(tiny.model()), tiny.Pictures(13, broken=(12,))
+    results = []
+    for rounds in (None, 3, 9):
+        batches = eval_batches(pictures, EvalTransform(tiny.PREPROCESSING), tiny.ALONE, batch_size=5, workers=0)
+        damage = DamageCount(pictures, 0.2)
+        results.append(score(model, batches, tiny.ALONE, precision="float32", damage=damage, rounds=rounds))
+        assert damage.failed == {12}
+    assert results[0] == results[1] == results[2]
+    assert results[0].images == 12
+    DamageCount(pictures, 0.0).add(torch.full((8,), PADDING))
+
+
+# ---- the model afterwards
+
+
+def modes(model: nn.Module) -> dict[str, bool]:
+    return {name: module.training for name, module in model.named_modules()}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("fails", [False, True])
+def test_mode_of_every_module_is_left_as_found(training: bool, fails: bool) -> None:
+    model = tiny.model(drop_rate=0.5).train(training)
+    model.blocks[0].train(not training)  # a part that its owner froze, or set free
+    before = modes(model)
+    if fails:
+        with pytest.raises(DataError):
+            evaluate(model, tiny.Pictures(9, broken=range(9)), workers=0)
+    else:
+        evaluate(model, tiny.Pictures(9), workers=0)
+    assert modes(model) == before
+    assert len(set(before.values())) == 2
+    model.train()(torch.randn(2, 3, 8, 8)).sum().backward()  # no inference tensor is left in it
+
+
+def test_dropout_is_off_whatever_the_mode() -> None:
+    model, pictures = tiny.model(drop_rate=0.5, drop_path_rate=0.5), tiny.Pictures(20)
+    first, second = (evaluate(model.train(training), pictures, workers=0) for training in (True, False))
+    assert first == second
+
+
+# ---- what is refused
+
+
+def test_other_classes_than_the_model_are_refused() -> None:
+    with pytest.raises(DataError, match="noise has 3 classes, the model 5"):
+        evaluate(tiny.model(num_classes=5), tiny.Pictures(9), workers=0)
+    foreign = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
+    with pytest.raises(DataError, match="noise has 3 classes, the model 2"):
+        evaluate(foreign, tiny.Pictures(9), workers=0, transform=EvalTransform(tiny.PREPROCESSING))
+
+
+def test_model_that_does_not_know_its_input_needs_a_transform() -> None:
+    foreign = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+    with pytest.raises(ConfigError, match="does not say how its input is normalised"):
+        evaluate(foreign, tiny.Pictures(9), workers=0)
+    assert evaluate(foreign, tiny.Pictures(9), workers=0, transform=EvalTransform(tiny.PREPROCESSING)).images == 9
+
+
+# ---- workers that die
+
+
+class Trouble(tiny.Pictures):
+    """Calls something when image 5 is asked for."""
+
+    def __init__(self, trouble: Callable[[], None]) -> None:
+        super().__init__(12)
+        self.trouble = trouble
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        if index == 5:
+            self.trouble()
+        return super().__getitem__(index)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def full() -> None:
+    raise RuntimeError("unable to allocate shared memory(shm) for file </torch_17_1>: No space left on device (28)")
+
+
+def mistake() -> None:
+    raise RuntimeError("a mistake of the user's data set, not of the shared memory")
+
+
+def unreadable() -> None:
+    raise DataError("photos/: image 5 and those after it cannot be read")
+
+
+@pytest.mark.parametrize("trouble", [die, full])
+def test_dead_worker_is_one_line_that_says_what_to_do(trouble: Callable[[], None]) -> None:
+    with pytest.raises(TrainingError, match=r"/dev/shm .* fewer than 1 workers .*--shm-size") as caught:
+        evaluate(tiny.model(), Trouble(trouble), batch_size=2, workers=1)
+    assert "\n" not in str(caught.value)
+
+
+def test_other_errors_of_a_worker_are_not_taken_for_its_death() -> None:
+    with pytest.raises(RuntimeError, match="a mistake of the user's data set") as caught:
+        evaluate(tiny.model(), Trouble(mistake), batch_size=2, workers=1)
+    assert not isinstance(caught.value, TrainingError)
+
+
+def test_our_errors_come_from_a_worker_as_the_one_line_they_are() -> None:
+    with pytest.raises(DataError) as caught:
+        evaluate(tiny.model(), Trouble(unreadable), batch_size=2, workers=1)
+    assert str(caught.value) == "photos/: image 5 and those after it cannot be read"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit.",
+        "DataLoader worker (pid(s) 7, 8) exited unexpectedly",
+        "unable to open shared memory object </torch_7_8> in read-write mode: Too many open files (24)",
+        "unable to mmap 602112 bytes from file </torch_7_8>: Cannot allocate memory (12)",
+        "unable to write to file </torch_7_8>: No space left on device (28)",
+        "received 0 items of ancdata",
+    ],
+)
+def test_torchs_words_for_too_little_shared_memory_are_known(text: str) -> None:
+    with pytest.raises(TrainingError, match="fewer than 4 workers"), explained_worker_failure(4):
+        raise RuntimeError(text)
+
+
+def test_errors_of_the_training_process_pass_unchanged() -> None:
+    raised: list[Exception] = [
+        RuntimeError("out of resource: shared memory, Required: 5, Hardware limit: 4"),
+        TrainingError("the loss is no longer a number"),
+        OSError("disk"),
+        DataError("x"),
+    ]
+
+    def attempts() -> Iterator[Exception]:
+        for error in raised:
+            try:
+                with explained_worker_failure(4):
+                    raise error
+            except (RuntimeError, OSError, DataError) as caught:
+                yield caught
+
+    assert list(attempts()) == raised

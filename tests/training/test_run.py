@@ -1,0 +1,316 @@
+"""A whole run: what it leaves in its folder, and what it refuses."""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+import deit_models
+from deit_models.errors import ConfigError, DataError, FetchError, MissingExtraError, TrainingError
+from deit_models.models.layers import ImageClassifier
+from deit_models.training import logs
+from deit_models.training.evaluation import evaluate
+from deit_models.training.logs import read_log
+from deit_models.training.recipe import read_recipe
+from deit_models.training.run import TrainResult, train
+
+
+def run(out: Path, network: nn.Module | None = None, /, **options: Any) -> TrainResult:
+    changes = {key: options.pop(key) for key in list(options) if key in tiny.PLAIN or key in ("eval_every", "seed")}
+    options = {"train": tiny.Pictures(20), "workers": 0, **options}
+    return train(network or tiny.model(), recipe=tiny.recipe(**changes), out=out, **options)
+
+
+# ---- what it leaves
+
+
+def test_folder_holds_recipe_log_state_and_models(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = []
+    model = tiny.model(distilled=True)
+    result = run(tmp_path / "new" / "run", model, ema_decay=0.5, val=tiny.Pictures(9, seed=1), on_epoch=rows.append)
+    out = tmp_path / "new" / "run"
+    assert result.out == out
+    assert {path.name for path in out.iterdir()} == {"recipe.toml", "log.jsonl", "last.pt", "model", "best", "ema"}
+    assert read_recipe(out / "recipe.toml") == tiny.recipe(ema_decay=0.5)
+    assert rows == result.log == read_log(out / "log.jsonl")
+    assert [row["epoch"] for row in rows] == [0, 1, 2]
+    assert (result.top1, result.best_top1) == (rows[-1]["top1"], max(row["top1"] for row in rows))
+    last = rows[-1]
+    assert {"lr", "loss", "seconds", "images_per_second", "unreadable", "val_loss", "top5"} < last.keys()
+    assert {"class_top1", "distillation_top1", "ema_top1", "ema_class_top1"} < last.keys()
+    assert (last["val_images"], last["val_unreadable"], last["unreadable"]) == (9, 0, 0)
+    assert last["lr"] == pytest.approx(1e-5 + (0.01 - 1e-5) * 0.5 * (1 + torch.cos(torch.tensor(2.5 / 3 * torch.pi))))
+    assert not model.training
+
+
+def test_exported_models_load_with_names_and_accuracy(tmp_path: Path) -> None:
+    val, model = tiny.Pictures(9, seed=1), tiny.model()
+    result = run(tmp_path, model, ema_decay=0.5, val=val)
+    images = torch.randn(2, 3, tiny.SIZE, tiny.SIZE)
+    for name, top1 in (("model", "top1"), ("best", None), ("ema", "ema_top1")):
+        loaded = deit_models.from_pretrained(tmp_path / name)
+        assert loaded.origin.class_names == ("kind 0", "kind 1", "kind 2")
+        assert loaded.origin.dataset == "noise"
+        assert loaded.origin.top1 == (result.log[-1][top1] if top1 else result.best_top1)
+        assert evaluate(loaded, val, workers=0).top1 == pytest.approx(loaded.origin.top1, abs=1e-3)
+        if name == "model":
+            torch.testing.assert_close(loaded(images), model(images))
+        else:
+            assert not torch.equal(loaded(images), model(images))
+
+
+def weights_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def test_best_is_the_best_epoch_and_its_card_tells_its_accuracy(tmp_path: Path) -> None:
+    model, weights = tiny.model(embed_dim=32), []
+    # learning spoils the validation figure, or begins to: so epochs differ
+    options = {"train": tiny.Pictures(48), "val": tiny.Pictures(48, shift=1), "epochs": 6, "seed": 3}
+    result = run(tmp_path, model, **options, on_epoch=lambda _: weights.append(weights_of(model)))
+    top1 = [row["top1"] for row in result.log]
+    assert result.best_epoch == top1.index(max(top1))
+    assert result.best_epoch != 5
+    tiny.same_bits(load_file(tmp_path / "best" / "model.safetensors"), weights[result.best_epoch])
+    tiny.same_bits(load_file(tmp_path / "model" / "model.safetensors"), weights[-1])
+    for name, figure in (("best", max(top1)), ("model", top1[-1])):
+        assert f"{figure} % top-1" in (tmp_path / name / "README.md").read_text()
+
+
+def test_card_of_best_follows_a_better_epoch(tmp_path: Path) -> None:
+    pictures = tiny.Pictures(16)
+    result = run(tmp_path, tiny.model(embed_dim=32), train=pictures, val=pictures, epochs=12)
+    assert result.best_epoch > 0
+    assert f"{result.best_top1} % top-1" in (tmp_path / "best" / "README.md").read_text()
+
+
+def test_evaluation_every_so_often_and_at_the_end(tmp_path: Path) -> None:
+    result = run(tmp_path, val=tiny.Pictures(5), epochs=5, eval_every=2)
+    assert [row["epoch"] for row in result.log if "top1" in row] == [1, 3, 4]
+    assert result.best_epoch in (1, 3, 4)
+
+
+def test_without_validation_there_are_no_figures_and_no_best(tmp_path: Path) -> None:
+    result = run(tmp_path)
+    assert (result.top1, result.best_top1, result.best_epoch) == (None, None, None)
+    assert not (tmp_path / "best").exists()
+    assert deit_models.from_pretrained(tmp_path / "model").origin.top1 is None
+
+
+def test_what_a_pretrained_start_said_of_itself_is_not_handed_on(tmp_path: Path) -> None:
+    run(tmp_path / "first", val=tiny.Pictures(5))
+    start = deit_models.from_pretrained(tmp_path / "first" / "model").train()
+    assert start.origin.top1 is not None
+    assert start.origin.source is not None
+    run(tmp_path / "second", start)
+    assert start.origin.top1 is None
+    assert (start.origin.source, start.origin.sha256, start.origin.revision) == (None, None, None)
+
+
+def tied() -> nn.Module:
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 192), nn.ReLU(), nn.Linear(192, 192), nn.Linear(192, 3))
+    model[3].weight = model[1].weight
+    return model
+
+
+def test_foreign_module_is_written_as_its_state_dict(tmp_path: Path) -> None:
+    model = tied()
+    result = run(tmp_path, model, preprocessing=tiny.PREPROCESSING, val=tiny.Pictures(9))
+    assert result.top1 is not None
+    for name in ("model", "best"):
+        assert [path.name for path in (tmp_path / name).iterdir()] == ["model.safetensors"]
+    written = load_file(tmp_path / "model" / "model.safetensors")
+    tiny.same_bits(written, dict(model.state_dict()))
+    tied().load_state_dict(written)
+
+
+def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
+    first = run(tmp_path, val=tiny.Pictures(9))
+    model, rows = tiny.model(seed=5), []
+    again = run(tmp_path, model, val=tiny.Pictures(9), on_epoch=rows.append)
+    assert rows == []
+    assert again == first
+    tiny.same_bits(dict(model.state_dict()), load_file(tmp_path / "model" / "model.safetensors"))
+    (tmp_path / "log.jsonl").unlink()
+    assert run(tmp_path, val=tiny.Pictures(9)).best_top1 == first.best_top1
+
+
+def test_seed_decides_and_leaves_nothing_to_chance(tmp_path: Path) -> None:
+    results = []
+    for number, seed in enumerate((1, 1, 2)):
+        torch.manual_seed(number + 100)
+        results.append(run(tmp_path / str(number), seed=seed, mixup=0.8, drop_path_rate=0.3).log[-1]["loss"])
+    assert results[0] == results[1] != results[2]
+
+
+# ---- log and TensorBoard
+
+
+def test_tensorboard_has_each_epoch_once_also_after_an_interruption(tmp_path: Path) -> None:
+    event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+
+    class StoppedError(Exception):
+        pass
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            raise StoppedError
+
+    with pytest.raises(StoppedError):
+        run(tmp_path, val=tiny.Pictures(9), tensorboard=True, on_epoch=stop)
+    result = run(tmp_path, val=tiny.Pictures(9), tensorboard=True)
+    board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    for name in ("loss", "lr", "top1", "val_loss"):
+        assert [(event.step, event.value) for event in board.Scalars(name)] == [
+            (row["epoch"], pytest.approx(row[name], rel=1e-6)) for row in result.log
+        ]
+
+
+def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deit-models\[train\]'"):
+        run(tmp_path, tensorboard=True)
+
+
+def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / logs.LOG_NAME
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert read_log(path) == [{"epoch": 0}, {"epoch": 1}]
+    log = logs.RunLog(tmp_path, first_epoch=1, tensorboard=False, writes=True)
+    log.add({"epoch": 1, "again": True})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 0}, {"epoch": 1, "again": True}]
+    logs.RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=False).add({"epoch": 0})
+    assert len(read_log(path)) == 2  # only the first process writes
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+# ---- damaged images
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_unreadable_training_images_are_counted_and_named_once(
+    workers: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path, train=tiny.Pictures(24, broken=(3, 17)), epochs=2, workers=workers)
+    assert [row["unreadable"] for row in result.log] == [2, 2]
+    named = [record.message for record in caplog.records if "cannot be read" in record.message]
+    assert sorted(named) == [f"skipped an image that cannot be read: image {index} of noise" for index in (17, 3)]
+
+
+def test_unreadable_files_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for number in range(8):
+        file = tmp_path / "data" / "train" / f"kind {number % 2}" / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        PIL.Image.new("RGB", (9, 9), (30 * number, 0, 99)).save(file)
+    file.write_bytes(file.read_bytes()[:40])
+    with caplog.at_level(logging.WARNING):
+        result = run(tmp_path / "out", tiny.model(num_classes=2), train=tmp_path / "data", epochs=2)
+    assert result.log[-1]["unreadable"] == 1
+    assert str(file) in caplog.text
+    assert deit_models.from_pretrained(tmp_path / "out" / "model").origin.class_names == ("kind 0", "kind 1")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("broken", [range(0, 40, 4), range(40)])
+def test_too_many_unreadable_images_stop_the_run(broken: range, workers: int, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="cannot be read") as caught:
+        run(tmp_path, train=tiny.Pictures(40, broken=broken), workers=workers)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "last.pt").exists()
+
+
+def test_limit_of_unreadable_images_is_an_option(tmp_path: Path) -> None:
+    result = run(tmp_path, train=tiny.Pictures(40, broken=range(0, 40, 4)), corrupt_limit=0.25)
+    assert result.log[-1]["unreadable"] == 10
+
+
+# ---- what stops it, in one line
+
+
+class Renamed(tiny.Pictures):
+    def __init__(self, count: int, names: tuple[str, ...]) -> None:
+        super().__init__(count, classes=len(names))
+        self.classes = names
+
+
+FOREIGN = nn.Sequential(nn.Flatten(), nn.Linear(192, 3))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({"val": Renamed(9, ("kind 0", "kind 1", "other"))}, DataError, "missing kind 2; not in training other"),
+        ({"val": Renamed(9, ("kind 1", "kind 0", "kind 2"))}, DataError, "in another order"),
+        ({"val": "nowhere/val"}, DataError, "nowhere/val: no such folder"),
+        ({"train": tiny.Pictures(9, classes=4)}, DataError, "the training set has 4 classes, the model 3"),
+        ({"img_size": 16}, ConfigError, "img_size=16, the model takes"),
+        ({"distillation": "hard"}, TrainingError, "needs a teacher"),
+        ({"teacher": FOREIGN}, TrainingError, "distillation='none'"),
+        ({"device": "cuda:99"}, ConfigError, "process 0 has no GPU 99: there are"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_written(
+    options: dict[str, Any], error: type[Exception], text: str, tmp_path: Path
+) -> None:
+    recipe = tiny.recipe(**{key: options[key] for key in ("img_size", "distillation") if key in options})
+    given = {key: options[key] for key in ("train", "val", "teacher", "device") if key in options}
+    with pytest.raises(error, match=text) as caught:
+        train(tiny.model(), recipe=recipe, out=tmp_path / "out", **{"train": tiny.Pictures(9), "workers": 0, **given})
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_model_built_by_hand_must_say_what_its_input_looks_like(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="does not say how its input is normalised"):
+        run(tmp_path, FOREIGN)
+    model: ImageClassifier = tiny.model()
+    model.origin = None
+    run(tmp_path, model, preprocessing=tiny.PREPROCESSING, epochs=2)
+    assert (tmp_path / "model" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("place", ["file", "file/below", "/proc/nowhere/run"])
+def test_folder_that_cannot_be_written_is_refused_before_training(place: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    rows: list[dict[str, Any]] = []
+    with pytest.raises(FetchError, match=r"cannot write .*(file|proc)") as caught:
+        run(tmp_path / place, on_epoch=rows.append)
+    assert "\n" not in str(caught.value)
+    assert rows == []
+
+
+def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
+    log = logs.RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=True)
+    log.path = Path("/dev/full")
+    if not log.path.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(FetchError, match=r"cannot write /dev/full: .*No space left"):
+        log.add({"epoch": 0})
+
+
+def test_divergence_names_the_last_good_state(tmp_path: Path) -> None:
+    model = tiny.model()
+
+    def spoil(row: dict[str, Any]) -> None:
+        if row["epoch"] == 1:
+            with torch.no_grad():
+                model.head.weight.fill_(torch.nan)
+
+    with pytest.raises(TrainingError, match=r"no longer a number at step 1 of epoch 2 .learning rate") as caught:
+        run(tmp_path, model, on_epoch=spoil)
+    assert f"the last good weights, of epoch 1, are in {tmp_path / 'last.pt'}" in str(caught.value)
+    saved = tiny.state(tmp_path)
+    assert saved["progress"]["epoch"] == 2
+    assert all(tensor.isfinite().all() for tensor in saved["model"].values())
+    with pytest.raises(TrainingError, match="epoch 0") as caught:
+        run(tmp_path / "other", lr=1e30, warmup_epochs=0)
+    assert "last good" not in str(caught.value)

@@ -1,0 +1,400 @@
+"""What tests of the engine run in processes of their own: `python worker.py SCENARIO FOLDER ...`.
+
+The processes are forked from one that has imported everything and computed nothing, because importing takes longer than
+the runs themselves.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import tiny
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from deit_models.errors import DeitModelsError
+from deit_models.hub import fetch, publish
+from deit_models.training import run, state
+from deit_models.training.distributed import Process, join_processes
+from deit_models.training.engine import train_epoch
+from deit_models.training.evaluation import evaluate
+from deit_models.training.loading import FINE, Batch, DamageCount
+from deit_models.training.logs import read_log
+from deit_models.training.run import train
+from deit_models.transforms import EvalTransform
+
+
+def fork(work: Callable[[], object]) -> int:
+    """Start `work` in a process of its own and give its number; the process ends with 0 if it succeeds."""
+    if (child := os.fork()) == 0:
+        code = 1
+        try:
+            work()
+            code = 0
+        except BaseException:  # noqa: BLE001
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+    return child
+
+
+def status(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+# ---- kills
+
+
+def lively_run(out: Path, epochs: int, workers: int = 0) -> None:
+    train(
+        tiny.model(distilled=True),
+        recipe=tiny.recipe(tiny.LIVELY, epochs=epochs, seed=4),
+        train=tiny.Pictures(24, broken=(5,)),
+        val=tiny.Pictures(9, seed=1),
+        out=out,
+        workers=workers,
+    )
+
+
+def kills(folder: Path, count: str, epochs: str, seed: str) -> None:
+    """A run that is left alone, and one that is killed `count` times at random moments and started again each time.
+
+    Prints how many epochs were finished at each kill.
+    """
+    length, dice = int(epochs), random.Random(int(seed))
+    assert status(fork(lambda: lively_run(folder / "alone", length))) == 0
+    struck: list[int] = []
+    while len(struck) < int(count):
+        before, begun = finished_epochs(folder / "killed"), time.perf_counter()
+        child = fork(lambda: lively_run(folder / "killed", length))
+        if (whole := dice.randrange(3)) == 0:
+            time.sleep(dice.uniform(0, 1))  # while it starts, or in its first epoch
+        else:
+            while finished_epochs(folder / "killed") < before + whole:
+                time.sleep(0.001)
+            # the time of start and epochs so far, so this may be in the next epoch, its evaluation or its saving
+            time.sleep(dice.uniform(0, (time.perf_counter() - begun) / (whole + 1)))
+        os.kill(child, signal.SIGKILL)
+        assert status(child) == -signal.SIGKILL, "the run was through before it could be killed"
+        struck.append(finished_epochs(folder / "killed"))
+    assert status(fork(lambda: lively_run(folder / "killed", length))) == 0
+    sys.stdout.write(json.dumps(struck))
+
+
+def finished_epochs(out: Path) -> int:
+    return len(read_log(out / "log.jsonl"))
+
+
+def moments(folder: Path) -> None:
+    """A run that kills itself around every step of its second epoch's bookkeeping, and is started again each time."""
+    assert status(fork(lambda: lively_run(folder / "alone", 3))) == 0
+    for name, arm in MOMENTS.items():
+        out = folder / name
+
+        def armed(out: Path = out, arm: Callable[[], None] = arm) -> None:
+            arm()
+            lively_run(out, 3)
+
+        assert status(fork(armed)) == -signal.SIGKILL, name
+        left = [path.name for path in out.rglob("*.tmp")]
+        assert status(fork(lambda out=out: lively_run(out, 3))) == 0
+        sys.stdout.write(json.dumps({"moment": name, "left": left}) + "\n")
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def in_half_a_state() -> None:
+    write = state._write
+
+    def write_half(saved: dict[str, Any], path: Path) -> None:
+        write(saved, path)
+        if saved["progress"]["epoch"] == 2:
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+            die()
+
+    state._write = write_half
+
+
+def around_the_state(*, after: bool) -> None:
+    replace = os.replace
+
+    def replace_or_die(source: Any, target: Path) -> None:
+        second = target.name == "last.pt" and target.exists()
+        if second and not after:
+            die()
+        replace(source, target)
+        if second:
+            die()
+
+    fetch.os.replace = replace_or_die
+
+
+def between_log_and_state() -> None:
+    save = run.save_state
+
+    def save_or_die(out: Path, learner: Any, progress: Any, **options: Any) -> None:
+        if progress.epoch == 2:
+            die()
+        save(out, learner, progress, **options)
+
+    run.save_state = save_or_die
+
+
+def in_half_a_model() -> None:
+    def write_half(_: Any, path: Path, **__: Any) -> None:
+        path.write_bytes(b"half")
+        die()
+
+    publish.save_file = write_half
+
+
+MOMENTS: dict[str, Callable[[], None]] = {
+    "half a state": in_half_a_state,
+    "state not in place": lambda: around_the_state(after=False),
+    "state in place": lambda: around_the_state(after=True),
+    "log written": between_log_and_state,
+    "half a model": in_half_a_model,
+}
+
+
+# ---- many processes
+
+
+def world(folder: Path, size: str, *scenarios: str) -> None:
+    """Run scenarios in `size` processes that meet through a file; the result of each lands in FOLDER/RANK.pt."""
+
+    def work(rank: int) -> None:
+        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=int(size))
+        results = {}
+        for name in scenarios:
+            results[name] = SCENARIOS[name](folder)
+        torch.save(results, folder / f"{rank}.pt")
+        dist.destroy_process_group()
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(int(size))]
+    assert [status(child) for child in children] == [0] * int(size)
+
+
+def torchrun(folder: Path) -> None:
+    """As `torchrun` starts it: the processes meet on their own."""
+    small_run(folder / "torchrun")
+    assert not dist.is_initialized()
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "accumulated": {"accumulate": 2},
+    "taught": {"distillation": "soft"},
+}
+SGD = {"optimizer": "sgd", "beta1": 0.0, "weight_decay": 0.0, "warmup_epochs": 0, "schedule": "constant", "lr": 1.0}
+
+
+def whole_batch(size: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(11)
+    images = torch.randn(size, 3, tiny.SIZE, tiny.SIZE, generator=generator)
+    return images, torch.randint(0, 3, (size,), generator=generator)
+
+
+def ask(images: Tensor) -> Tensor:
+    return images.mean(dim=(2, 3)) * 20
+
+
+def gradients(_: Path) -> dict[str, dict[str, Tensor]]:
+    """The gradients of one step of 8 images, shared by the processes; by SGD's step of length 1, and as they are."""
+    found = {}
+    for name, options in OPTIONS.items():
+        for distilled in (False, True):
+            if name == "taught" and not distilled:
+                continue
+            with join_processes("cpu") as process:
+                settings = tiny.recipe(**SGD, **options)
+                model = tiny.model(distilled=distilled)
+                before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+                learner = tiny.learner(model, settings, teacher=ask if name == "taught" else None, process=process)
+                parts = process.world * settings.accumulate
+                images, labels = (tensor.chunk(parts) for tensor in whole_batch(8))
+                mine = range(process.rank, parts, process.world)
+                batches: list[Batch] = [(images[i].clone(), labels[i], torch.full_like(labels[i], FINE)) for i in mine]
+                damage = DamageCount(tiny.Pictures(1), 0.01)
+                done = train_epoch(learner, batches, steps=1, epoch=0, damage=damage)
+                step = {key: before[key] - tensor for key, tensor in model.state_dict().items()}
+            found[f"{name}, {distilled=}"] = {**step, "loss": torch.tensor(done.loss)}
+            assert done.images == 8
+    return found
+
+
+def small_run(out: Path, **options: Any) -> list[dict[str, Any]]:
+    """Two epochs with an average and gradient clipping, nothing drawn but the order."""
+    changes = {key: options.pop(key) for key in list(options) if key in {*tiny.LIVELY, "clip_mode", "min_lr"}}
+    settings = {"epochs": 2, "ema_decay": 0.5, "clip_grad": 1.0, "label_smoothing": 0.1, **changes}
+    seed = options.pop("model_seed", 0)
+    return train(
+        tiny.model(distilled=True, seed=seed),
+        **{
+            "recipe": tiny.recipe(**settings),
+            "train": tiny.Pictures(26),
+            "val": tiny.Pictures(13, seed=1, broken=(4,)),
+            "out": out,
+            "workers": 0,
+            "device": "cpu",
+            "corrupt_limit": 0.2,
+            **options,
+        },
+    ).log
+
+
+def replicated(folder: Path) -> list[dict[str, Any]]:
+    return small_run(folder / "ddp")
+
+
+class StoppedError(Exception):
+    """Ends a run in all processes."""
+
+
+def interrupted(batches: Iterable[Any], _: int) -> Iterable[Any]:
+    interrupted.calls += 1  # type: ignore[attr-defined]
+    if interrupted.calls == 2:  # type: ignore[attr-defined]
+        raise StoppedError
+    return batches
+
+
+def divided(folder: Path) -> list[dict[str, Any]]:
+    """FSDP, stopped before the second epoch and taken up again."""
+    interrupted.calls = 0  # type: ignore[attr-defined]
+    try:
+        small_run(folder / "fsdp", shard="fsdp", watch=interrupted)
+    except StoppedError:
+        return small_run(folder / "fsdp", shard="fsdp")
+    raise AssertionError("the run was not stopped")
+
+
+def divided_adaptively(folder: Path) -> list[dict[str, Any]]:
+    return small_run(folder / "fsdp agc", shard="fsdp", clip_grad=0.01, clip_mode="agc")
+
+
+def replicated_adaptively(folder: Path) -> list[dict[str, Any]]:
+    return small_run(folder / "ddp agc", clip_grad=0.01, clip_mode="agc")
+
+
+def first_weights(_: Path) -> dict[str, dict[str, Tensor]]:
+    """What each process starts from, where their models were drawn from different seeds."""
+    with join_processes("cpu") as process:
+        learner = tiny.learner(tiny.model(seed=process.rank), tiny.recipe(ema_decay=0.5), process=process)
+        return {name: dict(heads.model.state_dict()) for name, heads in learner.versions().items()}
+
+
+def divided_start(folder: Path) -> None:
+    """One epoch of FSDP from different seeds, at no learning rate: what is exported is what was begun with."""
+    with join_processes("cpu") as process:
+        rank = process.rank
+    still = {"lr": 0.0, "min_lr": 0.0, "warmup_epochs": 0, "epochs": 1, "schedule": "epoch"}
+    small_run(folder / "still", shard="fsdp", model_seed=rank, **still)
+
+
+class Numbered(tiny.Pictures):
+    """Very many pictures: an index is written into the pixels, and decides the label."""
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        self.read.append(index)
+        return PIL.Image.new("RGB", (2, 2), (index % 256, index // 256, 0)), (index * index + index // 7) % 3
+
+
+class Reads(nn.Module):
+    """Logits that tell every index from every other."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        index = (x[:, 0, 0, 0] * 255).round() + 256 * (x[:, 1, 0, 0] * 255).round()
+        return torch.stack([torch.sin(index * factor) for factor in (1.0, 2.0, 3.0)], dim=1)
+
+
+def many(_: Path) -> dict[str, Any]:
+    """10,001 images, which neither 2 nor 3 processes share evenly."""
+    pictures = Numbered(1)
+    pictures._labels = range(10_001)  # the length
+    plain = tiny.Preprocessing(resize=2, crop=(2, 2), mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    result = evaluate(Reads(), pictures, transform=EvalTransform(plain), workers=0, batch_size=100, device="cpu")
+    figures = {name: getattr(result, name) for name in ("top1", "top5", "loss", "images", "skipped")}
+    return {"figures": figures, "read": pictures.read}
+
+
+def refusal(work: Callable[[Process], object]) -> str:
+    with join_processes("cpu") as process:
+        try:
+            work(process)
+        except DeitModelsError as error:
+            dist.barrier()
+            return f"{type(error).__name__}: {error}"
+    return "nothing was refused"
+
+
+def refusals(folder: Path) -> dict[str, str]:
+    """What each process says to what cannot work; none may wait for another that has given up."""
+
+    def spoiled(process: Process) -> None:
+        def spoil(batches: Iterable[Batch], _: int) -> Iterable[Batch]:
+            for number, (images, labels, failures) in enumerate(batches):
+                yield images * (float("nan") if process.rank == number == 1 else 1.0), labels, failures
+
+        small_run(folder / "spoiled", watch=spoil)
+
+    def apart(process: Process) -> None:
+        out = folder / f"apart {process.rank}"
+        if process.is_main:
+            out.mkdir()
+            (out / "last.pt").write_bytes((folder / "ddp" / "last.pt").read_bytes())
+        small_run(out)
+
+    def other_shard(_: Process) -> None:
+        small_run(folder / "ddp", shard="fsdp")
+
+    return {
+        "uneven batch": refusal(lambda _: small_run(folder / "uneven", batch_size=7)),
+        "uneven accumulation": refusal(lambda _: small_run(folder / "uneven", batch_size=6, accumulate=2)),
+        "not a number in one process": refusal(spoiled),
+        "states apart": refusal(apart),
+        "other sharding": refusal(other_shard),
+        "fewer images than processes": refusal(lambda _: small_run(folder / "few", shard="fsdp", val=tiny.Pictures(1))),
+    }
+
+
+def unreadable(folder: Path) -> list[int]:
+    """Broken images, some of them met by either process."""
+    rows = small_run(folder / "broken", train=tiny.Pictures(32, broken=(3, 8, 20, 30)), epochs=3)
+    return [row["unreadable"] for row in rows]
+
+
+SCENARIOS: dict[str, Callable[[Path], Any]] = {
+    work.__name__: work
+    for work in (
+        gradients,
+        replicated,
+        divided,
+        replicated_adaptively,
+        divided_adaptively,
+        first_weights,
+        divided_start,
+        many,
+        refusals,
+        unreadable,
+    )
+}
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    name, where, *rest = sys.argv[1:]
+    {"kills": kills, "moments": moments, "world": world, "torchrun": torchrun}[name](Path(where), *rest)
