@@ -1,6 +1,8 @@
 """What the documents say is compared with the code: the table of models, the snippets, the options they name."""
 
+import dataclasses
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import deit_models
+from deit_models.cli import build_parser
 from deit_models.hub.manifest import load_manifest
+from deit_models.training.recipe import PRESETS, Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -74,10 +78,33 @@ def test_readme_commands_are_known_to_the_command() -> None:
     assert all(command in shown for command in named)
 
 
-def test_files_named_in_the_documents_exist() -> None:
-    for document in ("README.md", "CONTRIBUTING.md"):
-        for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-            assert (ROOT / target).exists(), f"{document} links to {target}"
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md"])
+def test_command_lines_of_the_documents_are_accepted(document: str) -> None:
+    text = (ROOT / document).read_text(encoding="utf-8")
+    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
+    found = [line for block in blocks for line in re.findall(r"(?:^|-m )deit[-_]models (.*)", block, re.MULTILINE)]
+    assert len(found) >= 4
+    for line in found:
+        build_parser().parse_args(shlex.split(line, comments=True))
+
+
+@pytest.mark.parametrize(
+    "document",
+    ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))],
+    ids=str,
+)
+def test_files_named_in_the_documents_exist(document: str | Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
+        assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
+
+
+def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`((?:deit|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
+    assert named
+    assert named <= PRESETS.keys()
+    settings = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(?:--)?(distill[a-z-]*|alpha|tau)\b[^/]", text))
+    assert {name.replace("-", "_") for name in settings} <= {field.name for field in dataclasses.fields(Recipe)}
 
 
 def test_public_names_are_importable_and_documented() -> None:

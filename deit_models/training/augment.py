@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from random import Random
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..errors import ConfigError
 from ..hub.manifest import Preprocessing
-from .randaugment import RandAugment, Resampling
+from .randaugment import ENHANCE, RandAugment, Resampling
 from .recipe import Recipe
 
-_MODES = {Resampling.BICUBIC: InterpolationMode.BICUBIC, Resampling.BILINEAR: InterpolationMode.BILINEAR}
-Picture = Callable[[Image.Image], Image.Image]
+Change = Callable[[Image.Image, Random], Image.Image]
 _INTERPOLATIONS = {
     "bicubic": (Resampling.BICUBIC,),
     "bilinear": (Resampling.BILINEAR,),
@@ -31,13 +30,13 @@ def train_transform(
 ) -> TrainTransform:
     """How a recipe turns an RGB PIL image into an input: crop, flip, augment, normalise, erase, in this order.
 
-    All randomness comes from torch's global generator: the same seed gives the same tensor.
+    All randomness follows from torch's global generator: the same seed gives the same tensor.
 
     Args:
         recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
         preprocessing: its mean and standard deviation normalise; its resize and crop serve `crop="none"`.
         size: (height, width) of the input in pixels.
-        pillow_resize: resize crops with Pillow, as timm does, which takes four times as long as torch; see `Resize`.
+        pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
 
     Shape: an RGB PIL image of any size -> (3, height, width) float32.
     Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
@@ -54,26 +53,28 @@ class TrainTransform:
     ) -> None:
         self.crop = _crop(recipe, preprocessing, size, pillow_resize=pillow_resize)
         self.hflip = recipe.hflip
-        self.pictures = _pictures(recipe, preprocessing)
+        self.changes = _changes(recipe, preprocessing)
         self.normalize = Normalize(preprocessing.mean, preprocessing.std)
         self.erase = PixelErasing(recipe.erase) if recipe.erase else None
 
     def __call__(self, image: Image.Image) -> Tensor:
         """An RGB PIL image to (3, H, W) float32."""
-        image = self.crop(image)
-        if self.hflip and _uniform() < self.hflip:
+        # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
+        rng = Random(int(torch.randint(2**62, ())))
+        image = self.crop(image, rng)
+        if rng.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        for change in self.pictures:
-            image = change(image)
+        for change in self.changes:
+            image = change(image, rng)
         tensor = self.normalize(image)
-        return tensor if self.erase is None else self.erase(tensor)
+        return tensor if self.erase is None else self.erase(tensor, rng)
 
     def __repr__(self) -> str:
-        parts = [self.crop, f"hflip {self.hflip:g}", *self.pictures, self.normalize, self.erase]
+        parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.normalize, self.erase]
         return f"TrainTransform({', '.join(str(part) for part in parts if part is not None)})"
 
 
-def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Picture:
+def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Change:
     if recipe.crop == "none":
         return EvalCrop(preprocessing, size)
     change = Resize(_INTERPOLATIONS[recipe.interpolation], pillow=pillow_resize)
@@ -84,11 +85,9 @@ def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *
     return PaddedCrop(size, (4, 4), "reflect", change)
 
 
-def _pictures(recipe: Recipe, preprocessing: Preprocessing) -> list[Picture]:
+def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[Change]:
     """What happens between the crop and the tensor."""
-    jitter: list[Picture] = []
-    if recipe.color_jitter:
-        jitter.append(v2.ColorJitter(*[recipe.color_jitter] * 3))
+    jitter: list[Change] = [ColorJitter(recipe.color_jitter)] if recipe.color_jitter else []
     if recipe.augment == "none":
         return jitter
     if recipe.augment == "3-augment":
@@ -99,61 +98,66 @@ def _pictures(recipe: Recipe, preprocessing: Preprocessing) -> list[Picture]:
     return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
 
 
-def _uniform(low: float = 0.0, high: float = 1.0) -> float:
-    return low + (high - low) * float(torch.rand(()))
-
-
-def _below(count: int) -> int:
-    return int(torch.randint(count, ()))
-
-
 class Resize:
     """Antialiased resize, with one of some interpolations drawn for each image.
 
-    Differs from Pillow's by default: torch's integer kernel, which takes a quarter of the time. About 0.3 % of the
-    levels (of 255) come out different by 1, hardly any by 2; Pillow 13, which began to resize tall crops column by
-    column first, differs more from the Pillow 11 before it.
+    Differs from Pillow's by default: torch's integer kernel, which takes a quarter to a half of the time. About 0.3 %
+    of the levels (of 255) come out different by 1, hardly any by 2; Pillow 13, which began to resize tall crops column
+    by column first, differs more from the Pillow 11 before it.
     """
 
     def __init__(self, interpolations: tuple[Resampling, ...], *, pillow: bool = False) -> None:
         self.interpolations, self.pillow = interpolations, pillow
 
-    def __call__(self, image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    def __call__(self, image: Image.Image, size: tuple[int, int], rng: Random) -> Image.Image:
         """An RGB image at `size`, (height, width) in pixels."""
-        interpolations = self.interpolations
-        chosen = interpolations[0] if len(interpolations) == 1 else interpolations[_below(len(interpolations))]
+        interpolation = rng.choice(self.interpolations)
         if (image.height, image.width) == size:
             return image
+        height, width = size
         if self.pillow:
-            return image.resize((size[1], size[0]), chosen)
-        levels = TF.resize(TF.pil_to_tensor(image), list(size), interpolation=_MODES[chosen], antialias=True)
-        return TF.to_pil_image(levels)
+            return image.resize((width, height), interpolation)
+        # Four bytes a pixel are what Pillow stores and what torch's kernel computes with: no repacking.
+        # interpolate itself, because torchvision's wrappers around it cost as much again
+        pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
+        planes = pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+        planes = torch.nn.functional.interpolate(planes, size, mode=interpolation.name.lower(), antialias=True)
+        return Image.frombytes("RGB", (width, height), planes.permute(0, 2, 3, 1).numpy().tobytes(), "raw", "RGBX")
 
 
 class RandomResizedCrop:
     """A box of random area and aspect, resized to `size`, (height, width) in pixels.
 
     The rule is torchvision's and timm's: area uniform from `scale` to 1, aspect log-uniform from 3/4 to 4/3, ten tries,
-    then the centre.
+    then the centre with the nearest aspect allowed.
     """
 
     def __init__(self, size: tuple[int, int], scale: float, resize: Resize) -> None:
         if not 0 < scale <= 1:
             raise ConfigError(f"crop_scale={scale:g}; expected above 0 and at most 1")
         self.size, self.scale, self.resize = size, scale, resize
-        self._rule = v2.RandomResizedCrop(size, scale=(scale, 1.0))
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        top, left, height, width = self.draw(image)
-        return self.resize(image.crop((left, top, left + width, top + height)), self.size)
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        top, left, height, width = self.draw(image.height, image.width, rng)
+        return self.resize(image.crop((left, top, left + width, top + height)), self.size, rng)
 
-    def draw(self, image: Image.Image) -> tuple[int, int, int, int]:
-        """The next box, as (top, left, height, width)."""
-        box = self._rule.make_params([image])
-        return box["top"], box["left"], box["height"], box["width"]
+    def draw(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int]:
+        """The next box of an image of this size, as (top, left, height, width)."""
+        for _ in range(10):
+            area = rng.uniform(self.scale, 1) * height * width
+            rows, columns = _sides(area, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+            if 0 < rows <= height and 0 < columns <= width:
+                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
+        rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
 
     def __repr__(self) -> str:
         return f"random resized crop {self.size[0]}x{self.size[1]}, area {self.scale:g} to 1"
+
+
+def _sides(area: float, aspect: float) -> tuple[int, int]:
+    """Height and width in whole pixels of a box with this area and width / height."""
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 class PaddedCrop:
@@ -165,12 +169,12 @@ class PaddedCrop:
     def __init__(self, size: tuple[int, int], padding: tuple[int, int], mode: str, resize: Resize) -> None:
         self.size, self.padding, self.mode, self.resize = size, padding, mode, resize
 
-    def __call__(self, image: Image.Image) -> Image.Image:
-        image = self.resize(image, covering(self.size, image))
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        image = self.resize(image, covering(self.size, image), rng)
         vertical, horizontal = self.padding
         image = TF.pad(image, [horizontal, vertical], padding_mode=self.mode)
         height, width = self.size
-        top, left = _below(image.height - height + 1), _below(image.width - width + 1)
+        top, left = rng.randint(0, image.height - height), rng.randint(0, image.width - width)
         return image.crop((left, top, left + width, top + height))
 
     def __repr__(self) -> str:
@@ -191,7 +195,7 @@ class EvalCrop:
     def __init__(self, preprocessing: Preprocessing, size: tuple[int, int]) -> None:
         self.spec = preprocessing if preprocessing.crop == size else preprocessing.at_size(size)
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image, _: Random) -> Image.Image:
         resize = [self.spec.resize] if isinstance(self.spec.resize, int) else list(self.spec.resize)
         image = TF.resize(image, resize, interpolation=InterpolationMode(self.spec.interpolation))
         return TF.center_crop(image, list(self.spec.crop))
@@ -206,17 +210,36 @@ class ThreeAugment:
     Source: DeiT III (arXiv:2204.07118), with the figures of the authors' code.
     """
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
         """An RGB image, changed."""
-        which = _below(3)
+        which = rng.randrange(3)
         if which == 0:
             return image.convert("L").convert("RGB")
         if which == 1:
             return ImageOps.solarize(image, 128)
-        return image.filter(ImageFilter.GaussianBlur(_uniform(0.1, 2.0)))
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
 
     def __repr__(self) -> str:
         return "3-augment"
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation, in random order, each by a factor from 1 - `amount` to 1 + `amount`.
+
+    The same rule and pictures as torchvision's ColorJitter without hue.
+    """
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        """An RGB image, changed."""
+        for name in rng.sample(("Brightness", "Contrast", "Color"), 3):
+            image = ENHANCE[name](image, rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount))
+        return image
+
+    def __repr__(self) -> str:
+        return f"color jitter {self.amount:g}"
 
 
 class Normalize:
@@ -248,23 +271,22 @@ class PixelErasing:
     def __init__(self, prob: float = 0.25) -> None:
         self.prob = prob
 
-    def __call__(self, image: Tensor) -> Tensor:
+    def __call__(self, image: Tensor, rng: Random) -> Tensor:
         """In place: (3, H, W) float, normalised."""
-        if _uniform() < self.prob and (box := self.draw(image.shape[-2], image.shape[-1])) is not None:
+        if rng.random() < self.prob and (box := self.draw(image.shape[-2], image.shape[-1], rng)) is not None:
             top, left, height, width = box
             # Drawn in one piece and copied: normal_ on the box itself takes eight times as long
             image[:, top : top + height, left : left + width] = torch.randn(len(image), height, width)
         return image
 
     @staticmethod
-    def draw(height: int, width: int) -> tuple[int, int, int, int] | None:
+    def draw(height: int, width: int, rng: Random) -> tuple[int, int, int, int] | None:
         """A box (top, left, height, width) of an image; None: none of ten fitted."""
         for _ in range(10):
-            area = _uniform(0.02, 1 / 3) * height * width
-            aspect = math.exp(_uniform(math.log(0.3), -math.log(0.3)))
-            rows, columns = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+            area = rng.uniform(0.02, 1 / 3) * height * width
+            rows, columns = _sides(area, math.exp(rng.uniform(math.log(0.3), -math.log(0.3))))
             if rows < height and columns < width:
-                return _below(height - rows + 1), _below(width - columns + 1), rows, columns
+                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
         return None
 
     def __repr__(self) -> str:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from random import Random
 
-import torch
 from PIL import Image, ImageEnhance, ImageOps
 
 from ..errors import ConfigError
@@ -84,27 +84,25 @@ class RandAugment:
             fill=fill,
         )
 
-    def __call__(self, image: Image.Image) -> Image.Image:
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
         """An RGB image, changed by some operations or none."""
-        for name, magnitude, sign, interpolation in self.draw():
+        for name, magnitude, sign, interpolation in self.draw(rng):
             image = apply_operation(image, name, magnitude, sign=sign, interpolation=interpolation, fill=self.fill)
         return image
 
-    def draw(self) -> list[tuple[str, float, int, Resampling]]:
+    def draw(self, rng: Random) -> list[tuple[str, float, int, Resampling]]:
         """What the next image gets: operations with their magnitude, sign and interpolation."""
         drawn = []
-        for applied, which, side, kind in torch.rand(self.layers, 4).tolist():
-            if applied >= self.prob:
+        for _ in range(self.layers):
+            if rng.random() >= self.prob:
                 continue
-            magnitude = self.magnitude
-            if self.noise:
-                magnitude += self.noise * float(torch.randn(()))
+            magnitude = rng.gauss(self.magnitude, self.noise)
             drawn.append(
                 (
-                    OPERATIONS[int(which * len(OPERATIONS))],
+                    rng.choice(OPERATIONS),
                     min(max(magnitude, 0.0), MAX_MAGNITUDE),
-                    1 if side < 0.5 else -1,
-                    self.interpolations[int(kind * len(self.interpolations))],
+                    rng.choice((1, -1)),
+                    rng.choice(self.interpolations),
                 )
             )
         return drawn
@@ -139,8 +137,8 @@ def apply_operation(
         return image.transform(image.size, Image.Transform.AFFINE, matrix, interpolation, fillcolor=fill)
     if name == "Rotate":
         return image.rotate(sign * magnitude / MAX_MAGNITUDE * 30, interpolation, fillcolor=fill)
-    if name in _ENHANCE:
-        return _ENHANCE[name](image, 1 + sign * (magnitude / MAX_MAGNITUDE * 0.9))
+    if name in ENHANCE:
+        return ENHANCE[name](image, 1 + sign * (magnitude / MAX_MAGNITUDE * 0.9))
     if name in _LEVELS:
         return _LEVELS[name](image, magnitude / MAX_MAGNITUDE)
     raise ConfigError(f"RandAugment has no operation {name!r}; it has {', '.join(OPERATIONS)}")
@@ -164,12 +162,13 @@ _AFFINE: dict[str, Geometry] = {
     "TranslateX": lambda image, m: (1, 0, m / MAX_MAGNITUDE * 0.45 * image.width, 0, 1, 0),
     "TranslateY": lambda image, m: (1, 0, 0, 0, 1, m / MAX_MAGNITUDE * 0.45 * image.height),
 }
-_ENHANCE: dict[str, Change] = {
+ENHANCE: dict[str, Change] = {
     "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     "Sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
 }
+"""What takes a factor: 1 changes nothing, 0 takes the property away."""
 _LEVELS: dict[str, Change] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
@@ -178,5 +177,5 @@ _LEVELS: dict[str, Change] = {
     "Solarize": lambda image, strength: ImageOps.solarize(image, 256 - min(256, int(strength * 256))),
     "SolarizeAdd": _solarize_add,
 }
-OPERATIONS = tuple(sorted([*_AFFINE, "Rotate", *_ENHANCE, *_LEVELS]))
+OPERATIONS = tuple(sorted([*_AFFINE, "Rotate", *ENHANCE, *_LEVELS]))
 """The 15 operations, each drawn with the same probability."""

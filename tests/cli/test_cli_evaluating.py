@@ -168,7 +168,7 @@ def test_another_number_of_classes_is_refused_whatever_they_are_called(saved, da
         (data / split / "more").rmdir()
     for more in ([], ["--ignore-class-names"]):
         line = failure(capsys, "evaluate", saved, data, *QUICK, *more)
-        assert f"{data / 'val'} has 4 classes, {saved} has 3" in line
+        assert f"{data.name} has 4 classes, {saved} has 3" in line
 
 
 def test_model_without_class_names_is_said_to_have_none(data, tmp_path, capsys):

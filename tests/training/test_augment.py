@@ -12,8 +12,16 @@ from torchvision.transforms.v2 import functional as TF
 
 from deit_models.errors import ConfigError
 from deit_models.hub.manifest import Preprocessing
-from deit_models.training import augment
-from deit_models.training.augment import PixelErasing, ThreeAugment, TrainTransform, covering, train_transform
+from deit_models.training.augment import (
+    ColorJitter,
+    Normalize,
+    PixelErasing,
+    ThreeAugment,
+    TrainTransform,
+    covering,
+    train_transform,
+)
+from deit_models.training.randaugment import ENHANCE
 from deit_models.training.recipe import Recipe
 from deit_models.transforms import EvalTransform
 
@@ -105,11 +113,12 @@ def test_workers_that_start_afresh_get_the_same_transform(crop: str) -> None:
 def test_parts_follow_the_recipe() -> None:
     default = train_transform(Recipe(), PREPROCESSING, (32, 32))
     assert "rand-m9-mstd0.5" in repr(default)
-    assert "ColorJitter" not in repr(default)  # timm drops it beside RandAugment
-    assert default.pictures[0].fill == (124, 116, 104)  # type: ignore[attr-defined]
-    assert "ColorJitter" in repr(build(augment="none", color_jitter=0.3))
-    assert ["3-augment", "ColorJitter"] == [
-        repr(part).partition("(")[0] for part in build(augment="3-augment", color_jitter=0.3).pictures
+    assert "jitter" not in repr(default)  # timm drops it beside RandAugment
+    assert default.changes[0].fill == (124, 116, 104)  # type: ignore[attr-defined]
+    assert [repr(part) for part in build(augment="none", color_jitter=0.3).changes] == ["color jitter 0.3"]
+    assert [repr(part) for part in build(augment="3-augment", color_jitter=0.3).changes] == [
+        "3-augment",
+        "color jitter 0.3",
     ]
     assert build().erase is None
 
@@ -137,9 +146,9 @@ def test_crop_none_is_the_evaluation_transform() -> None:
 def test_padded_crop_takes_every_place_of_the_padded_image() -> None:
     crop, padded, seen = build(crop="pad").crop, torch.zeros(3, 40, 40, dtype=torch.int32), Counter()
     padded[:, 4:36, 4:36] = levels(coordinates())
-    torch.manual_seed(0)
+    rng = random.Random(0)
     for _ in range(1500):
-        part = levels(crop(coordinates()))
+        part = levels(crop(coordinates(), rng))
         # The middle shows where the crop was taken: 4 pixels of padding, 16 of the way in
         left, top = (int(part[k, 16, 16]) - 16 + 4 for k in (0, 1))
         assert torch.equal(part, padded[:, top : top + 32, left : left + 32])
@@ -151,9 +160,9 @@ def test_padded_crop_takes_every_place_of_the_padded_image() -> None:
 
 def test_simple_crop_mirrors_four_pixels_at_the_border() -> None:
     crop = build(crop="simple").crop
-    torch.manual_seed(0)
+    rng = random.Random(0)
     for _ in range(50):
-        part = levels(crop(coordinates()))
+        part = levels(crop(coordinates(), rng))
         left, top = (int(part[k, 16, 16]) - 16 for k in (0, 1))
         for channel, start in ((0, left), (1, top)):
             places = (torch.arange(32) + start).abs()
@@ -174,8 +183,8 @@ def test_interpolation_is_drawn_for_each_image() -> None:
     crop = build((20, 20), crop="simple", interpolation="random", pillow_resize=True).crop
     image, shape = picture(61, 47), (25, 20)
     bilinear, bicubic = (image.resize(shape, kind) for kind in (Image.Resampling.BILINEAR, Image.Resampling.BICUBIC))
-    torch.manual_seed(0)
-    drawn = [crop.resize(image, (20, 25)).tobytes() for _ in range(400)]  # type: ignore[attr-defined]
+    rng = random.Random(0)
+    drawn = [crop.resize(image, (20, 25), rng).tobytes() for _ in range(400)]  # type: ignore[attr-defined]
     assert set(drawn) == {bilinear.tobytes(), bicubic.tobytes()}
     assert abs(drawn.count(bilinear.tobytes()) - 200) < 4 * 10  # four standard deviations
 
@@ -187,7 +196,7 @@ def test_torchs_resize_is_pillows_within_two_levels(size: tuple[int, int], inter
     kind = Image.Resampling[interpolation.upper()]
     # Rows first, as Pillow did before release 13 and torch does
     expected = image.resize((32, image.height), kind).resize((32, 32), kind)
-    resized = build(interpolation=interpolation).crop.resize(image, (32, 32))  # type: ignore[attr-defined]
+    resized = build(interpolation=interpolation).crop.resize(image, (32, 32), random.Random(0))  # type: ignore[attr-defined]
     difference = (levels(resized) - levels(expected)).abs()
     assert int(difference.max()) <= 2
     assert float((difference > 0).double().mean()) < 0.02
@@ -217,11 +226,11 @@ def test_three_augment_takes_its_operations_equally_often(monkeypatch: pytest.Mo
     monkeypatch.setattr(ImageFilter, "GaussianBlur", blur)
     grey = image.convert("L").convert("RGB").tobytes()
     solarized = ImageOps.solarize(image, 128).tobytes()
-    torch.manual_seed(0)
+    rng = random.Random(0)
     results = Counter({"grey": 0, "solarized": 0})
     for _ in range(1500):
         before = len(radii)
-        result = ThreeAugment()(image).tobytes()
+        result = ThreeAugment()(image, rng).tobytes()
         if len(radii) > before:
             assert result == image.filter(real(radii[-1])).tobytes()
         else:
@@ -234,12 +243,37 @@ def test_three_augment_takes_its_operations_equally_often(monkeypatch: pytest.Mo
     assert kolmogorov(radii, uniform) < limit(len(radii))
 
 
+def test_color_jitter_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, orders, factors = picture(24, 20), Counter(), []
+    names = {"Brightness": TF.adjust_brightness, "Contrast": TF.adjust_contrast, "Color": TF.adjust_saturation}
+    rng = random.Random(0)
+    for _ in range(1200):
+        before = rng.getstate()
+        result = ColorJitter(0.3)(image, rng)
+        rng.setstate(before)
+        order = rng.sample(list(names), 3)
+        expected = image
+        for name in order:
+            factors.append(rng.uniform(0.7, 1.3))
+            expected = names[name](expected, factors[-1])
+        assert result.tobytes() == expected.tobytes()
+        orders[tuple(order)] += 1
+    assert len(orders) == 6
+    assert all(abs(count - 200) < 4 * math.sqrt(1200 * 5 / 36) for count in orders.values())
+    drawn: list[float] = []
+    monkeypatch.setitem(ENHANCE, "Color", lambda image, factor: drawn.append(factor) or image)
+    for _ in range(300):
+        ColorJitter(1.5)(image, rng)
+    assert kolmogorov(drawn, [2.5 * (k + 0.5) / 300 for k in range(300)]) < limit(300)  # never below 0
+
+
 def test_erasing_changes_one_box_to_normal_noise() -> None:
     torch.manual_seed(0)
+    rng = random.Random(0)
     erase, noise, erased = PixelErasing(0.25), [], 0
     for _ in range(2000):
         image = torch.full((3, 16, 20), 99.0)
-        assert erase(image) is image
+        assert erase(image, rng) is image
         hit = image != 99
         assert torch.equal(hit.all(0), hit.any(0))
         if hit.any():
@@ -256,14 +290,13 @@ def test_erasing_changes_one_box_to_normal_noise() -> None:
 
 def test_image_too_small_to_erase_stays() -> None:
     image = torch.full((3, 1, 1), 99.0)
-    assert torch.equal(PixelErasing(1.0)(image.clone()), image)
+    assert torch.equal(PixelErasing(1.0)(image.clone(), random.Random(0)), image)
 
 
 def test_normal_noise_of_channels_is_independent() -> None:
     torch.manual_seed(0)
     image = torch.full((3, 64, 64), 99.0)
-    while bool((image == 99).all()):
-        PixelErasing(1.0)(image)
+    PixelErasing(1.0)(image, random.Random(0))
     inside = image[:, image[0] != 99]
     correlation = torch.corrcoef(inside) - torch.eye(3)
     assert float(correlation.abs().max()) < 4 / math.sqrt(inside.shape[1])
@@ -276,11 +309,9 @@ def test_normal_noise_of_channels_is_independent() -> None:
 def test_crop_boxes_follow_timms_law(width: int, height: int) -> None:
     transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
     image = Image.new("RGB", (width, height))
-    torch.manual_seed(0)
     random.seed(0)
-    crop = build().crop
-    count = 4000
-    ours = [crop.draw(image) for _ in range(count)]  # type: ignore[attr-defined]
+    crop, count, rng = build().crop, 4000, random.Random(1)
+    ours = [crop.draw(height, width, rng) for _ in range(count)]  # type: ignore[attr-defined]
     theirs = [
         transforms.RandomResizedCropAndInterpolation.get_params(image, (0.08, 1.0), (3 / 4, 4 / 3))
         for _ in range(count)
@@ -294,7 +325,8 @@ def test_image_no_box_fits_gives_timms_centre(size: tuple[int, int]) -> None:
     transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
     image = Image.new("RGB", size)
     expected = transforms.RandomResizedCropAndInterpolation.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
-    assert build(crop_scale=0.9).crop.draw(image) == expected  # type: ignore[attr-defined]
+    drawn = build(crop_scale=0.9).crop.draw(*size[::-1], random.Random(0))  # type: ignore[attr-defined]
+    assert drawn == expected
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
@@ -306,8 +338,8 @@ def test_crop_with_pillow_is_timms_picture(
     theirs = transforms.RandomResizedCropAndInterpolation((32, 24), interpolation=interpolation)
     monkeypatch.setattr(theirs, "get_params", lambda *_: box)
     crop = build((32, 24), interpolation=interpolation, pillow_resize=True).crop
-    monkeypatch.setattr(crop, "draw", lambda _: box)
-    assert crop(picture()).tobytes() == theirs(picture()).tobytes()
+    monkeypatch.setattr(crop, "draw", lambda *_: box)
+    assert crop(picture(), random.Random(0)).tobytes() == theirs(picture()).tobytes()
 
 
 def test_normalised_values_are_timms() -> None:
@@ -315,14 +347,14 @@ def test_normalised_values_are_timms() -> None:
     theirs = data.create_transform(32, is_training=True, no_aug=True, interpolation="bicubic")
     image = picture(32, 32)
     torch.testing.assert_close(build(crop="simple").normalize(image), theirs(image), rtol=0, atol=1e-6)
-    assert torch.equal(augment.Normalize((0.0,) * 3, (1 / 255,) * 3)(image), levels(image).float())
+    assert torch.equal(Normalize((0.0,) * 3, (1 / 255,) * 3)(image), levels(image).float())
 
 
 def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:
     erasing = pytest.importorskip("timm.data.random_erasing", reason="timm is not installed")
     monkeypatch.setattr(erasing, "_get_pixels", lambda *args, **_: torch.ones(args[2]))
     random.seed(0)
-    torch.manual_seed(0)
+    rng = random.Random(1)
     count, theirs, ours = 3000, [], []
     erase = erasing.RandomErasing(probability=1.0, mode="pixel", device="cpu")
     while len(theirs) < count:
@@ -331,7 +363,7 @@ def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:
             rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
             theirs.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
     while len(ours) < count:
-        box = PixelErasing.draw(40, 56)
+        box = PixelErasing.draw(40, 56, rng)
         if box is not None:
             ours.append(box)
     for figure in (lambda b: b[0], lambda b: b[1], lambda b: b[2] * b[3], lambda b: b[2] / b[3]):

@@ -302,11 +302,12 @@ def test_overfits_64_images(distilled: bool, tmp_path: Any) -> None:
         train=pictures,
         out=tmp_path,
         workers=0,
+        device="cpu",
         teacher=knows_them if distilled else None,
     )
     assert result.log[0]["loss"] > 0.9
     assert result.log[-1]["loss"] < 0.2
-    figures = evaluate(model, pictures, workers=0)
+    figures = evaluate(model, pictures, workers=0, device="cpu")
     assert figures.images == 64
     assert figures.top1 > 99
     assert all(top1 > 99 for top1 in figures.heads.values())

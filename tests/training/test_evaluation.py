@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import PIL.Image
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.models.layers import ImageClassifier
-from deit_models.training.evaluation import Evaluation, eval_batches, evaluate, score
+from deit_models.training import evaluation
+from deit_models.training.evaluation import Evaluation, eval_batches, score
 from deit_models.training.learner import Heads
 from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure
 from deit_models.transforms import EvalTransform
+
+evaluate = partial(evaluation.evaluate, device="cpu")
 
 
 def plain_loop(model: ImageClassifier, pictures: tiny.Pictures, indices: list[int]) -> tuple[float, float, float]:

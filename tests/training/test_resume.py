@@ -43,6 +43,7 @@ def lively(out: Path, *, workers: int = 0, stop_after: int | None = None, **chan
         val=tiny.Pictures(9, seed=1),
         out=out,
         workers=workers,
+        device="cpu",
         on_epoch=stop,
     )
 
@@ -151,7 +152,7 @@ def test_state_of_another_recipe_is_refused_by_name(saved: Path) -> None:
 
 
 def test_state_of_another_model_or_other_images_is_refused(saved: Path) -> None:
-    options = {"recipe": tiny.recipe(tiny.LIVELY, epochs=4, seed=9), "out": saved, "workers": 0}
+    options = {"recipe": tiny.recipe(tiny.LIVELY, epochs=4, seed=9), "out": saved, "workers": 0, "device": "cpu"}
     with pytest.raises(TrainingError, match=r"saved with model='DeiTConfig.*embed_dim=16.*embed_dim=32"):
         train(tiny.model(distilled=True, embed_dim=32), train=tiny.Pictures(24), **options)
     with pytest.raises(TrainingError, match=r"saved with data='24 images in 3 classes' .now '25 images in 3 classes'"):

@@ -20,11 +20,12 @@ from deit_models.training.evaluation import evaluate
 from deit_models.training.logs import read_log
 from deit_models.training.recipe import read_recipe
 from deit_models.training.run import TrainResult, train
+from deit_models.training.samplers import TrainSampler
 
 
 def run(out: Path, network: nn.Module | None = None, /, **options: Any) -> TrainResult:
     changes = {key: options.pop(key) for key in list(options) if key in tiny.PLAIN or key in ("eval_every", "seed")}
-    options = {"train": tiny.Pictures(20), "workers": 0, **options}
+    options = {"train": tiny.Pictures(20), "workers": 0, "device": "cpu", **options}
     return train(network or tiny.model(), recipe=tiny.recipe(**changes), out=out, **options)
 
 
@@ -59,7 +60,7 @@ def test_exported_models_load_with_names_and_accuracy(tmp_path: Path) -> None:
         assert loaded.origin.class_names == ("kind 0", "kind 1", "kind 2")
         assert loaded.origin.dataset == "noise"
         assert loaded.origin.top1 == (result.log[-1][top1] if top1 else result.best_top1)
-        assert evaluate(loaded, val, workers=0).top1 == pytest.approx(loaded.origin.top1, abs=1e-3)
+        assert evaluate(loaded, val, workers=0, device="cpu").top1 == pytest.approx(loaded.origin.top1, abs=1e-3)
         if name == "model":
             torch.testing.assert_close(loaded(images), model(images))
         else:
@@ -140,6 +141,22 @@ def test_finished_run_is_not_run_again(tmp_path: Path) -> None:
     tiny.same_bits(dict(model.state_dict()), load_file(tmp_path / "model" / "model.safetensors"))
     (tmp_path / "log.jsonl").unlink()
     assert run(tmp_path, val=tiny.Pictures(9)).best_top1 == first.best_top1
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path: Path) -> None:
+    pictures, orders = tiny.Pictures(20), []
+
+    def note(_: dict[str, Any]) -> None:
+        orders.append(tuple(pictures.read))
+        pictures.read.clear()
+
+    run(tmp_path, train=pictures, seed=6, on_epoch=note)
+    sampler, expected = TrainSampler(20, batch_size=8, seed=6), []
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        expected.append(tuple(index for index, _ in sampler))
+    assert orders == expected
+    assert len(set(orders)) == 3
 
 
 def test_seed_decides_and_leaves_nothing_to_chance(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ def lively_run(out: Path, epochs: int, workers: int = 0) -> None:
         val=tiny.Pictures(9, seed=1),
         out=out,
         workers=workers,
+        device="cpu",
     )
 
 
