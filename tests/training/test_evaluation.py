@@ -220,6 +220,24 @@ def test_dead_worker_is_one_line_that_says_what_to_do(trouble: Callable[[], None
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
+def test_worker_that_hangs_up_is_dead_and_the_news_of_it_is_awaited(error: Exception) -> None:
+    def news(*_: object) -> None:
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+
+    before = signal.signal(signal.SIGALRM, news)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.1)
+        with pytest.raises(TrainingError, match="fewer than 2 workers"), explained_worker_failure(2):
+            raise error
+        assert signal.getitimer(signal.ITIMER_REAL)[0] == 0, "the signal did not come while it was awaited"
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    with pytest.raises(type(error)), explained_worker_failure(0):
+        raise error
+
+
 def test_other_errors_of_a_worker_are_not_taken_for_its_death() -> None:
     with pytest.raises(RuntimeError, match="a mistake of the user's data set") as caught:
         evaluate(tiny.model(), Trouble(mistake), batch_size=2, workers=1)
