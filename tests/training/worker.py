@@ -14,6 +14,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,8 @@ def world(folder: Path, size: str, *scenarios: str) -> None:
     """Run scenarios in `size` processes that meet through a file; the result of each lands in FOLDER/RANK.pt."""
 
     def work(rank: int) -> None:
-        dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=int(size))
+        meeting, patience = f"file://{folder / 'meeting'}", timedelta(seconds=100)
+        dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=int(size), timeout=patience)
         results = {}
         for name in scenarios:
             results[name] = SCENARIOS[name](folder)
