@@ -28,8 +28,10 @@ def model_card(model: ImageClassifier, layout: Layout, *, repo_id: str = "owner/
     known = load_manifest().get(origin.name)
     digest = f" (SHA-256 {origin.sha256})" if origin.sha256 else ""
     accuracies = [f"{value} % {name}" for name, value in (("top-1", origin.top1), ("top-5", origin.top5)) if value]
+    # weights that training changed have data, but no source any more
+    made = "random, not trained" if origin.dataset is None else "trained with deit-models"
     facts = {
-        "Weights": f"{origin.source or 'random, not trained'}{digest}",
+        "Weights": f"{origin.source or made}{digest}",
         "Trained on": origin.dataset or "not recorded",
         "Accuracy": ", ".join(accuracies) or "not recorded",
         "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",

@@ -39,7 +39,15 @@ from .logs import RunLog
 from .recipe import Recipe
 from .records import ImageRecords
 from .samplers import TrainSampler, sample_seed
-from .state import STATE_NAME, Progress, load_state, remove_leftovers, save_state
+from .state import (
+    STATE_NAME,
+    Progress,
+    digest_of_names,
+    digest_of_numbers,
+    load_state,
+    remove_leftovers,
+    save_state,
+)
 from .teacher import Teacher, TeacherSpec
 
 RECIPE_NAME = "recipe.toml"
@@ -219,9 +227,14 @@ class _Run:
         """What a saved state must have been made with, besides the recipe."""
         model = self.learner.bare.model
         config = model.config if isinstance(model, ImageClassifier) else type(model).__name__
-        data = f"{len(self.records)} images in {len(self.records.classes)} classes"
+        classes = self.records.classes
+        names = digest_of_names(classes)
+        identity = {"model": str(config), "data": f"{len(self.records)} images in {len(classes)} classes ({names})"}
+        if (teacher := self.learner.teacher) is not None:
+            network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)
+            identity["teacher"] = f"{network} for {teacher.img_size or 'any'} pixels ({digest_of_numbers(teacher)})"
         # a divided optimiser is saved under other names
-        return {"model": str(config), "data": data} | ({"shard": "fsdp"} if self.learner.divided else {})
+        return identity | ({"shard": "fsdp"} if self.learner.divided else {})
 
     def _training_batches(self) -> tuple[TrainSampler, DataLoader[Batch]]:
         recipe, process = self.learner.recipe, self.learner.process

@@ -6,16 +6,19 @@ Random numbers need no saving: every epoch seeds its generators from (seed, epoc
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import struct
 import zipfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -60,7 +63,7 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
         out: the run's folder.
         learner: what is saved.
         progress: where the run stands.
-        run: what must be the same when the run goes on: names of the model, of the data.
+        run: what must be the same when the run goes on: the model, the data, the teacher.
 
     Raises: FetchError: no space or no permission; the previous state is left as it was.
     """
@@ -76,6 +79,20 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
         with atomic_write(out / STATE_NAME) as temporary:
             _write(state, temporary)
     learner.process.wait_for_all()
+
+
+def digest_of_names(names: Iterable[str]) -> str:
+    """Eight hex digits that differ where the names or their order do."""
+    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
+
+
+def digest_of_numbers(module: nn.Module) -> str:
+    """Sixteen hex digits that differ where a parameter or buffer of the module does, on whatever device it is."""
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

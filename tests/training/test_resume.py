@@ -22,6 +22,7 @@ from deit_models.training.learner import Learner
 from deit_models.training.logs import read_log
 from deit_models.training.run import TrainResult, train
 from deit_models.training.state import Progress, load_state, save_state
+from deit_models.training.teacher import Teacher
 
 RUN = {"model": "m", "data": "d"}
 
@@ -155,8 +156,30 @@ def test_state_of_another_model_or_other_images_is_refused(saved: Path) -> None:
     options = {"recipe": tiny.recipe(tiny.LIVELY, epochs=4, seed=9), "out": saved, "workers": 0, "device": "cpu"}
     with pytest.raises(TrainingError, match=r"saved with model='DeiTConfig.*embed_dim=16.*embed_dim=32"):
         train(tiny.model(distilled=True, embed_dim=32), train=tiny.Pictures(24), **options)
-    with pytest.raises(TrainingError, match=r"saved with data='24 images in 3 classes' .now '25 images in 3 classes'"):
+    with pytest.raises(TrainingError, match=r"saved with data='24 images in 3 classes .* .now '25 images in 3 classes"):
         train(tiny.model(distilled=True), train=tiny.Pictures(25), **options)
+    renamed = tiny.Pictures(24)
+    renamed.classes = ("kind 1", "kind 0", "kind 2")
+    with pytest.raises(TrainingError, match=r"saved with data='24 images in 3 classes \(.{8}\)' .now '24 images in 3 "):
+        train(tiny.model(distilled=True), train=renamed, **options)
+
+
+@pytest.mark.parametrize("now", ["other weights", "another network", "a function", "another size"])
+def test_state_of_another_teacher_is_refused(now: str, tmp_path: Path) -> None:
+    def teach(network: Any, img_size: tuple[int, int] | None = None) -> TrainResult:
+        teacher = Teacher(network, student=tiny.PREPROCESSING, img_size=img_size)
+        recipe = tiny.recipe(epochs=2, distillation="hard", distill_on="class")
+        return train(tiny.model(), recipe=recipe, train=tiny.Pictures(8), out=tmp_path, teacher=teacher, device="cpu")
+
+    def guess(images: torch.Tensor) -> torch.Tensor:
+        return images.flatten(1)[:, :3]
+
+    first = tiny.model(seed=1, dynamic_img_size=True)
+    teach(first)
+    network: Any = {"other weights": tiny.model(seed=2), "another network": tiny.model(depth=1), "a function": guess}
+    with pytest.raises(TrainingError, match=r"saved with teacher='DeiT for any pixels .* \(now '.*use those"):
+        teach(network.get(now, first), (16, 16) if now == "another size" else None)
+    assert len(teach(tiny.model(seed=1, dynamic_img_size=True)).log) == 2
 
 
 def test_what_does_not_touch_the_weights_may_change(saved: Path) -> None:

@@ -82,7 +82,9 @@ def test_best_is_the_best_epoch_and_its_card_tells_its_accuracy(tmp_path: Path) 
     tiny.same_bits(load_file(tmp_path / "best" / "model.safetensors"), weights[result.best_epoch])
     tiny.same_bits(load_file(tmp_path / "model" / "model.safetensors"), weights[-1])
     for name, figure in (("best", max(top1)), ("model", top1[-1])):
-        assert f"{figure} % top-1" in (tmp_path / name / "README.md").read_text()
+        card = (tmp_path / name / "README.md").read_text()
+        assert f"{figure} % top-1" in card
+        assert "Weights: trained with deit-models\n- Trained on: noise\n" in card
 
 
 def test_card_of_best_follows_a_better_epoch(tmp_path: Path) -> None:

@@ -80,15 +80,21 @@ def kills(folder: Path, count: str, epochs: str, seed: str) -> None:
     assert status(fork(lambda: lively_run(folder / "alone", length))) == 0
     struck: list[int] = []
     while len(struck) < int(count):
-        before, begun = finished_epochs(folder / "killed"), time.perf_counter()
+        before = finished_epochs(folder / "killed")
+        # on a fast machine too, epochs are left for the kills to come
+        latest = before + max((length - before) // (int(count) - len(struck) + 1), 1)
+        begun = time.perf_counter()
         child = fork(lambda: lively_run(folder / "killed", length))
         if (whole := dice.randrange(3)) == 0:
-            time.sleep(dice.uniform(0, 1))  # while it starts, or in its first epoch
+            wait = dice.uniform(0, 1)  # while it starts, or in its first epoch
         else:
-            while finished_epochs(folder / "killed") < before + whole:
+            while finished_epochs(folder / "killed") < min(before + whole, latest):
                 time.sleep(0.001)
             # the time of start and epochs so far, so this may be in the next epoch, its evaluation or its saving
-            time.sleep(dice.uniform(0, (time.perf_counter() - begun) / (whole + 1)))
+            wait = dice.uniform(0, (time.perf_counter() - begun) / (whole + 1))
+        until = time.perf_counter() + wait
+        while time.perf_counter() < until and finished_epochs(folder / "killed") < latest:
+            time.sleep(0.001)
         os.kill(child, signal.SIGKILL)
         assert status(child) == -signal.SIGKILL, "the run was through before it could be killed"
         struck.append(finished_epochs(folder / "killed"))
