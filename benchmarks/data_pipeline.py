@@ -52,6 +52,7 @@ def our_loader(folder: str, batch: int, workers: int, *, pillow_resize: bool) ->
     from deit_models.hub.manifest import Preprocessing
     from deit_models.training.augment import train_transform
     from deit_models.training.datasets import TrainingSamples, open_dataset
+    from deit_models.training.levels import InputBatches, ToInput
     from deit_models.training.loading import make_loader
     from deit_models.training.recipe import Recipe
     from deit_models.training.samplers import TrainSampler
@@ -60,9 +61,9 @@ def our_loader(folder: str, batch: int, workers: int, *, pillow_resize: bool) ->
     preprocessing = Preprocessing(resize=256, crop=(224, 224))
     transform = train_transform(Recipe(), preprocessing, (224, 224), pillow_resize=pillow_resize)
     sampler = TrainSampler(len(records), batch_size=batch)
-    return make_loader(
-        TrainingSamples(records, transform), sampler, batch_size=batch, workers=workers, device=torch.device("cpu")
-    )
+    device = torch.device("cpu")
+    loader = make_loader(TrainingSamples(records, transform), sampler, batch_size=batch, workers=workers, device=device)
+    return InputBatches(loader, ToInput(preprocessing, device))
 
 
 def timm_loader(folder: str, batch: int, workers: int, *, prefetcher: bool) -> Any:
@@ -111,7 +112,7 @@ def child(peer: str, folder: str, batch: int, workers: int) -> None:
         loader = our_loader(folder, batch, workers, pillow_resize=peer.endswith("resize"))
     for _ in loader:
         pass
-    inner = getattr(loader, "loader", loader)  # timm's prefetcher wraps a DataLoader
+    inner = getattr(loader, "loader", loader)  # timm's prefetcher and our batches wrap a DataLoader
     processes = [os.getpid(), *(worker.pid for worker in inner._iterator._workers)]
     count, cpu, start = 0, cpu_seconds(processes), time.perf_counter()
     for images, *_ in loader:

@@ -1,4 +1,4 @@
-"""From a training photograph to the tensor a model learns from: crop, flip, augment, normalise, erase."""
+"""From a training photograph to the levels a model learns from: crop, flip, augment, and which part to erase."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from random import Random
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..errors import ConfigError
 from ..hub.manifest import Preprocessing
+from .levels import ErasingBox, Levels, box_sides
 from .randaugment import ENHANCE, RandAugment, Resampling
 from .recipe import Recipe
 
@@ -28,17 +28,17 @@ _INTERPOLATIONS = {
 def train_transform(
     recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
 ) -> TrainTransform:
-    """How a recipe turns an RGB PIL image into an input: crop, flip, augment, normalise, erase, in this order.
+    """How a recipe changes an RGB PIL image: crop, flip, augment, in this order; `levels.ToInput` does the rest.
 
-    All randomness follows from torch's global generator: the same seed gives the same tensor.
+    All randomness follows from torch's global generator: the same seed gives the same levels and box to erase.
 
     Args:
         recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
-        preprocessing: its mean and standard deviation normalise; its resize and crop serve `crop="none"`.
+        preprocessing: its resize and crop serve `crop="none"`, its mean fills what geometric operations leave empty.
         size: (height, width) of the input in pixels.
         pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
 
-    Shape: an RGB PIL image of any size -> (3, height, width) float32.
+    Shape: an RGB PIL image of any size -> `Levels` of (3, height, width).
     Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
     Source: DeiT, table 9; DeiT III (arXiv:2204.07118) for 3-Augment and the simple crop.
     """
@@ -54,11 +54,10 @@ class TrainTransform:
         self.crop = _crop(recipe, preprocessing, size, pillow_resize=pillow_resize)
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
-        self.normalize = Normalize(preprocessing.mean, preprocessing.std)
-        self.erase = PixelErasing(recipe.erase) if recipe.erase else None
+        self.erase = ErasingBox(recipe.erase)
 
-    def __call__(self, image: Image.Image) -> Tensor:
-        """An RGB PIL image to (3, H, W) float32."""
+    def __call__(self, image: Image.Image) -> Levels:
+        """An RGB PIL image to levels of (3, H, W), and the box to erase."""
         # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
         rng = Random(int(torch.randint(2**62, ())))
         image = self.crop(image, rng)
@@ -66,12 +65,14 @@ class TrainTransform:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         for change in self.changes:
             image = change(image, rng)
-        tensor = self.normalize(image)
-        return tensor if self.erase is None else self.erase(tensor, rng)
+        # Plane by plane as Pillow can: half the time of bringing the channels forward in torch
+        planes = bytearray(b"".join([band.tobytes() for band in image.split()]))
+        values = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
+        return Levels(values, self.erase(image.height, image.width, rng))
 
     def __repr__(self) -> str:
-        parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.normalize, self.erase]
-        return f"TrainTransform({', '.join(str(part) for part in parts if part is not None)})"
+        parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.erase]
+        return f"TrainTransform({', '.join(str(part) for part in parts)})"
 
 
 def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Change:
@@ -145,7 +146,7 @@ class RandomResizedCrop:
         """The next box of an image of this size, as (top, left, height, width)."""
         for _ in range(10):
             area = rng.uniform(self.scale, 1) * height * width
-            rows, columns = _sides(area, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+            rows, columns = box_sides(area, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
             if 0 < rows <= height and 0 < columns <= width:
                 return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
         rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
@@ -153,11 +154,6 @@ class RandomResizedCrop:
 
     def __repr__(self) -> str:
         return f"random resized crop {self.size[0]}x{self.size[1]}, area {self.scale:g} to 1"
-
-
-def _sides(area: float, aspect: float) -> tuple[int, int]:
-    """Height and width in whole pixels of a box with this area and width / height."""
-    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
 class PaddedCrop:
@@ -240,54 +236,3 @@ class ColorJitter:
 
     def __repr__(self) -> str:
         return f"color jitter {self.amount:g}"
-
-
-class Normalize:
-    """A PIL image to (3, H, W) float32: levels / 255, minus the mean, over the standard deviation."""
-
-    def __init__(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        scale = 255 * torch.tensor(std, dtype=torch.float64)
-        self._factor = (1 / scale).float().view(3, 1, 1)
-        self._offset = (-255 * torch.tensor(mean, dtype=torch.float64) / scale).float().view(3, 1, 1)
-
-    def __call__(self, image: Image.Image) -> Tensor:
-        # Plane by plane as Pillow can: half the time of bringing the channels forward in torch
-        planes = bytearray(b"".join([band.tobytes() for band in image.split()]))
-        levels = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
-        return levels.float().mul_(self._factor).add_(self._offset)
-
-    def __repr__(self) -> str:
-        return "normalize"
-
-
-class PixelErasing:
-    """In place, with some probability: one box of a normalised image becomes normal noise, pixel by pixel.
-
-    Area 2 % to a third of the image's, aspect log-uniform from 0.3 to 1/0.3, ten tries; never the full width or height.
-
-    Source: random erasing (arXiv:1708.04896), timm's mode "pixel", which DeiT, table 9, trains with.
-    """
-
-    def __init__(self, prob: float = 0.25) -> None:
-        self.prob = prob
-
-    def __call__(self, image: Tensor, rng: Random) -> Tensor:
-        """In place: (3, H, W) float, normalised."""
-        if rng.random() < self.prob and (box := self.draw(image.shape[-2], image.shape[-1], rng)) is not None:
-            top, left, height, width = box
-            # Drawn in one piece and copied: normal_ on the box itself takes eight times as long
-            image[:, top : top + height, left : left + width] = torch.randn(len(image), height, width)
-        return image
-
-    @staticmethod
-    def draw(height: int, width: int, rng: Random) -> tuple[int, int, int, int] | None:
-        """A box (top, left, height, width) of an image; None: none of ten fitted."""
-        for _ in range(10):
-            area = rng.uniform(0.02, 1 / 3) * height * width
-            rows, columns = _sides(area, math.exp(rng.uniform(math.log(0.3), -math.log(0.3))))
-            if rows < height and columns < width:
-                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
-        return None
-
-    def __repr__(self) -> str:
-        return f"erase {self.prob:g}"

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import PIL.Image
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset, Subset, get_worker_info
 from torchvision.datasets import DatasetFolder
 
@@ -26,7 +25,8 @@ from .records import FileRecords, ImageRecords, read_class_folders, some, subfol
 __all__ = ["EvalSamples", "ImageRecords", "TrainingSamples", "open_dataset", "wrap"]
 
 Split = Literal["train", "val"]
-Transform = Callable[[PIL.Image.Image], Tensor]
+Transform = Callable[[PIL.Image.Image], Any]
+"""From an RGB image to a tensor or, in training, to `levels.Levels`."""
 
 _FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 """Names of a split's folder, in the order they are looked for."""
@@ -167,8 +167,8 @@ def _own_classes(dataset: Any) -> Sequence[Any] | None:
     return None
 
 
-class TrainingSamples(Dataset[tuple[Tensor, int, int]]):
-    """What a training loader's workers read: (index, seed) -> (tensor, label, failed index or -1).
+class TrainingSamples(Dataset[tuple[Any, int, int]]):
+    """What a training loader's workers read: (index, seed) -> (transformed image, label, failed index or -1).
 
     All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
     that cannot be read is replaced by the next one that can; the third value is its index then, for the loop to report.
@@ -183,7 +183,7 @@ class TrainingSamples(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
         """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
         index, seed = key
         with _seeded(seed):
@@ -199,7 +199,7 @@ class TrainingSamples(Dataset[tuple[Tensor, int, int]]):
         ) from last
 
 
-class EvalSamples(Dataset[tuple[Tensor, int, int]]):
+class EvalSamples(Dataset[tuple[Any, int, int]]):
     """What an evaluation loader's workers read: index -> (tensor, label, failed index or -1).
 
     An image that cannot be read comes as zeros with label -1, to be counted as skipped and never scored.
@@ -213,7 +213,7 @@ class EvalSamples(Dataset[tuple[Tensor, int, int]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
         try:
             image, label = self.records[index]
         except (ImageError, OSError):

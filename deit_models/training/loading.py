@@ -41,8 +41,10 @@ def make_loader(
     batch_size: int,
     workers: int,
     device: torch.device,
-) -> DataLoader[Batch]:
-    """A loader of `Batch`es in the sampler's order, the same whatever the number of workers.
+) -> DataLoader[Any]:
+    """A loader in the sampler's order, the same whatever the number of workers.
+
+    It gives `Batch`es; of training samples, with `levels.Levels` in the place of images.
 
     A loader draws a number to begin with, each time only where its workers do not persist; from a generator of its own,
     or mixing and stochastic depth would depend on the workers, and on whether a run was interrupted.

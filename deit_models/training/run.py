@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, DataError, TrainingError
 from ..hub.fetch import atomic_write
@@ -25,8 +24,8 @@ from .engine import train_epoch
 from .evaluation import eval_batches, preprocessing_of, score
 from .export import export_model
 from .learner import Heads, Learner, make_learner
+from .levels import InputBatches, ToInput
 from .loading import (
-    Batch,
     DamageCount,
     Watch,
     default_workers,
@@ -200,7 +199,7 @@ class _Run:
         )
 
     def _one_epoch(
-        self, epoch: int, sampler: TrainSampler, batches: DataLoader[Batch], damage: DamageCount
+        self, epoch: int, sampler: TrainSampler, batches: InputBatches, damage: DamageCount
     ) -> dict[str, Any]:
         """Train, and evaluate where the recipe says so; gives the epoch's row of the log."""
         recipe, process = self.learner.recipe, self.learner.process
@@ -236,7 +235,7 @@ class _Run:
         # a divided optimiser is saved under other names
         return identity | ({"shard": "fsdp"} if self.learner.divided else {})
 
-    def _training_batches(self) -> tuple[TrainSampler, DataLoader[Batch]]:
+    def _training_batches(self) -> tuple[TrainSampler, InputBatches]:
         recipe, process = self.learner.recipe, self.learner.process
         part, rest = divmod(recipe.batch_size, process.world * recipe.accumulate)
         if rest:
@@ -253,7 +252,8 @@ class _Run:
             world=process.world,
         )
         samples = TrainingSamples(self.records, train_transform(recipe, self.preprocessing, self.preprocessing.crop))
-        return sampler, make_loader(samples, sampler, batch_size=part, workers=self.workers, device=process.device)
+        loader = make_loader(samples, sampler, batch_size=part, workers=self.workers, device=process.device)
+        return sampler, InputBatches(loader, ToInput(self.preprocessing, process.device))
 
     def _evaluate(self) -> dict[str, Any]:
         """Validation figures of the weights and, under names that begin with ema_, of their average."""

@@ -14,13 +14,12 @@ from deit_models.errors import ConfigError
 from deit_models.hub.manifest import Preprocessing
 from deit_models.training.augment import (
     ColorJitter,
-    Normalize,
-    PixelErasing,
     ThreeAugment,
     TrainTransform,
     covering,
     train_transform,
 )
+from deit_models.training.levels import ErasingBox, Levels, ToInput
 from deit_models.training.randaugment import ENHANCE
 from deit_models.training.recipe import Recipe
 from deit_models.transforms import EvalTransform
@@ -51,6 +50,14 @@ def build(size: tuple[int, int] = (32, 32), *, pillow_resize: bool = False, **ch
     return train_transform(recipe, PREPROCESSING, size, pillow_resize=pillow_resize)
 
 
+def batch(*images: Levels) -> Levels:
+    return Levels(*(torch.stack(parts) for parts in zip(*images, strict=True)))
+
+
+def model_input(transform: TrainTransform, image: Image.Image) -> torch.Tensor:
+    return ToInput(PREPROCESSING, torch.device("cpu"))(batch(transform(image)))[0]
+
+
 def levels(image: Image.Image) -> torch.Tensor:
     return TF.pil_to_tensor(image).int()
 
@@ -78,7 +85,10 @@ def test_any_image_becomes_a_float_tensor_of_the_size(crop: str, augmentation: s
     for width, height in ((61, 47), (1, 1), (1, 40), (40, 1), (3, 2), (24, 32)):
         image = picture(width, height)
         before = image.tobytes()
-        tensor = transform(image)
+        drawn = transform(image)
+        assert drawn.values.shape == (3, 32, 24)
+        assert drawn.values.dtype == torch.uint8
+        tensor = model_input(transform, image)
         assert tensor.shape == (3, 32, 24)
         assert tensor.dtype == torch.float32
         assert tensor.is_contiguous()
@@ -91,7 +101,7 @@ def test_torch_seed_alone_decides() -> None:
     image, results = picture(), []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        results.append(torch.stack([transform(image) for _ in range(8)]))
+        results.append(torch.stack([model_input(transform, image) for _ in range(8)]))
         random.random()
     assert torch.equal(results[0], results[1])
     assert not torch.equal(results[0], results[2])
@@ -106,7 +116,7 @@ def test_workers_that_start_afresh_get_the_same_transform(crop: str) -> None:
     results = []
     for each in (transform, pickle.loads(pickle.dumps(transform))):
         torch.manual_seed(3)
-        results.append(each(picture()))
+        results.append(each(picture()).values)
     assert torch.equal(*results)
 
 
@@ -120,7 +130,7 @@ def test_parts_follow_the_recipe() -> None:
         "3-augment",
         "color jitter 0.3",
     ]
-    assert build().erase is None
+    assert build(erase=0.3).erase.prob == 0.3
 
 
 @pytest.mark.parametrize(
@@ -138,8 +148,10 @@ def test_settings_that_mean_nothing_are_refused(changes: dict[str, object], mess
 def test_crop_none_is_the_evaluation_transform() -> None:
     for image in (picture(), picture(40, 90)):
         # The offset is multiplied out: equal but for rounding
-        torch.testing.assert_close(build(crop="none")(image), EvalTransform(PREPROCESSING)(image), rtol=0, atol=1e-6)
-    larger = build((64, 64), crop="none")(picture())
+        torch.testing.assert_close(
+            model_input(build(crop="none"), image), EvalTransform(PREPROCESSING)(image), rtol=0, atol=1e-6
+        )
+    larger = model_input(build((64, 64), crop="none"), picture())
     torch.testing.assert_close(larger, EvalTransform(PREPROCESSING.at_size((64, 64)))(picture()), rtol=0, atol=1e-6)
 
 
@@ -207,11 +219,11 @@ def test_torchs_resize_is_pillows_within_two_levels(size: tuple[int, int], inter
 
 def test_mirroring_keeps_its_probability() -> None:
     image = coordinates()
-    straight = build(crop="none")(image)
-    assert torch.equal(build(crop="none", hflip=1.0)(image), straight.flip(2))
+    straight = build(crop="none")(image).values
+    assert torch.equal(build(crop="none", hflip=1.0)(image).values, straight.flip(2))
     transform = build(crop="none", hflip=0.3)
     torch.manual_seed(0)
-    mirrored = sum(not torch.equal(transform(image), straight) for _ in range(600))
+    mirrored = sum(not torch.equal(transform(image).values, straight) for _ in range(600))
     assert abs(mirrored - 180) < 4 * math.sqrt(600 * 0.3 * 0.7)
 
 
@@ -267,39 +279,47 @@ def test_color_jitter_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kolmogorov(drawn, [2.5 * (k + 0.5) / 300 for k in range(300)]) < limit(300)  # never below 0
 
 
+def erased(height: int, width: int, *, prob: float = 1.0, count: int = 1, seed: int = 0) -> torch.Tensor:
+    """A batch of white images, erased; what is not noise is exactly 1."""
+    box, rng = ErasingBox(prob), random.Random(seed)
+    white = torch.full((3, height, width), 255, dtype=torch.uint8)
+    to_input = ToInput(Preprocessing(resize=8, crop=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3), torch.device("cpu"))
+    return to_input(batch(*(Levels(white, box(height, width, rng)) for _ in range(count))))
+
+
 def test_erasing_changes_one_box_to_normal_noise() -> None:
-    torch.manual_seed(0)
-    rng = random.Random(0)
-    erase, noise, erased = PixelErasing(0.25), [], 0
-    for _ in range(2000):
-        image = torch.full((3, 16, 20), 99.0)
-        assert erase(image, rng) is image
-        hit = image != 99
+    noise, changed = [], 0
+    for image in erased(16, 20, prob=0.25, count=2000):
+        hit = image != 1
         assert torch.equal(hit.all(0), hit.any(0))
         if hit.any():
-            erased += 1
+            changed += 1
             rows, columns = hit[0].any(1), hit[0].any(0)
             assert int(hit[0].sum()) == int(rows.sum()) * int(columns.sum())
             assert not rows.all()  # a box as high as the image is drawn again, as in timm
             noise.append(image[hit])
-    assert abs(erased - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
+    assert abs(changed - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
     values = torch.cat(noise)
     expected = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
     assert kolmogorov(values.tolist(), expected.tolist()) < limit(len(values))
 
 
 def test_image_too_small_to_erase_stays() -> None:
-    image = torch.full((3, 1, 1), 99.0)
-    assert torch.equal(PixelErasing(1.0)(image.clone(), random.Random(0)), image)
+    assert torch.equal(erased(1, 1), torch.ones(1, 3, 1, 1))
 
 
-def test_normal_noise_of_channels_is_independent() -> None:
-    torch.manual_seed(0)
-    image = torch.full((3, 64, 64), 99.0)
-    PixelErasing(1.0)(image, random.Random(0))
-    inside = image[:, image[0] != 99]
+def test_noise_of_channels_and_images_is_independent() -> None:
+    image, other = erased(64, 64, count=2)
+    inside = image[:, image[0] != 1]
     correlation = torch.corrcoef(inside) - torch.eye(3)
     assert float(correlation.abs().max()) < 4 / math.sqrt(inside.shape[1])
+    assert not torch.equal(inside.flatten()[:50], other[:, other[0] != 1].flatten()[:50])
+
+
+def test_noise_follows_the_image_and_leaves_the_global_generator_alone() -> None:
+    state = torch.get_rng_state()
+    assert torch.equal(erased(16, 16, count=3)[:2], erased(16, 16, count=2))
+    assert torch.equal(torch.get_rng_state(), state)
 
 
 # Beside timm
@@ -346,8 +366,8 @@ def test_normalised_values_are_timms() -> None:
     data = pytest.importorskip("timm.data", reason="timm is not installed")
     theirs = data.create_transform(32, is_training=True, no_aug=True, interpolation="bicubic")
     image = picture(32, 32)
-    torch.testing.assert_close(build(crop="simple").normalize(image), theirs(image), rtol=0, atol=1e-6)
-    assert torch.equal(Normalize((0.0,) * 3, (1 / 255,) * 3)(image), levels(image).float())
+    ours = ToInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
+    torch.testing.assert_close(ours[0], theirs(image), rtol=0, atol=1e-6)
 
 
 def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -363,7 +383,7 @@ def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:
             rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
             theirs.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
     while len(ours) < count:
-        box = PixelErasing.draw(40, 56, rng)
+        box = ErasingBox.draw(40, 56, rng)
         if box is not None:
             ours.append(box)
     for figure in (lambda b: b[0], lambda b: b[1], lambda b: b[2] * b[3], lambda b: b[2] / b[3]):
