@@ -19,7 +19,7 @@ import deit_models
 
 
 def parse_args() -> argparse.Namespace:
-    """The command line; the defaults are those of the checkpoint in `weights/`."""
+    """The command line; the defaults are those of the first stage of the checkpoint in `weights/`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train/ and test/ class folders")
     parser.add_argument("--out", type=Path, required=True, help="folder for the result, and to resume from")
