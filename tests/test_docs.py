@@ -12,7 +12,8 @@ import pytest
 import deit_models
 from deit_models.cli import build_parser
 from deit_models.hub.manifest import load_manifest
-from deit_models.training.recipe import PRESETS, Recipe
+from deit_models.training.presets import PRESETS
+from deit_models.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
