@@ -8,7 +8,7 @@ from typing import Any
 
 from ..config import override
 from ..errors import CheckpointError, ConfigError, DeitModelsError
-from ..models.layers import ImageClassifier
+from ..models.layers import ImageClassifier, Layout
 from ..registry import Origin, family_spec
 from . import timm_config, transformers_config
 from .descriptions import Description, read_class_names, tuples, write_class_names
@@ -42,7 +42,7 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
     raise CheckpointError("config.json is of no known layout: it has neither deit_models, architecture nor model_type")
 
 
-def write_config(model: ImageClassifier, layout: str) -> dict[str, dict[str, Any]]:
+def write_config(model: ImageClassifier, layout: Layout) -> dict[str, dict[str, Any]]:
     """The JSON files that go beside model.safetensors in a layout: contents by file name.
 
     Raises: ConfigError: an unknown layout, one the family does not have, or a model without `origin` (built by hand).

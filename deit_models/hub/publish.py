@@ -17,6 +17,7 @@ from .card import model_card
 from .configs import write_config
 from .fetch import WEIGHTS_NAMES, atomic_write, first_line
 from .layouts import from_native
+from .weights import meta_model
 
 
 def save_pretrained(
@@ -30,7 +31,8 @@ def save_pretrained(
     Args:
         model: from `create_model` or `from_pretrained`.
         save_directory: made if need be.
-        layout: "native" for this package; "timm" for `timm.create_model("local-dir:...")`; "transformers" for
+        layout: "native" for this package; "timm" for `timm.create_model("local-dir:...")` (of
+            LeViT also "timm-conv", the form with convolutions); "transformers" for
             `AutoModelForImageClassification`, with a preprocessor_config.json for `AutoImageProcessor`. This package
             loads all three. dtypes are written as they are.
 
@@ -88,6 +90,11 @@ def push_to_hub(
 
 
 def layout_tensors(model: ImageClassifier, layout: Layout) -> dict[str, Tensor]:
-    """The model's state dict under a layout's names. Raises: ConfigError: the family has no such layout."""
+    """The model's state dict under a layout's names.
+
+    Raises: ConfigError: the family has no such layout, or the tensors are not those of the config (a fused model).
+    """
     state: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    if state.keys() != meta_model(type(model), model.config).state_dict().keys():
+        raise ConfigError("the tensors are not those of the config (was the model fused?); save the model it came from")
     return from_native(state, family=model.family, config=model.config, naming=layout)

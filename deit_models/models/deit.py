@@ -22,7 +22,16 @@ from torch.nn import functional as F
 from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import DropPath, HeadLogits, ImageClassifier, LayerTokens, init_vit_weights, resize_pos_embed
+from .layers import (
+    DropPath,
+    HeadLogits,
+    ImageClassifier,
+    LayerTokens,
+    chosen_layers,
+    init_vit_weights,
+    patch_grid,
+    resize_pos_embed,
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,22 +95,6 @@ class DeiTConfig:
     def num_prefix_tokens(self) -> int:
         """Tokens in front of the patches: the class token and, if distilled, the distillation token."""
         return 2 if self.distilled else 1
-
-
-def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches along (height, width).
-
-    Raises: ConfigError: a side is not a positive multiple of the patch.
-    """
-    if len(image_hw) != 2 or not all(isinstance(side, int) for side in image_hw):
-        raise ConfigError(f"img_size={image_hw} is neither a whole number nor (height, width)")
-    for side in image_hw:
-        if side < patch_size or side % patch_size:
-            below = max(side // patch_size, 1) * patch_size
-            raise ConfigError(
-                f"img_size={side} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}"
-            )
-    return image_hw[0] // patch_size, image_hw[1] // patch_size
 
 
 class PatchEmbed(nn.Module):
@@ -274,11 +267,7 @@ class DeiT(ImageClassifier):
 
         Raises: ConfigError: a block that does not exist.
         """
-        depth = self.config.depth
-        lowest, indices = (0, range(depth - layers, depth)) if isinstance(layers, int) else (-depth, layers)
-        if not indices or not all(lowest <= i < depth for i in indices):
-            raise ConfigError(f"layers={layers}; this model has blocks 0 to {depth - 1}")
-        wanted = [i % depth for i in indices]
+        wanted = chosen_layers(layers, self.config.depth, "blocks")
         grid, prefix = self._input_grid(x), self.config.num_prefix_tokens
         tokens, collected = self.forward_tokens(x), {}
         for i, block in enumerate(self.blocks):

@@ -53,20 +53,7 @@ def golden(request: pytest.FixtureRequest) -> tuple[dict[str, Any], DeiT]:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_filling_is_the_recorded_one(name: str) -> None:
-    recorded = reference.read(name)
-    check, values = recorded["weights_check"], torch.cat([w.flatten() for w in reference.weights(name).values()])
-    values = values.double()
-    assert len(reference.weights(name)) == check["entries"]
-    assert values.numel() == check["values"]
-    assert_allclose([values.sum(), values.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
-
-    check, x = recorded["input"]["check"], reference.inputs(224)
-    assert list(x.shape) == recorded["input"]["shape"]
-    count = len(check["first"])
-    assert_allclose(x.flatten()[:count], check["first"], rtol=1e-6)
-    assert_allclose(x.flatten()[-count:], check["last"], rtol=1e-6)
-    x = x.double()
-    assert_allclose([x.sum(), x.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
+    reference.check_filling(name)
 
 
 def test_golden_logits_and_features(golden: tuple[dict[str, Any], DeiT]) -> None:

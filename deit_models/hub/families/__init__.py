@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from .contract import FamilyLayouts
 from .deit import DeiTLayouts
+from .levit import LeViTLayouts
 
-_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(),)
+_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts())
 FAMILIES = {layouts.family: layouts for layouts in _LAYOUTS}
 
 
