@@ -101,7 +101,7 @@ def test_files_named_in_the_documents_exist(document: str | Path) -> None:
 
 def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:deit|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
+    named = set(re.findall(r"`((?:deit|levit|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
     assert named
     assert named <= PRESETS.keys()
     settings = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(?:--)?(distill[a-z-]*|alpha|tau)\b[^/]", text))

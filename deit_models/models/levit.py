@@ -27,15 +27,7 @@ from torch.nn import functional as F
 from ..config import check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import (
-    DropPath,
-    HeadLogits,
-    ImageClassifier,
-    LayerTokens,
-    chosen_layers,
-    init_vit_weights,
-    patch_grid,
-)
+from .layers import DropPath, HeadLogits, ImageClassifier, LayerTokens, chosen_layers, init_vit_weights, patch_grid
 
 PATCH_SIZE = 16
 """Pixels along a side that one position of the first stage stands for."""
@@ -191,7 +183,9 @@ class ScoredAttention(nn.Module):
         """What is added to the scores, (heads, queries, keys)."""
         if self.expanded is not None:
             return self.expanded
-        return self.attention_biases[:, cast(Tensor, self.offsets)]
+        # index_select is many times faster here than indexing with brackets
+        offsets = cast(Tensor, self.offsets)
+        return self.attention_biases.index_select(1, offsets.flatten()).view(-1, *offsets.shape)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of each head, (B, heads, queries or keys, width)."""

@@ -42,10 +42,28 @@ _DEIT: _Presets = {
         {**_FINETUNE_384, "distillation": "hard"},
     ),
 }
+_LEVIT_1000E: _Settings = {
+    "epochs": 1000,
+    "batch_size": 2048,
+    "weight_decay": 0.025,
+    "clip_grad": 0.01,
+    "clip_mode": "agc",
+    "drop_path_rate": 0.0,
+    "precision": "float32",
+    "distillation": "hard",
+    "eval_every": 20,
+}
+_LEVIT: _Presets = {
+    "levit_1000e": ("LeViT from scratch, distilled from RegNetY-16GF: LeViT, section 5.1", _LEVIT_1000E),
+    "levit_384_1000e": (
+        "the same for LeViT-384, with stochastic depth: the authors' code",
+        {**_LEVIT_1000E, "drop_path_rate": 0.1},
+    ),
+}
 _CIFAR: _Presets = {
     "cifar_scratch": ("32-pixel images from scratch, light augmentation, one step schedule: ours", _SMALL_IMAGES),
     "cifar_distill": ("the same with a teacher: ours", {**_SMALL_IMAGES, "distillation": "hard"}),
 }
 
-PRESETS: _Presets = {**_DEIT, **_CIFAR}
+PRESETS: _Presets = {**_DEIT, **_LEVIT, **_CIFAR}
 """Name to (what it is and where it comes from, what differs from the defaults)."""

@@ -44,6 +44,16 @@ def test_fine_tuning_at_384_is_the_authors():
     assert changes("deit_finetune_384_distill", "deit_finetune_384") == {"distillation": "hard"}
 
 
+def test_levit_is_trained_as_its_authors_did():
+    expected = {
+        "epochs": 1000, "batch_size": 2048, "weight_decay": 0.025, "clip_grad": 0.01, "clip_mode": "agc",
+        "drop_path_rate": 0.0, "precision": "float32", "distillation": "hard", "eval_every": 20,
+    }  # fmt: skip
+    assert changes("levit_1000e", "deit_300e") == expected
+    assert recipe_named("levit_1000e").peak_lr == 2e-3
+    assert changes("levit_384_1000e", "levit_1000e") == {"drop_path_rate": 0.1}
+
+
 def test_small_images_have_the_same_recipe_with_and_without_a_teacher():
     assert changes("cifar_distill", "cifar_scratch") == {"distillation": "hard"}
     recipe = recipe_named("cifar_scratch")
