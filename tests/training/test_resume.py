@@ -8,7 +8,6 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +32,16 @@ class StoppedError(Exception):
     """Comes between two epochs."""
 
 
+def distilled(*, seed: int) -> ImageClassifier:
+    return tiny.model(distilled=True, seed=seed)
+
+
 def lively(
     out: Path,
     *,
     workers: int = 0,
     stop_after: int | None = None,
-    build: Callable[..., ImageClassifier] = partial(tiny.model, distilled=True),
+    build: Callable[..., ImageClassifier] = distilled,
     **changes: Any,
 ) -> TrainResult:
     def stop(row: dict[str, Any]) -> None:
