@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, init_vit_weights
-from .transformer import Block, VisionTransformer, drop_path_rates, patch_grid
+from .layers import HeadLogits, init_vit_weights, patch_grid
+from .transformer import Block, VisionTransformer, drop_path_rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

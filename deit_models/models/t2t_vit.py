@@ -27,8 +27,8 @@ from torch.nn import functional as F
 from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, init_vit_weights
-from .transformer import Block, Mlp, VisionTransformer, drop_path_rates, patch_grid
+from .layers import HeadLogits, init_vit_weights, patch_grid
+from .transformer import Block, Mlp, VisionTransformer, drop_path_rates
 
 TokensType = Literal["performer", "transformer"]
 PosResize = Literal["interpolate", "recompute"]

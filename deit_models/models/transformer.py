@@ -1,6 +1,6 @@
 """The plain pre-norm transformer that DeiT, DeiT III and T2T-ViT share: they differ in how an image becomes tokens.
 
-Reading order: grid, attention, MLP, block, and `VisionTransformer`, all a model does with its tokens once it has them.
+Reading order: attention, MLP, block, and `VisionTransformer`, all a model does with its tokens once it has them.
 """
 
 from __future__ import annotations
@@ -15,23 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .layers import DropPath, ImageClassifier, LayerTokens, resize_pos_embed
-
-
-def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches along (height, width).
-
-    Raises: ConfigError: a side is not a positive multiple of the patch.
-    """
-    if len(image_hw) != 2 or not all(isinstance(side, int) for side in image_hw):
-        raise ConfigError(f"img_size={image_hw} is neither a whole number nor (height, width)")
-    for side in image_hw:
-        if side < patch_size or side % patch_size:
-            below = max(side // patch_size, 1) * patch_size
-            raise ConfigError(
-                f"img_size={side} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}"
-            )
-    return image_hw[0] // patch_size, image_hw[1] // patch_size
+from .layers import DropPath, ImageClassifier, LayerTokens, chosen_layers, patch_grid, resize_pos_embed
 
 
 class BlockConfig(Protocol):
@@ -185,11 +169,7 @@ class VisionTransformer(ImageClassifier):
 
         Raises: ConfigError: a block that does not exist.
         """
-        depth = self.config.depth
-        lowest, indices = (0, range(depth - layers, depth)) if isinstance(layers, int) else (-depth, layers)
-        if not indices or not all(lowest <= i < depth for i in indices):
-            raise ConfigError(f"layers={layers}; this model has blocks 0 to {depth - 1}")
-        wanted = [i % depth for i in indices]
+        wanted = chosen_layers(layers, self.config.depth, "blocks")
         grid, prefix = self.input_grid(x), self.config.num_prefix_tokens
         tokens, collected = self.forward_tokens(x), {}
         for i, block in enumerate(self.blocks):
