@@ -54,7 +54,7 @@ def main() -> None:
     """Measure and print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path)
-    parser.add_argument("--models", nargs="+", default=["deit3_small_patch16_224", "t2t_vit_7", "t2t_vit_t_14"])
+    parser.add_argument("--models", nargs="+", default=["t2t_vit_7", "deit3_small_patch16_224"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--write", action="store_true", help=f"write {RESULTS.name}")
     args = parser.parse_args()
