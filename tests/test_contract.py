@@ -30,7 +30,8 @@ from deit_models.training.records import ArrayRecords
 NAMES = list_models()
 TINY: dict[str, dict[str, Any]] = {
     "deit": {"embed_dim": 24, "depth": 2, "num_heads": 3},
-    "levit": {"embed_dim": (16, 24, 32), "depth": (1, 1, 1), "num_heads": (2, 3, 4), "key_dim": 8},
+    "t2t_vit": {"embed_dim": 24, "depth": 2, "num_heads": 3, "token_dim": 16},
+    "levit": {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8},
 }
 """By family: the options that make a model small."""
 LAYOUTS = ("native", "timm", "timm-conv", "transformers")

@@ -51,6 +51,25 @@ def test_round_trip_through_all_layouts_is_bit_identical(name):
     assert_circle_closes(tiny_model(name, depth=depth))
 
 
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit3_huge_patch14_224", "deit3_base_patch16_384"])
+def test_deit3_has_the_authors_and_timms_names(name):
+    model = tiny_model(name, depth=12)
+    timm = from_native(model.state_dict(), family="deit", naming="timm", config=model.config)
+    assert len(timm) == 14 * 12 + 8  # as many as in published files
+    assert {"blocks.0.ls1.gamma", "blocks.11.ls2.gamma"} <= set(timm)
+    for tensors, naming in ((timm, "timm"), (model.state_dict(), "native")):
+        assert DEIT.tell_naming(tensors) == naming
+        mapped = read(model, tensors)
+        assert mapped[1:] == ([], [], [])
+        assert_same_state(mapped.tensors, model.state_dict())
+
+
+def test_deit3_file_is_not_taken_for_deit_nor_the_other_way_round():
+    three, one = tiny_model("deit3_small_patch16_224"), tiny_model("deit_small_patch16_224")
+    assert read(one, renamed(three, "timm")).unexpected
+    assert read(three, one.state_dict()).missing == [f"blocks.{i}.gamma_{j}" for i in (0, 1) for j in (1, 2)]
+
+
 def test_round_trip_of_a_full_size_model_is_bit_identical():
     assert_circle_closes(create_model("deit_tiny_distilled_patch16_224"))
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from .contract import FamilyLayouts
 from .deit import DeiTLayouts
 from .levit import LeViTLayouts
+from .t2t_vit import T2TViTLayouts
 
-_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts())
+_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts(), T2TViTLayouts())
 FAMILIES = {layouts.family: layouts for layouts in _LAYOUTS}
 
 

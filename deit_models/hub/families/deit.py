@@ -1,7 +1,11 @@
-"""DeiT elsewhere: timm kept the authors' names; transformers calls it DeiT with a distillation token, else ViT."""
+"""DeiT elsewhere: timm kept the authors' names; transformers calls it DeiT with a distillation token, else ViT.
+
+DeiT III is in timm, under other names for the layer scale, and not in transformers.
+"""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -48,6 +52,9 @@ _TABLES = {
     ("transformers-5", True): _V5 + _BOTH_HEADS,
 }
 
+# What timm tags and names: weights pre-trained on ImageNet-21k have a name of their own here.
+_TAG_21K, _SUFFIX_21K = "fb_in22k_ft_in1k", "_in21ft1k"
+
 # Our option: transformers' name of it.
 _FIELDS = {
     "embed_dim": "hidden_size",
@@ -66,6 +73,7 @@ class DeiTLayouts(FamilyLayouts):
 
     family = "deit"
     signs: ClassVar[Mapping[Naming, str]] = {
+        "timm": r"blocks\.0\.ls1\.gamma$",
         "native": r"patch_embed\.proj\.weight$",
         "transformers": r"encoder\.layer\.",
         "transformers-5": r"embeddings\.cls_token$",
@@ -91,12 +99,26 @@ class DeiTLayouts(FamilyLayouts):
         """The tables of transformers; there the class head's name depends on whether there is another."""
         return _TABLES.get((naming, config.distilled))
 
+    def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
+        """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`."""
+        if naming == "timm":
+            return (re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name),)
+        return super().other_names(name, naming, config)
+
+    def from_timm_name(self, architecture: str, tag: str | None) -> str:
+        """The same name, or that of the weights pre-trained on ImageNet-21k."""
+        return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
+
     def timm_architecture(self, name: str, config: Any) -> str:
         """A name timm has: it builds shapes it has no name for from a name it has and the options that differ."""
+        three = _is_three(config)
+        if three and config.distilled:
+            raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
         known = load_manifest().get(name)
         if known is not None and any(source.layout == "timm" for source in known.sources):
-            return name
-        return f"deit_tiny{'_distilled' if config.distilled else ''}_patch16_224"
+            if _is_three(model_spec(name).config) == three:
+                return name.removesuffix(_SUFFIX_21K)
+        return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224"
 
     def timm_facts(self, config: Any) -> dict[str, Any]:
         """Its first layer and its heads."""
@@ -127,6 +149,8 @@ class DeiTLayouts(FamilyLayouts):
 
     def write_transformers(self, config: Any) -> dict[str, Any]:
         """A DeiT with teacher where there are two heads, else a ViT."""
+        if _is_three(config):
+            raise ConfigError("transformers has no DeiT III; save it with layout='native' or 'timm'")
         return {
             "architectures": [
                 "DeiTForImageClassificationWithTeacher" if config.distilled else "ViTForImageClassification"
@@ -136,3 +160,16 @@ class DeiTLayouts(FamilyLayouts):
             "intermediate_size": int(config.embed_dim * config.mlp_ratio),
             **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
         }
+
+
+def _is_three(config: Any) -> bool:
+    """Whether a config has the layer scale and the positions of DeiT III.
+
+    Raises: ConfigError: one without the other, which is nowhere but here.
+    """
+    if bool(config.layer_scale) == config.prefix_positions:
+        raise ConfigError(
+            f"layer_scale={config.layer_scale} with prefix_positions={config.prefix_positions} is neither DeiT nor "
+            f"DeiT III, which other libraries have; save it with layout='native'"
+        )
+    return bool(config.layer_scale)
