@@ -278,10 +278,11 @@ def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[
     return sorted(found)
 
 
-def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor:
+def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
     """Attention probabilities of every block, in eval mode and without gradients; the model's mode is left as it was.
 
-    Shape: (B, C, H, W) -> the family's own; for DeiT (depth, B, heads, P + N, P + N), each row summing to 1.
+    Shape: (B, C, H, W) -> the family's own, each row summing to 1; for DeiT (depth, B, heads, P + N, P + N), for LeViT,
+        whose maps shrink, a list of (B, heads, queries, keys).
     Raises: ConfigError: a family that has no attention maps to give.
     """
     compute = getattr(model, "attention_maps", None)
@@ -292,7 +293,7 @@ def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor:
     try:
         # not inference_mode: its tensors refuse in-place changes later, and a map is there to be worked on
         with torch.no_grad():
-            maps: Tensor = compute(x)
+            maps: Tensor | list[Tensor] = compute(x)
             return maps
     finally:
         for module in training:

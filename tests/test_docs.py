@@ -12,7 +12,8 @@ import pytest
 import deit_models
 from deit_models.cli import build_parser
 from deit_models.hub.manifest import load_manifest
-from deit_models.training.recipe import PRESETS, Recipe
+from deit_models.training.presets import PRESETS
+from deit_models.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 README = ROOT / "README.md"
@@ -44,7 +45,7 @@ def test_readme_table_equals_the_manifest(request: pytest.FixtureRequest) -> Non
 
 
 def test_readme_names_only_models_that_exist() -> None:
-    named = set(re.findall(r'"(deit_[a-z]+(?:_distilled)?_patch\d+_\d+)"', README.read_text(encoding="utf-8")))
+    named = set(re.findall(r'"((?:deit3?|t2t_vit)_[a-z0-9_]+)"', README.read_text(encoding="utf-8")))
     assert named
     assert named <= set(deit_models.list_models())
 
@@ -100,7 +101,7 @@ def test_files_named_in_the_documents_exist(document: str | Path) -> None:
 
 def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:deit|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
+    named = set(re.findall(r"`((?:deit3?|levit|t2t|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
     assert named
     assert named <= PRESETS.keys()
     settings = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(?:--)?(distill[a-z-]*|alpha|tau)\b[^/]", text))

@@ -3,14 +3,16 @@
 import io
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import PIL.Image
 import pytest
 import torch
 from torch import Tensor, nn
 
-from deit_models import create_model, from_pretrained, list_models, model_info
+from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
 from deit_models.hub.fetch import Access
+from deit_models.hub.layouts import from_native, to_native
 from deit_models.hub.load import load_source
 from deit_models.models.deit import DeiT
 
@@ -98,6 +100,72 @@ def test_embedding_and_intermediate_layers_are_timms(pair: tuple[DeiT, nn.Module
         for own, (patches, prefix) in zip(ours.get_intermediate_layers(x, [0, 5, 11]), theirs_at, strict=True):
             torch.testing.assert_close(own.patches, patches, atol=1e-4, rtol=0)
             torch.testing.assert_close(own.prefix, prefix, atol=1e-4, rtol=0)
+
+
+# DeiT III, of which timm names the layer scale otherwise: short models here, whole ones among the slow tests
+
+
+@pytest.mark.parametrize(
+    ("name", "depth"),
+    [
+        ("deit3_small_patch16_224", 2),
+        ("deit3_medium_patch16_224", 2),
+        ("deit3_huge_patch14_224", 1),
+        pytest.param("deit3_small_patch16_224", 12, marks=pytest.mark.slow),
+        pytest.param("deit3_medium_patch16_224", 12, marks=pytest.mark.slow),
+        pytest.param("deit3_base_patch16_384", 12, marks=pytest.mark.slow),
+        pytest.param("deit3_large_patch16_224", 24, marks=pytest.mark.slow),
+        pytest.param("deit3_huge_patch14_224", 32, marks=pytest.mark.slow),
+    ],
+)
+def test_deit3_gives_timms_logits_both_ways(name: str, depth: int) -> None:
+    timm = pytest.importorskip("timm")
+    ours = create_model(name, depth=depth).eval()
+    theirs = randomise(timm.create_model(name, pretrained=False, depth=depth)).eval()
+    mapped = to_native(theirs.state_dict(), ours.state_dict(), family="deit", config=ours.config)
+    assert mapped[1:] == ([], [], [])
+    ours.load_state_dict(mapped.tensors)
+    assert_equal_answers(ours, theirs)
+    again = timm.create_model(name, pretrained=False, depth=depth).eval()
+    again.load_state_dict(from_native(ours.state_dict(), family="deit", config=ours.config, naming="timm"))
+    assert_equal_answers(ours, again)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit3_small_patch16_384_in21ft1k"])
+def test_deit3_folders_answer_alike_in_timm(name: str, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    ours = randomise(create_model(name, depth=2, num_classes=9).eval())
+    x = image(ours)
+    ours.save_pretrained(tmp_path / "timm", layout="timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True).eval()
+    torch.testing.assert_close(theirs(x), ours(x), atol=1e-4, rtol=0)
+    back = from_pretrained(tmp_path / "timm")
+    assert back.config == ours.config
+    state = back.state_dict()
+    assert all(torch.equal(state[key], tensor) for key, tensor in ours.state_dict().items())
+    with pytest.raises(ConfigError, match="transformers has no DeiT III"):
+        ours.save_pretrained(tmp_path / "transformers", layout="transformers")
+
+
+def test_deit3_weights_of_timms_repositories_keep_their_pre_training(tmp_path: Path) -> None:
+    """timm's architecture is one, its tags are two."""
+    for tag, name in (("fb_in1k", "deit3_small_patch16_224"), ("fb_in22k_ft_in1k", "deit3_small_patch16_224_in21ft1k")):
+        randomise(create_model(name, depth=1)).save_pretrained(tmp_path / tag, layout="timm")
+        config = tmp_path / tag / "config.json"
+        config.write_text(config.read_text().replace('"tag": "deit_models"', f'"tag": "{tag}"'))
+        assert from_pretrained(tmp_path / tag).origin.name == name
+
+
+@pytest.mark.parametrize(
+    "options", [{"distilled": True}, {"prefix_positions": True}, {"layer_scale": 0.0}], ids=lambda options: str(options)
+)
+def test_shape_between_deit_and_deit3_is_saved_natively_alone(options: dict[str, Any], tmp_path: Path) -> None:
+    ours = create_model("deit3_small_patch16_224", depth=1, **options)
+    with pytest.raises(ConfigError, match="layout='native'"):
+        ours.save_pretrained(tmp_path / "timm", layout="timm")
+    ours.save_pretrained(tmp_path / "native")
+    assert from_pretrained(tmp_path / "native").config == ours.config
 
 
 @torch.inference_mode()

@@ -137,7 +137,8 @@ def test_families_share_through_layers_only(path: Path) -> None:
     folder = PACKAGE / "models"
     if path.parent == folder and path.stem not in ("__init__", "layers"):
         targets = {i.target for i in internal_imports(path.read_text(encoding="utf-8"), path)}
-        assert {target for target in targets if target.startswith("models.")} <= {"models.layers"}
+        shared = {"models.layers", "models.transformer"}
+        assert {target for target in targets if target.startswith("models.")} <= shared
 
 
 def test_imports_inside_the_package_are_relative(path: Path) -> None:

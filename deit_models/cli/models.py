@@ -73,7 +73,8 @@ def add_convert(commands: Any) -> None:
     parser = command(commands, "convert", "write a checkpoint in another layout", example, _run_convert)
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
     parser.add_argument("destination", type=Path, help="folder to write")
-    parser.add_argument("--layout", choices=["native", "timm", "transformers"], default="native", help="default native")
+    layouts = ["native", "timm", "timm-conv", "transformers"]
+    parser.add_argument("--layout", choices=layouts, default="native", help="default native; timm-conv: of LeViT only")
     parser.add_argument("--model", help="the model that a bare weights file holds")
     dtypes = ["float32", "float16", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")

@@ -7,7 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
-from ..training.recipe import PRESETS, Recipe, read_recipe, recipe_named
+from ..training.presets import PRESETS
+from ..training.recipe import Recipe, read_recipe, recipe_named
 
 _PREFIX = "recipe."  # of the names under which a parser keeps the fields, so that no other option can collide with one
 _RECIPE_HELP = (

@@ -13,7 +13,8 @@ from huggingface_hub.errors import CacheNotFound
 
 from ..errors import DeitModelsError, FetchError, UnknownModelError
 from . import fetch
-from .configs import read_config, read_json
+from .configs import read_config
+from .descriptions import read_json
 from .download import file_name
 from .fetch import CONFIG_NAME, WEIGHTS_NAMES, Access
 from .manifest import find_repo, load_manifest

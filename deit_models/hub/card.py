@@ -53,7 +53,7 @@ def model_card(model: ImageClassifier, layout: Layout, *, repo_id: str = "owner/
             "## Use",
             "",
             "```python",
-            _USE[layout].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}"),
+            _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}"),
             "```",
             "",
         ]
@@ -75,7 +75,7 @@ def _front_matter(model: ImageClassifier, origin: Origin, layout: Layout) -> Mod
     ]
     return ModelCardData(
         license=None if origin.licence is None else origin.licence.lower(),
-        library_name="deit-models" if layout == "native" else layout,
+        library_name="deit-models" if layout == "native" else layout.removesuffix("-conv"),
         pipeline_tag="image-classification",
         tags=["image-classification", model.family, "deit-models"],
         datasets=None if origin.dataset is None else [origin.dataset.lower()],

@@ -21,7 +21,8 @@ from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
 from ..models.layers import ImageClassifier
 from ..registry import family_spec, unknown_model
 from . import fetch
-from .configs import Description, describe_bare, describe_registered, read_config, read_json
+from .configs import read_config
+from .descriptions import Description, describe_bare, describe_registered, read_json
 from .download import url_file
 from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir

@@ -22,9 +22,9 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..models.layers import ImageClassifier
 from . import fetch
-from .configs import read_json
+from .descriptions import read_json
 from .fetch import Access
-from .layouts import Mapped, tell_naming, to_native
+from .layouts import Mapped, to_native
 
 logger = logging.getLogger(__name__)
 _unpickling = threading.Lock()
@@ -156,16 +156,14 @@ def native_tensors(tensors: Mapping[str, Tensor], model: ImageClassifier) -> Map
 
     Raises: CheckpointError: names of no known layout.
     """
-    distilled = getattr(model.config, "distilled", False)
-    names = model.state_dict()
-    return to_native(tensors, names, family=model.family, naming=tell_naming(tensors), distilled=distilled)
+    return to_native(tensors, model.state_dict(), family=model.family, config=model.config)
 
 
 def verified_state(mapped: Mapped, model: ImageClassifier) -> dict[str, Tensor]:
     """Native tensors, compared with the model they are said to be.
 
-    Raises: CheckpointError: names missing or unexpected, a wrong shape, not floating point, or NaN or infinity inside.
-        All mismatches are listed in one message.
+    Raises: CheckpointError: names missing or unexpected, a wrong shape, whole numbers in the place of others, or NaN
+        or infinity inside. All mismatches are listed in one message.
     """
     expected = model.state_dict()
     shapes = mapped.uneven + [
@@ -173,7 +171,11 @@ def verified_state(mapped: Mapped, model: ImageClassifier) -> dict[str, Tensor]:
         for name, tensor in mapped.tensors.items()
         if tensor.shape != expected[name].shape
     ]
-    types = [f"{name} is {t.dtype}" for name, t in mapped.tensors.items() if not t.is_floating_point()]
+    types = [
+        f"{name} is {tensor.dtype}"
+        for name, tensor in mapped.tensors.items()
+        if expected[name].is_floating_point() and not tensor.is_floating_point()
+    ]
     problems = [
         _listing("missing", mapped.missing),
         _listing("unexpected", mapped.unexpected),

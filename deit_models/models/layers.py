@@ -1,8 +1,8 @@
-"""What model families share unchanged: the base class, stochastic depth, initialisation, position resizing."""
+"""What model families share unchanged: the base class, stochastic depth, grids, initialisation, position resizing."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
@@ -15,7 +15,8 @@ from ..errors import ConfigError
 if TYPE_CHECKING:
     from ..registry import Origin
 
-Layout = Literal["native", "timm", "transformers"]
+Layout = Literal["native", "timm", "timm-conv", "transformers"]
+"""Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
 
 
 class HeadLogits(NamedTuple):
@@ -130,6 +131,33 @@ class DropPath(nn.Module):
     def extra_repr(self) -> str:
         """The rate, for `print(model)`."""
         return f"rate={self.rate:g}"
+
+
+def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
+    """Patches along (height, width).
+
+    Raises: ConfigError: a side is not a positive multiple of the patch.
+    """
+    if len(image_hw) != 2 or not all(isinstance(side, int) for side in image_hw):
+        raise ConfigError(f"img_size={image_hw} is neither a whole number nor (height, width)")
+    for side in image_hw:
+        if side < patch_size or side % patch_size:
+            below = max(side // patch_size, 1) * patch_size
+            raise ConfigError(
+                f"img_size={side} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}"
+            )
+    return image_hw[0] // patch_size, image_hw[1] // patch_size
+
+
+def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[int]:
+    """Indices from 0 to count - 1: the last `layers` ones, or those listed (negative ones count from the end).
+
+    Raises: ConfigError: one that does not exist; `what` says what there are `count` of.
+    """
+    lowest, indices = (0, range(count - layers, count)) if isinstance(layers, int) else (-count, layers)
+    if not indices or not all(lowest <= i < count for i in indices):
+        raise ConfigError(f"layers={layers}; this model has {what} 0 to {count - 1}")
+    return [i % count for i in indices]
 
 
 def init_vit_weights(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ..config import nearest, override
 from ..errors import ConfigError
+from .presets import PRESETS
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -168,45 +169,6 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
 )
 """Every number among the fields: which ones, whether a value is in range, and how to say so."""
-
-_FINETUNE_384 = {
-    "epochs": 30,
-    "batch_size": 512,
-    "lr": 5e-6,
-    "min_lr": 5e-6,
-    "weight_decay": 1e-8,
-    "img_size": 384,
-    "train_mode": False,
-}
-_CIFAR = {
-    "epochs": 100,
-    "batch_size": 128,
-    "lr": 1e-3,
-    "lr_batch": 0,
-    "warmup_epochs": 5,
-    "schedule": "step",
-    "crop": "pad",
-    "augment": "none",
-    "color_jitter": 0.0,
-    "erase": 0.0,
-    "repeats": 1,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "ema_decay": 0.0,
-    "drop_path_rate": 0.0,
-}
-PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
-    "deit_300e": ("DeiT from scratch: DeiT, table 9", {}),
-    "deit_distill_300e": ("hard distillation through the token: DeiT, section 4", {"distillation": "hard"}),
-    "deit_finetune_384": ("DeiT at a higher resolution: the authors' README", _FINETUNE_384),
-    "deit_finetune_384_distill": (
-        "the same with a teacher, which the authors' script refuses: DeiT, section 4",
-        {**_FINETUNE_384, "distillation": "hard"},
-    ),
-    "cifar_scratch": ("32-pixel images from scratch, light augmentation, one step schedule: ours", _CIFAR),
-    "cifar_distill": ("the same with a teacher: ours", {**_CIFAR, "distillation": "hard"}),
-}
-"""Name to (what it is and where it comes from, what differs from the defaults)."""
 
 
 def recipe_named(name: str, /, **overrides: Any) -> Recipe:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from numpy.testing import assert_allclose
 from torch import Tensor
 
 from .fill import fill, image
@@ -26,3 +27,21 @@ def weights(name: str) -> dict[str, Tensor]:
 def inputs(size: int) -> Tensor:
     """The two images of noise, (2, 3, size, size)."""
     return torch.from_numpy(image(2, size))
+
+
+def check_filling(name: str) -> None:
+    """Weights and input are those the figures were computed with; if not, the model is not to blame."""
+    recorded = read(name)
+    check, values = recorded["weights_check"], torch.cat([w.flatten() for w in weights(name).values()])
+    values = values.double()
+    assert len(weights(name)) == check["entries"]
+    assert values.numel() == check["values"]
+    assert_allclose([values.sum(), values.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
+
+    check, x = recorded["input"]["check"], inputs(224)
+    assert list(x.shape) == recorded["input"]["shape"]
+    count = len(check["first"])
+    assert_allclose(x.flatten()[:count], check["first"], rtol=1e-6)
+    assert_allclose(x.flatten()[-count:], check["last"], rtol=1e-6)
+    x = x.double()
+    assert_allclose([x.sum(), x.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)

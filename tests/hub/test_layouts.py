@@ -7,29 +7,28 @@ import torch
 from tiny_models import answer, assert_same_state, refusal, tiny_model
 
 from deit_models import CheckpointError, create_model
-from deit_models.hub.layouts import from_native, other_names, tell_naming, to_native
+from deit_models.hub.families import FAMILIES
+from deit_models.hub.layouts import from_native, to_native
+from deit_models.models.deit import DeiTConfig
 
 PUBLISHED = [
     f"deit_{size}{distilled}_patch16_224" for size in ("tiny", "small", "base") for distilled in ("", "_distilled")
 ] + ["deit_base_patch16_384", "deit_base_distilled_patch16_384"]
 NAMINGS = ("native", "timm", "transformers", "transformers-5")
 TRANSFORMERS = ("transformers", "transformers-5")
+DEIT = FAMILIES["deit"]
+PLAIN, DISTILLED = DeiTConfig(), DeiTConfig(distilled=True)
 
 
 def renamed(model, naming, prefix=""):
-    return from_native(
-        model.state_dict(), family="deit", naming=naming, distilled=model.config.distilled, body_prefix=prefix
-    )
+    tensors = from_native(model.state_dict(), family="deit", naming=naming, config=model.config)
+    bare = {re.sub(r"^(vit|deit)\.", "", name): tensor for name, tensor in tensors.items()}
+    heads = ("classifier", "cls_classifier", "distillation_classifier")
+    return {name if name.startswith(heads) else prefix + name: tensor for name, tensor in bare.items()}
 
 
 def read(model, tensors, naming=None):
-    return to_native(
-        tensors,
-        model.state_dict(),
-        family="deit",
-        naming=naming or tell_naming(tensors),
-        distilled=model.config.distilled,
-    )
+    return to_native(tensors, model.state_dict(), family="deit", naming=naming, config=model.config)
 
 
 @pytest.fixture(params=["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"], ids=["plain", "distilled"])
@@ -40,7 +39,7 @@ def model(request):
 def assert_circle_closes(model):
     state = model.state_dict()
     for naming in ("transformers", "timm", "transformers-5", "native"):
-        mapped = read(model, from_native(state, family="deit", naming=naming, distilled=model.config.distilled))
+        mapped = read(model, from_native(state, family="deit", naming=naming, config=model.config))
         assert mapped[1:] == ([], [], [])
         state = mapped.tensors
     assert_same_state(state, model.state_dict())
@@ -50,6 +49,25 @@ def assert_circle_closes(model):
 def test_round_trip_through_all_layouts_is_bit_identical(name):
     depth = create_model(name, device="meta").config.depth
     assert_circle_closes(tiny_model(name, depth=depth))
+
+
+@pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit3_huge_patch14_224", "deit3_base_patch16_384"])
+def test_deit3_has_the_authors_and_timms_names(name):
+    model = tiny_model(name, depth=12)
+    timm = from_native(model.state_dict(), family="deit", naming="timm", config=model.config)
+    assert len(timm) == 14 * 12 + 8  # as many as in published files
+    assert {"blocks.0.ls1.gamma", "blocks.11.ls2.gamma"} <= set(timm)
+    for tensors, naming in ((timm, "timm"), (model.state_dict(), "native")):
+        assert DEIT.tell_naming(tensors) == naming
+        mapped = read(model, tensors)
+        assert mapped[1:] == ([], [], [])
+        assert_same_state(mapped.tensors, model.state_dict())
+
+
+def test_deit3_file_is_not_taken_for_deit_nor_the_other_way_round():
+    three, one = tiny_model("deit3_small_patch16_224"), tiny_model("deit_small_patch16_224")
+    assert read(one, renamed(three, "timm")).unexpected
+    assert read(three, one.state_dict()).missing == [f"blocks.{i}.gamma_{j}" for i in (0, 1) for j in (1, 2)]
 
 
 def test_round_trip_of_a_full_size_model_is_bit_identical():
@@ -68,7 +86,7 @@ def test_both_generations_are_read_under_any_prefix(model, naming, prefix):
     body = [name for name in tensors if "classifier" not in name]
     assert all(name.startswith(prefix) for name in body)
     assert not any(name.startswith(("vit.", "deit.")) for name in set(tensors) - set(body))
-    assert tell_naming(tensors) == naming
+    assert DEIT.tell_naming(tensors) == naming
     mapped = read(model, tensors)
     assert mapped[1:] == ([], [], [])
     assert_same_state(mapped.tensors, model.state_dict())
@@ -83,9 +101,9 @@ def test_names_are_those_transformers_uses():
         ("transformers-5", "blocks.0.attn.qkv.weight"): tuple(f"layers.0.attention.{p}_proj.weight" for p in "qkv"),
     }
     for (naming, native), names in known.items():
-        assert other_names(native, family="deit", naming=naming, distilled=False) == names
-    assert other_names("head.weight", family="deit", naming="transformers", distilled=False) == ("classifier.weight",)
-    assert other_names("head.bias", family="deit", naming="transformers", distilled=True) == ("cls_classifier.bias",)
+        assert DEIT.other_names(native, naming, PLAIN) == names
+    assert DEIT.other_names("head.weight", "transformers", PLAIN) == ("classifier.weight",)
+    assert DEIT.other_names("head.bias", "transformers", DISTILLED) == ("cls_classifier.bias",)
 
 
 @pytest.mark.parametrize("naming", TRANSFORMERS)
@@ -102,7 +120,7 @@ def test_pooler_is_ignored(model, naming):
 @pytest.mark.parametrize("naming", TRANSFORMERS)
 def test_fused_rows_are_query_key_value(model, naming):
     tensors = renamed(model, naming)
-    names = other_names("blocks.1.attn.qkv.weight", family="deit", naming=naming, distilled=model.config.distilled)
+    names = DEIT.other_names("blocks.1.attn.qkv.weight", naming, model.config)
     assert [re.search(r"(query|key|value|[qkv]_proj)", name)[0][0] for name in names] == ["q", "k", "v"]
     width = model.config.embed_dim
     for part, name in enumerate(names):
@@ -149,16 +167,16 @@ def test_one_lost_part_of_a_fused_tensor_is_named_alone(model):
 
 
 def test_unknown_names_are_refused_with_examples():
-    message = refusal(CheckpointError, lambda: tell_naming(["layer1.0.conv1.weight", "fc.bias", "bn1.weight", "zzz"]))
+    message = refusal(
+        CheckpointError, lambda: DEIT.tell_naming(["layer1.0.conv1.weight", "fc.bias", "bn1.weight", "zzz"])
+    )
     assert "bn1.weight, fc.bias, layer1.0.conv1.weight" in message
     assert "zzz" not in message
-    assert "none at all" in refusal(CheckpointError, lambda: tell_naming([]))
+    assert "none at all" in refusal(CheckpointError, lambda: DEIT.tell_naming([]))
 
 
 def test_tensor_without_a_place_in_the_layout_is_refused():
-    message = refusal(
-        CheckpointError, lambda: other_names("gamma", family="deit", naming="transformers", distilled=False)
-    )
+    message = refusal(CheckpointError, lambda: DEIT.other_names("gamma", "transformers", PLAIN))
     assert "no name for gamma" in message
 
 

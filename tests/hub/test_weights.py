@@ -131,7 +131,7 @@ def test_one_bad_number_is_refused_by_name(state, model, value):
 
 
 def test_unevenly_split_projection_is_refused(state, model):
-    tensors = from_native(state, family="deit", naming="transformers", distilled=True, body_prefix="deit.")
+    tensors = from_native(state, family="deit", naming="transformers", config=model.config)
     tensors["deit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(16, 9)
     message = refusal(CheckpointError, lambda: verify(tensors, model))
     assert "wrong shape" in message

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from deit_models import ConfigError, create_model
 from deit_models.models.deit import DeiT, DeiTConfig
 from deit_models.models.layers import DropPath, HeadLogits, resize_pos_embed
+from deit_models.models.transformer import Block
 
 GOLDEN = ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 SMALL: dict[str, Any] = {
@@ -53,20 +54,7 @@ def golden(request: pytest.FixtureRequest) -> tuple[dict[str, Any], DeiT]:
 
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden_filling_is_the_recorded_one(name: str) -> None:
-    recorded = reference.read(name)
-    check, values = recorded["weights_check"], torch.cat([w.flatten() for w in reference.weights(name).values()])
-    values = values.double()
-    assert len(reference.weights(name)) == check["entries"]
-    assert values.numel() == check["values"]
-    assert_allclose([values.sum(), values.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
-
-    check, x = recorded["input"]["check"], reference.inputs(224)
-    assert list(x.shape) == recorded["input"]["shape"]
-    count = len(check["first"])
-    assert_allclose(x.flatten()[:count], check["first"], rtol=1e-6)
-    assert_allclose(x.flatten()[-count:], check["last"], rtol=1e-6)
-    x = x.double()
-    assert_allclose([x.sum(), x.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
+    reference.check_filling(name)
 
 
 def test_golden_logits_and_features(golden: tuple[dict[str, Any], DeiT]) -> None:
@@ -142,6 +130,9 @@ FLIPS: dict[str, tuple[Any, str]] = {
     "distilled": (True, "parameters"),
     "drop_rate": (0.5, "training"),
     "drop_path_rate": (0.5, "training"),
+    "drop_path_uniform": (True, "training"),
+    "layer_scale": (0.1, "parameters"),
+    "prefix_positions": (False, "parameters"),
     "dynamic_img_size": (True, "sizes"),
 }
 
@@ -169,7 +160,8 @@ def test_every_option_has_a_flip() -> None:
 @pytest.mark.parametrize("field", FLIPS)
 def test_option_changes_the_model(field: str) -> None:
     value, place = FLIPS[field]
-    before, after = observe(DeiTConfig(**SMALL)), observe(DeiTConfig(**{**SMALL, field: value}))
+    base = {**SMALL, "drop_path_rate": 0.5} if field == "drop_path_uniform" else SMALL
+    before, after = observe(DeiTConfig(**base)), observe(DeiTConfig(**{**base, field: value}))
     assert before[place] != after[place]
     if place in ("eval", "training", "sizes"):
         assert before["parameters"] == after["parameters"]
@@ -197,6 +189,7 @@ def test_option_changes_the_model(field: str) -> None:
         ({"drop_path_rate": -0.1}, "drop_path_rate=-0.1"),
         ({"mlp_ratio": 0.0}, "mlp_ratio=0.0"),
         ({"norm_eps": 0.0}, "norm_eps=0.0"),
+        ({"layer_scale": -1e-4}, "layer_scale=-0.0001 is not a number above 0"),
     ],
 )
 def test_impossible_config_is_refused(options: dict[str, Any], message: str) -> None:
@@ -440,6 +433,55 @@ def test_resize_of_a_count_that_fills_no_grid_is_refused() -> None:
         resize_pos_embed(positions, num_prefix=1, grid=(8, 8))
     with pytest.raises(ConfigError, match="15 patch positions do not fill a grid of 2x7"):
         resize_pos_embed(positions, num_prefix=1, grid=(8, 8), source_grid=(2, 7))
+
+
+# DeiT III
+
+THREE: dict[str, Any] = {"layer_scale": 1e-4, "prefix_positions": False, "drop_path_uniform": True}
+
+
+def test_layer_scale_multiplies_both_branches_channel_by_channel() -> None:
+    torch.manual_seed(0)
+    block = Block(DeiTConfig(**SMALL), drop_path_rate=0.0, layer_scale=0.5)
+    torch.nn.init.normal_(block.gamma_1)
+    torch.nn.init.normal_(block.gamma_2)
+    x = torch.randn(2, 5, 24)
+    after_attention = x + block.gamma_1 * block.attn(block.norm1(x))
+    expected = after_attention + block.gamma_2 * block.mlp(block.norm2(after_attention))
+    torch.testing.assert_close(block(x), expected)
+
+
+def test_layer_scale_starts_at_its_value_also_when_an_empty_model_is_filled() -> None:
+    with torch.device("meta"):
+        model = DeiT(DeiTConfig(**{**SMALL, **THREE}))
+    model = model.to_empty(device="cpu")
+    model.reset_parameters()
+    gammas = [parameter for name, parameter in model.named_parameters() if "gamma" in name]
+    assert len(gammas) == 6
+    assert all(torch.equal(gamma, torch.full_like(gamma, 1e-4)) for gamma in gammas)
+
+
+def test_prefix_tokens_without_positions_are_the_tokens_themselves(distilled: bool) -> None:
+    model, x = small(distilled=distilled, **THREE), images()
+    tokens, prefix = model.forward_tokens(x), 1 + distilled
+    assert model.pos_embed.shape == (1, 16, 24)
+    assert torch.equal(tokens[:, :1], model.cls_token.expand(2, -1, -1))
+    torch.testing.assert_close(tokens[:, prefix:], model.patch_embed(x) + model.pos_embed)
+
+
+def test_positions_without_prefix_are_resized_whole(distilled: bool) -> None:
+    model = small(distilled=distilled, dynamic_img_size=True, **THREE)
+    wide = small(distilled=distilled, img_size=(24, 56), **THREE)
+    wide.load_state_dict(wide.fit_state(model.state_dict(), model.config))
+    torch.testing.assert_close(model(images(24, 56)), wide(images(24, 56)))
+    assert DeiT.describe_state(model.state_dict(), DeiTConfig(**{**SMALL, **THREE, "img_size": 64})).img_size == 32
+
+
+def test_stochastic_depth_is_the_same_everywhere_if_uniform() -> None:
+    model = small(depth=4, drop_path_rate=0.2, drop_path_uniform=True)
+    assert [block.drop_path.rate for block in model.blocks] == [0.2] * 4
+    model.set_drop_rates(drop_rate=0.0, drop_path_rate=0.3)
+    assert [block.drop_path.rate for block in model.blocks] == [0.3] * 4
 
 
 # States made for another size or other classes

@@ -6,7 +6,7 @@ import random
 import resource
 import shutil
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,9 @@ import tiny
 import torch
 from safetensors.torch import load_file
 
+from deit_models import create_model
 from deit_models.errors import FetchError, TrainingError
+from deit_models.models.layers import ImageClassifier
 from deit_models.training import state
 from deit_models.training.learner import Learner
 from deit_models.training.logs import read_log
@@ -31,14 +33,25 @@ class StoppedError(Exception):
     """Comes between two epochs."""
 
 
-def lively(out: Path, *, workers: int = 0, stop_after: int | None = None, **changes: Any) -> TrainResult:
+def distilled(*, seed: int) -> ImageClassifier:
+    return tiny.model(distilled=True, seed=seed)
+
+
+def lively(
+    out: Path,
+    *,
+    workers: int = 0,
+    stop_after: int | None = None,
+    build: Callable[..., ImageClassifier] = distilled,
+    **changes: Any,
+) -> TrainResult:
     def stop(row: dict[str, Any]) -> None:
         if row["epoch"] == stop_after:
             raise StoppedError
 
     return train(
         # whoever goes on knows nothing of the first start: other weights, other random numbers
-        tiny.model(distilled=True, seed=77 if out.exists() else 0),
+        build(seed=77 if out.exists() else 0),
         recipe=tiny.recipe(tiny.LIVELY, **{"epochs": 4, "warmup_epochs": 1, "seed": 9, **changes}),
         train=tiny.Pictures(24, broken=(5,)),
         val=tiny.Pictures(9, seed=1),
@@ -62,6 +75,13 @@ def same_run(first: Path, second: Path) -> None:
     assert logs[0] == logs[1]
     assert [row["epoch"] for row in logs[0]] == list(range(len(logs[0])))
     assert not [*first.rglob("*.tmp"), *second.rglob("*.tmp")]
+
+
+def levit(*, seed: int) -> ImageClassifier:
+    """A model with BatchNorm, whose statistics and counters belong to the state."""
+    torch.manual_seed(seed)
+    options = {"embed_dim": (16, 16), "depth": (1, 1), "num_heads": (2, 2), "key_dim": 8}
+    return create_model("levit_128s", img_size=32, num_classes=3, **options)
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +125,19 @@ def test_interrupted_after_every_epoch_it_ends_the_same(
 
 
 # ---- kill -9
+
+
+def test_batch_statistics_and_their_average_go_on_too(tmp_path: Path) -> None:
+    lively(tmp_path / "alone", build=levit)
+    with pytest.raises(StoppedError):
+        lively(tmp_path / "run", build=levit, stop_after=1)
+    lively(tmp_path / "run", build=levit)
+    same_run(tmp_path / "alone", tmp_path / "run")
+    saved = tiny.state(tmp_path / "run")
+    for part in ("model", "ema_model"):
+        variances = [value for name, value in saved[part].items() if name.endswith("running_var")]
+        assert variances
+        assert all((value != 1).all() for value in variances)
 
 
 def test_run_killed_at_random_moments_ends_with_the_same_bits(tmp_path: Path) -> None:

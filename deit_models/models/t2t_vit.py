@@ -1,0 +1,339 @@
+"""T2T-ViT: images become tokens in three overlapping steps, each of which lets neighbouring tokens grow together.
+
+Source: Yuan et al., Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet, 2021, arXiv:2101.11986.
+The image is unfolded into overlapping windows; an attention layer mixes the windows; the result is laid out as a map
+and unfolded again, twice; a linear layer makes tokens of what remains, one for 16x16 pixels. A class token is put in
+front, a fixed sinusoidal table gives positions, and plain pre-norm blocks follow, narrower and deeper than DeiT's.
+
+Both attentions have the scale that published weights were trained and scored with: (D / heads) ** -0.5 in the blocks,
+input width ** -0.5 in the "transformer" token layer. The authors' constructors set another one, D ** -0.5, when asked
+for `pretrained` weights; their training and evaluation never ask.
+
+Parameters carry the authors' names. Reading order: config, token layers, tokens-to-token module, positions, model,
+variants; the blocks are in `transformer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import check_positive, check_rates, check_whole
+from ..errors import ConfigError
+from ..registry import register_model
+from .layers import HeadLogits, init_vit_weights, patch_grid
+from .transformer import Block, Mlp, VisionTransformer, drop_path_rates
+
+TokensType = Literal["performer", "transformer"]
+PosResize = Literal["interpolate", "recompute"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class T2TViTConfig:
+    """Everything that shapes a T2T-ViT. The defaults are T2T-ViT-14 at 224 pixels; the variants stand below the model.
+
+    Attributes:
+        img_size: input height and width in pixels, an int for a square; a multiple of 16.
+        in_chans: input channels.
+        num_classes: logits.
+        tokens_type: attention of the tokens-to-token module: "performer" (random features, linear in the number of
+            tokens) or "transformer" (full attention over all 56 * 56 windows of a 224-pixel image).
+        token_dim: width of the tokens-to-token module.
+        embed_dim: width D of a token; even, and a multiple of `num_heads`.
+        depth: number of blocks.
+        num_heads: attention heads of a block.
+        mlp_ratio: hidden width of a block's MLP as a multiple of `embed_dim`.
+        qkv_bias: whether the blocks' query, key and value projections have a bias.
+        norm_eps: epsilon of every LayerNorm.
+        token_head: adds a second head that reads the patch tokens (models trained with token labelling).
+        token_drop_rate: dropout inside the Performer layers while training.
+        drop_rate: dropout on tokens, attention output and MLP while training.
+        drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
+        pos_resize: positions for another size: "interpolate" the table, as the authors' transfer script does, or
+            "recompute" the sinusoid, as a model that is built for that size starts with.
+        dynamic_img_size: accept any multiple of 16 when called, resizing the positions on the fly.
+    """
+
+    patch_size: ClassVar[int] = 16
+    """Pixels a token's side stands for: the strides 4, 2 and 2 of the three steps."""
+    num_prefix_tokens: ClassVar[int] = 1
+    num_prefix_positions: ClassVar[int] = 1
+
+    img_size: int | tuple[int, int] = 224
+    in_chans: int = 3
+    num_classes: int = 1000
+    tokens_type: TokensType = "performer"
+    token_dim: int = 64
+    embed_dim: int = 384
+    depth: int = 14
+    num_heads: int = 6
+    mlp_ratio: float = 3.0
+    qkv_bias: bool = False
+    norm_eps: float = 1e-5
+    token_head: bool = False
+    token_drop_rate: float = 0.1
+    drop_rate: float = 0.0
+    drop_path_rate: float = 0.0
+    pos_resize: PosResize = "interpolate"
+    dynamic_img_size: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuse combinations that cannot work, naming both numbers."""
+        if isinstance(self.img_size, list):
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        check_whole(self, "in_chans", "num_classes", "token_dim", "embed_dim", "depth", "num_heads")
+        check_positive(self, "mlp_ratio", "norm_eps")
+        check_rates(self, "token_drop_rate", "drop_rate", "drop_path_rate")
+        for name, choices in (("tokens_type", get_args(TokensType)), ("pos_resize", get_args(PosResize))):
+            if getattr(self, name) not in choices:
+                raise ConfigError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
+        if self.embed_dim % self.num_heads:
+            raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
+        for name in ("embed_dim", "token_dim"):
+            if getattr(self, name) % 2:
+                raise ConfigError(f"{name}={getattr(self, name)} is odd; positions and random features come in pairs")
+        patch_grid(self.image_hw, self.patch_size)
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) of the input in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the input in tokens."""
+        return patch_grid(self.image_hw, self.patch_size)
+
+    @property
+    def drop_path_rates(self) -> list[float]:
+        """Stochastic depth of each block."""
+        return drop_path_rates(self.drop_path_rate, self.depth)
+
+
+class TokenPerformer(nn.Module):
+    """Attention layer in linear time by random features: (B, T, input width) -> (B, T, token width).
+
+    softmax(q k) is approximated by phi(q) . phi(k) with phi(x) = exp(w x - |x|^2 / 2) / sqrt(m), of which w is fixed.
+    The skip connection starts at the values, because the widths differ.
+    Source: Choromanski et al., Rethinking attention with Performers, 2021; T2T-ViT, section 3.1, and the authors' code.
+    """
+
+    def __init__(self, input_dim: int, config: T2TViTConfig) -> None:
+        super().__init__()
+        dim = config.token_dim
+        # frozen, and a parameter as in the authors' code, where it counts as one
+        self.w = nn.Parameter(torch.empty(dim // 2, dim), requires_grad=False)
+        self.kqv = nn.Linear(input_dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm1 = nn.LayerNorm(input_dim, eps=config.norm_eps)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        drop = config.token_drop_rate
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.GELU(), nn.Linear(dim, dim), nn.Dropout(drop))
+        self.proj_drop = nn.Dropout(drop)
+
+    def reset_parameters(self) -> None:
+        """Draw the random features, in place: orthogonal rows of norm sqrt(m)."""
+        nn.init.orthogonal_(self.w, gain=self.w.shape[0] ** 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of x."""
+        key, query, value = self.kqv(self.norm1(x)).chunk(3, dim=-1)  # in this order, as the weights have it
+        x = value + self.proj_drop(self.proj(self._mix(query, key, value)))
+        return x + self.mlp(self.norm2(x))
+
+    def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        # In float32 also under autocast: 1e-8 is zero in fp16, |x|^2 and exp overflow there from 256 and 11 on, and
+        # bf16 rounds the exponent by whole units. This is where the original's NaN comes from.
+        with _autocast_off(query):
+            key, query = self._features(key), self._features(query)
+            norm = query @ key.sum(dim=1).unsqueeze(-1)
+            mixed = query @ (key.transpose(1, 2) @ value.float())
+            return (mixed / (norm + 1e-8)).to(value.dtype)
+
+    def _features(self, x: Tensor) -> Tensor:
+        x, w = x.float(), self.w.float()
+        return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) * w.shape[0] ** -0.5
+
+
+def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    # the meta device has no autocast to switch off
+    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
+
+
+class TokenAttention(nn.Module):
+    """Full single-head attention from one width to another: (B, T, input width) -> (B, T, token width).
+
+    The scale is input width ** -0.5, which is not that of the projected queries; published weights expect it.
+    """
+
+    def __init__(self, input_dim: int, dim: int) -> None:
+        super().__init__()
+        self.scale = input_dim**-0.5
+        self.qkv = nn.Linear(input_dim, 3 * dim, bias=False)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens; the skip connection starts at the values."""
+        query, key, value = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, dim=-1))
+        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        return (value + self.proj(mixed)).squeeze(1)
+
+
+class TokenTransformer(nn.Module):
+    """Attention layer with full attention: (B, T, input width) -> (B, T, token width)."""
+
+    def __init__(self, input_dim: int, config: T2TViTConfig) -> None:
+        super().__init__()
+        dim = config.token_dim
+        self.norm1 = nn.LayerNorm(input_dim, eps=config.norm_eps)
+        self.attn = TokenAttention(input_dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens of x."""
+        x = self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class TokensToToken(nn.Module):
+    """An image to tokens in three soft splits: (B, C, H, W) -> (B, H / 16 * W / 16, D), row by row."""
+
+    def __init__(self, config: T2TViTConfig) -> None:
+        super().__init__()
+        layer = TokenPerformer if config.tokens_type == "performer" else TokenTransformer
+        self.attention1 = layer(config.in_chans * 7 * 7, config)
+        self.attention2 = layer(config.token_dim * 3 * 3, config)
+        self.project = nn.Linear(config.token_dim * 3 * 3, config.embed_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of the images x."""
+        height, width = x.shape[2], x.shape[3]
+        x = self.attention1(F.unfold(x, 7, stride=4, padding=2).transpose(1, 2))
+        x = self.attention2(_resplit(x, height // 4, width // 4))
+        return self.project(_resplit(x, height // 8, width // 8))
+
+
+def _resplit(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens laid out as a map and cut into overlapping 3x3 windows: (B, h * w, C) -> (B, h / 2 * w / 2, 9 * C)."""
+    image = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
+    return F.unfold(image, 3, stride=2, padding=1).transpose(1, 2)
+
+
+def sinusoid(count: int, dim: int, *, device: torch.device | str | None = None) -> Tensor:
+    """Fixed positions, (1, count, dim): sin(p / 10000 ** (2i / dim)) in column 2i, the cosine in column 2i + 1.
+
+    Computed in float64, given in float32. Source: Vaswani et al. 2017; position 0 is the class token's.
+    """
+    steps = torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim
+    angles = torch.arange(count, dtype=torch.float64, device=device).unsqueeze(1) / 10000**steps
+    return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1).unsqueeze(0).float()
+
+
+class T2TViT(VisionTransformer):
+    """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
+
+    family: ClassVar[str] = "t2t_vit"
+    head_names: ClassVar[tuple[str, ...]] = ("head", "aux_head")
+
+    def __init__(self, config: T2TViTConfig) -> None:
+        super().__init__(config)
+        self.config: T2TViTConfig = config
+        width, (h, w) = config.embed_dim, config.grid
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        # a table, frozen, and a parameter as in the authors' code, where it counts as one
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, width), requires_grad=False)
+        self.tokens_to_token = TokensToToken(config)
+        self.pos_drop = nn.Dropout(config.drop_rate)
+        self.blocks = nn.Sequential(*(Block(config, drop_path_rate=rate) for rate in config.drop_path_rates))
+        self.norm = nn.LayerNorm(width, eps=config.norm_eps)
+        self.head = nn.Linear(width, config.num_classes)
+        self.aux_head = nn.Linear(width, config.num_classes) if config.token_head else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw fresh weights, in place: truncated normal with std 0.02; orthogonal features; sinusoidal positions."""
+        nn.init.trunc_normal_(self.cls_token, std=0.02)
+        init_vit_weights(self)
+        for module in self.modules():
+            if isinstance(module, TokenPerformer):
+                module.reset_parameters()
+        self.reset_positions()
+
+    def reset_positions(self) -> None:
+        """Put the sinusoid of the model's own size into its position table, in place; undoes an interpolation."""
+        # float64, which some accelerators lack, on the CPU
+        device = "meta" if self.pos_embed.is_meta else "cpu"
+        with torch.no_grad():
+            self.pos_embed.copy_(sinusoid(*self.pos_embed.shape[1:], device=device))
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position embeddings for a grid of tokens, (1, 1 + N, D); see `T2TViTConfig.pos_resize`."""
+        if self.config.pos_resize == "recompute" and grid != self.config.grid:
+            table = sinusoid(1 + grid[0] * grid[1], self.config.embed_dim)
+            return table.to(device=self.pos_embed.device, dtype=self.pos_embed.dtype)
+        return super().positions(grid)
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Image to the first block's input: (B, C, H, W) -> (B, 1 + N, D).
+
+        Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
+        """
+        positions = self.positions(self.input_grid(x))
+        cls_token = self.cls_token.expand(x.shape[0], -1, -1)
+        return self.pos_drop(torch.cat([cls_token, self.tokens_to_token(x)], dim=1) + positions)
+
+    def forward_heads(self, x: Tensor) -> HeadLogits:
+        """Logits, whatever the mode; x is (B, C, H, W). There is no distillation head.
+
+        With a token head: the class token's logits, and half of the largest over the patches. Source: Jiang et al., All
+        tokens matter: token labeling for training better vision transformers, 2021; the authors' evaluation.
+        """
+        features = self.forward_features(x)
+        logits = self.head(features[:, 0])
+        if self.aux_head is not None:
+            logits = logits + 0.5 * self.aux_head(features[:, 1:]).amax(dim=1)
+        return HeadLogits(logits, None)
+
+    def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
+        """The state with its positions brought to this model's grid, see `T2TViTConfig.pos_resize`."""
+        if self.config.pos_resize == "recompute" and made_for.grid != self.config.grid:
+            table = sinusoid(*self.pos_embed.shape[1:], device=state["pos_embed"].device)
+            return {**state, "pos_embed": table.to(state["pos_embed"].dtype)}
+        return super().fit_state(state, made_for)
+
+    def no_weight_decay(self) -> set[str]:
+        """Parameters the authors exclude from weight decay besides biases and norms; positions are not trained."""
+        return {"cls_token"}
+
+
+_LITE = T2TViTConfig(embed_dim=256, num_heads=4, mlp_ratio=2.0)
+_14 = T2TViTConfig()
+_19 = T2TViTConfig(embed_dim=448, num_heads=7, depth=19)
+_24 = T2TViTConfig(embed_dim=512, num_heads=8, depth=24)
+
+register_model("t2t_vit_7", T2TViT, _LITE, depth=7)
+register_model("t2t_vit_10", T2TViT, _LITE, depth=10)
+register_model("t2t_vit_12", T2TViT, _LITE, depth=12)
+register_model("t2t_vit_14", T2TViT, _14)
+register_model("t2t_vit_14_384", T2TViT, _14, img_size=384)
+register_model("t2t_vit_19", T2TViT, _19)
+register_model("t2t_vit_24", T2TViT, _24)
+register_model("t2t_vit_24_token_labeling", T2TViT, _24, token_head=True)
+register_model("t2t_vit_t_14", T2TViT, _14, tokens_type="transformer")
+register_model("t2t_vit_t_19", T2TViT, _19, tokens_type="transformer")
+register_model("t2t_vit_t_24", T2TViT, _24, tokens_type="transformer")
+register_model("t2t_vit_14_resnext", T2TViT, _14, num_heads=32)
+register_model("t2t_vit_14_wide", T2TViT, _14, embed_dim=768, num_heads=12, depth=4)
+# Fine-tuned by the authors on CIFAR, whose images they enlarge to 224 pixels.
+register_model("t2t_vit_14_cifar10", T2TViT, _14, num_classes=10)
+register_model("t2t_vit_14_cifar100", T2TViT, _14, num_classes=100)
+register_model("t2t_vit_19_cifar10", T2TViT, _19, num_classes=10)
+register_model("t2t_vit_19_cifar100", T2TViT, _19, num_classes=100)

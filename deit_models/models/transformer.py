@@ -1,0 +1,217 @@
+"""The plain pre-norm transformer that DeiT, DeiT III and T2T-ViT share: they differ in how an image becomes tokens.
+
+Reading order: attention, MLP, block, and `VisionTransformer`, all a model does with its tokens once it has them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..errors import ConfigError
+from .layers import DropPath, ImageClassifier, LayerTokens, chosen_layers, patch_grid, resize_pos_embed
+
+
+class BlockConfig(Protocol):
+    """What a block needs to know of its family's config; the fields are explained at `DeiTConfig`."""
+
+    @property
+    def embed_dim(self) -> int: ...
+    @property
+    def num_heads(self) -> int: ...
+    @property
+    def mlp_ratio(self) -> float: ...
+    @property
+    def qkv_bias(self) -> bool: ...
+    @property
+    def norm_eps(self) -> float: ...
+    @property
+    def drop_rate(self) -> float: ...
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v."""
+
+    def __init__(self, config: BlockConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.proj_drop = nn.Dropout(config.drop_rate)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # (B, N, 3 * D) -> three times (B, heads, N, D / heads): rows of the weight are q, k, v, heads contiguous
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        query, key, value = qkv.unbind(0)
+        return query, key, value
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Mix the tokens; the scale is (D / heads) ** -0.5, torch's default."""
+        mixed = F.scaled_dot_product_attention(*self._heads(x))
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+
+    def weights(self, x: Tensor) -> Tensor:
+        """The attention probabilities of the same input, (B, heads, N, N); each row sums to 1."""
+        query, key, _ = self._heads(x)
+        return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
+
+
+class Mlp(nn.Module):
+    """Two linear layers with an exact GELU between, applied to each token: (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, hidden: int, *, drop_rate: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+        self.drop = nn.Dropout(drop_rate)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Transform each token."""
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: attention, then MLP, each added to its input. (B, N, D) -> (B, N, D).
+
+    With `layer_scale` each branch is first multiplied by one learned factor a channel, which starts at that value, so
+    that a deep model begins near the identity. Source: Touvron et al., Going deeper with image transformers, 2021.
+    """
+
+    def __init__(self, config: BlockConfig, *, drop_path_rate: float, layer_scale: float = 0.0) -> None:
+        super().__init__()
+        dim = config.embed_dim
+        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.attn = Attention(config)
+        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop_rate=config.drop_rate)
+        self.drop_path = DropPath(drop_path_rate)
+        self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+        self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Both residual steps."""
+        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma_1))
+        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+
+
+def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    return branch if gamma is None else branch * gamma
+
+
+def drop_path_rates(rate: float, depth: int, *, uniform: bool = False) -> list[float]:
+    """Stochastic depth of each block: growing linearly from 0 to `rate` at the last, or `rate` everywhere."""
+    return [rate if uniform else rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+class VisionTransformer(ImageClassifier):
+    """Base of models that are tokens, blocks, a LayerNorm and linear heads: what follows once the tokens are there.
+
+    A family gives `forward_tokens` and `forward_heads`, and registers `pos_embed` (1, positions, D), `pos_drop`,
+    `blocks`, `norm` and `head`. Of its config this needs `in_chans`, `image_hw`, `patch_size`, `grid`, `depth`,
+    `num_prefix_tokens`, `num_prefix_positions`, `dynamic_img_size` and the two drop rates.
+    """
+
+    pos_embed: Tensor
+    pos_drop: nn.Dropout
+    blocks: nn.Sequential
+    norm: nn.LayerNorm
+
+    def forward_tokens(self, x: Tensor) -> Tensor:
+        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D).
+
+        Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define forward_tokens")
+
+    def input_grid(self, x: Tensor) -> tuple[int, int]:
+        """The (h, w) in patches of a batch of images. Raises: ConfigError: the model does not take them."""
+        config = self.config
+        if x.ndim != 4 or x.shape[1] != config.in_chans:
+            raise ConfigError(f"input of shape {tuple(x.shape)}; expected (B, {config.in_chans}, H, W)")
+        height, width = config.image_hw
+        if (x.shape[2], x.shape[3]) == (height, width):
+            return cast("tuple[int, int]", config.grid)
+        if not config.dynamic_img_size:
+            raise ConfigError(
+                f"input of {x.shape[2]}x{x.shape[3]} pixels; this model takes {height}x{width}. "
+                f"Pass img_size=... when building or loading it, or dynamic_img_size=True for any size"
+            )
+        return patch_grid((x.shape[2], x.shape[3]), config.patch_size)
+
+    def positions(self, grid: tuple[int, int]) -> Tensor:
+        """The position embeddings for a grid of patches, (1, positions, D)."""
+        prefix, own = self.config.num_prefix_positions, self.config.grid
+        return resize_pos_embed(self.pos_embed, num_prefix=prefix, grid=grid, source_grid=own)
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """All tokens after the last LayerNorm: (B, C, H, W) -> (B, P + N, D); prefix tokens first, then patches."""
+        return self.norm(self.blocks(self.forward_tokens(x)))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """One vector an image, (B, D): the class token; in distilled models the mean of both tokens, as in timm."""
+        return self.forward_features(x)[:, : self.config.num_prefix_tokens].mean(dim=1)
+
+    def get_intermediate_layers(
+        self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
+    ) -> list[LayerTokens]:
+        """Tokens after chosen blocks, for dense tasks and probes.
+
+        Args:
+            x: images, (B, C, H, W).
+            layers: how many of the last blocks, or the blocks' indices (negative ones count from the end).
+            norm: apply the final LayerNorm to each, as DINO does.
+
+        Raises: ConfigError: a block that does not exist.
+        """
+        wanted = chosen_layers(layers, self.config.depth, "blocks")
+        grid, prefix = self.input_grid(x), self.config.num_prefix_tokens
+        tokens, collected = self.forward_tokens(x), {}
+        for i, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if i in wanted:
+                out = self.norm(tokens) if norm else tokens
+                collected[i] = LayerTokens(out[:, :prefix], out[:, prefix:].transpose(1, 2).unflatten(2, grid))
+        return [collected[i] for i in wanted]
+
+    def attention_maps(self, x: Tensor) -> Tensor:
+        """Attention probabilities of every block: (B, C, H, W) -> (depth, B, heads, P + N, P + N)."""
+        tokens, maps = self.forward_tokens(x), []
+        for block in cast("Iterable[Block]", self.blocks):
+            maps.append(block.attn.weights(block.norm1(tokens)))
+            tokens = block(tokens)
+        return torch.stack(maps)
+
+    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
+        """Change dropout and stochastic depth in place; see the family's config for what the rates mean.
+
+        Raises: ConfigError: a rate that is no probability below 1.
+        """
+        self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        for module in (self.pos_drop, *self.blocks.modules()):
+            if isinstance(module, nn.Dropout):
+                module.p = drop_rate
+        for block, rate in zip(self.blocks, self.config.drop_path_rates, strict=True):
+            cast(Block, block).drop_path.rate = rate
+
+    @classmethod
+    def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:
+        """The config of a bare state dict: `config` with the number of classes and the square size of its tensors."""
+        head, pos_embed = state.get("head.weight"), state.get("pos_embed")
+        if head is not None and head.ndim == 2:
+            config = replace(config, num_classes=head.shape[0])
+        if pos_embed is not None and pos_embed.ndim == 3:
+            side = math.isqrt(max(pos_embed.shape[1] - config.num_prefix_positions, 1))
+            config = replace(config, img_size=side * config.patch_size)
+        return config
+
+    def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
+        """The state with its positions resized to this model's grid."""
+        prefix, grid = self.config.num_prefix_positions, self.config.grid
+        pos_embed = resize_pos_embed(state["pos_embed"], num_prefix=prefix, grid=grid, source_grid=made_for.grid)
+        return {**state, "pos_embed": pos_embed}

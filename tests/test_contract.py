@@ -1,0 +1,330 @@
+"""What every registered model must do, whatever its family: one suite over all names.
+
+Each name is built at its real size on the meta device. The steps that compute run on a shrunken copy, once for each
+shape that is left when width and depth are taken away; a new family adds one entry to `TINY`.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deit_models
+from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
+from deit_models.hub.families import FAMILIES
+from deit_models.models.layers import HeadLogits, ImageClassifier
+from deit_models.registry import model_spec
+from deit_models.training.distributed import Process
+from deit_models.training.engine import train_epoch
+from deit_models.training.learner import make_learner
+from deit_models.training.loading import DamageCount
+from deit_models.training.optim import parameter_groups
+from deit_models.training.recipe import Recipe
+from deit_models.training.records import ArrayRecords
+
+NAMES = list_models()
+TINY: dict[str, dict[str, Any]] = {
+    "deit": {"embed_dim": 24, "depth": 2, "num_heads": 3},
+    "t2t_vit": {"embed_dim": 24, "depth": 2, "num_heads": 3, "token_dim": 16},
+    "levit": {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8},
+}
+"""By family: the options that make a model small."""
+LAYOUTS = ("native", "timm", "timm-conv", "transformers")
+
+
+def step(name: str) -> int:
+    """Pixels of which an input's sides are multiples."""
+    return getattr(model_spec(name).config, "patch_size", 16)
+
+
+def build(name: str, **overrides: Any) -> ImageClassifier:
+    """A shrunken model with random numbers everywhere, in eval mode: fresh ones hide mistakes behind zeros and ones."""
+    options = {**TINY[model_info(name).family], "num_classes": 5, "img_size": 8 * step(name), **overrides}
+    model = create_model(name, **options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_(0.1, 0.5 if parameter.ndim == 1 else 0.2, generator=generator)
+    return model.eval()
+
+
+def shapes() -> dict[Any, str]:
+    """The first name of each shrunken shape."""
+    found: dict[Any, str] = {}
+    for name in NAMES:
+        found.setdefault(build(name).config, name)
+    return found
+
+
+SHAPES = sorted(shapes().values(), key=NAMES.index)
+FIRST = [next(name for name in NAMES if model_info(name).family == family) for family in TINY]
+"""One name for each family, for what takes seconds."""
+
+
+@pytest.fixture(params=SHAPES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str) -> ImageClassifier:
+    return build(name)
+
+
+def images(model: ImageClassifier, *, batch: int = 2, scale: float = 1.0) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return scale * torch.randn(batch, model.config.in_chans, *model.config.image_hw, generator=generator)
+
+
+def heads_of(model: ImageClassifier) -> Iterator[nn.Module]:
+    for name in model.head_names:
+        head = getattr(model, name)
+        if head is not None:
+            yield head
+
+
+def test_every_family_is_in_the_suite_and_has_its_layouts() -> None:
+    families = {model_info(name).family for name in NAMES}
+    assert families == set(TINY) == set(FAMILIES)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_real_size_takes_no_memory_on_the_meta_device(name: str) -> None:
+    model = create_model(name, device="meta")
+    info = model_info(name)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert sum(parameter.numel() for parameter in model.parameters()) == info.params
+    assert model.family == info.family
+    assert model.config.image_hw == (info.input_size, info.input_size)
+    assert model.no_weight_decay() <= {parameter_name for parameter_name, _ in model.named_parameters()}
+    # only the heads hang on the number of classes
+    other = create_model(name, device="meta", num_classes=info.num_classes + 1).state_dict()
+    changed = {key for key, tensor in model.state_dict().items() if tensor.shape != other[key].shape}
+    assert changed
+    assert {key.split(".")[0] for key in changed} <= set(model.head_names)
+
+
+def test_answers_have_their_shapes(model: ImageClassifier) -> None:
+    x = images(model)
+    logits, heads, tokens = model(x), model.forward_heads(x), model.forward_features(x)
+    assert logits.shape == (2, 5)
+    assert logits.isfinite().all()
+    assert not torch.equal(logits[0], logits[1])
+    assert isinstance(heads, HeadLogits)
+    assert (heads.dist is not None) == getattr(model.config, "distilled", False)
+    assert tokens.ndim == 3
+    assert model.embed(x).shape == (2, tokens.shape[2])
+    last = model.get_intermediate_layers(x, 1)[0]
+    assert last.prefix.shape[1] + last.patches[0, 0].numel() == tokens.shape[1]
+    torch.testing.assert_close(logits[1:], model(x[1:]), atol=1e-4, rtol=1e-4)
+
+
+def test_mode_changes_the_result_only_for_two_heads(model: ImageClassifier) -> None:
+    model.train()
+    out = model(images(model))
+    if model.forward_heads(images(model)).dist is None:
+        assert isinstance(out, Tensor)
+    else:
+        assert [logits.shape for logits in out] == [(2, 5), (2, 5)]
+
+
+def test_every_parameter_gets_a_gradient(model: ImageClassifier) -> None:
+    model.train()
+    labels = torch.tensor([1, 2, 3, 4])
+    heads = model.forward_heads(images(model, batch=4))
+    sum(F.cross_entropy(logits, labels) for logits in heads if logits is not None).backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None, name
+            assert parameter.grad.isfinite().all(), name
+            assert parameter.grad.abs().max() > 0, name
+
+
+@pytest.mark.parametrize("steps", [(1, 1), (3, 5), (5, 3), (7, 7)])
+def test_odd_sizes_can_be_built(name: str, steps: tuple[int, int]) -> None:
+    height, width = (count * step(name) for count in steps)
+    model = build(name, img_size=(height, width))
+    assert model.config.image_hw == (height, width)
+    assert model(images(model)).isfinite().all()
+    last = model.get_intermediate_layers(images(model), 1)[0]
+    assert (last.patches.shape[2] <= last.patches.shape[3]) == (height <= width)
+
+
+def test_impossible_sizes_and_inputs_are_refused(name: str, model: ImageClassifier) -> None:
+    side = step(name)
+    with pytest.raises(ConfigError, match=f"{2 * side + 1}"):
+        build(name, img_size=2 * side + 1)
+    for shape in ((2, 3, 9 * side, 8 * side), (2, 1, 8 * side, 8 * side), (3, 8 * side, 8 * side)):
+        with pytest.raises(ConfigError, match="input of"):
+            model(torch.zeros(shape))
+
+
+def test_unknown_option_is_refused_with_the_nearest(name: str) -> None:
+    with pytest.raises(ConfigError, match=r"unknown option 'num_clases'.*num_classes"):
+        create_model(name, num_clases=3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layout_comes_back_bit_for_bit_or_is_refused(name: str, layout: Any, tmp_path: Path) -> None:
+    model = build(name)
+    try:
+        model.save_pretrained(tmp_path / layout, layout=layout)
+    except ConfigError:
+        # what a family does not have is refused before anything is written
+        assert layout != "native"
+        assert not (tmp_path / layout).exists()
+        return
+    loaded = from_pretrained(tmp_path / layout)
+    assert loaded.config == model.config
+    assert not loaded.training
+    assert list(loaded.state_dict()) == list(model.state_dict())
+    for key, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[key], tensor), key
+    assert deit_models.transform_for(loaded).preprocessing == model.origin.preprocessing
+
+
+def test_head_is_remade_for_other_classes_and_size(name: str, model: ImageClassifier, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    size = (6 * step(name), 5 * step(name))
+    changed = from_pretrained(tmp_path, num_classes=3, img_size=size)
+    assert changed(images(changed)).shape == (2, 3)
+    assert changed.config.image_hw == size
+    before, after = model.state_dict(), changed.state_dict()
+    kept = [key for key in before if key.split(".")[0] not in model.head_names and before[key].ndim == 2]
+    assert kept
+    assert all(torch.equal(before[key], after[key]) for key in kept if before[key].shape == after[key].shape)
+    for head in heads_of(changed):
+        assert all(tensor.isfinite().all() for tensor in head.state_dict().values())
+    changed.reset_heads()
+    assert changed(images(changed)).isfinite().all()
+
+
+def test_bare_weights_tell_classes_and_size(name: str, model: ImageClassifier) -> None:
+    config = create_model(name, **TINY[model.family], device="meta").config
+    found = type(model).describe_state(model.state_dict(), config)
+    assert (found.image_hw, found.num_classes) == (model.config.image_hw, 5)
+
+
+def test_drop_rates_change_in_place(model: ImageClassifier) -> None:
+    calm = model(images(model))
+    model.set_drop_rates(drop_rate=0.5, drop_path_rate=0.5)
+    assert (model.config.drop_rate, model.config.drop_path_rate) == (0.5, 0.5)
+    torch.testing.assert_close(model(images(model)), calm)
+    model.train()
+    x = images(model, batch=8)
+    assert not torch.equal(model.forward_heads(x).cls, model.forward_heads(x).cls)
+    with pytest.raises(ConfigError, match="drop_path_rate"):
+        model.set_drop_rates(drop_rate=0, drop_path_rate=1)
+
+
+def test_weight_decay_spares_what_the_model_lists(model: ImageClassifier) -> None:
+    listed = model.no_weight_decay()
+    named = dict(model.named_parameters())
+    assert listed <= set(named)
+    decayed, spared = (set(map(id, group["params"])) for group in parameter_groups(model, 0.1))
+    assert {id(named[name]) for name in listed if named[name].requires_grad} <= spared
+    assert decayed
+
+
+def test_attention_maps_sum_to_one_where_there_are_any(model: ImageClassifier) -> None:
+    if not hasattr(model, "attention_maps"):
+        with pytest.raises(ConfigError, match="no attention maps"):
+            deit_models.attention_maps(model, images(model))
+        return
+    for maps in deit_models.attention_maps(model, images(model)):
+        assert maps.ndim == 4
+        torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
+
+
+def test_copy_is_independent(model: ImageClassifier) -> None:
+    twin, x = copy.deepcopy(model), images(model)
+    before = model(x)
+    with torch.no_grad():
+        for parameter in twin.parameters():
+            parameter.zero_()
+    torch.testing.assert_close(model(x), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@torch.inference_mode()
+def test_mixed_precision_survives_large_inputs(name: str, dtype: torch.dtype) -> None:
+    model = create_model(name, **{**TINY[model_info(name).family], "img_size": 4 * step(name)}).eval()
+    with torch.autocast("cpu", dtype):
+        assert model(images(model, scale=10)).isfinite().all()
+
+
+def test_half_precision_weights_run(name: str) -> None:
+    model = build(name).to(torch.bfloat16)
+    assert model(images(model).to(torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_training_step_with_teacher_and_average(model: ImageClassifier) -> None:
+    two_heads = model.forward_heads(images(model)).dist is not None
+    recipe = Recipe(
+        epochs=2, warmup_epochs=0, schedule="step", lr=0.01, batch_size=4, repeats=1, ema_decay=0.5,
+        precision="float32", clip_grad=0.01, clip_mode="agc",
+        distillation="hard", distill_on="token" if two_heads else "class",
+    )  # fmt: skip
+    device = torch.device("cpu")
+    teacher = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+    learner = make_learner(
+        model,
+        recipe,
+        num_classes=5,
+        process=Process(0, 1, device),
+        preprocessing=model.origin.preprocessing,
+        teacher=teacher,
+    )
+    x, fine = images(model, batch=4), torch.full((4,), -1)
+    damage = DamageCount(ArrayRecords("noise", [], [], [str(i) for i in range(5)]), limit=1.0)
+    before = copy.deepcopy(model.state_dict())
+    train_epoch(learner, [(x, torch.tensor([0, 1, 2, 3]), fine)] * 2, steps=2, epoch=0, damage=damage)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            assert not torch.equal(parameter, before[name]), name
+    assert learner.average is not None
+    for key, tensor in learner.average.module.model.state_dict().items():
+        assert tensor.isfinite().all(), key
+
+
+# Compilers
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_compiles_without_graph_breaks(name: str) -> None:
+    model = build(name)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(images(model)), model(images(model)))
+
+
+@pytest.mark.slow
+def test_compiled_code_answers_alike_and_learns(model: ImageClassifier) -> None:
+    compiled = torch.compile(model, fullgraph=True)
+    with torch.inference_mode():
+        torch.testing.assert_close(compiled(images(model)), model(images(model)), atol=1e-3, rtol=1e-3)
+    model.train()
+    out = compiled(images(model))
+    (out if isinstance(out, Tensor) else out[0] + out[1]).sum().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def exported(model: ImageClassifier) -> nn.Module:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(model, (images(model),), dynamic_shapes={"x": {0: batch}}).module()
+
+
+@pytest.mark.parametrize("name", FIRST)
+def test_exports_with_any_batch_size(name: str) -> None:
+    model = build(name)
+    torch.testing.assert_close(exported(model)(images(model, batch=3)), model(images(model, batch=3)))
+
+
+@pytest.mark.slow
+def test_every_shape_exports(model: ImageClassifier) -> None:
+    torch.testing.assert_close(exported(model)(images(model, batch=3)), model(images(model, batch=3)))
