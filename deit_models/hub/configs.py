@@ -114,7 +114,7 @@ def _read_native(data: Mapping[str, Any]) -> Description:
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=_class_names(data.get("id2label")),
-        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence")},
+        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence", "notes")},
     )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 

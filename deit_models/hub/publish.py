@@ -129,7 +129,7 @@ def _write_native(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
     }
     if origin.class_names is not None:
         data["id2label"] = dict(_id2label(origin.class_names))
-    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence")}
+    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence", "notes")}
     return data | {key: value for key, value in facts.items() if value is not None}
 
 

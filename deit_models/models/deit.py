@@ -210,6 +210,16 @@ class DeiT(ImageClassifier):
                 nn.init.trunc_normal_(parameter, std=0.02)
         init_vit_weights(self)
 
+    @property
+    def num_layers(self) -> int:
+        return self.config.depth + 1
+
+    def layer_of(self, name: str) -> int:
+        top, _, rest = name.partition(".")
+        if top == "blocks":
+            return 1 + int(rest.partition(".")[0])
+        return self.num_layers if top in ("norm", *self.head_names) else 0
+
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place; see `DeiTConfig` for what the rates mean.
 

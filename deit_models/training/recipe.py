@@ -32,6 +32,7 @@ Crop = Literal["random_resized", "pad", "simple", "none"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
 Loss = Literal["ce", "bce"]
 Distillation = Literal["none", "soft", "hard"]
+LabelHeads = Literal["class", "both"]
 DistillOn = Literal["token", "class"]
 CUSTOM = "custom"
 """The label of a recipe that began as no preset."""
@@ -67,6 +68,9 @@ class Recipe:
         "and 1 both run at warmup_lr; step: interpolated at every step; constant: after the warm-up, always lr",
     )
     weight_decay: float = _option(0.05, "on every parameter but vectors, biases and model.no_weight_decay()")
+    layer_decay: float = _option(
+        1.0, "the learning rate of each layer as a fraction of the next one's; the head learns at the full rate"
+    )
     beta1: float = _option(0.9, "AdamW's first beta, or SGD's momentum")
     beta2: float = _option(0.999, "AdamW's second beta")
     eps: float = _option(1e-8, "AdamW's epsilon")
@@ -100,6 +104,10 @@ class Recipe:
     label_smoothing: float = _option(0.1, "mass spread over all classes")
     loss: Loss = _option("ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive")
 
+    label_heads: LabelHeads = _option(
+        "class",
+        "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
+    )
     distillation: Distillation = _option("none", "none, soft (KL to the teacher) or hard (the teacher's decision)")
     distill_on: DistillOn = _option(
         "token", "where the teacher speaks: the distillation token's head, or the class head"
@@ -111,6 +119,7 @@ class Recipe:
     compile: bool = _option(False, "torch.compile the model")
     seed: int = _option(0, "of weights, order and augmentation")
     eval_every: int = _option(1, "epochs between evaluations; the last epoch is always evaluated")
+    patience: int = _option(0, "epochs without a better validation accuracy after which the run ends; 0: never")
 
     def __post_init__(self) -> None:
         """Check types, choices, ranges and relations; whole numbers are accepted where a float is meant."""
@@ -158,13 +167,13 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "accumulate", "repeats", "eval_every"), lambda v: v >= 1, "1 or more"),
-    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size"), lambda v: v >= 0, "0 or more"),
+    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience"), lambda v: v >= 0, "0 or more"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),
     (("hflip", "erase", "mix_prob", "mix_switch", "label_smoothing", "alpha"), lambda v: 0 <= v <= 1, "0 to 1"),
     (("beta1", "beta2", "ema_decay", "drop_path_rate", "drop_rate"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
-    (("crop_scale",), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    (("crop_scale", "layer_decay"), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
 )
 """Every number among the fields: which ones, whether a value is in range, and how to say so."""
@@ -195,6 +204,49 @@ _CIFAR = {
     "ema_decay": 0.0,
     "drop_path_rate": 0.0,
 }
+# What the authors answered in issue 45 of their repository; its moving average is off, since it was never the result
+_FINETUNE_SGD = {
+    "epochs": 1000,
+    "batch_size": 768,
+    "optimizer": "sgd",
+    "lr": 0.01,
+    "lr_batch": 768,
+    "weight_decay": 1e-4,
+    "ema_decay": 0.0,
+    "drop_path_rate": 0.0,
+    "erase": 0.0,
+    "label_heads": "both",
+}
+_FINETUNE_INATURALIST = {
+    "epochs": 100,
+    "batch_size": 768,
+    "lr": 7.5e-5,
+    "min_lr": 1e-6,
+    "ema_decay": 0.0,
+    "label_heads": "both",
+}
+_FINETUNE = {
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 5e-4,
+    "lr_batch": 64,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-6,
+    "warmup_epochs": 3,
+    "schedule": "step",
+    "layer_decay": 0.75,
+    "clip_grad": 1.0,
+    "ema_decay": 0.0,
+    "crop_scale": 0.5,
+    "augment": "none",
+    "color_jitter": 0.2,
+    "erase": 0.0,
+    "repeats": 1,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_heads": "both",
+    "patience": 10,
+}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "deit_300e": ("DeiT from scratch: DeiT, table 9", {}),
     "deit_distill_300e": ("hard distillation through the token: DeiT, section 4", {"distillation": "hard"}),
@@ -205,6 +257,9 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "cifar_scratch": ("32-pixel images from scratch, light augmentation, one step schedule: ours", _CIFAR),
     "cifar_distill": ("the same with a teacher: ours", {**_CIFAR, "distillation": "hard"}),
+    "finetune": ("a pretrained model on other classes: ours", _FINETUNE),
+    "finetune_sgd": ("CIFAR, Cars, Flowers, at length: the authors, issue 45", _FINETUNE_SGD),
+    "finetune_inaturalist": ("their AdamW variant; rate and length ours", _FINETUNE_INATURALIST),
 }
 """Name to (what it is and where it comes from, what differs from the defaults)."""
 

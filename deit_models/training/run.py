@@ -110,6 +110,8 @@ def train(
     """
     records = open_images(train, "train")
     val_records = None if val is None else open_images(val, "val", records.classes)
+    if recipe.patience and val_records is None:
+        raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
     preprocessing = preprocessing or preprocessing_of(model)
     with join_processes(device) as process:
         learner = make_learner(
@@ -166,6 +168,8 @@ class _Run:
         damage = DamageCount(self.records, self.corrupt_limit, failed=progress.unreadable)
         with closing(log):
             for epoch in range(progress.epoch, recipe.total_epochs):
+                if self._gives_up(progress):
+                    break
                 row = self._one_epoch(epoch, sampler, batches, damage)
                 if row.get("top1", -1.0) > progress.best_top1:
                     progress.best_top1, progress.best_epoch = row["top1"], epoch
@@ -215,13 +219,25 @@ class _Run:
             row |= self._evaluate()
         return row
 
+    def _gives_up(self, progress: Progress) -> bool:
+        """Whether the recipe's patience is over; looked at after an evaluation, by a run that goes on as well."""
+        recipe = self.learner.recipe
+        evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
+        return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
+
     def _identity(self) -> dict[str, str]:
         """What a saved state must have been made with, besides the recipe."""
         model = self.learner.bare.model
         config = model.config if isinstance(model, ImageClassifier) else type(model).__name__
         data = f"{len(self.records)} images in {len(self.records.classes)} classes"
-        # a divided optimiser is saved under other names
-        return {"model": str(config), "data": data} | ({"shard": "fsdp"} if self.learner.divided else {})
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        frozen = len(trained) < len(list(model.parameters()))
+        return {
+            **{"model": str(config), "data": data},
+            **({"trained": f"{trained[0]} and {len(trained) - 1} more tensors"} if frozen else {}),
+            # a divided optimiser is saved under other names
+            **({"shard": "fsdp"} if self.learner.divided else {}),
+        }
 
     def _training_batches(self) -> tuple[TrainSampler, DataLoader[Batch]]:
         recipe, process = self.learner.recipe, self.learner.process
