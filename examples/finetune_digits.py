@@ -10,11 +10,11 @@ any choice; of the others `finetune` sets a fifth aside to choose the best epoch
 from __future__ import annotations
 
 import argparse
-import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from seed_table import write_table
 
 import deit_models
 from deit_models.finetuning.split import parts, stratified_split
@@ -70,27 +70,16 @@ def main() -> None:
                 workers=0,
             )
             found[way].append(result.metrics)
-            print(f"{way}, seed {seed}: {result.metrics['test']['top1']:.2f} % in {result.metrics['seconds']:.0f} s")
-    write_table(args, found)
+            print(
+                f"{way}, seed {seed}: {result.metrics['test']['top1']:.2f} % in {result.metrics['seconds']:.0f} s",
+                flush=True,
+            )
+    write_table(found, args.out / "table.md")
 
 
 def _scratch(way: str) -> dict[str, Any]:
     """Random weights learn at one rate in all layers."""
     return {"layer_decay": 1.0} if way == "from scratch" else {}
-
-
-def write_table(args: argparse.Namespace, found: dict[str, list[dict[str, Any]]]) -> None:
-    """One row for each way."""
-    lines = ["| way | test accuracy (%) | each seed | seconds |", "| --- | ---: | --- | ---: |"]
-    for way, runs in found.items():
-        scores = [run["test"]["top1"] for run in runs]
-        spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        seconds = statistics.mean(run.get("training_seconds", run["seconds"]) for run in runs)
-        each = ", ".join(f"{score:.2f}" for score in scores)
-        lines.append(f"| {way} | {statistics.mean(scores):.2f}{spread} | {each} | {seconds:.0f} |")
-    table = "\n".join(lines) + "\n"
-    print(table)
-    (args.out / "table.md").write_text(table, encoding="utf-8")
 
 
 if __name__ == "__main__":

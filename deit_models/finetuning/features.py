@@ -105,8 +105,7 @@ def extract_features(
             with atomic_write(_file(folder, start)) as temporary:
                 save_file(shard, temporary)
     found = [shard for shard in shards.values() if shard is not None]
-    names = [name for name in found[0] if name not in ("labels", "failures")]
-    inputs = {name: torch.cat([shard[name] for shard in found]) for name in names}
+    inputs = {name: torch.cat([shard[name] for shard in found]) for name in linear_heads(model)}
     return Features(inputs, torch.cat([shard["labels"] for shard in found]))
 
 

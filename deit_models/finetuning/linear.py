@@ -53,15 +53,16 @@ def fit_heads(train: Features, val: Features, *, num_classes: int, device: torch
     """
     if not len(train.labels) or not len(val.labels):
         raise DataError(f"{len(train.labels)} readable images for training, {len(val.labels)} for validation")
+    if not all(torch.isfinite(rows).all() for rows in (*train.inputs.values(), *val.inputs.values())):
+        raise TrainingError("no head can be fitted: the backbone gives features that are no numbers")
     columns = {name: _Standard.of(rows.to(device)) for name, rows in train.inputs.items()}
     labels = train.labels.to(device)
     weights = {
         name: (rows.scaled.new_zeros(num_classes, rows.scaled.shape[1]), rows.scaled.new_zeros(num_classes))
         for name, rows in columns.items()
     }
-    best: LinearFit | None = None
-    best_key, lowest_loss, idle = (-1.0, 0.0), float("inf"), 0
     tried: list[dict[str, float]] = []
+    best, best_key, lowest_loss, idle = LinearFit({}, 0.0, tried), (-1.0, 0.0), float("inf"), 0
     for penalty in STRENGTHS:
         for name, rows in columns.items():
             weights[name] = _solve(rows.scaled, labels, weights[name], penalty)
@@ -75,8 +76,6 @@ def fit_heads(train: Features, val: Features, *, num_classes: int, device: torch
             best, best_key = fit, key
         if idle == 2:
             break
-    if best is None:
-        raise TrainingError("no head can be fitted: the backbone gives features that are no numbers")
     return best
 
 
