@@ -5,8 +5,8 @@
 Both sides get the same training, validation and test images, the same transform, the same bfloat16 forward pass and the
 same number of loading processes. The loop is what people write: the backbone in eval mode under no_grad, AdamW on the
 head with a cosine, and the epoch with the best validation accuracy counts. It gets one learning rate, the best of 0.003
-to 0.3 on the digits, where ours chooses among penalties as it goes. Each measurement is a process of its own, the sides take turns, medians are compared. Without
---data: scikit-learn's handwritten digits.
+to 0.3 on the digits, where ours chooses among penalties as it goes. Each measurement is a process of its own, the sides
+take turns, medians are compared. Without --data: scikit-learn's handwritten digits.
 """
 
 from __future__ import annotations

@@ -5,8 +5,8 @@
 
 The recipe for these sets is what the authors answered in issue 45 of their repository: SGD at 0.01, batches of 768,
 1000 epochs, no erasing, no stochastic depth, everything else as on ImageNet; images are enlarged to the model's size.
-Fields of the recipe can be given as NAME=VALUE. A fifth of the training images is set aside to choose the epoch by, and the
-10,000 test images score the result once.
+Fields of the recipe can be given as NAME=VALUE. A fifth of the training images is set aside to choose the epoch by,
+and the 10,000 test images score the result once.
 """
 
 from __future__ import annotations

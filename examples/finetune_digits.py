@@ -58,6 +58,7 @@ def main() -> None:
             begin = deit_models.create_model if way == "from scratch" else deit_models.from_pretrained
             # mirrored digits are no digits
             changes = {"hflip": 0.0, "color_jitter": 0.0, "crop": "pad", "patience": 0, "seed": seed}
+            changes["warmup_epochs"] = min(3, args.epochs - 1)
             result = deit_models.finetune(
                 begin(MODEL),
                 train=train,

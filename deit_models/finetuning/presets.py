@@ -51,4 +51,6 @@ def recipe_for(data: str, model: ImageClassifier, *, images: int, teacher: bool,
     if preset.preset == DEFAULT:
         steps = max(images // overrides.get("batch_size", preset.batch_size), 1)
         changes["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
+    if "epochs" in overrides:  # a short run has a short warm-up
+        changes["warmup_epochs"] = min(preset.warmup_epochs, max(overrides["epochs"] - 1, 0))
     return recipe_named(preset.preset, **{**changes, **overrides})

@@ -139,6 +139,12 @@ def test_few_images_get_more_epochs(images, epochs):
     assert recipe_for("photos", atom(), images=images, teacher=False).epochs == epochs
 
 
+def test_short_run_has_a_short_warm_up():
+    assert recipe_for("photos", atom(), images=50, teacher=False, epochs=2).warmup_epochs == 1
+    assert recipe_for("photos", atom(), images=50, teacher=False, epochs=1).warmup_epochs == 0
+    assert recipe_for("photos", atom(), images=50, teacher=False).warmup_epochs == 3
+
+
 def test_teacher_turns_distillation_on():
     for distilled, where in ((True, "token"), (False, "class")):
         chosen = recipe_for("photos", atom(distilled=distilled), images=50, teacher=True)
