@@ -16,7 +16,9 @@ from .outcomes import Outcomes, mean_logits, outcomes_of
 STRENGTHS = tuple(10.0**-power for power in range(0, 8))
 """L2 penalties to choose from, strongest first: on the weights for features of mean 0 and variance 1."""
 _CELLS = 1 << 24
-_ITERATIONS = 200
+_MOST_ITERATIONS, _FEWEST_ITERATIONS, _LOGITS = 200, 30, 10**10
+"""Each solution may take so many logits in all; beyond some 10^8 of them at once, as with a thousand classes and a million
+images, it ends early, and the next penalty goes on from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,8 +131,9 @@ def _solve(rows: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], penalty: 
     """L-BFGS from a starting point; logits of at most `_CELLS` numbers exist at a time."""
     weight, bias = (tensor.clone().requires_grad_() for tensor in start)
     step = _rows_at_once(len(bias))
+    iterations = min(max(_LOGITS // (len(labels) * len(bias)), _FEWEST_ITERATIONS), _MOST_ITERATIONS)
     optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=_ITERATIONS, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe"
+        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Tensor:

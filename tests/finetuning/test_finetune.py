@@ -421,7 +421,7 @@ def test_missing_matplotlib_is_said_before_anything_is_done(tmp_path, photos, mo
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 def test_twenty_thousand_classes(tmp_path, mode):
-    records = Many(40_000, 20_000)
+    records = Many(24_000, 20_000)
     settings = {"epochs": 1, "batch_size": 128, "img_size": 16}
     result = finetune(
         tmp_path / "out", train=records, val=Many(20_000, 20_000), mode=mode, plot=True, settings=settings
