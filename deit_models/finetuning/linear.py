@@ -1,4 +1,4 @@
-"""A linear head on fixed features: multinomial logistic regression, solved to convergence."""
+"""A linear head on fixed features: multinomial logistic regression."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STRENGTHS = tuple(10.0**-power for power in range(0, 8))
 """L2 penalties to choose from, strongest first: on the weights for features of mean 0 and variance 1."""
 _CELLS = 1 << 24
 _MOST_ITERATIONS, _FEWEST_ITERATIONS, _LOGITS = 200, 30, 10**10
-"""Each solution may take so many logits in all; beyond some 10^8 of them at once, as with a thousand classes and a million
+"""Each solution may take so many logits in all. Beyond some 10^8 at once, as with a thousand classes and a million
 images, it ends early, and the next penalty goes on from there."""
 
 
