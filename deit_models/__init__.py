@@ -24,6 +24,8 @@ from .errors import (
 from .registry import create_model, list_models, model_info, register_model
 
 if TYPE_CHECKING:
+    from .finetuning.head import adapt_head
+    from .finetuning.run import finetune
     from .hub.load import from_pretrained
     from .hub.publish import push_to_hub, save_pretrained
     from .predict import Classifier, attention_maps
@@ -48,9 +50,11 @@ __all__ = [
     "TrainingError",
     "UnknownModelError",
     "__version__",
+    "adapt_head",
     "attention_maps",
     "create_model",
     "evaluate",
+    "finetune",
     "from_pretrained",
     "list_models",
     "model_info",
@@ -65,8 +69,10 @@ __all__ = [
 # Loaded when first used: each needs torch, torchvision or huggingface_hub, which listing models does not.
 _LAZY = {
     "Classifier": ".predict",
+    "adapt_head": ".finetuning.head",
     "attention_maps": ".predict",
     "evaluate": ".training.evaluation",
+    "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
     "push_to_hub": ".hub.publish",
     "recipe_named": ".training.recipe",

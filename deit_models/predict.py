@@ -79,7 +79,7 @@ class Classifier:
         self.model = loaded.eval()
         self.batch_size = batch_size
         self.transform = transform_for(loaded)
-        self.labels = _labels(loaded, labels)
+        self.labels = class_labels(loaded, labels)
 
     @overload
     def __call__(self, images: str | PathLike[str] | bytes | PIL.Image.Image, *, top_k: int = 5) -> ImageResult: ...
@@ -189,7 +189,8 @@ def _placement(model: ImageClassifier) -> Tensor:
     return torch.empty(0) if first is None else torch.empty(0, device=first.device, dtype=first.dtype)
 
 
-def _labels(model: ImageClassifier, given: Sequence[str] | None) -> tuple[str, ...]:
+def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
     origin, count = model.origin, model.num_classes
     labels = given if given is not None else origin.class_names if origin is not None else None
     if labels is not None:

@@ -46,6 +46,7 @@ class Origin:
         source: where the weights came from; None for random weights.
         revision: commit of the Hub repository they came from.
         sha256: digest of the weights file, where it was computed.
+        notes: how these weights came to be, in Markdown, for the model card.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Origin:
     source: str | None = None
     revision: str | None = None
     sha256: str | None = None
+    notes: str | None = None
 
 
 _specs: dict[str, ModelSpec] = {}

@@ -11,7 +11,9 @@ import pytest
 
 import deit_models
 from deit_models.cli import build_parser
+from deit_models.finetuning.presets import PRESET_OF
 from deit_models.hub.manifest import load_manifest
+from deit_models.training.named_datasets import DATASETS
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe
 
@@ -79,12 +81,12 @@ def test_readme_commands_are_known_to_the_command() -> None:
     assert all(command in shown for command in named)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/finetuning.md"])
 def test_command_lines_of_the_documents_are_accepted(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
     found = [line for block in blocks for line in re.findall(r"(?:^|-m )deit[-_]models (.*)", block, re.MULTILINE)]
-    assert len(found) >= 4
+    assert len(found) >= 3
     for line in found:
         build_parser().parse_args(shlex.split(line, comments=True))
 
@@ -106,6 +108,19 @@ def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
     assert named <= PRESETS.keys()
     settings = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(?:--)?(distill[a-z-]*|alpha|tau)\b[^/]", text))
     assert {name.replace("-", "_") for name in settings} <= {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_fine_tuning_guide_names_the_preset_of_every_data_set() -> None:
+    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`[a-z].*?) \| `(\w+)` \|", text, re.MULTILINE)
+    named = {name.strip("`"): preset for names, preset in rows for name in names.split(", ")}
+    assert {name: preset for name, preset in PRESET_OF.items() if not name.startswith("inat")} | {
+        "inaturalist-...": PRESET_OF["inaturalist-2018"]
+    } == named
+    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    for snippet in snippets:
+        compile(snippet, "docs/finetuning.md", "exec")
+    assert all(f"`{name}`" in text or name.startswith("inat") for name in DATASETS)
 
 
 def test_public_names_are_importable_and_documented() -> None:

@@ -67,6 +67,83 @@ def test_distillation_example_trains_a_teacher_and_four_students(tiny_cifar: Pat
     assert deit_models.from_pretrained(tmp_path / "out" / "token" / "model").config.distilled
 
 
+def test_digits_example_compares_three_ways(tmp_path: Path) -> None:
+    pytest.importorskip("sklearn")
+    options = ["--out", tmp_path, "--seeds", 1, "--epochs", 1, "--ways", "head"]
+    table = (tmp_path / "table.md").read_text(encoding="utf-8") if run("finetune_digits.py", *options) else ""
+    way, accuracy, each, _ = (cell.strip() for cell in table.splitlines()[2].strip("|").split("|"))
+    assert (way, accuracy) == ("head", each)
+    assert float(accuracy) > 90
+
+
+def test_transfer_example_goes_from_five_classes_to_five(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 8), ("test", 2)):
+        for label in range(10):
+            folder = tmp_path / "data" / split / f"class {label}"
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = torch.randint(0, 80, (32, 32, 3), generator=generator) + 17 * label
+                Image.fromarray(pixels.to(torch.uint8).numpy()).save(folder / f"{i}.jpg")
+    options = [tmp_path / "data", "--out", tmp_path / "out", "--seeds", 1, "--epochs", 1, "--shots", 6]
+    printed = run("transfer_cifar10.py", *options, "--pretrain-epochs", 2)
+    table = (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+    assert table in printed
+    assert [line.split("|")[1].strip() for line in table.splitlines()[2:]] == ["from scratch", "head", "full"]
+    known = deit_models.from_pretrained(tmp_path / "out" / "pretrained" / "model").origin.class_names
+    new = deit_models.from_pretrained(tmp_path / "out" / "full_0" / "best").origin.class_names
+    assert known == tuple(f"class {i}" for i in range(5))
+    assert new == tuple(f"class {i}" for i in range(5, 10))
+
+
+def test_photos_and_cifar_examples_fine_tune_folders(tiny_cifar: Path, tmp_path: Path) -> None:
+    lines = run("finetune_photos.py", tiny_cifar / "train", "--out", tmp_path / "photos").splitlines()
+    assert lines[0].endswith("of 10 images that were set aside; by class:")
+    assert lines[-1].split(": ")[1].split(" (")[0] == Path(lines[-1].split(": ")[0]).parent.name
+    options = ["--data", tiny_cifar, "--model", "deit_micro_patch4_32", "--out", tmp_path / "cifar"]
+    printed = run("finetune_cifar10.py", *options, "epochs=2", "warmup_epochs=0", "batch_size=8", "repeats=1")
+    assert "of 16 test images" in printed
+    recipe = (tmp_path / "cifar" / "recipe.toml").read_text(encoding="utf-8")
+    assert 'optimizer = "sgd"' in recipe
+
+
+@pytest.mark.parametrize("rank", ["kingdom", "genus", "name"])
+def test_inaturalist_example_reads_the_competitions_format(tmp_path: Path, rank: str) -> None:
+    taxa = [
+        ("Aves", "Corvus", "Corvus corax"),
+        ("Aves", "Corvus", "Corvus frugilegus"),
+        ("Plantae", "Rosa", "Rosa canina"),
+    ]
+    categories = [
+        {
+            "id": i,
+            "name": name,
+            "genus": genus,
+            "kingdom": "Plantae" if top == "Plantae" else "Animalia",
+            "supercategory": top,
+        }
+        for i, (top, genus, name) in enumerate(taxa)
+    ]
+    (tmp_path / "categories.json").write_text(json.dumps(categories))
+    for split, count in (("train", 6), ("val", 2)):
+        images, annotations = [], []
+        for category, (top, *_) in enumerate(taxa):
+            for number in range(count):
+                file = f"train_val2018/{top}/{category}/{split}{number}.jpg"
+                (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+                Image.new("RGB", (40, 36), [(200, 30, 30), (30, 200, 30), (30, 30, 200)][category]).save(
+                    tmp_path / file
+                )
+                images.append({"id": len(images), "file_name": file})
+                annotations.append({"image_id": len(annotations), "category_id": category})
+        (tmp_path / f"{split}2018.json").write_text(json.dumps({"images": images, "annotations": annotations}))
+    options = [tmp_path, "--out", tmp_path / "out", "--rank", rank, "--mode", "head", "--model", "deit_micro_patch4_32"]
+    printed = run("finetune_inaturalist.py", *options)
+    classes = {"kingdom": ("Animalia", "Plantae"), "genus": ("Corvus", "Rosa"), "name": tuple(t[2] for t in taxa)}[rank]
+    assert printed.splitlines()[-1] == f"100.00 % of 6 validation images, {len(classes)} classes by {rank}"
+    assert deit_models.from_pretrained(tmp_path / "out" / "best").origin.class_names == classes
+
+
 def test_photo_example_names_classes_of_the_demo_photograph_offline() -> None:
     pytest.importorskip("skimage")
     lines = run("classify_photo.py").splitlines()
@@ -94,3 +171,18 @@ def test_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPatch) -> None:
         exec("".join(cell["source"]), namespace)
     assert namespace["adapted"].num_classes == 37
     assert eval("".join(code[-1]["source"]).splitlines()[-1], namespace) is True
+
+
+def test_fine_tuning_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("skimage")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)  # where no CIFAR-10 lies
+    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
+    cells = json.loads((ROOT / "examples" / "finetuning.ipynb").read_text(encoding="utf-8"))["cells"]
+    namespace: dict[str, object] = {}
+    for cell in cells:
+        if cell["cell_type"] == "code":
+            assert not cell["outputs"]
+            exec("".join(cell["source"]), namespace)
+    assert namespace["result"].metrics["val"]["top1"] > 80
+    assert namespace["result"].model.origin.class_names == ("chelsea", "coffee", "rocket")

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import PIL.Image
 
+from ..finetuning.head import class_names_of
 from ..models.layers import ImageClassifier
 from ..training.records import ImageRecords, some
 
@@ -32,22 +33,13 @@ def match_classes(model: ImageClassifier, records: ImageRecords) -> Match:
     ImageNet's thousand classes are accepted by their WordNet ids, whose sorted order is that of every ImageNet model's
     logits, and as torchvision's data set, which is in that order.
     """
-    names, as_they_are = _names_of(model), tuple(range(len(records.classes)))
+    names, as_they_are = class_names_of(model), tuple(range(len(records.classes)))
     if names is not None and len(set(names)) == len(names) and set(names) == set(records.classes):
         return Match(tuple(map(names.index, records.classes)))
     sorted_ids = list(records.classes) == sorted(records.classes) and all(map(_WORDNET_ID.fullmatch, records.classes))
     if len(as_they_are) == 1000 and (sorted_ids or records.name == "imagenet"):
         return Match(as_they_are)
     return Match(None, "" if names is None else _difference(names, records.classes))
-
-
-def _names_of(model: ImageClassifier) -> Sequence[str] | None:
-    origin = model.origin
-    if origin is not None and origin.class_names is None and origin.dataset == "ImageNet-1k":
-        from ..predict import Classifier
-
-        return Classifier(model).labels
-    return None if origin is None else origin.class_names
 
 
 def _difference(names: Sequence[str], classes: Sequence[str]) -> str:

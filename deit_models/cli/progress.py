@@ -23,6 +23,11 @@ def watch_evaluation(batches: Iterable[Any], total: int) -> Iterable[Any]:
     return _bar(batches, total, unit="batch", label="evaluating")
 
 
+def watch_features(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    """The batches of a frozen backbone, behind a bar on a terminal."""
+    return _bar(batches, total, unit="batch", label="features")
+
+
 class TrainingDisplay:
     """What a training run shows: on a terminal a bar for the epoch that runs, and a line for each that is finished.
 

@@ -16,14 +16,19 @@ _RECIPE_HELP = (
 )
 
 
-def add_recipe(parser: argparse.ArgumentParser, preset: str) -> None:
+def add_recipe(parser: argparse.ArgumentParser, preset: str, *, by_data: bool = False) -> None:
     """Add `--recipe`, by default `preset`, one option a field, `--list-recipes`, and a help that shows the values.
+
+    With `by_data` the command chooses by the data where there is no `--recipe`, which is then None; the help shows the
+    values of `preset`.
 
     The parser must come without a help option: the values that this one shows are those of the options before it.
     """
     shown: dict[str, argparse.Action] = {}
     parser.add_argument("-h", "--help", action=_Help, nargs=0, shown=shown, help="show this, with the recipe's values")
-    parser.add_argument("--recipe", default=preset, metavar="NAME|FILE.toml", help=_RECIPE_HELP.format(preset))
+    text = _RECIPE_HELP.format(f"by the data, {preset} where they are not known" if by_data else preset)
+    parser.add_argument("--recipe", default=None if by_data else preset, metavar="NAME|FILE.toml", help=text)
+    parser.set_defaults(shown_recipe=preset)
     parser.add_argument("--list-recipes", action=_ListRecipes, nargs=0, help="show the presets and end")
     group = parser.add_argument_group("fields of the recipe")
     for name, kind in get_type_hints(Recipe).items():
@@ -47,10 +52,15 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
     Raises: ConfigError: no such preset or file, or a value that cannot work.
     """
-    given = {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
+    given = recipe_changes(args)
     if args.recipe not in PRESETS and (args.recipe.endswith(".toml") or Path(args.recipe).is_file()):
         return read_recipe(args.recipe, **given)
     return recipe_named(args.recipe, **given)
+
+
+def recipe_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe that the command line itself gives."""
+    return {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
 
 
 class _Help(argparse.Action):
@@ -61,6 +71,7 @@ class _Help(argparse.Action):
         self.shown = shown
 
     def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.recipe = namespace.recipe or parser.get_default("shown_recipe")
         recipe, texts = chosen_recipe(namespace), {field.name: field.metadata["help"] for field in fields(Recipe)}
         for name, action in self.shown.items():
             action.help = f"{texts[name]}; default {_spelt(getattr(recipe, name))}".replace("%", "%%")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from contextlib import closing
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from ..errors import ConfigError, DataError, TrainingError
-from .arguments import EXIT_INTERRUPTED, EXIT_OK, add_data, add_loading, add_workers, command, loading, open_data
-from .progress import TrainingDisplay, process_number
+from ..errors import ConfigError, DataError
+from .arguments import add_data, add_loading, add_workers, command, loading, open_data
+from .progress import TrainingDisplay
 from .recipes import add_recipe, chosen_recipe
+from .runs import add_folder, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
 
 if TYPE_CHECKING:
     from ..models.layers import ImageClassifier
@@ -42,14 +40,7 @@ def add_distill(commands: Any) -> None:
     parser = command(commands, "distill", "train a model with a teacher", example, _run, own_help=True)
     parser.usage = _USAGE.format(" --teacher NAME")
     add_recipe(parser, "deit_distill_300e")
-    text = (
-        "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, which is run"
-    )
-    parser.add_argument("--teacher", required=True, help=text)
-    text = "a weights file of the teacher, or the name of torchvision's weights"
-    parser.add_argument("--teacher-weights", metavar="FILE", help=text)
-    text = "what the teacher computes in, default float32"
-    parser.add_argument("--teacher-precision", choices=["float32", "bf16"], default="float32", help=text)
+    add_teacher(parser, required=True)
     _add_options(parser, "deit_tiny_distilled_patch16_224")
     parser.epilog = f"{_TORCHRUN.format('distill')}\n{parser.epilog}"
 
@@ -61,9 +52,7 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
     )
     text = f"images to evaluate on, a folder or a name; default: those of DATA; {NO_VALIDATION}: train without any"
     parser.add_argument("--val-data", metavar="DATA", help=text)
-    text = "for recipe, log, saved state and models; a run that is in it goes on"
-    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
-    parser.add_argument("--fresh", action="store_true", help="refuse to go on with a run: --out must be new or empty")
+    add_folder(parser, "recipe, log, saved state and models")
     text = (
         f"what to train, from `deit-models list`, default {model}; with --pretrained, the model of a bare weights file"
     )
@@ -82,21 +71,8 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     recipe = _checked_recipe(args)
-    display = TrainingDisplay(recipe.total_epochs, finished=None if _state(args).exists() else 0)
-    import torch
-
-    try:
-        with closing(display):
-            _train(args, recipe, display)
-    except KeyboardInterrupt:
-        _say(f"deit-models: interrupted; {_what_is_kept(args, display)}", file=sys.stderr)
-        return EXIT_INTERRUPTED
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"the GPU has too little memory for {recipe.batch_size // recipe.accumulate} images at once; "
-            f"--accumulate {2 * recipe.accumulate} does each step in smaller parts"
-        ) from error
-    return EXIT_OK
+    display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
+    return run_to_end(args, recipe, display, lambda: _train(args, recipe, display))
 
 
 def _checked_recipe(args: argparse.Namespace) -> Recipe:
@@ -109,25 +85,14 @@ def _checked_recipe(args: argparse.Namespace) -> Recipe:
         )
     if args.teacher is not None and recipe.distillation == "none":
         raise ConfigError("this recipe has distillation='none' and would not use the teacher; pass --distillation hard")
-    if args.fresh and process_number() == 0 and args.out.is_dir() and any(args.out.iterdir()):
-        raise ConfigError(
-            f"{args.out} is not empty; --fresh starts in a new or empty folder: delete it or name another"
-        )
+    check_fresh(args)
     return recipe
-
-
-def _state(args: argparse.Namespace) -> Path:
-    from ..training.state import STATE_NAME
-
-    return Path(args.out, STATE_NAME)
 
 
 def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> None:
     from ..training.distributed import join_processes
     from ..training.plots import find_matplotlib, plot_curves
     from ..training.run import train
-    from ..training.teacher import load_teacher
-    from ..transforms import transform_for
 
     if args.plot:
         find_matplotlib()  # before hours of training, not after
@@ -135,17 +100,8 @@ def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -
         records = open_data(args, args.data, "train", process)
         val = _validation(args, process, records)
         model, start = _student(args, recipe, records)
-        _say(_plan(args, start, records, val))
-        teacher = None
-        if args.teacher is not None:
-            teacher = load_teacher(
-                args.teacher,
-                num_classes=model.num_classes,
-                student=transform_for(model).preprocessing,
-                weights=args.teacher_weights,
-                precision=args.teacher_precision,
-                device=process.device,
-            )
+        say(_plan(args, start, records, val))
+        teacher = given_teacher(args, model, model.num_classes, process.device)
         result = train(
             model,
             recipe=recipe,
@@ -160,7 +116,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -
             watch=display.watch,
             on_epoch=display.show_epoch,
         )
-    _say(_summary(result))
+    say(_summary(result))
     if args.plot and process.is_main:
         plot_curves({result.out.name: result.log}, result.out / "curves.png")
 
@@ -208,17 +164,8 @@ def _plan(args: argparse.Namespace, start: str, records: ImageRecords, val: Imag
     model = args.model or args.default_model if args.pretrained is None else args.pretrained
     checked = "none to evaluate on" if val is None else f"{len(val)} to evaluate on"
     data = f"{len(records)} images of {len(records.classes)} classes, {checked}"
-    place = f"going on in {args.out}" if _state(args).exists() else f"into {args.out}"
+    place = f"going on in {args.out}" if state_file(args).exists() else f"into {args.out}"
     return f"{model} {start}, recipe {args.recipe}: {data}; {place}"
-
-
-def _what_is_kept(args: argparse.Namespace, display: TrainingDisplay) -> str:
-    """For the message of an interrupted run."""
-    if display.finished == 0:
-        return "no epoch was finished, so the same command starts again"
-    if display.finished is None:
-        return f"{args.out} is as before, and the same command goes on from there"
-    return f"{args.out} keeps epoch {display.finished} of {display.epochs}, and the same command goes on from there"
 
 
 def _summary(result: TrainResult) -> str:
@@ -226,9 +173,3 @@ def _summary(result: TrainResult) -> str:
         return f"wrote {result.out / 'model'}"
     best = f", best {result.best_top1:.2f} % after epoch {result.best_epoch + 1}"
     return f"top-1 {result.top1:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
-
-
-def _say(text: str, file: TextIO | None = None) -> None:
-    """Print, in the first process alone."""
-    if process_number() == 0:
-        print(text, file=file, flush=True)

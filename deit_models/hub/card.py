@@ -50,6 +50,7 @@ def model_card(model: ImageClassifier, layout: Layout, *, repo_id: str = "owner/
             "",
             *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
             "",
+            *([origin.notes, ""] if origin.notes else []),
             "## Use",
             "",
             "```python",

@@ -70,7 +70,7 @@ def _read_native(data: Mapping[str, Any]) -> Description:
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=read_class_names(data.get("id2label")),
-        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence")},
+        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence", "notes")},
     )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 
@@ -85,5 +85,5 @@ def _write_native(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
     }
     if origin.class_names is not None:
         data["id2label"] = write_class_names(origin.class_names)
-    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence")}
+    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence", "notes")}
     return data | {key: value for key, value in facts.items() if value is not None}

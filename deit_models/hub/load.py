@@ -243,6 +243,7 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
         source=located.source,
         revision=located.revision,
         sha256=sha256,
+        notes=None if changes else known.notes,
     )
     if located.reference_logits is not None and not changes:
         check_reference(model.float(), located.reference_logits)

@@ -74,6 +74,15 @@ class ImageClassifier(nn.Module):
                     head.to_empty(device="cpu")
                 init_vit_weights(head)
 
+    @property
+    def num_layers(self) -> int:
+        """The number `layer_of` gives for the heads: the blocks and one."""
+        raise NotImplementedError(f"{type(self).__name__} does not define num_layers")
+
+    def layer_of(self, name: str) -> int:
+        """Which layer a parameter belongs to: 0 up to the first block, then one a block, then the heads."""
+        raise NotImplementedError(f"{type(self).__name__} does not define layer_of")
+
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
         raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")

@@ -45,12 +45,13 @@ def open_dataset(
 
     Args:
         source: a folder with train/ and val/ (or validation/, valid/, test/), each with one folder of images a class; a
-            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, imagenet,
-            inaturalist-2018, -2019 or -2021. A colon asks for coarser classes: "inaturalist-2018:genus". A name wins
-            over a folder of the same name in the working directory, which is "./cifar10".
+            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
+            stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
+            "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
+            "./cifar10".
         split: "train" or "val".
         root: where a named data set lies, "data" by default; not for folders.
-        download: fetch a named data set that is not there: cifar10, cifar100 and inaturalist-2021 can be.
+        download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
         classes: the training set's class names, which this set must have too; their order numbers the classes.
         own_folder: the folder was named for this split, so class folders right in it are accepted for "val" too.
 
@@ -80,12 +81,28 @@ def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
     return f"{source}: neither a folder nor a data set known by name{nearest(source, DATASETS)}"
 
 
-def _open_folder(folder: Path, split: Split, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+def has_validation(source: str | os.PathLike[str]) -> bool:
+    """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
+    if isinstance(source, str) and source.partition(":")[0] in DATASETS:
+        return True
+    folder = Path(source).expanduser()
+    return folder.is_dir() and any(name in _FOLDERS["val"] for name in _split_folders(folder))
+
+
+def _split_folders(folder: Path) -> list[str]:
+    """The folders of splits in a folder; none where it holds class folders.
+
+    A set of vehicles may well have a class called "train": its folder holds images, a split's holds class folders.
+    Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val".
+    """
     found = subfolders(folder)
     present = [name for names in _FOLDERS.values() for name in names if name in found]
-    # A set of vehicles may well have a class called "train": its folder holds images, a split's holds class folders.
-    # Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val".
-    if present and (len(present) == len(found) or any(subfolders(folder / name) for name in present)):
+    split = present and (len(present) == len(found) or any(subfolders(folder / name) for name in present))
+    return present if split else []
+
+
+def _open_folder(folder: Path, split: Split, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+    if present := _split_folders(folder):
         for name in _FOLDERS[split]:
             if name in present:
                 return read_class_folders(folder / name, name=folder.resolve().name, classes=classes)
@@ -146,15 +163,28 @@ class _WrappedRecords(ImageRecords):
         return load_image(image), number
 
     def describe(self, index: int) -> str:
-        dataset: Any = self._dataset
-        inner = index
-        while isinstance(dataset, Subset):
-            dataset, inner = dataset.dataset, dataset.indices[inner]
+        dataset, inner = self._inner(index)
         if isinstance(dataset, ImageRecords):
             return dataset.describe(inner)
         if isinstance(dataset, DatasetFolder):
             return str(dataset.samples[inner][0])
         return super().describe(index)
+
+    def label(self, index: int) -> int:
+        dataset, inner = self._inner(index)
+        if isinstance(dataset, ImageRecords):
+            return dataset.label(inner)
+        known = getattr(dataset, "targets", None)
+        if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
+            return super().label(index)
+        return int(known[inner])
+
+    def _inner(self, index: int) -> tuple[Any, int]:
+        """The data set that an image comes from, behind any Subsets, and its number there."""
+        dataset: Any = self._dataset
+        while isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+        return dataset, index
 
 
 def _own_classes(dataset: Any) -> Sequence[Any] | None:

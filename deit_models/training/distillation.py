@@ -69,9 +69,10 @@ class DistillationLoss:
     """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
 
     The class head learns from the labels. The teacher speaks to the distillation head (distill_on="token", the paper's
-    choice) or to the class head as well (distill_on="class"). A second head that is not spoken to (distillation="none",
-    or distill_on="class", with a distilled model) is ignored, as the authors do: it gets no gradient and stays
-    untrained, and since evaluation takes the mean of both heads the accuracy suffers. That is logged, once.
+    choice) or to the class head as well (distill_on="class"). Where there is no teacher, label_heads="both" has the
+    second head learn from the labels too, each head by its own loss. A second head that is not spoken to is ignored, as
+    the authors do: it gets no gradient and stays untrained, and since evaluation takes the mean of both heads the
+    accuracy suffers. That is logged, once.
 
     It holds no parameters and is no module, so that a teacher never ends up in a student's state dict.
 
@@ -107,6 +108,8 @@ class DistillationLoss:
         self._check_shape("targets", targets, cls)
         base = self._base(cls, targets)
         if self.recipe.distillation == "none":
+            if dist is not None and self.recipe.label_heads == "both":
+                return (base + self._base(dist, targets)) / 2
             self._warn_untrained(dist)
             return base
         if teacher_logits is None:
@@ -136,7 +139,7 @@ class DistillationLoss:
         self._warned = True
         logger.warning(
             "the distillation head is not trained (distillation=%r, distill_on=%r), yet evaluation takes the mean of "
-            "both heads: train a variant without the distillation token, or distil on the token",
+            "both heads: train a variant without that token, distil on the token, or set label_heads='both'",
             self.recipe.distillation,
             self.recipe.distill_on,
         )

@@ -82,6 +82,7 @@ def train_epoch(
     """
     recipe, process = learner.recipe, learner.process
     learner.heads.train(recipe.train_mode)
+    _rest_frozen_parts(learner.bare)
     start, images, rate = time.perf_counter(), 0, 0.0
     total = torch.zeros((), device=process.device)
     # Reading the loss waits for a GPU to finish; on a CPU nothing is lost by looking at every step
@@ -104,6 +105,14 @@ def train_epoch(
     mean = process.total(total) / (process.world * steps)
     count = int(process.total(torch.tensor(images, device=process.device)))
     return EpochLoss(float(mean), rate, count, time.perf_counter() - start)
+
+
+def _rest_frozen_parts(model: nn.Module) -> None:
+    """In place: eval mode for modules whose parameters are all frozen, with neither dropout nor moving statistics."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
 
 
 def _accumulate_gradients(learner: Learner, batch: Batch, *, exchange: bool) -> Tensor:

@@ -60,6 +60,7 @@ def export_model(
                 source=None,
                 revision=None,
                 sha256=None,
+                notes=None,
             )
             # the card of an earlier epoch, which save_pretrained would keep, tells that one's accuracy
             (folder / CARD_NAME).unlink(missing_ok=True)

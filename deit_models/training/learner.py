@@ -105,7 +105,7 @@ def make_learner(
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
     average = WeightAverage(bare, recipe.ema_decay) if recipe.ema_decay else None
     divided = shard == "fsdp" and process.world > 1
-    taught = recipe.distillation != "none" and recipe.distill_on == "token"
+    taught = recipe.distill_on == "token" if recipe.distillation != "none" else recipe.label_heads == "both"
     heads = spread(bare, process, shard, unused="head_dist" in dict(model.named_children()) and not taught)
     if divided and average is not None:
         shard_parameters(average.module)

@@ -79,6 +79,42 @@ def _imagenet(wanted: _Wanted) -> ImageRecords:
     return FileRecords(wanted.name, "", (file for file, _ in found.samples), found.targets, classes)
 
 
+def _flowers(wanted: _Wanted) -> ImageRecords:
+    """Oxford Flowers: trained on the official training and validation images together, scored on the test images."""
+    _refuse_rank(wanted)
+    splits = ("train", "val") if wanted.split == "train" else ("test",)
+    try:
+        parts = [datasets.Flowers102(wanted.root, split, download=wanted.download) for split in splits]
+    except ModuleNotFoundError as error:
+        raise _needs_scipy(wanted) from error
+    except (OSError, RuntimeError) as error:
+        raise DataError(_absent(wanted, "flowers-102", error)) from error
+    files = (str(file) for part in parts for file in part._image_files)
+    labels = [label for part in parts for label in part._labels]
+    return FileRecords(wanted.name, "", files, labels, parts[0].classes)
+
+
+def _cars(wanted: _Wanted) -> ImageRecords:
+    _refuse_rank(wanted)
+    folder = wanted.root / "stanford_cars"
+    names = "devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+    try:
+        found = datasets.StanfordCars(wanted.root, split="train" if wanted.split == "train" else "test")
+    except (OSError, RuntimeError) as error:
+        if "scipy" in str(error):
+            raise _needs_scipy(wanted) from error
+        raise DataError(
+            f"{wanted.name}: {names} must lie in {folder} ({_first_line(error)}); its authors' address is gone, so it "
+            "is not downloaded for you"
+        ) from error
+    files, labels = zip(*found._samples, strict=True)
+    return FileRecords(wanted.name, "", files, map(int, labels), found.classes)
+
+
+def _needs_scipy(wanted: _Wanted) -> MissingExtraError:
+    return MissingExtraError(f"the labels of {wanted.name} are MATLAB files, which scipy reads: pip install scipy")
+
+
 _RANKS_2021 = ("kingdom", "phylum", "class", "order", "family", "genus")
 """What a class folder's name gives after its number: 00000_Animalia_Annelida_Clitellata_Haplotaxida_..."""
 
@@ -187,6 +223,8 @@ def _first_line(error: Exception | None) -> str:
 _OPENERS: dict[str, Callable[[_Wanted], ImageRecords]] = {
     "cifar10": partial(_cifar, kind=datasets.CIFAR10),
     "cifar100": partial(_cifar, kind=datasets.CIFAR100),
+    "flowers102": _flowers,
+    "stanford_cars": _cars,
     "imagenet": _imagenet,
     "inaturalist-2018": partial(_inaturalist_json, year=2018),
     "inaturalist-2019": partial(_inaturalist_json, year=2019),

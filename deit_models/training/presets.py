@@ -144,5 +144,54 @@ _T2T: _Presets = {
     "t2t_24_300e": ("T2T-ViT-19, 24, t-19 and t-24 from scratch, likewise", {**_T2T_300E, "weight_decay": 0.065}),
 }
 
-PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_CIFAR}
+# What the authors answered in issue 45 of their repository; its moving average is off, since it was never the result
+_FINETUNE_SGD: _Settings = {
+    "epochs": 1000,
+    "batch_size": 768,
+    "optimizer": "sgd",
+    "lr": 0.01,
+    "lr_batch": 768,
+    "weight_decay": 1e-4,
+    "ema_decay": 0.0,
+    "drop_path_rate": 0.0,
+    "erase": 0.0,
+    "label_heads": "both",
+}
+_FINETUNE_INATURALIST: _Settings = {
+    "epochs": 100,
+    "batch_size": 768,
+    "lr": 7.5e-5,
+    "min_lr": 1e-6,
+    "ema_decay": 0.0,
+    "label_heads": "both",
+}
+_FINETUNE: _Settings = {
+    "epochs": 30,
+    "batch_size": 64,
+    "lr": 5e-4,
+    "lr_batch": 64,
+    "warmup_lr": 1e-6,
+    "min_lr": 1e-6,
+    "warmup_epochs": 3,
+    "schedule": "step",
+    "layer_decay": 0.75,
+    "clip_grad": 1.0,
+    "ema_decay": 0.0,
+    "crop_scale": 0.5,
+    "augment": "none",
+    "color_jitter": 0.2,
+    "erase": 0.0,
+    "repeats": 1,
+    "mixup": 0.0,
+    "cutmix": 0.0,
+    "label_heads": "both",
+    "patience": 10,
+}
+_TRANSFER: _Presets = {
+    "finetune": ("a pretrained model on other classes: ours", _FINETUNE),
+    "finetune_sgd": ("CIFAR, Cars, Flowers, at length: the authors, issue 45", _FINETUNE_SGD),
+    "finetune_inaturalist": ("their AdamW variant; rate and length ours", _FINETUNE_INATURALIST),
+}
+
+PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_CIFAR, **_TRANSFER}
 """Name to (what it is and where it comes from, what differs from the defaults)."""

@@ -33,6 +33,7 @@ Crop = Literal["random_resized", "pad", "simple", "none"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
 Loss = Literal["ce", "bce"]
 Distillation = Literal["none", "soft", "hard"]
+LabelHeads = Literal["class", "both"]
 DistillOn = Literal["token", "class"]
 CUSTOM = "custom"
 """The label of a recipe that began as no preset."""
@@ -68,6 +69,9 @@ class Recipe:
         "and 1 both run at warmup_lr; step: interpolated at every step; constant: after the warm-up, always lr",
     )
     weight_decay: float = _option(0.05, "on every parameter but vectors, biases and model.no_weight_decay()")
+    layer_decay: float = _option(
+        1.0, "the learning rate of each layer as a fraction of the next one's; the head learns at the full rate"
+    )
     beta1: float = _option(0.9, "AdamW's first beta, or SGD's momentum")
     beta2: float = _option(0.999, "AdamW's second beta")
     eps: float = _option(1e-8, "AdamW's epsilon")
@@ -101,6 +105,10 @@ class Recipe:
     label_smoothing: float = _option(0.1, "mass spread over all classes")
     loss: Loss = _option("ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive")
 
+    label_heads: LabelHeads = _option(
+        "class",
+        "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
+    )
     distillation: Distillation = _option("none", "none, soft (KL to the teacher) or hard (the teacher's decision)")
     distill_on: DistillOn = _option(
         "token", "where the teacher speaks: the distillation token's head, or the class head"
@@ -112,6 +120,7 @@ class Recipe:
     compile: bool = _option(False, "torch.compile the model")
     seed: int = _option(0, "of weights, order and augmentation")
     eval_every: int = _option(1, "epochs between evaluations; the last epoch is always evaluated")
+    patience: int = _option(0, "epochs without a better validation accuracy after which the run ends; 0: never")
 
     def __post_init__(self) -> None:
         """Check types, choices, ranges and relations; whole numbers are accepted where a float is meant."""
@@ -159,13 +168,13 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "accumulate", "repeats", "eval_every"), lambda v: v >= 1, "1 or more"),
-    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size"), lambda v: v >= 0, "0 or more"),
+    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience"), lambda v: v >= 0, "0 or more"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),
     (("hflip", "erase", "mix_prob", "mix_switch", "label_smoothing", "alpha"), lambda v: 0 <= v <= 1, "0 to 1"),
     (("beta1", "beta2", "ema_decay", "drop_path_rate", "drop_rate"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
-    (("crop_scale",), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
+    (("crop_scale", "layer_decay"), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
 )
 """Every number among the fields: which ones, whether a value is in range, and how to say so."""

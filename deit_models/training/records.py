@@ -40,6 +40,14 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
         """Where an image comes from, for messages: its file, or its number and the set's name."""
         return f"image {index} of {self.name}"
 
+    def key(self, index: int) -> str:
+        """What an image is called within its set, wherever the set lies: its file below the root, or its number."""
+        return str(index)
+
+    def label(self, index: int) -> int:
+        """The label alone. Subclasses that know it give it without reading the image."""
+        return self[index][1]
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, {len(self)} images, {len(self.classes)} classes)"
 
@@ -69,9 +77,15 @@ class FileRecords(ImageRecords):
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         return load_image(self.describe(index)), self._labels[index]
 
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
     def describe(self, index: int) -> str:
+        return os.path.join(self._root, self.key(index))
+
+    def key(self, index: int) -> str:
         index = range(len(self))[index]
-        return os.path.join(self._root, os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]]))
+        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
 
 
 class ArrayRecords(ImageRecords):
@@ -89,6 +103,44 @@ class ArrayRecords(ImageRecords):
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
         return PIL.Image.fromarray(self._images[index]), self._labels[index]
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+
+class SubsetRecords(ImageRecords):
+    """Some of the images of another set, in a given order; perhaps of some of its classes only."""
+
+    def __init__(self, records: ImageRecords, indices: Iterable[int], *, classes: Sequence[str] | None = None) -> None:
+        """Note which images.
+
+        Args:
+            records: the whole set.
+            indices: of the wanted images.
+            classes: names that the images' labels are among, which number the labels anew; default: those of `records`.
+        """
+        self.name = records.name
+        self.classes = records.classes if classes is None else tuple(classes)
+        self._records = records
+        self._indices = array("q", indices)
+        wanted = {name: number for number, name in enumerate(self.classes)}
+        self._numbers = {number: wanted[name] for number, name in enumerate(records.classes) if name in wanted}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        image, label = self._records[self._indices[index]]
+        return image, self._numbers[label]
+
+    def label(self, index: int) -> int:
+        return self._numbers[self._records.label(self._indices[index])]
+
+    def describe(self, index: int) -> str:
+        return self._records.describe(self._indices[index])
+
+    def key(self, index: int) -> str:
+        return self._records.key(self._indices[index])
 
 
 def subfolders(folder: str | Path) -> list[str]:
@@ -120,6 +172,7 @@ def read_class_folders(
     folders = subfolders(folder)
     if not folders:
         raise DataError(f"{folder}: no class folders; expected one folder of images for each class")
+    _check_spelling(folder, folders)
     found = list(dict.fromkeys(map(class_of, folders)))
     if classes is not None:
         check_classes(found, classes, where=str(folder))
@@ -140,6 +193,15 @@ def read_class_folders(
     if len(found) == 1:
         raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders")
     return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
+
+
+def _check_spelling(folder: Path, names: Sequence[str]) -> None:
+    """Class names are written into config.json. Raises: DataError: one is no Unicode text, as after a bad unzip."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{folder}: class folder {os.fsencode(name)!r} is not named in UTF-8; rename it") from error
 
 
 def _images_in(folder: str | Path, prefix: str) -> list[str]:

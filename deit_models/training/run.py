@@ -117,6 +117,8 @@ def train(
     """
     records = open_images(train, "train")
     val_records = None if val is None else open_images(val, "val", records.classes)
+    if recipe.patience and val_records is None:
+        raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
     preprocessing = preprocessing or preprocessing_of(model)
     with join_processes(device) as process:
         learner = make_learner(
@@ -173,6 +175,8 @@ class _Run:
         damage = DamageCount(self.records, self.corrupt_limit, failed=progress.unreadable)
         with closing(log):
             for epoch in range(progress.epoch, recipe.total_epochs):
+                if self._gives_up(progress):
+                    break
                 row = self._one_epoch(epoch, sampler, batches, damage)
                 if row.get("top1", -1.0) > progress.best_top1:
                     progress.best_top1, progress.best_epoch = row["top1"], epoch
@@ -222,6 +226,12 @@ class _Run:
             row |= self._evaluate()
         return row
 
+    def _gives_up(self, progress: Progress) -> bool:
+        """Whether the recipe's patience is over; looked at after an evaluation, by a run that goes on as well."""
+        recipe = self.learner.recipe
+        evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
+        return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
+
     def _identity(self) -> dict[str, str]:
         """What a saved state must have been made with, besides the recipe."""
         model = self.learner.bare.model
@@ -232,6 +242,9 @@ class _Run:
         if (teacher := self.learner.teacher) is not None:
             network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)
             identity["teacher"] = f"{network} for {teacher.img_size or 'any'} pixels ({digest_of_numbers(teacher)})"
+        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        if len(trained) < len(list(model.parameters())):
+            identity["trained"] = f"{trained[0]} and {len(trained) - 1} more tensors"
         # a divided optimiser is saved under other names
         return identity | ({"shard": "fsdp"} if self.learner.divided else {})
 

@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,10 +86,12 @@ def digest_of_names(names: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
 
 
-def digest_of_numbers(module: nn.Module) -> str:
-    """Sixteen hex digits that differ where a parameter or buffer of the module does, on whatever device it is."""
+def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> str:
+    """Sixteen hex digits that differ where a parameter or buffer does; those of some children may be left out."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name.partition(".")[0] in without:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -14,7 +14,7 @@ from deit_models import cli
 from deit_models.cli import build_parser, main
 
 COMMANDS = [
-    ["list"], ["info"], ["predict"], ["evaluate"], ["train"], ["distill"], ["convert"],
+    ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"], ["convert"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
 ]  # fmt: skip
 

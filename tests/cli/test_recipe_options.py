@@ -18,6 +18,7 @@ OTHER = {
     "hflip": 0.0, "augment": "3-augment", "color_jitter": 0.0, "erase": 0.0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0,
     "mix_prob": 0.5, "mix_switch": 0.25, "label_smoothing": 0.0, "loss": "bce", "distillation": "soft",
     "distill_on": "class", "alpha": 0.1, "tau": 3.0, "precision": "fp16", "compile": True, "seed": 9, "eval_every": 5,
+    "patience": 4, "layer_decay": 0.75, "label_heads": "both",
 }  # fmt: skip
 """Another value of each field than the default."""
 

@@ -223,6 +223,19 @@ def test_an_untrained_head_is_told_of_once(fields: dict[str, str], caplog: pytes
     assert "the distillation head is not trained" in caplog.text
 
 
+@pytest.mark.parametrize("base", ["ce", "bce"])
+def test_without_a_teacher_both_heads_may_learn_from_the_labels(base: str, caplog: pytest.LogCaptureFixture):
+    recipe = Recipe(loss=base, label_heads="both", label_smoothing=0.0)
+    cls, dist = torch.randn(4, 3), torch.randn(4, 3)
+    targets = torch.eye(3)[[0, 1, 2, 0]]
+    alone = DistillationLoss(Recipe(loss=base, label_smoothing=0.0), teacher=None)
+    loss = DistillationLoss(recipe, teacher=None)
+    expected = (alone(cls, targets) + alone(dist, targets)) / 2
+    assert loss(HeadLogits(cls, dist), targets) == pytest.approx(float(expected))
+    assert loss(HeadLogits(cls, None), targets) == pytest.approx(float(alone(cls, targets)))
+    assert not caplog.records
+
+
 def test_a_trained_head_is_not_warned_of(caplog: pytest.LogCaptureFixture):
     cls, dist, targets, logits = tensors(STUDENT, DIST, TARGETS, TEACHER)
     distilling()(HeadLogits(cls, dist), targets, logits)

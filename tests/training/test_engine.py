@@ -248,6 +248,18 @@ def test_clipping_mode_of_the_recipe_is_the_one_used() -> None:
     assert limits.min() < 1
 
 
+def test_frozen_parts_train_without_dropout_and_keep_their_statistics() -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.LazyLinear(3))
+    network(torch.zeros(1, 3, tiny.SIZE, tiny.SIZE))
+    network[:2].requires_grad_(False)
+    before = network[1].running_mean.clone()
+    learner = tiny.learner(network, tiny.recipe())
+    batch = (torch.randn(8, 3, tiny.SIZE, tiny.SIZE), torch.zeros(8, dtype=torch.long), torch.full((8,), -1))
+    train_epoch(learner, [batch], steps=1, epoch=2, damage=DamageCount(tiny.Pictures(8), 0.0))
+    assert torch.equal(network[1].running_mean, before)
+    assert [module.training for module in network] == [False, False, True, True, True]
+
+
 def test_train_mode_off_trains_without_stochastic_depth() -> None:
     data = batches(2, 8)
     weights = []

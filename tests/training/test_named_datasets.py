@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from urllib.error import URLError
@@ -12,7 +13,7 @@ import pytest
 import torch
 from torchvision import datasets
 
-from deit_models.errors import ConfigError, DataError
+from deit_models.errors import ConfigError, DataError, MissingExtraError
 from deit_models.training.datasets import open_dataset
 
 
@@ -101,6 +102,80 @@ def test_sets_without_ranks_refuse_one(tmp_path: Path) -> None:
             open_dataset(name, "train", root=tmp_path)
 
 
+# Flowers and Cars, whose labels are MATLAB files
+
+
+@pytest.fixture
+def flowers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = tmp_path / "flowers-102"
+    for number in range(1, 7):
+        write_image(folder / "jpg" / f"image_{number:05}.jpg", grey=40 * number)
+    savemat(folder / "imagelabels.mat", {"labels": np.array([[1, 2, 102, 1, 2, 102]])})
+    savemat(folder / "setid.mat", {"trnid": [[1, 2]], "valid": [[4, 5]], "tstid": [[3, 6]]})
+    files = {name: (file, None) for name, (file, _) in datasets.Flowers102._file_dict.items()}
+    monkeypatch.setattr(datasets.Flowers102, "_file_dict", files)
+    return tmp_path
+
+
+def test_flowers_are_trained_on_two_splits_and_scored_on_the_third(flowers: Path) -> None:
+    train = open_dataset("flowers102", "train", root=flowers)
+    test = open_dataset("flowers102", "val", root=flowers, classes=train.classes)
+    assert [(Path(train.describe(i)).stem, train[i][1], train.label(i)) for i in range(4)] == [
+        ("image_00001", 0, 0), ("image_00002", 1, 1), ("image_00004", 0, 0), ("image_00005", 1, 1),
+    ]  # fmt: skip
+    assert [test[i][1] for i in range(2)] == [101, 101]
+    assert len(train.classes) == 102
+    assert train.classes[0] == "pink primrose"
+
+
+def test_absent_flowers_can_be_fetched(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    with pytest.raises(DataError, match=r"flowers-102 is not there; pass download=True"):
+        open_dataset("flowers102", "train", root=tmp_path)
+
+
+@pytest.fixture
+def cars(tmp_path: Path) -> Path:
+    savemat = pytest.importorskip("scipy.io").savemat
+    folder = tmp_path / "stanford_cars"
+    (folder / "devkit").mkdir(parents=True)
+    for split, file in (("train", "devkit/cars_train_annos.mat"), ("test", "cars_test_annos_withlabels.mat")):
+        rows = np.array([("a.jpg", 2), ("b.jpg", 1)], dtype=[("fname", object), ("class", object)])
+        savemat(folder / file, {"annotations": rows})
+        for name in ("a", "b"):
+            write_image(folder / f"cars_{split}" / f"{name}.jpg")
+    savemat(folder / "devkit/cars_meta.mat", {"class_names": np.array(["Acura RL Sedan 2012", "BMW M3"], dtype=object)})
+    return tmp_path
+
+
+def test_cars_are_read_as_torchvision_reads_them(cars: Path) -> None:
+    for split, theirs in (("train", "train"), ("val", "test")):
+        records = open_dataset("stanford_cars", split, root=cars)
+        expected = datasets.StanfordCars(cars, split=theirs)._samples
+        assert [(records.describe(i), records[i][1]) for i in range(2)] == expected
+        assert [records.label(i) for i in range(2)] == [1, 0]
+    assert records.classes == ("Acura RL Sedan 2012", "BMW M3")
+
+
+def test_absent_cars_say_which_files_belong_there(tmp_path: Path) -> None:
+    pytest.importorskip("scipy")
+    for download in (False, True):
+        with pytest.raises(
+            DataError, match=r"devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat must lie"
+        ):
+            open_dataset("stanford_cars", "train", root=tmp_path, download=download)
+
+
+@pytest.mark.usefixtures("flowers")
+def test_missing_scipy_is_named(cars: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("scipy", "scipy.io"):
+        monkeypatch.setitem(sys.modules, module, None)
+    for name in ("flowers102", "stanford_cars"):
+        with pytest.raises(MissingExtraError, match=f"labels of {name} are MATLAB files.* pip install scipy"):
+            open_dataset(name, "train", root=cars)
+
+
 # ImageNet
 
 
@@ -137,10 +212,14 @@ def test_absent_imagenet_says_which_files_belong_there(imagenet: Path) -> None:
 
 # iNaturalist 2018 and 2019
 
+_RANKS = ("name", "genus", "family", "order", "class", "phylum", "kingdom", "supercategory")
+_CROWS = ("Corvus", "Corvidae", "Passeriformes", "Aves", "Chordata", "Animalia", "Aves")
+_ROSES = ("Rosa", "Rosaceae", "Rosales", "Magnoliopsida", "Tracheophyta", "Plantae", "Plantae")
 SPECIES = [
-    {"id": 0, "name": "Corvus corax", "genus": "Corvus", "kingdom": "Animalia", "supercategory": "Aves"},
-    {"id": 1, "name": "Corvus frugilegus", "genus": "Corvus", "kingdom": "Animalia", "supercategory": "Aves"},
-    {"id": 2, "name": "Rosa canina", "genus": "Rosa", "kingdom": "Plantae", "supercategory": "Plantae"},
+    {"id": number, **dict(zip(_RANKS, (name, *taxa), strict=True))}
+    for number, (name, taxa) in enumerate(
+        [("Corvus corax", _CROWS), ("Corvus frugilegus", _CROWS), ("Rosa canina", _ROSES)]
+    )
 ]
 TRAINING = [2, 0, 1, 2]
 VALIDATION = [1, 0, 2]
@@ -177,7 +256,16 @@ def test_inaturalist_numbers_classes_as_training_meets_them(tmp_path: Path, year
 
 @pytest.mark.parametrize(
     ("rank", "classes", "labels"),
-    [("genus", ("Rosa", "Corvus"), [1, 1, 0]), ("kingdom", ("Plantae", "Animalia"), [1, 1, 0])],
+    [
+        ("kingdom", ("Plantae", "Animalia"), [1, 1, 0]),
+        ("phylum", ("Tracheophyta", "Chordata"), [1, 1, 0]),
+        ("class", ("Magnoliopsida", "Aves"), [1, 1, 0]),
+        ("order", ("Rosales", "Passeriformes"), [1, 1, 0]),
+        ("supercategory", ("Plantae", "Aves"), [1, 1, 0]),
+        ("family", ("Rosaceae", "Corvidae"), [1, 1, 0]),
+        ("genus", ("Rosa", "Corvus"), [1, 1, 0]),
+        ("name", ("Rosa canina", "Corvus corax", "Corvus frugilegus"), [2, 1, 0]),
+    ],
 )
 def test_inaturalist_has_coarser_classes(
     tmp_path: Path, rank: str, classes: tuple[str, ...], labels: list[int]

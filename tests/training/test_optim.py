@@ -9,6 +9,7 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from deit_models.errors import ConfigError
 from deit_models.registry import list_models, model_spec
 from deit_models.training.optim import (
     WeightAverage,
@@ -153,6 +154,54 @@ def test_frozen_parameters_are_in_no_group() -> None:
     assert names_of(model, decayed) | names_of(model, plain) == {
         name for name, _ in model.named_parameters() if not name.startswith("patch_embed")
     }
+
+
+def test_layers_learn_at_falling_rates_from_the_head_down() -> None:
+    model = tiny.model(distilled=True, depth=3)
+    optimizer = make_optimizer(model, tiny.recipe(layer_decay=0.5))
+    set_learning_rate(optimizer, 1.0)
+    rates = {name: group["lr"] for group in optimizer.param_groups for name in names_of(model, group)}
+    assert set(rates) == {name for name, _ in model.named_parameters()}
+    expected = {
+        "patch_embed": 0.0625,
+        "pos_embed": 0.0625,
+        "cls_token": 0.0625,
+        "dist_token": 0.0625,
+        "norm": 1,
+        "head": 1,
+    }
+    expected |= {f"blocks.{block}": 0.5 ** (3 - block) for block in range(3)} | {"head_dist": 1}
+    for start, rate in expected.items():
+        assert {value for name, value in rates.items() if name.startswith(start)} == {rate}
+    plain, layered = (
+        {
+            name
+            for group in make_optimizer(model, tiny.recipe(layer_decay=decay)).param_groups
+            if not group["weight_decay"]
+            for name in names_of(model, group)
+        }
+        for decay in (1.0, 0.5)
+    )
+    assert plain == layered
+
+
+def test_layer_decay_scales_are_timms() -> None:
+    timm, timm_optim = pytest.importorskip("timm"), pytest.importorskip("timm.optim")
+    theirs = timm.create_model("deit_tiny_patch16_224", pretrained=False)
+    groups = timm_optim.param_groups_layer_decay(theirs, 0.05, theirs.no_weight_decay(), layer_decay=0.75)
+    with torch.device("meta"):
+        ours = model_spec("deit_tiny_patch16_224").model_class(model_spec("deit_tiny_patch16_224").config)
+    scales = {name: group["lr_scale"] for group in groups for name in names_of(theirs, group)}
+    for group in parameter_groups(ours, 0.05, 0.75):
+        for name in names_of(ours, group):
+            # the last norm learns with the head here, as in BEiT, and with the last block there
+            expected = 1.0 if name.startswith("norm") else scales[name]
+            assert group["lr_scale"] == pytest.approx(expected), name
+
+
+def test_layer_decay_needs_a_model_that_tells_its_layers() -> None:
+    with pytest.raises(ConfigError, match=r"layer_decay=0\.5: Linear does not tell its layers; use 1"):
+        parameter_groups(nn.Linear(2, 2), 0.1, 0.5)
 
 
 def test_foreign_modules_need_no_list() -> None:

@@ -29,6 +29,38 @@ def run(out: Path, network: nn.Module | None = None, /, **options: Any) -> Train
     return train(network or tiny.model(), recipe=tiny.recipe(**changes), out=out, **options)
 
 
+# ---- how long it goes on
+
+
+def standing_still(tmp_path: Path, **changes: Any) -> TrainResult:
+    still = {"lr": 0.0, "warmup_lr": 0.0, "min_lr": 0.0, "epochs": 12}
+    options = {
+        "train": tiny.Pictures(8),
+        "val": tiny.Pictures(9, seed=1),
+        "out": tmp_path,
+        "workers": 0,
+        "device": "cpu",
+    }
+    return train(tiny.model(), recipe=tiny.recipe(**still, **changes), **options)
+
+
+def test_patience_ends_a_run_that_gets_no_better(tmp_path: Path) -> None:
+    assert len(standing_still(tmp_path / "without").log) == 12
+    first = standing_still(tmp_path / "with", patience=3)
+    assert [row["epoch"] for row in first.log] == [0, 1, 2, 3]
+    again = standing_still(tmp_path / "with", patience=3)
+    assert again.log == first.log
+
+
+def test_patience_counts_epochs_between_evaluations_too(tmp_path: Path) -> None:
+    assert len(standing_still(tmp_path, patience=3, eval_every=2).log) == 6
+
+
+def test_patience_needs_images_to_evaluate_on(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="patience=3 needs images to evaluate on"):
+        train(tiny.model(), recipe=tiny.recipe(patience=3), train=tiny.Pictures(8), out=tmp_path / "run")
+
+
 # ---- what it leaves
 
 

@@ -1,0 +1,180 @@
+"""What a finished fine-tuning leaves besides weights: figures, accuracies by class, the card's section."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ..hub.fetch import atomic_write
+from ..models.layers import ImageClassifier, Layout
+from ..training.export import CARD_NAME
+from ..training.recipe import Recipe
+from ..training.records import ImageRecords
+from .outcomes import Outcomes
+from .pictures import Curve, draw_confusion, draw_curve, draw_mistakes
+from .split import SPLIT_NAME, Split
+
+METRICS_NAME = "metrics.json"
+Part = Literal["val", "test"]
+_PEERS: tuple[Layout, ...] = ("timm", "transformers")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A set of images, and what the best model said of them."""
+
+    records: ImageRecords
+    outcomes: Outcomes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Story:
+    """What there is to tell of a run.
+
+    Attributes:
+        started_from: the weights it began with.
+        mode: which part learned.
+        recipe: the settings.
+        data: the data set's name.
+        train_images: how many.
+        split: how the validation images were set aside, if they were.
+        scored: the sets the best model was scored on.
+        seconds: how long this call took up to here.
+        details: figures that belong to a mode, for metrics.json.
+        curve: how it came about, for a picture.
+    """
+
+    started_from: str
+    mode: str
+    recipe: Recipe
+    data: str
+    train_images: int
+    split: Split | None
+    scored: Mapping[Part, Scored]
+    seconds: float
+    details: Mapping[str, Any]
+    curve: Curve
+
+
+def write_report(out: Path, story: Story, *, plot: bool) -> dict[str, Any]:
+    """Write metrics.json, a table of accuracies by class for each set of images, and with `plot` the pictures.
+
+    Gives what is in metrics.json. Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no
+    permission.
+    """
+    classes = story.scored["val"].records.classes
+    metrics: dict[str, Any] = {
+        **{"started_from": story.started_from, "mode": story.mode, "recipe": story.recipe.preset},
+        **{"data": story.data, "classes": len(classes), "train_images": story.train_images},
+        "split": None if story.split is None else {"seed": story.split.seed, "fraction": story.split.fraction},
+        **{part: _figures(scored) for part, scored in story.scored.items()},
+        **story.details,
+        "seconds": round(story.seconds, 2),
+    }
+    with atomic_write(out / METRICS_NAME) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for part, scored in story.scored.items():
+        _write_classes(out / f"per_class_{part}.csv", scored)
+    if plot:
+        shown = story.scored.get("test", story.scored["val"])
+        draw_curve(story.curve, out / "curves.png")
+        draw_confusion(shown.outcomes, classes, out / "confusion.png")
+        draw_mistakes(shown.outcomes, shown.records, out / "mistakes.png")
+    return metrics
+
+
+def _figures(scored: Scored) -> dict[str, Any]:
+    outcomes = scored.outcomes
+    there, right = outcomes.by_class(len(scored.records.classes))
+    met = there > 0
+    return {
+        **{"top1": round(outcomes.top1, 4), "top5": round(outcomes.top5, 4), "loss": round(outcomes.loss, 6)},
+        "mean_class_accuracy": round(100 * float((right[met] / there[met]).double().mean()), 4) if met.any() else 0.0,
+        **{"images": outcomes.images, "unreadable": len(scored.records) - outcomes.images},
+    }
+
+
+def _write_classes(path: Path, scored: Scored) -> None:
+    there, right = scored.outcomes.by_class(len(scored.records.classes))
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("class", "images", "correct", "accuracy"))
+        for name, images, correct in zip(scored.records.classes, there.tolist(), right.tolist(), strict=True):
+            table.writerow((name, images, correct, f"{100 * correct / images:.2f}" if images else ""))
+
+
+def write_models(out: Path, story: Story, *, best: ImageClassifier, last: ImageClassifier) -> None:
+    """Write each as a folder in three layouts, with a card that tells the story; their origins change in place.
+
+    The best one goes to out/best, out/timm/best and out/transformers/best, the last one to out/model and so on.
+    Raises: FetchError: no space or no permission.
+    """
+    scored = story.scored.get("test", story.scored["val"]).outcomes
+    notes = _notes(story)
+    if last is not best:
+        _describe(last, story, f"{notes}\n\nThese are the last weights; the figures are those of the best epoch's.")
+        _write_layouts(last, out, "model")
+    _describe(best, story, notes, top1=round(scored.top1, 2), top5=round(scored.top5, 2))
+    _write_layouts(best, out, "best")
+    if last is best:
+        _write_layouts(best, out, "model")
+
+
+def _describe(
+    model: ImageClassifier, story: Story, notes: str, *, top1: float | None = None, top5: float | None = None
+) -> None:
+    if model.origin is not None:
+        # the last three were true of the weights that it began with
+        model.origin = replace(
+            model.origin,
+            dataset=story.data,
+            notes=notes,
+            top1=top1,
+            top5=top5,
+            source=None,
+            revision=None,
+            sha256=None,
+        )
+
+
+def _write_layouts(model: ImageClassifier, out: Path, name: str) -> None:
+    layouts: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
+    for layout, folder in layouts:
+        # the card of an earlier epoch or call, which save_pretrained would keep, tells that one's figures
+        (folder / CARD_NAME).unlink(missing_ok=True)
+        model.save_pretrained(folder, layout=layout)
+
+
+def _notes(story: Story) -> str:
+    """The section of the card, in Markdown."""
+    recipe, counts = story.recipe, {part: len(scored.records) for part, scored in story.scored.items()}
+    aside = "" if story.split is None else f" (set aside by class with seed {story.split.seed}, {SPLIT_NAME})"
+    tested = f", {counts['test']} for testing" if "test" in counts else ""
+    rows = {
+        "started from": story.started_from,
+        "data": f"{story.data}, {len(story.scored['val'].records.classes)} classes: {story.train_images} images for "
+        f"training, {counts['val']} for validation{aside}{tested}",
+        "what learned": story.mode,
+        "settings": _settings(story.mode, recipe, story.details),
+    }
+    for part, scored in story.scored.items():
+        figures = _figures(scored)
+        rows[f"on the {'validation' if part == 'val' else 'test'} images"] = (
+            f"{figures['top1']:.2f} % top-1, {figures['top5']:.2f} % top-5, {figures['mean_class_accuracy']:.2f} % "
+            f"as the mean over classes; {figures['images']} images"
+        )
+    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    chosen = "The validation images also chose these weights, which flatters their figure."
+    return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
+
+
+def _settings(mode: str, recipe: Recipe, details: Mapping[str, Any]) -> str:
+    if mode == "head":
+        return f"logistic regression on the backbone's features, L2 penalty {details['penalty']:g}"
+    names = ("epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix", "seed")
+    parts = [f"{name} {getattr(recipe, name)}" for name in names]
+    return f"recipe {recipe.preset}: learning rate {recipe.peak_lr:g}, {', '.join(parts)}; the rest in recipe.toml"

@@ -1,0 +1,268 @@
+"""mode="head": each image read and sent through the backbone exactly once, kept on disk, the head fitted to the end."""
+
+import json
+
+import pytest
+import torch
+from coloured import Counted, Unlabelled, atom, recipe, save_folders
+from torch.nn import functional as F
+
+import deit_models
+from deit_models.errors import ConfigError, DataError, TrainingError
+from deit_models.finetuning.features import Features, extract_features
+from deit_models.finetuning.linear import STRENGTHS, fit_heads, judge
+from deit_models.training.datasets import open_dataset
+from deit_models.training.distributed import Process
+from deit_models.training.loading import plain_watch
+from deit_models.transforms import transform_for
+
+ALONE = Process(0, 1, torch.device("cpu"))
+
+
+def extract(model, records, folder, *, watch=plain_watch, workers=0):
+    options = {"precision": "float32", "workers": workers, "corrupt_limit": 0.01, "watch": watch}
+    return extract_features(model, records, folder, ALONE, **options)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Counts the images through the backbone of any model, also of one that is rebuilt on the way."""
+    from deit_models.models.deit import PatchEmbed
+
+    seen = []
+    forward = PatchEmbed.forward
+
+    def counted(self, x):
+        seen.append(len(x))
+        return forward(self, x)
+
+    monkeypatch.setattr(PatchEmbed, "forward", counted)
+    return seen
+
+
+# Once
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_each_image_is_read_and_sent_through_the_backbone_exactly_once(tmp_path, passes, distilled):
+    train, test = Counted(90), Counted(30, seed=500)
+    deit_models.finetune(
+        atom(distilled=distilled), train=train, test=test, out=tmp_path / "out", mode="head", recipe=recipe(), workers=0
+    )
+    assert sorted(train.read) == list(range(90))
+    assert sorted(test.read) == list(range(30))
+    assert sum(passes) == 120
+
+
+def test_that_holds_with_given_validation_images_and_with_labels_that_come_with_the_images(tmp_path, passes):
+    train, val = Counted(60), Counted(30, seed=500)
+    deit_models.finetune(
+        atom(), train=Unlabelled(train), val=Unlabelled(val), out=tmp_path / "out", mode="head", workers=0
+    )
+    assert sorted(train.read) == list(range(60))
+    assert sorted(val.read) == list(range(30))
+    assert sum(passes) == 90
+
+
+def test_second_call_reads_nothing_and_gives_the_same_model(tmp_path, passes):
+    records, weights = Counted(60), []
+    for _ in range(2):
+        result = deit_models.finetune(
+            atom(), train=records, out=tmp_path / "out", mode="head", recipe=recipe(), workers=0
+        )
+        weights.append(result.model.head.weight.detach().clone())
+    assert len(records.read) == sum(passes) == 60
+    assert torch.equal(*weights)
+
+
+def test_interrupted_extraction_goes_on_with_the_images_that_are_left(tmp_path, monkeypatch):
+    monkeypatch.setattr("deit_models.finetuning.features._BATCH", 8)
+    monkeypatch.setattr("deit_models.finetuning.features._SHARD", 16)
+    records = Counted(60)
+
+    def interrupted(batches, _total):
+        for number, batch in enumerate(batches):
+            if number == 5:
+                raise KeyboardInterrupt
+            yield batch
+
+    with pytest.raises(KeyboardInterrupt):
+        extract(atom(), records, tmp_path / "features", watch=interrupted)
+    assert sorted(path.name for path in (tmp_path / "features").glob("*.safetensors")) == [
+        "000000000.safetensors", "000000016.safetensors",
+    ]  # fmt: skip
+    records.read.clear()
+    found = extract(atom(), records, tmp_path / "features")
+    assert sorted(records.read) == list(range(32, 60))
+    whole = extract(atom(), Counted(60), tmp_path / "whole")
+    assert torch.equal(found.inputs["head"], whole.inputs["head"])
+    assert torch.equal(found.labels, whole.labels)
+
+
+def test_damaged_shard_is_made_again(tmp_path, caplog):
+    first = extract(atom(), Counted(20), tmp_path / "features")
+    (tmp_path / "features" / "000000000.safetensors").write_bytes(b"not a shard")
+    again = extract(atom(), Counted(20), tmp_path / "features")
+    assert torch.equal(first.inputs["head"], again.inputs["head"])
+    assert "its images are read again" in caplog.text
+
+
+def test_features_of_other_images_or_of_another_model_are_refused(tmp_path):
+    photos = open_dataset(save_folders(tmp_path / "photos"), "train")
+    extract(atom(), photos, tmp_path / "features")
+    extract(atom(num_classes=3), photos, tmp_path / "features")  # the heads do not matter
+    with pytest.raises(TrainingError, match="holds the features of other images, or of another model"):
+        extract(atom(seed=1), photos, tmp_path / "features")
+    (tmp_path / "photos/ant/00.png").write_bytes((tmp_path / "photos/bee/01.png").read_bytes() + b"\0")
+    with pytest.raises(TrainingError, match="holds the features of other images"):
+        extract(atom(), photos, tmp_path / "features")
+
+
+# What is kept
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_features_are_what_the_heads_read(tmp_path, distilled):
+    model, records = atom(distilled=distilled), Counted(10)
+    found = extract(model, records, tmp_path / "features")
+    assert model.training  # as it was
+    model.eval()
+    transform = transform_for(model)
+    tokens = model.forward_features(torch.stack([transform(records[i][0]) for i in range(10)]))
+    for place, (name, rows) in enumerate(found.inputs.items()):
+        assert name == ("head", "head_dist")[place]
+        assert torch.allclose(rows, tokens[:, place], atol=1e-6)
+    assert len(found.inputs) == 1 + distilled
+    assert found.labels.tolist() == [records.label(i) for i in range(10)]
+
+
+def test_number_of_workers_changes_nothing(tmp_path):
+    records = open_dataset(save_folders(tmp_path / "photos"), "train")
+    alone = extract(atom(), records, tmp_path / "alone")
+    helped = extract(atom(), records, tmp_path / "helped", workers=2)
+    assert torch.equal(alone.inputs["head"], helped.inputs["head"])
+
+
+def test_head_that_is_not_linear_is_refused(tmp_path):
+    model = atom(num_classes=3)
+    model.head = torch.nn.Sequential(model.head)
+    with pytest.raises(ConfigError, match="head of DeiT is no linear layer; use mode='last-0' or 'full'"):
+        extract(model, Counted(10), tmp_path / "features")
+
+
+# The fit
+
+
+def noise(count, classes=4, width=6, heads=("head",), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, classes, (count,), generator=generator)
+    centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(99))
+    rows = {name: 3 + centres[labels] + 1.5 * torch.randn(count, width, generator=generator) for name in heads}
+    return Features(rows, labels)
+
+
+def test_fit_is_multinomial_logistic_regression_solved_to_convergence():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    train, val = noise(300), noise(100, seed=1)
+    fit = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    rows = train.inputs["head"]
+    mean, std = rows.mean(0), rows.std(0, correction=0)
+    theirs = linear_model.LogisticRegression(C=1 / (300 * fit.penalty), tol=1e-8, max_iter=10_000)
+    theirs.fit(((rows - mean) / std).numpy(), train.labels.numpy())
+    expected = torch.tensor(theirs.predict_proba(((val.inputs["head"] - mean) / std).numpy()))
+    weight, bias = fit.weights["head"]
+    ours = F.linear(val.inputs["head"], weight, bias).softmax(dim=1)
+    assert (ours - expected).abs().max() < 2e-3
+
+
+def test_penalty_is_the_one_with_the_best_validation_accuracy():
+    train, val = noise(60), noise(400, seed=1)
+    fit = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    assert [row["penalty"] for row in fit.tried] == list(STRENGTHS[: len(fit.tried)])
+    best = max(fit.tried, key=lambda row: (row["top1"], -row["loss"]))
+    assert fit.penalty == best["penalty"]
+    assert 1 < len(fit.tried)
+    assert judge(fit, val, device=ALONE.device).top1 == pytest.approx(best["top1"], abs=1e-3)
+
+
+def test_each_head_is_fitted_by_itself_and_judged_by_their_mean():
+    both, val = noise(300, heads=("head", "head_dist")), noise(100, seed=1, heads=("head", "head_dist"))
+    fit = fit_heads(both, val, num_classes=4, device=ALONE.device)
+    for name in both.inputs:
+        alone = Features({name: both.inputs[name]}, both.labels)
+        single = fit_heads(alone, Features({name: val.inputs[name]}, val.labels), num_classes=4, device=ALONE.device)
+        if single.penalty == fit.penalty:
+            assert torch.allclose(single.weights[name][0], fit.weights[name][0], atol=1e-4)
+    logits = [F.linear(val.inputs[name], *fit.weights[name]) for name in both.inputs]
+    right = 100 * float((sum(logits).argmax(1) == val.labels).double().mean())
+    assert judge(fit, val, device=ALONE.device).top1 == pytest.approx(right)
+
+
+def test_fit_in_small_pieces_is_the_same(monkeypatch):
+    train, val = noise(100), noise(50, seed=1)
+    whole = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    monkeypatch.setattr("deit_models.finetuning.linear._CELLS", 28)  # seven images at a time
+    pieces = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    assert pieces.penalty == whole.penalty
+    assert torch.allclose(pieces.weights["head"][0], whole.weights["head"][0], atol=1e-3)
+
+
+def test_unvarying_features_do_no_harm():
+    train, val = noise(100), noise(50, seed=1)
+    for part in (train, val):
+        part.inputs["head"][:, 2] = 7.0
+    fit = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    assert all(torch.isfinite(tensor).all() for pair in fit.weights.values() for tensor in pair)
+
+
+def test_features_that_are_no_numbers_and_missing_images_are_refused():
+    train, val = noise(20), noise(10, seed=1)
+    with pytest.raises(DataError, match="20 readable images for training, 0 for validation"):
+        fit_heads(train, val.of([]), num_classes=4, device=ALONE.device)
+    train.inputs["head"][3, 3] = float("nan")
+    with pytest.raises(TrainingError, match="no head can be fitted"):
+        fit_heads(train, val, num_classes=4, device=ALONE.device)
+
+
+def test_accuracy_is_that_of_the_conventional_frozen_loop(tmp_path):
+    train, val, test = (Counted(count, seed=seed, shift=28) for count, seed in ((150, 0), (150, 1000), (300, 2000)))
+    head = deit_models.finetune(
+        atom(), train=train, val=val, test=test, out=tmp_path / "head", mode="head", recipe=recipe(), workers=0
+    )
+    plain = {"crop": "none", "hflip": 0.0, "color_jitter": 0.0, "label_smoothing": 0.0, "layer_decay": 1.0}
+    loop = deit_models.finetune(
+        atom(),
+        train=train,
+        val=val,
+        test=test,
+        out=tmp_path / "loop",
+        mode="last-0",
+        recipe=recipe(epochs=25, batch_size=30, lr=0.01, weight_decay=0.0, **plain),
+        workers=0,
+    )
+    ours, theirs = head.metrics["test"]["top1"], loop.metrics["test"]["top1"]
+    assert 60 < theirs < 98  # neither hopeless nor trivial
+    assert abs(ours - theirs) < 6  # two standard errors of 300 images are 4 to 5 points
+
+
+def test_several_processes_are_refused(tmp_path, monkeypatch):
+    from deit_models.finetuning import run as module
+
+    class Joined:
+        def __enter__(self):
+            return Process(0, 2, torch.device("cpu"))
+
+        def __exit__(self, *_):
+            return None
+
+    monkeypatch.setattr(module, "join_processes", lambda _: Joined())
+    with pytest.raises(ConfigError, match="mode='head' takes one process"):
+        deit_models.finetune(atom(), train=Counted(30), out=tmp_path / "out", mode="head")
+
+
+def test_metrics_tell_what_was_tried(tmp_path):
+    deit_models.finetune(atom(), train=Counted(60), out=tmp_path, mode="head", recipe=recipe(), workers=0)
+    metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
+    assert metrics["penalty"] in [row["penalty"] for row in metrics["tried"]]
+    assert metrics["val"]["images"] == 12
+    assert metrics["train_images"] == 48
