@@ -293,6 +293,36 @@ def test_training_step_with_teacher_and_average(model: ImageClassifier) -> None:
         assert tensor.isfinite().all(), key
 
 
+def photographs(model: ImageClassifier) -> ArrayRecords:
+    height, width = model.config.image_hw
+    levels = torch.randint(0, 256, (16, height, width, 3), generator=torch.Generator().manual_seed(2))
+    return ArrayRecords("noise", levels.byte().numpy(), [0, 1, 2, 3] * 4, list("abcd"))
+
+
+@pytest.mark.parametrize("mode", ["full", "last-1", "head"])
+def test_fine_tunes_in_every_mode_and_loads_again(model: ImageClassifier, mode: str, tmp_path: Path) -> None:
+    recipe = deit_models.recipe_named("finetune", epochs=1, warmup_epochs=0, batch_size=4, precision="float32")
+    before = copy.deepcopy(model.state_dict())
+    fixed = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    options = {"out": tmp_path, "mode": mode, "recipe": recipe, "val_fraction": 0.25, "device": "cpu", "workers": 0}
+    if mode == "head" and getattr(model.config, "token_head", False):
+        with pytest.raises(ConfigError, match="aux_head of T2TViT is not one linear layer on one vector an image"):
+            deit_models.finetune(model, train=photographs(model), **options)
+        return
+    tuned = deit_models.finetune(model, train=photographs(model), **options).model
+    learned = {name for name, tensor in model.named_parameters() if not torch.equal(tensor, before[name])}
+    lowest = {"full": 0, "last-1": model.num_layers - 1, "head": model.num_layers}[mode]
+    assert learned
+    assert not learned & fixed
+    assert {model.layer_of(name) for name in learned} <= set(range(lowest, model.num_layers + 1))
+    if mode != "head":
+        assert learned >= {name for name, _ in model.named_parameters() if model.layer_of(name) >= lowest} - fixed
+    loaded = from_pretrained(tmp_path / "best")
+    assert loaded.origin is not None
+    assert loaded.origin.class_names == ("a", "b", "c", "d")
+    assert torch.equal(loaded(images(loaded)), tuned.eval()(images(loaded)))
+
+
 # Compilers
 
 

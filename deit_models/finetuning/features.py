@@ -34,6 +34,7 @@ logger = logging.getLogger(__name__)
 _BATCH = 64
 _SHARD = 16 * _BATCH
 _IDENTITY_NAME = "features.json"
+_NO_HEAD_MODE = "is not one linear layer on one vector an image; use mode='last-0' or 'full'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +139,8 @@ def _head_inputs(model: ImageClassifier) -> Iterator[dict[str, Tensor]]:
     for name, head in linear_heads(model).items():
 
         def take(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+            if inputs[0].ndim != 2:  # T2T-ViT's second head reads every patch
+                raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
             taken[name] = inputs[0]
 
         handles.append(head.register_forward_pre_hook(take))
@@ -156,14 +159,13 @@ def linear_heads(model: ImageClassifier) -> dict[str, nn.Linear]:
 
     A LeViT's heads begin with a BatchNorm, which stays as it is: what is learned is the layer after it.
 
-    Raises: ConfigError: a head has none, or reads each patch by itself.
+    Raises: ConfigError: a head has none, or several.
     """
     heads = {name: getattr(model, name) for name in model.head_names if getattr(model, name) is not None}
     layers = {name: [part for part in head.modules() if isinstance(part, nn.Linear)] for name, head in heads.items()}
-    if any(len(found) != 1 for found in layers.values()) or "aux_head" in layers:
-        raise ConfigError(
-            f"the heads of this {type(model).__name__} cannot be fitted alone; use mode='last-0' or 'full'"
-        )
+    for name, found in layers.items():
+        if len(found) != 1:
+            raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
     return {name: found[0] for name, found in layers.items()}
 
 

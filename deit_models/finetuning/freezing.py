@@ -39,7 +39,8 @@ def only_from_layer(model: ImageClassifier, layer: int) -> Iterator[None]:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(model.layer_of(name) >= layer)
+            # what the model keeps fixed, as T2T-ViT its positions, stays so
+            parameter.requires_grad_(before[name] and model.layer_of(name) >= layer)
         yield
     finally:
         for name, parameter in model.named_parameters():

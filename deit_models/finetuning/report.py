@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import ConfigError
+from ..hub.configs import write_config
 from ..hub.fetch import atomic_write
 from ..models.layers import ImageClassifier, Layout
 from ..training.export import CARD_NAME
@@ -17,6 +20,8 @@ from ..training.records import ImageRecords
 from .outcomes import Outcomes
 from .pictures import Curve, draw_confusion, draw_curve, draw_mistakes
 from .split import SPLIT_NAME, Split
+
+logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.json"
 Part = Literal["val", "test"]
@@ -108,7 +113,7 @@ def _write_classes(path: Path, scored: Scored) -> None:
 
 
 def write_models(out: Path, story: Story, *, best: ImageClassifier, last: ImageClassifier) -> None:
-    """Write each as a folder in three layouts, with a card that tells the story; their origins change in place.
+    """Write each in every layout its family has, with a card that tells the story; their origins change in place.
 
     The best one goes to out/best, out/timm/best and out/transformers/best, the last one to out/model and so on.
     Raises: FetchError: no space or no permission.
@@ -144,6 +149,13 @@ def _describe(
 def _write_layouts(model: ImageClassifier, out: Path, name: str) -> None:
     layouts: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
     for layout, folder in layouts:
+        try:
+            write_config(model, layout)
+        except ConfigError as error:
+            if layout == "native":
+                raise
+            logger.info("not written for %s: %s", layout, error)
+            continue
         # the card of an earlier epoch or call, which save_pretrained would keep, tells that one's figures
         (folder / CARD_NAME).unlink(missing_ok=True)
         model.save_pretrained(folder, layout=layout)

@@ -145,8 +145,8 @@ def test_number_of_workers_changes_nothing(tmp_path):
 
 def test_head_that_is_not_linear_is_refused(tmp_path):
     model = atom(num_classes=3)
-    model.head = torch.nn.Sequential(model.head)
-    with pytest.raises(ConfigError, match="head of DeiT is no linear layer; use mode='last-0' or 'full'"):
+    model.head = torch.nn.Sequential(model.head, torch.nn.Linear(3, 3))
+    with pytest.raises(ConfigError, match=r"head of DeiT is not one linear layer .* use mode='last-0' or 'full'"):
         extract(model, Counted(10), tmp_path / "features")
 
 
