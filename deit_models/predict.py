@@ -184,8 +184,7 @@ def _best_device() -> str:
 
 def _placement(model: ImageClassifier) -> Tensor:
     """An empty tensor of the device and type the model computes with."""
-    floating = (parameter for parameter in model.parameters() if parameter.is_floating_point())
-    first = next(floating, None)
+    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
     return torch.empty(0) if first is None else torch.empty(0, device=first.device, dtype=first.dtype)
 
 

@@ -326,6 +326,13 @@ def test_fine_tunes_in_every_mode_and_loads_again(model: ImageClassifier, mode: 
 # Compilers
 
 
+@pytest.fixture
+def _new_compiler() -> None:
+    """What is compiled is kept by code, not by model: many models would meet the limit of recompilations."""
+    torch.compiler.reset()
+
+
+@pytest.mark.usefixtures("_new_compiler")
 @pytest.mark.parametrize("name", FIRST)
 def test_compiles_without_graph_breaks(name: str) -> None:
     model = build(name)
@@ -334,6 +341,7 @@ def test_compiles_without_graph_breaks(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("_new_compiler")
 def test_compiled_code_answers_alike_and_learns(model: ImageClassifier) -> None:
     compiled = torch.compile(model, fullgraph=True)
     with torch.inference_mode():

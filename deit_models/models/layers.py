@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,11 +77,14 @@ class ImageClassifier(nn.Module):
     @property
     def num_layers(self) -> int:
         """The number `layer_of` gives for the heads: the blocks and one."""
-        raise NotImplementedError(f"{type(self).__name__} does not define num_layers")
+        return len(cast(nn.Sequential, self.blocks)) + 1
 
     def layer_of(self, name: str) -> int:
-        """Which layer a parameter belongs to: 0 up to the first block, then one a block, then the heads."""
-        raise NotImplementedError(f"{type(self).__name__} does not define layer_of")
+        """Which layer a parameter belongs to: 0 up to the first block, then one a block, then final norm and heads."""
+        top, _, rest = name.partition(".")
+        if top == "blocks":
+            return 1 + int(rest.partition(".")[0])
+        return self.num_layers if top in ("norm", *self.head_names) else 0
 
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place, as if the model had been built with these rates."""

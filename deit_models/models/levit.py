@@ -330,17 +330,6 @@ class LeViT(ImageClassifier):
         for head in filter(None, (self.head, self.head_dist)):
             head.bn.reset_parameters()
 
-    @property
-    def num_layers(self) -> int:
-        return len(self.blocks) + 1
-
-    def layer_of(self, name: str) -> int:
-        """As in the base class; what counts as a block is one attention or one MLP."""
-        top, _, rest = name.partition(".")
-        if top == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return self.num_layers if top in self.head_names else 0
-
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place; see `LeViTConfig` for what the rates mean.
 

@@ -187,16 +187,6 @@ class VisionTransformer(ImageClassifier):
             tokens = block(tokens)
         return torch.stack(maps)
 
-    @property
-    def num_layers(self) -> int:
-        return self.config.depth + 1
-
-    def layer_of(self, name: str) -> int:
-        top, _, rest = name.partition(".")
-        if top == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return self.num_layers if top in ("norm", *self.head_names) else 0
-
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place; see the family's config for what the rates mean.
 

@@ -15,7 +15,6 @@ from torch import nn
 from ..errors import ConfigError, DataError, TrainingError
 from ..hub.fetch import atomic_write
 from ..hub.manifest import Preprocessing
-from ..models.layers import ImageClassifier
 from ..transforms import EvalTransform
 from .augment import train_transform
 from .datasets import TrainingSamples
@@ -41,8 +40,7 @@ from .samplers import TrainSampler, sample_seed
 from .state import (
     STATE_NAME,
     Progress,
-    digest_of_names,
-    digest_of_numbers,
+    identity_of,
     load_state,
     remove_leftovers,
     save_state,
@@ -163,7 +161,7 @@ class _Run:
         """All epochs from the last saved one on, then the final export."""
         recipe, process = self.learner.recipe, self.learner.process
         sampler, batches = self._training_batches()
-        identity = self._identity()
+        identity = identity_of(self.learner, self.records)
         progress = load_state(self.out, self.learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
@@ -231,22 +229,6 @@ class _Run:
         recipe = self.learner.recipe
         evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
         return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
-
-    def _identity(self) -> dict[str, str]:
-        """What a saved state must have been made with, besides the recipe."""
-        model = self.learner.bare.model
-        config = model.config if isinstance(model, ImageClassifier) else type(model).__name__
-        classes = self.records.classes
-        names = digest_of_names(classes)
-        identity = {"model": str(config), "data": f"{len(self.records)} images in {len(classes)} classes ({names})"}
-        if (teacher := self.learner.teacher) is not None:
-            network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)
-            identity["teacher"] = f"{network} for {teacher.img_size or 'any'} pixels ({digest_of_numbers(teacher)})"
-        trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
-        if len(trained) < len(list(model.parameters())):
-            identity["trained"] = f"{trained[0]} and {len(trained) - 1} more tensors"
-        # a divided optimiser is saved under other names
-        return identity | ({"shard": "fsdp"} if self.learner.divided else {})
 
     def _training_batches(self) -> tuple[TrainSampler, InputBatches]:
         recipe, process = self.learner.recipe, self.learner.process

@@ -12,7 +12,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -29,9 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..errors import TrainingError
 from ..hub.fetch import atomic_write, first_line
+from ..models.layers import ImageClassifier
 from .export import MODEL_FOLDERS, WEIGHTS_NAME
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
+from .records import ImageRecords
 
 STATE_NAME = "last.pt"
 _FORMAT = 1
@@ -81,9 +83,22 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
     learner.process.wait_for_all()
 
 
-def digest_of_names(names: Iterable[str]) -> str:
-    """Eight hex digits that differ where the names or their order do."""
-    return hashlib.sha256("\0".join(names).encode()).hexdigest()[:8]
+def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
+    """What a saved state must have been made with, besides the recipe: model, data, teacher, which part learns."""
+    model, teacher, classes = learner.bare.model, learner.teacher, records.classes
+    names = hashlib.sha256("\0".join(classes).encode()).hexdigest()[:8]
+    identity = {
+        "model": str(model.config) if isinstance(model, ImageClassifier) else type(model).__name__,
+        "data": f"{len(records)} images in {len(classes)} classes ({names})",
+    }
+    if teacher is not None:
+        network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)
+        identity["teacher"] = f"{network} for {teacher.img_size or 'any'} pixels ({digest_of_numbers(teacher)})"
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    if len(trained) < len(list(model.parameters())):
+        identity["trained"] = f"{trained[0]} and {len(trained) - 1} more tensors"
+    # a divided optimiser is saved under other names
+    return identity | ({"shard": "fsdp"} if learner.divided else {})
 
 
 def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> str:
