@@ -102,6 +102,16 @@ class DeiTConfig:
         return self.num_prefix_tokens if self.prefix_positions else 0
 
     @property
+    def attn_dim(self) -> int:
+        """Width of all heads together, that of a token."""
+        return self.embed_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of a block's MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
     def drop_path_rates(self) -> list[float]:
         """Stochastic depth of each block."""
         return drop_path_rates(self.drop_path_rate, self.depth, uniform=self.drop_path_uniform)

@@ -20,10 +20,17 @@ Layout = Literal["native", "timm", "timm-conv", "transformers"]
 
 
 class HeadLogits(NamedTuple):
-    """The logits of each head, (B, num_classes); `dist` is None where the model has no distillation head."""
+    """The logits of each head; what a model does not have, or does not ask, is None.
+
+    Attributes:
+        cls: of the class head, (B, num_classes).
+        dist: of the distillation head, (B, num_classes).
+        patches: of a head that classifies patches while training, (B, patches, num_classes).
+    """
 
     cls: Tensor
     dist: Tensor | None
+    patches: Tensor | None = None
 
 
 class LayerTokens(NamedTuple):
@@ -86,6 +93,9 @@ class ImageClassifier(nn.Module):
             return 1 + int(rest.partition(".")[0])
         return self.num_layers if top in ("norm", *self.head_names) else 0
 
+    def begin_epoch(self, epoch: int) -> None:
+        """Called in front of each training epoch, counted from 0; most models do nothing then."""
+
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
         raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")
@@ -101,7 +111,7 @@ class ImageClassifier(nn.Module):
         the mean of the two. The DeiT paper speaks of adding softmax outputs; the authors' code, from which the
         published accuracies come, averages the logits.
         """
-        cls, dist = self.forward_heads(x)
+        cls, dist, _ = self.forward_heads(x)
         if dist is None:
             return cls
         return (cls, dist) if self.training else (cls + dist) / 2

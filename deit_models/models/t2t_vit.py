@@ -111,6 +111,16 @@ class T2TViTConfig:
         return patch_grid(self.image_hw, self.patch_size)
 
     @property
+    def attn_dim(self) -> int:
+        """Width of all heads together, that of a token."""
+        return self.embed_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of a block's MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+    @property
     def drop_path_rates(self) -> list[float]:
         """Stochastic depth of each block."""
         return drop_path_rates(self.drop_path_rate, self.depth)

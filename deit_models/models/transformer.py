@@ -1,4 +1,4 @@
-"""The plain pre-norm transformer that DeiT, DeiT III and T2T-ViT share: they differ in how an image becomes tokens.
+"""The plain pre-norm transformer that DeiT, DeiT III and T2T-ViT share; ViT-ResNAS takes its blocks.
 
 Reading order: attention, MLP, block, and `VisionTransformer`, all a model does with its tokens once it has them.
 """
@@ -19,14 +19,19 @@ from .layers import DropPath, ImageClassifier, LayerTokens, chosen_layers, patch
 
 
 class BlockConfig(Protocol):
-    """What a block needs to know of its family's config; the fields are explained at `DeiTConfig`."""
+    """What a block needs to know of its family's config; the fields are explained at `DeiTConfig`.
+
+    `attn_dim` is the common width of all heads, `mlp_hidden` the hidden width of the MLP.
+    """
 
     @property
     def embed_dim(self) -> int: ...
     @property
     def num_heads(self) -> int: ...
     @property
-    def mlp_ratio(self) -> float: ...
+    def attn_dim(self) -> int: ...
+    @property
+    def mlp_hidden(self) -> int: ...
     @property
     def qkv_bias(self) -> bool: ...
     @property
@@ -41,20 +46,27 @@ class Attention(nn.Module):
     def __init__(self, config: BlockConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.embed_dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.embed_dim, config.embed_dim)
+        self.qkv = nn.Linear(config.embed_dim, 3 * config.attn_dim, bias=config.qkv_bias)
+        self.proj = nn.Linear(config.attn_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        # (B, N, 3 * D) -> three times (B, heads, N, D / heads): rows of the weight are q, k, v, heads contiguous
+        # (B, N, 3 * width) -> three times (B, heads, N, width / heads): rows of the weight are q, k, v, heads together
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the tokens; the scale is (D / heads) ** -0.5, torch's default."""
-        mixed = F.scaled_dot_product_attention(*self._heads(x))
-        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
+        """Mix the tokens; the scale is the width of a head ** -0.5, torch's default."""
+        return self.project(self.mix(x))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What the heads give, side by side: (B, N, D) -> (B, N, width of all heads)."""
+        return F.scaled_dot_product_attention(*self._heads(x)).transpose(1, 2).flatten(2)
+
+    def project(self, mixed: Tensor) -> Tensor:
+        """What `mix` gave, back to the width of a token."""
+        return self.proj_drop(self.proj(mixed))
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention probabilities of the same input, (B, heads, N, N); each row sums to 1."""
@@ -73,7 +85,15 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
-        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
+        return self.project(self.hidden(x))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """The hidden units: (B, N, D) -> (B, N, hidden)."""
+        return self.drop(F.gelu(self.fc1(x)))
+
+    def project(self, hidden: Tensor) -> Tensor:
+        """What `hidden` gave, back to the width of a token."""
+        return self.drop(self.fc2(hidden))
 
 
 class Block(nn.Module):
@@ -89,7 +109,7 @@ class Block(nn.Module):
         self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
         self.attn = Attention(config)
         self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), drop_rate=config.drop_rate)
+        self.mlp = Mlp(dim, config.mlp_hidden, drop_rate=config.drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None

@@ -104,7 +104,7 @@ class DistillationLoss:
 
         Raises: TrainingError: logits and targets of different shapes, no teacher logits, or no distillation head.
         """
-        cls, dist = (output, None) if isinstance(output, Tensor) else output
+        cls, dist = (output, None) if isinstance(output, Tensor) else output[:2]
         self._check_shape("targets", targets, cls)
         base = self._base(cls, targets)
         if self.recipe.distillation == "none":

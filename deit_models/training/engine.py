@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TrainingError
+from ..models.layers import ImageClassifier
 from .learner import Learner, autocast
 from .loading import Batch, DamageCount, Watch, plain_watch
 from .optim import clip_gradients, learning_rate, set_learning_rate
@@ -83,6 +84,8 @@ def train_epoch(
     recipe, process = learner.recipe, learner.process
     learner.heads.train(recipe.train_mode)
     _rest_frozen_parts(learner.bare)
+    if isinstance(learner.bare.model, ImageClassifier):
+        learner.bare.model.begin_epoch(epoch)
     start, images, rate = time.perf_counter(), 0, 0.0
     total = torch.zeros((), device=process.device)
     # Reading the loss waits for a GPU to finish; on a CPU nothing is lost by looking at every step

@@ -6,8 +6,9 @@ from .contract import FamilyLayouts
 from .deit import DeiTLayouts
 from .levit import LeViTLayouts
 from .t2t_vit import T2TViTLayouts
+from .vit_resnas import ViTResNASLayouts
 
-_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts(), T2TViTLayouts())
+_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts(), T2TViTLayouts(), ViTResNASLayouts())
 FAMILIES = {layouts.family: layouts for layouts in _LAYOUTS}
 
 

@@ -1,0 +1,1 @@
+"""Architecture search for ViT-ResNAS: a super-network, the networks inside it, and evolution among them."""

@@ -1,0 +1,275 @@
+"""What a search may choose from, and one choice of it: a candidate.
+
+A space is a stack of stages; each has some possible widths, and a number of block places, each with some possible
+numbers of heads and hidden widths, and some of which may stay empty. Source: section 4 of the ViT-ResNAS paper.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, fields
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from ..config import check_whole, nearest, override
+from ..errors import ConfigError
+from ..models.vit_resnas import Stage, ViTResNASConfig
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageChoices:
+    """What one stage may be.
+
+    Attributes:
+        embed_dim: widths, the largest first, as all choices are given.
+        head_dim: width of a head.
+        num_heads: heads of a block.
+        mlp_hidden: hidden widths of a block's MLP.
+        depth: places for a block.
+        removable: places, counted from 0, that may stay empty.
+    """
+
+    embed_dim: tuple[int, ...]
+    head_dim: int
+    num_heads: tuple[int, ...]
+    mlp_hidden: tuple[int, ...]
+    depth: int
+    removable: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for choices that are not whole numbers from large to small, or places that are not there."""
+        check_whole(self, "head_dim", "depth")
+        for name in ("embed_dim", "num_heads", "mlp_hidden", "removable"):
+            values = getattr(self, name)
+            object.__setattr__(self, name, values := tuple([values] if isinstance(values, int) else values))
+            order = sorted(set(values), reverse=name != "removable")
+            if not all(type(value) is int for value in values) or list(values) != order:
+                raise ConfigError(
+                    f"{name}={values}; expected whole numbers, each once, from the largest to the smallest"
+                )
+            if name != "removable" and (not values or values[-1] < 1):
+                raise ConfigError(f"{name}={values}; expected one choice or more, all above 0")
+        if not set(self.removable) < set(range(self.depth)):
+            raise ConfigError(f"removable={self.removable}; expected places 0 to {self.depth - 1}, and not all of them")
+
+
+@dataclass(frozen=True, slots=True)
+class BlockChoice:
+    """One place for a block: its heads, its MLP, and whether there is a block at all."""
+
+    num_heads: int
+    mlp_hidden: int
+    kept: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoice:
+    """One stage of a candidate: its width, and every place."""
+
+    embed_dim: int
+    blocks: tuple[BlockChoice, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """One choice of everything in a space. Empty places remember what they would hold: evolution can bring it back."""
+
+    stages: tuple[StageChoice, ...]
+
+    def key(self) -> str:
+        """The network in one line, such as "48: 2x96 - 1x72 | ...": equal for candidates that are the same network."""
+        return " | ".join(
+            f"{stage.embed_dim}: {' '.join(f'{b.num_heads}x{b.mlp_hidden}' for b in stage.blocks if b.kept)}"
+            for stage in self.stages
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SearchSpace:
+    """The stages' choices, and what all networks of the space have in common.
+
+    Attributes:
+        stages: the choices, stage by stage.
+        settings: fields of `ViTResNASConfig` besides `stages`.
+    """
+
+    stages: tuple[StageChoices, ...]
+    settings: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError unless every network of the space can be built."""
+        if not self.stages:
+            raise ConfigError("a search space needs one stage or more")
+        for before, after in zip(self.stages, self.stages[1:], strict=False):
+            if before.embed_dim[0] > after.embed_dim[-1]:
+                raise ConfigError(
+                    f"a stage may be {before.embed_dim[0]} wide and the next one {after.embed_dim[-1]}; tokens never get "
+                    f"narrower, so every width of a stage must be at most the smallest of the next"
+                )
+        if "stages" in self.settings:
+            raise ConfigError("settings of a search space cannot hold stages; those are what is searched")
+        self.config_of(self.largest())
+
+    def largest(self) -> Candidate:
+        """The network that contains all others."""
+        return Candidate(
+            tuple(
+                StageChoice(s.embed_dim[0], (BlockChoice(s.num_heads[0], s.mlp_hidden[0]),) * s.depth)
+                for s in self.stages
+            )
+        )
+
+    def smallest(self) -> Candidate:
+        """The network that all others contain."""
+        return Candidate(
+            tuple(
+                StageChoice(
+                    s.embed_dim[-1],
+                    tuple(BlockChoice(s.num_heads[-1], s.mlp_hidden[-1], i not in s.removable) for i in range(s.depth)),
+                )
+                for s in self.stages
+            )
+        )
+
+    def config_of(self, candidate: Candidate, **overrides: Any) -> ViTResNASConfig:
+        """The config that builds a candidate; `overrides` replace its other fields."""
+        stages = []
+        for choices, stage in zip(self.stages, candidate.stages, strict=True):
+            kept = [block for block in stage.blocks if block.kept]
+            stages.append(
+                Stage(
+                    embed_dim=stage.embed_dim,
+                    head_dim=choices.head_dim,
+                    num_heads=tuple(block.num_heads for block in kept),
+                    mlp_hidden=tuple(block.mlp_hidden for block in kept),
+                )
+            )
+        config: ViTResNASConfig = override(ViTResNASConfig(), {**self.settings, **overrides, "stages": tuple(stages)})
+        return config
+
+    def count(self) -> int:
+        """How many different networks there are."""
+        total = 1
+        for stage in self.stages:
+            block = len(stage.num_heads) * len(stage.mlp_hidden)
+            fixed, free = stage.depth - len(stage.removable), len(stage.removable)
+            # equal lists of blocks come about in several ways where an empty place has equal neighbours
+            lengths = sum(
+                block ** (fixed + kept) * (1 if kept in (0, free) else math.comb(free, kept))
+                for kept in range(free + 1)
+            )
+            total *= len(stage.embed_dim) * lengths
+        return total
+
+    def to_toml(self) -> str:
+        """The space as TOML, which `read_space` reads."""
+        lines = ["[settings]", *(f"{name} = {json.dumps(value)}" for name, value in self.settings.items())]
+        for stage in self.stages:
+            lines += ["", "[[stages]]"]
+            for item in fields(stage):
+                value = getattr(stage, item.name)
+                lines.append(f"{item.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
+        return "\n".join(lines) + "\n"
+
+
+def space_from_toml(text: str) -> SearchSpace:
+    """A space from TOML: a table `settings`, and a table `stages` for each stage, with the fields of `StageChoices`.
+
+    Raises: ConfigError: not TOML, an unknown field, or choices that cannot work.
+    """
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+    unknown = set(data) - {"settings", "stages"}
+    if unknown:
+        raise ConfigError(f"unknown table {min(unknown)!r} in a search space; expected settings and stages")
+    known = [item.name for item in fields(StageChoices)]
+    for table in data.get("stages", []):
+        for name in table:
+            if name not in known:
+                raise ConfigError(f"unknown field {name!r} of a stage{nearest(name, known)}")
+        missing = [name for name in known if name not in table and name != "removable"]
+        if missing:
+            raise ConfigError(f"a stage lacks {', '.join(missing)}")
+    stages = tuple(StageChoices(**table) for table in data.get("stages", []))
+    return SearchSpace(stages=stages, settings=data.get("settings", {}))
+
+
+def read_space(source: str | PathLike[str]) -> SearchSpace:
+    """A space by its name in `SPACES`, or from a TOML file. Raises: ConfigError: neither, or `space_from_toml` refuses."""
+    if isinstance(source, str) and source in SPACES:
+        return SPACES[source]
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"no search space {str(source)!r}{nearest(str(source), SPACES)}; or name a TOML file")
+    try:
+        return space_from_toml(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _paper_space(depth: int, unit: int, heads: tuple[tuple[int, ...], ...], widths: tuple[int, ...]) -> SearchSpace:
+    """One of the paper's spaces: stages twice as wide as the one before, MLPs in steps of `unit`."""
+    stages = (
+        StageChoices(
+            embed_dim=tuple(width * 2**i for width in widths),
+            head_dim=(32, 48, 64)[i],
+            num_heads=heads[i],
+            mlp_hidden=tuple(unit * 2**i * step for step in range(12, 5, -1)),
+            depth=depth,
+            removable=(1, 3, 5),
+        )
+        for i in range(3)
+    )
+    return SearchSpace(stages=tuple(stages))
+
+
+SPACES: Mapping[str, SearchSpace] = {
+    "tiny": _paper_space(6, 64, ((6, 5, 4, 3), (12, 10, 8, 6), (12, 10, 8, 6)), (256, 224, 192, 176, 160)),
+    "small": _paper_space(7, 80, ((8, 7, 6, 5), (16, 14, 12, 10), (16, 14, 12, 10)), (320, 280, 240, 220, 200)),
+    "small32": SearchSpace(
+        stages=tuple(
+            StageChoices(
+                embed_dim=tuple(width * 2**i for width in (40, 36, 32, 28, 24)),
+                head_dim=16,
+                num_heads=tuple(heads * 2**i for heads in (3, 2, 1)),
+                mlp_hidden=tuple(hidden * 2**i for hidden in (128, 112, 96, 80, 64)),
+                depth=4,
+                removable=(1, 3),
+            )
+            for i in range(3)
+        ),
+        settings={"img_size": 32, "patch_size": 4, "stem_dim": 16, "num_classes": 10},
+    ),
+}
+"""The paper's two spaces for 224-pixel images, and a small one for 32-pixel images, which two CPU cores can search."""
+
+
+def candidates_of(space: SearchSpace) -> Iterator[Candidate]:
+    """Every candidate of a space; only for small ones, see `SearchSpace.count`."""
+    from itertools import product
+
+    stages = []
+    for stage in space.stages:
+        places = [
+            [
+                BlockChoice(heads, hidden, kept)
+                for kept in ((True, False) if place in stage.removable else (True,))
+                for heads in (stage.num_heads if kept else stage.num_heads[:1])
+                for hidden in (stage.mlp_hidden if kept else stage.mlp_hidden[:1])
+            ]
+            for place in range(stage.depth)
+        ]
+        stages.append([StageChoice(width, blocks) for width in stage.embed_dim for blocks in product(*places)])
+    for chosen in product(*stages):
+        yield Candidate(chosen)

@@ -1,0 +1,197 @@
+"""The super-network: the largest network of a space, trained so that every network inside it works too.
+
+In training each batch is divided between several candidates, drawn anew, whose missing channels are masked: all of them
+share one forward and one backward pass (multi-architectural sampling). In eval mode it is the largest network.
+Source: section 4 of the ViT-ResNAS paper; details as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..config import check_whole
+from ..errors import ConfigError
+from ..models.layers import HeadLogits, ImageClassifier, Layout
+from ..models.transformer import Block
+from ..models.vit_resnas import SpatialReduction, ViTResNAS
+from .reorder import reorder_channels
+from .space import BlockChoice, Candidate, SearchSpace, StageChoice
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How candidates are drawn while the super-network trains; the defaults are the paper's.
+
+    Attributes:
+        images: images of a batch for each candidate; a batch of 128 trains two candidates with 64.
+        warmup_epochs: epochs until every choice may be drawn. At first all is at its largest; smaller choices join one
+            by one, and at the start of each of these epochs channels are sorted by importance.
+    """
+
+    images: int = 64
+    warmup_epochs: int = 30
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that cannot work."""
+        check_whole(self, "images")
+        if self.warmup_epochs < 0:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs}; expected 0 or more")
+
+    def enabled(self, choices: int, epoch: int) -> int:
+        """How many of an item's choices, the largest first, may be drawn in an epoch (from 0)."""
+        if epoch >= self.warmup_epochs:
+            return choices
+        return min(1 + epoch * (choices - 1) // self.warmup_epochs, choices)
+
+
+class _BlockMask(NamedTuple):
+    """What is kept of one block for each image; None: all of it. Shapes (B, 1, channels), and (B, 1, 1) for `kept`."""
+
+    heads: Tensor | None
+    hidden: Tensor | None
+    kept: Tensor | None
+
+
+class SuperNetwork(ImageClassifier):
+    """See the module docstring. `net` is the largest network, `space` what it is trained to contain."""
+
+    family: ClassVar[str] = ViTResNAS.family
+    head_names: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, net: ViTResNAS, space: SearchSpace, sampling: Sampling) -> None:
+        """Wrap a network. Raises: ConfigError: it is not the space's largest."""
+        super().__init__(net.config)
+        wanted = space.config_of(space.largest()).stages
+        if net.config.stages != wanted:
+            raise ConfigError(f"a super-network of stages {net.config.stages}; the space's largest has {wanted}")
+        self.net, self.space, self.sampling = net, space, sampling
+        self.origin = net.origin
+        self.epoch = sampling.warmup_epochs
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Get ready for an epoch (from 0), in place: which choices may be drawn, and the order of channels."""
+        self.epoch = epoch
+        if epoch <= self.sampling.warmup_epochs:
+            reorder_channels(self.net.blocks)
+
+    def draw(self, count: int) -> list[Candidate]:
+        """Candidates for one batch, from torch's global generator.
+
+        Each item (a width, a block's heads, its MLP, its presence) deals its enabled choices out evenly, on its own.
+        """
+        stages = []
+        for choices in self.space.stages:
+            widths = self._deal(choices.embed_dim, count)
+            places = []
+            for place in range(choices.depth):
+                # as in the paper, a removable block goes half of the time, and the choice to go is the last to join
+                presence = (True, True, False, False) if place in choices.removable else (True,)
+                dealt = (
+                    self._deal(choices.num_heads, count),
+                    self._deal(choices.mlp_hidden, count),
+                    self._deal(presence, count),
+                )
+                places.append([BlockChoice(*chosen) for chosen in zip(*dealt, strict=True)])
+            blocks = zip(*places, strict=True)
+            stages.append([StageChoice(*chosen) for chosen in zip(widths, blocks, strict=True)])
+        return [Candidate(chosen) for chosen in zip(*stages, strict=True)]
+
+    def _deal(self, choices: Sequence[int], count: int) -> list[int]:
+        enabled = self.sampling.enabled(len(choices), self.epoch)
+        rounds = -(-count // enabled)
+        order = torch.randperm(enabled * rounds)[:count].tolist()
+        return [choices[i % enabled] for i in order]
+
+    def forward_heads(self, x: Tensor) -> HeadLogits:
+        """Logits of the heads: in training of candidates drawn for this batch, in eval mode of the largest network."""
+        if not self.training:
+            return self.net.forward_heads(x)
+        return self.forward_masked(x, self.draw(max(len(x) // self.sampling.images, 1)))
+
+    def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> HeadLogits:
+        """Logits of the heads, image i seen by candidate i modulo their number; x is (B, C, H, W)."""
+        owner = torch.arange(len(x), device=x.device) % len(candidates)
+        layers = iter(self.net.blocks)
+        tokens, width = self.net.forward_tokens(x), None
+        for number, choices in enumerate(self.space.stages):
+            chosen = [candidate.stages[number] for candidate in candidates]
+            before, width = width, _channels([stage.embed_dim for stage in chosen], choices.embed_dim[0], owner)
+            if number:
+                tokens = _reduce(cast(SpatialReduction, next(layers)), tokens, before)
+            tokens = _masked(tokens, width)
+            for place in range(choices.depth):
+                blocks = [stage.blocks[place] for stage in chosen]
+                mask = _BlockMask(
+                    heads=_channels(
+                        [choices.head_dim * block.num_heads for block in blocks],
+                        choices.head_dim * choices.num_heads[0],
+                        owner,
+                    ),
+                    hidden=_channels([block.mlp_hidden for block in blocks], choices.mlp_hidden[0], owner),
+                    kept=_channels([int(block.kept) for block in blocks], 1, owner),
+                )
+                tokens = _run_block(cast(Block, next(layers)), tokens, mask, width)
+        return self.net.classify(_normed(self.net.norm, tokens, width))
+
+    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
+        """Change dropout and stochastic depth in place; see `ViTResNASConfig`."""
+        self.net.set_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.config = self.net.config
+
+    def no_weight_decay(self) -> set[str]:
+        """Those of the network inside."""
+        return {f"net.{name}" for name in self.net.no_weight_decay()}
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
+        """Write the largest network, from which every other one can be cut."""
+        self.net.origin = self.origin
+        self.net.save_pretrained(save_directory, layout=layout)
+
+    def load_largest(self, state: Mapping[str, Tensor]) -> None:
+        """In place: the weights of a largest network."""
+        self.net.load_state_dict(state)
+
+
+def _channels(kept: Sequence[int], total: int, owner: Tensor) -> Tensor | None:
+    """For each image which of its channels are kept, (B, 1, total) of ones and zeros; None: all of all."""
+    if all(count == total for count in kept):
+        return None
+    numbers = torch.arange(total, device=owner.device)
+    masks = numbers < torch.tensor(kept, device=owner.device)[:, None]
+    return masks.float()[owner].unsqueeze(1)
+
+
+def _masked(x: Tensor, *masks: Tensor | None) -> Tensor:
+    for mask in masks:
+        x = x if mask is None else x * mask
+    return x
+
+
+def _normed(norm: nn.LayerNorm, x: Tensor, width: Tensor | None) -> Tensor:
+    """LayerNorm over the kept channels alone; the others, which are zero in x, stay so."""
+    if width is None:
+        return norm(x)
+    count = width.sum(-1, keepdim=True)
+    x = x.float()
+    centred = (x - x.sum(-1, keepdim=True) / count) * width
+    variance = centred.square().sum(-1, keepdim=True) / count
+    return (centred * (variance + norm.eps).rsqrt() * norm.weight + norm.bias) * width
+
+
+def _reduce(layer: SpatialReduction, x: Tensor, width: Tensor | None) -> Tensor:
+    return layer.reduced(_normed(layer.norm, x, width)) + layer.shortcut(x)
+
+
+def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) -> Tensor:
+    """What the block does to x, (B, N, D), without the channels that are masked."""
+    mixed = _masked(block.attn.mix(_normed(block.norm1, x, width)), mask.heads)
+    x = x + block.drop_path(_masked(block.attn.project(mixed), width, mask.kept))
+    hidden = _masked(block.mlp.hidden(_normed(block.norm2, x, width)), mask.hidden)
+    return x + block.drop_path(_masked(block.mlp.project(hidden), width, mask.kept))
