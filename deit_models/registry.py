@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import importlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from .architecture import SUFFIX, read_architecture
 from .config import nearest, override
 from .errors import ConfigError, ManifestError, UnknownModelError
 from .hub.manifest import Checkpoint, Preprocessing, load_manifest
@@ -100,13 +101,12 @@ def family_spec(family: str) -> ModelSpec:
     for name, checkpoint in load_manifest().items():
         if checkpoint.family == family:
             return model_spec(name)
-    raise ConfigError(
-        f"unknown model family {family!r}; known: {', '.join(sorted({c.family for c in load_manifest().values()}))}"
-    )
+    known = sorted({checkpoint.family for checkpoint in load_manifest().values()})
+    raise ConfigError(f"unknown model family {family!r}; known: {', '.join(known)}")
 
 
 def unknown_model(name: str) -> UnknownModelError:
-    """The error for a name that is not registered, with the three nearest that are."""
+    """The error for a name that is not registered."""
     return UnknownModelError(f"unknown model {name!r}{nearest(name, _names())}")
 
 
@@ -128,21 +128,29 @@ def create_model(
     """Build a registered model with random weights, in training mode.
 
     Args:
-        name: one of `list_models()`.
+        name: one of `list_models()`, or a file with an architecture, see `architecture.read_architecture`.
         device: where to put it.
         dtype: floating-point type of its parameters.
         **overrides: fields of the family's config, e.g. num_classes=10, img_size=(224, 448), drop_path_rate=0.1.
 
-    Raises: UnknownModelError: no such name. ConfigError: an unknown option, or values that do not fit together.
+    Raises: UnknownModelError: no such name. ConfigError: an unknown option, misfitting values, a file of another kind.
     """
     import torch
 
-    spec = model_spec(name)
+    spec, preprocessing = _spec_of_file(name) if name.endswith(SUFFIX) else (model_spec(name), None)
     config = override(spec.config, overrides)
     with torch.device(device if device is not None else torch.get_default_device()):
         model = spec.model_class(config)
-    model.origin = Origin(name=name, preprocessing=default_preprocessing(name, config.image_hw))
+    preprocessing = preprocessing or default_preprocessing(spec.name, config.image_hw)
+    model.origin = Origin(name=spec.name, preprocessing=preprocessing.at_size(config.image_hw))
     return model if dtype is None else model.to(dtype)
+
+
+def _spec_of_file(path: str) -> tuple[ModelSpec, Preprocessing | None]:
+    known = read_architecture(path)
+    spec = family_spec(known.family)
+    config = override(type(spec.config)(), dict(known.settings))
+    return replace(spec, name=known.name, config=config), known.preprocessing
 
 
 def default_preprocessing(name: str, image_hw: tuple[int, int]) -> Preprocessing:

@@ -178,12 +178,16 @@ class EvalTransform:
     def __call__(self, image: ImageSource) -> Tensor:
         """One image, in any accepted form, to (3, H, W) float32. Raises: ImageError: see `load_image`."""
         spec = self.preprocessing
+        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
+        return TF.normalize(self.levels(image).to(torch.float32).div(255), list(spec.mean), list(spec.std))
+
+    def levels(self, image: ImageSource) -> Tensor:
+        """The same before it is scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
+        spec = self.preprocessing
         rgb = load_image(image)
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
         resized = TF.resize(rgb, size, interpolation=self._interpolation)
-        cropped = TF.center_crop(resized, list(spec.crop))
-        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
-        return TF.normalize(TF.pil_to_tensor(cropped).to(torch.float32).div(255), list(spec.mean), list(spec.std))
+        return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
 
     def __repr__(self) -> str:
         spec = self.preprocessing

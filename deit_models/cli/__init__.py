@@ -16,11 +16,12 @@ from .finetuning import add_finetune
 from .models import add_convert, add_info, add_list
 from .predicting import add_predict
 from .progress import process_number
+from .searching import add_search
 from .training import add_distill, add_train
 
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_evaluate),
-    *(add_finetune, add_train, add_distill),
+    *(add_finetune, add_train, add_distill, add_search),
     *(add_convert, add_cache),
 )
 

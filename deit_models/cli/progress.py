@@ -28,6 +28,11 @@ def watch_features(batches: Iterable[Any], total: int) -> Iterable[Any]:
     return _bar(batches, total, unit="batch", label="features")
 
 
+def watch_images(batches: Iterable[Any], total: int) -> Iterable[Any]:
+    """The batches of images that are kept in memory, behind a bar on a terminal."""
+    return _bar(batches, total, unit="batch", label="images")
+
+
 class TrainingDisplay:
     """What a training run shows: on a terminal a bar for the epoch that runs, and a line for each that is finished.
 

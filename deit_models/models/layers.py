@@ -155,8 +155,8 @@ class DropPath(nn.Module):
         return f"rate={self.rate:g}"
 
 
-def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
-    """Patches along (height, width).
+def patch_grid(image_hw: tuple[int, int], patch_size: int, *, name: str = "patch_size") -> tuple[int, int]:
+    """Patches along (height, width); errors call the side of a patch by `name`.
 
     Raises: ConfigError: a side is not a positive multiple of the patch.
     """
@@ -166,7 +166,7 @@ def patch_grid(image_hw: tuple[int, int], patch_size: int) -> tuple[int, int]:
         if side < patch_size or side % patch_size:
             below = max(side // patch_size, 1) * patch_size
             raise ConfigError(
-                f"img_size={side} is not a multiple of patch_size={patch_size}; use {below} or {below + patch_size}"
+                f"img_size={side} is not a multiple of {name}={patch_size}; use {below} or {below + patch_size}"
             )
     return image_hw[0] // patch_size, image_hw[1] // patch_size
 

@@ -66,9 +66,8 @@ class Stage:
             if not all(type(value) is int and value > 0 for value in values):
                 raise ConfigError(f"{name}={values}; expected whole numbers above 0, one for each block")
         if not len(self.num_heads) == len(self.mlp_hidden) > 0:
-            raise ConfigError(
-                f"num_heads={self.num_heads} and mlp_hidden={self.mlp_hidden}; expected one of each for every block"
-            )
+            given = f"num_heads={self.num_heads} and mlp_hidden={self.mlp_hidden}"
+            raise ConfigError(f"{given}; expected one of each for every block")
 
     @property
     def depth(self) -> int:
@@ -118,8 +117,7 @@ class ViTResNASConfig:
         """Refuse combinations that cannot work, naming both numbers."""
         if isinstance(self.img_size, list):
             object.__setattr__(self, "img_size", tuple(self.img_size))
-        stages = tuple(stage if isinstance(stage, Stage) else _read_stage(stage) for stage in self.stages)
-        object.__setattr__(self, "stages", stages)
+        object.__setattr__(self, "stages", tuple(map(_read_stage, self.stages)))
         check_whole(self, "in_chans", "num_classes", "patch_size", "stem_dim")
         check_positive(self, "norm_eps")
         check_rates(self, "drop_rate", "drop_path_rate")
@@ -127,10 +125,10 @@ class ViTResNASConfig:
             raise ConfigError(f"stem={self.stem!r}; expected {' or '.join(map(repr, get_args(Stem)))}")
         if self.stem == "conv" and self.patch_size % 2:
             raise ConfigError(f"patch_size={self.patch_size} is odd; the stem's first convolution halves the image")
-        widths = [stage.embed_dim for stage in stages]
+        widths = [stage.embed_dim for stage in self.stages]
         if not widths or widths != sorted(widths):
             raise ConfigError(f"stages of widths {widths}; expected one or more, none narrower than the one before")
-        patch_grid(self.image_hw, self.size_step)
+        patch_grid(self.image_hw, self.size_step, name="size_step")
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -161,7 +159,7 @@ class ViTResNASConfig:
 
 def _read_stage(data: Any) -> Stage:
     try:
-        return Stage(**data)
+        return data if isinstance(data, Stage) else Stage(**data)
     except TypeError as error:
         known = ", ".join(field.name for field in fields(Stage))
         raise ConfigError(f"stages: {data!r} is no stage ({error}); expected a table with {known}") from error
@@ -352,10 +350,10 @@ class ViTResNAS(ImageClassifier):
             tokens = layer(tokens)
         ends.append(self.norm(tokens) if norm else tokens)
         prefix, grids = self.config.num_prefix_tokens, self.config.grids
-        return [
-            LayerTokens(ends[i][:, :prefix], ends[i][:, prefix:].transpose(1, 2).reshape(len(x), -1, *grids[i]))
-            for i in wanted
+        maps = [
+            end[:, prefix:].transpose(1, 2).reshape(len(x), -1, *grid) for end, grid in zip(ends, grids, strict=True)
         ]
+        return [LayerTokens(ends[i][:, :prefix], maps[i]) for i in wanted]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Attention probabilities of every block in order.
@@ -378,17 +376,18 @@ class ViTResNAS(ImageClassifier):
         for module in self.modules():
             if isinstance(module, nn.Dropout):
                 module.p = drop_rate
-        blocks = [layer for layer in self.blocks if isinstance(layer, Block)]
-        for block, rate in zip(blocks, drop_path_rates(drop_path_rate, self.config.depth), strict=True):
-            block.drop_path.rate = rate
+        rates = iter(drop_path_rates(drop_path_rate, self.config.depth))
+        for layer in self.blocks:
+            if isinstance(layer, Block):
+                layer.drop_path.rate = next(rates)
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: ViTResNASConfig) -> ViTResNASConfig:
         """The config of a bare state dict: `config` with its classes, its square size, and the heads it has."""
         head, pos_embed = state.get("cls_head.weight"), state.get("pos_embed")
+        config = replace(config, distilled="dst_head.weight" in state, patch_head="patch_head.weight" in state)
         if head is not None and head.ndim == 2:
             config = replace(config, num_classes=head.shape[0])
-        config = replace(config, distilled="dst_head.weight" in state, patch_head="patch_head.weight" in state)
         if pos_embed is not None and pos_embed.ndim == 3:
             side = math.isqrt(max(pos_embed.shape[1] - config.num_prefix_tokens, 1))
             config = replace(config, img_size=max(side * config.patch_size // config.size_step, 1) * config.size_step)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +14,8 @@ from ..models.transformer import Attention, Block, Mlp
 def reorder_channels(blocks: Iterable[nn.Module]) -> None:
     """Sort the hidden units and the heads of every block by importance, in place; what the network computes stays.
 
-    Importance is the sum of the magnitudes of all weights and biases that belong to a unit or head. Widths of stages are
-    not sorted. Source: the paper's channel re-ordering, as in the authors' code.
+    Importance is the sum of the magnitudes of all weights and biases of a unit or head. Stage widths are not sorted.
+    Source: the paper's channel re-ordering, as in the authors' code.
     """
     for block in blocks:
         if isinstance(block, Block):
@@ -37,7 +36,7 @@ def _reorder_heads(attention: Attention) -> None:
     by_head = [_by_head(tensor, heads) for tensor in (attention.qkv.weight, attention.qkv.bias) if tensor is not None]
     columns = out.view(len(out), heads, -1)
     weight = sum((part.abs().sum((0, *range(2, part.ndim))) for part in by_head), columns.abs().sum((0, 2)))
-    order = cast(Tensor, weight).argsort(descending=True, stable=True)
+    order = torch.as_tensor(weight).argsort(descending=True, stable=True)
     for part in by_head:
         part.copy_(part[:, order])
     columns.copy_(columns[:, order])

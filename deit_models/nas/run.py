@@ -3,40 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from ..architecture import Architecture, toml_lines
 from ..errors import ConfigError, TrainingError
 from ..finetuning.split import keep_split, labels_of, parts, stratified_split
 from ..hub.fetch import atomic_write
+from ..hub.load import from_pretrained
 from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import ViTResNAS
-from ..registry import Origin
-from ..training.loading import Watch, open_images, plain_watch
-from ..training.recipe import Recipe
+from ..registry import Origin, default_preprocessing
+from ..training.distributed import join_processes
+from ..training.export import export_model
+from ..training.loading import Watch, default_workers, open_images, plain_watch
+from ..training.recipe import Precision, Recipe
 from ..training.records import ImageRecords
 from ..training.run import TrainResult, train
+from ..training.state import digest_of_numbers
+from .costs import CostKind, make_cost
+from .evolution import Evolution, Scored, evolve
+from .report import SETTINGS_NAME, write_report
+from .scoring import HeldOut, Scorer
 from .space import SearchSpace
+from .subnet import extract
 from .supernet import Sampling, SuperNetwork
 
-SPACE_NAME = "space.toml"
-SUPERNET_FOLDER = "supernet"
+SUPERNET_FOLDER, WINNER_FOLDER = "supernet", "winner"
+SPACE_NAME, WINNER_NAME = "space.toml", "winner.toml"
 
 
-def split_images(data: Any, out: Path, *, val_fraction: float, seed: int) -> tuple[ImageRecords, ImageRecords]:
-    """The images the super-network learns from, and those that candidates are scored on; written into `out`.
+@dataclass(frozen=True, slots=True)
+class SearchResult:
+    """How a search ended.
+
+    Attributes:
+        out: the folder; `winner.toml` is the best network's architecture, `winner/` the same with inherited weights.
+        scored: every candidate that was scored, the best first.
+    """
+
+    out: Path
+    scored: list[Scored]
+
+
+def split_images(
+    data: Any, out: str | PathLike[str], *, fraction: float, seed: int
+) -> tuple[ImageRecords, ImageRecords]:
+    """The images the super-network learns from, and those that candidates are scored on; noted in `out/split.json`.
 
     Both come from the training set: the test set must have no part in a search. Source: the paper's sub-train and
     sub-val.
 
-    Raises: DataError: see `open_dataset`. TrainingError: `out` holds the split of other images or with another seed.
+    Raises: DataError: see `open_dataset`. TrainingError: `out` holds another split.
     """
     records = open_images(data, "train")
-    split = stratified_split(labels_of(records), fraction=val_fraction, seed=seed)
-    keep_split(out, records, split)
+    split = stratified_split(labels_of(records), fraction=fraction, seed=seed)
+    keep_split(Path(out), records, split)
     return parts(records, split)
 
 
@@ -44,10 +70,9 @@ def train_supernet(
     space: SearchSpace,
     *,
     recipe: Recipe,
-    train_images: ImageRecords,
-    val_images: ImageRecords | None,
+    images: ImageRecords,
+    val: ImageRecords | None = None,
     out: str | PathLike[str],
-    preprocessing: Preprocessing,
     sampling: Sampling | None = None,
     device: str | torch.device | None = None,
     workers: int | None = None,
@@ -56,35 +81,33 @@ def train_supernet(
 ) -> TrainResult:
     """Train the super-network of a space; a second call with the same `out` goes on after the last finished epoch.
 
-    What is evaluated after each epoch is the largest network. `out/model` is it, as `from_pretrained` reads it.
-
     Args:
-        space: what may be chosen; its number of classes is the data's.
+        space: what may be chosen.
         recipe: without a moving average, which sorting the channels would spoil.
-        train_images: see `split_images`.
-        val_images: likewise; None: no evaluation while training.
-        out: the folder, see `training.run.train`.
-        preprocessing: of the images.
+        images: to learn from, see `split_images`.
+        val: to evaluate the largest network on after each epoch.
+        out: the folder, see `training.run.train`; `model/` is the largest network, which contains all others.
         sampling: how candidates are drawn; default: the paper's numbers.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes.
         watch: wraps each epoch's batches, for a progress bar.
         on_epoch: called with each finished epoch's row of the log.
 
-    Raises: ConfigError: a recipe with `ema_decay`. And what `train` raises.
+    Raises: ConfigError: a recipe with `ema_decay`. TrainingError: `out` holds another search. And what `train` raises.
     """
     if recipe.ema_decay:
         raise ConfigError(f"ema_decay={recipe.ema_decay}: channels are sorted while training; a super-network needs 0")
     sampling = sampling or Sampling()
-    _keep(Path(out) / SPACE_NAME, f"{space.to_toml()}\n[sampling]\n{_lines(sampling)}")
+    _keep(Path(out) / SPACE_NAME, space.to_toml())
+    _keep(Path(out) / "sampling.toml", toml_lines(asdict(sampling)))
     torch.manual_seed(recipe.seed)
-    net = ViTResNAS(space.config_of(space.largest(), num_classes=len(train_images.classes)))
-    net.origin = Origin(name="supernet", preprocessing=preprocessing)
+    network = ViTResNAS(space.config_of(space.largest(), num_classes=len(images.classes)))
+    network.origin = Origin(name="supernet", preprocessing=_preprocessing(space))
     return train(
-        SuperNetwork(net, space, sampling),
+        SuperNetwork(network, space, sampling),
         recipe=recipe,
-        train=train_images,
-        val=val_images,
+        train=images,
+        val=val,
         out=out,
         device=device,
         workers=workers,
@@ -93,13 +116,102 @@ def train_supernet(
     )
 
 
-def _lines(sampling: Sampling) -> str:
-    return f"images = {sampling.images}\nwarmup_epochs = {sampling.warmup_epochs}\n"
+def search(
+    space: SearchSpace,
+    *,
+    supernet: str | PathLike[str],
+    images: ImageRecords,
+    limit: float,
+    out: str | PathLike[str],
+    cost: CostKind = "macs",
+    evolution: Evolution | None = None,
+    batch_size: int = 250,
+    precision: Precision = "bf16",
+    device: str | torch.device | None = None,
+    workers: int | None = None,
+    watch: Watch = plain_watch,
+    on_generation: Callable[[list[Scored]], None] | None = None,
+) -> SearchResult:
+    """Find the best network of a space within a limit; a second call with the same `out` goes on where it stopped.
+
+    Under torchrun the candidates of a generation are shared by the processes.
+
+    Args:
+        space: what may be chosen.
+        supernet: the trained super-network, as `from_pretrained` takes it.
+        images: held out from its training, see `split_images`.
+        limit: the most a network may cost, in multiply-accumulates or in milliseconds a batch.
+        out: folder for the scores, the report and the winner.
+        cost: "macs", or "latency", measured on `device`.
+        evolution: how to search; default: the paper's numbers.
+        batch_size: images at once; also the batch whose latency is measured.
+        precision: of the forward pass.
+        device: where to compute; default: the GPU if there is one.
+        workers: loading processes.
+        watch: wraps the batches of images while they are decoded, for a progress bar.
+        on_generation: called with all candidates so far after each generation.
+
+    Raises: ConfigError: no network is within the limit, or the super-network is not this space's. DataError: too many
+        images cannot be read. TrainingError: `out` holds a search with other settings.
+    """
+    evolution, folder = evolution or Evolution(), Path(out)
+    largest = from_pretrained(supernet)
+    if not isinstance(largest, ViTResNAS) or largest.config.stages != space.config_of(space.largest()).stages:
+        raise ConfigError(f"{supernet} is not the super-network of this space")
+    with join_processes(device) as process:
+        _keep(
+            folder / SETTINGS_NAME,
+            toml_lines({"limit": limit, "cost": cost, **asdict(evolution), "precision": precision})
+            + toml_lines({"supernet": digest_of_numbers(largest), "images": f"{len(images)} of {images.name}"}),
+        )
+        _keep(folder / SPACE_NAME, space.to_toml())
+        price = make_cost(cost, space, largest.num_classes, folder, device=process.device, batch=batch_size)
+        workers = default_workers(process.device) if workers is None else workers
+        held_out = HeldOut(images, _preprocessing(space), process, workers=workers, watch=watch)
+        scorer = Scorer(largest, space, held_out, folder, precision=precision, batch_size=batch_size)
+        found = evolve(space, evolution, cost=price, limit=limit, score=scorer, on_generation=on_generation)
+        winner = extract(largest, space, found[0].candidate)
+        winner.origin = Origin(name=WINNER_FOLDER, preprocessing=_preprocessing(space))
+        if process.is_main:
+            write_report(folder, found, unit=price.unit, limit=limit)
+            _write_architecture(folder / WINNER_NAME, winner)
+        export_model(
+            winner,
+            folder / WINNER_FOLDER,
+            process,
+            divided=False,
+            records=images,
+            accuracy={"top1": found[0].top1},
+        )
+    return SearchResult(folder, found)
+
+
+def _write_architecture(path: Path, network: ViTResNAS) -> None:
+    settings = {name: getattr(network.config, name) for name in network.config.__slots__ if "drop" not in name}
+    origin = network.origin
+    record = Architecture(
+        name=path.stem,
+        family=network.family,
+        settings=settings,
+        preprocessing=None if origin is None else origin.preprocessing,
+    )
+    with atomic_write(path) as temporary:
+        temporary.write_text(record.to_toml(), encoding="utf-8")
+
+
+def _preprocessing(space: SearchSpace) -> Preprocessing:
+    return space.preprocessing or default_preprocessing("", space.config_of(space.largest()).image_hw)
 
 
 def _keep(path: Path, text: str) -> None:
     """Write a file of settings; one that is there already must be the same. Raises: TrainingError: it is not."""
-    if path.exists() and path.read_text(encoding="utf-8") != text:
-        raise TrainingError(f"{path} holds other settings than this search; use those, or a new folder")
+    if path.exists():
+        before = path.read_text(encoding="utf-8")
+        if before != text:
+            changed = [line for line in before.splitlines() if line not in text.splitlines()]
+            raise TrainingError(
+                f"{path} says {'; '.join(changed[:3]) or 'otherwise'}; use those settings, or a new folder"
+            )
+        return
     with atomic_write(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

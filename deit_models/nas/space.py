@@ -6,17 +6,18 @@ numbers of heads and hidden widths, and some of which may stay empty. Source: se
 
 from __future__ import annotations
 
-import json
-import math
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields
+from itertools import product
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from ..architecture import toml_lines
 from ..config import check_whole, nearest, override
 from ..errors import ConfigError
+from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import Stage, ViTResNASConfig
 
 if sys.version_info >= (3, 11):
@@ -46,7 +47,7 @@ class StageChoices:
     removable: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for choices that are not whole numbers from large to small, or places that are not there."""
+        """Raise ConfigError for choices that are no whole numbers from large to small, or places that are not there."""
         check_whole(self, "head_dim", "depth")
         for name in ("embed_dim", "num_heads", "mlp_hidden", "removable"):
             values = getattr(self, name)
@@ -100,10 +101,12 @@ class SearchSpace:
     Attributes:
         stages: the choices, stage by stage.
         settings: fields of `ViTResNASConfig` besides `stages`.
+        preprocessing: how images become input; None: DeiT's way, at the networks' size.
     """
 
     stages: tuple[StageChoices, ...]
     settings: Mapping[str, Any] = field(default_factory=dict)
+    preprocessing: Preprocessing | None = None
 
     def __post_init__(self) -> None:
         """Raise ConfigError unless every network of the space can be built."""
@@ -112,8 +115,8 @@ class SearchSpace:
         for before, after in zip(self.stages, self.stages[1:], strict=False):
             if before.embed_dim[0] > after.embed_dim[-1]:
                 raise ConfigError(
-                    f"a stage may be {before.embed_dim[0]} wide and the next one {after.embed_dim[-1]}; tokens never get "
-                    f"narrower, so every width of a stage must be at most the smallest of the next"
+                    f"a stage may be {before.embed_dim[0]} wide and the next one {after.embed_dim[-1]}; tokens never "
+                    f"get narrower, so every width of a stage must be at most the smallest of the next"
                 )
         if "stages" in self.settings:
             raise ConfigError("settings of a search space cannot hold stages; those are what is searched")
@@ -157,32 +160,23 @@ class SearchSpace:
         return config
 
     def count(self) -> int:
-        """How many different networks there are."""
+        """How many choices there are; a network that comes about in two ways counts twice."""
         total = 1
         for stage in self.stages:
-            block = len(stage.num_heads) * len(stage.mlp_hidden)
-            fixed, free = stage.depth - len(stage.removable), len(stage.removable)
-            # equal lists of blocks come about in several ways where an empty place has equal neighbours
-            lengths = sum(
-                block ** (fixed + kept) * (1 if kept in (0, free) else math.comb(free, kept))
-                for kept in range(free + 1)
-            )
-            total *= len(stage.embed_dim) * lengths
+            block, free = len(stage.num_heads) * len(stage.mlp_hidden), len(stage.removable)
+            total *= len(stage.embed_dim) * block ** (stage.depth - free) * (block + 1) ** free
         return total
 
     def to_toml(self) -> str:
         """The space as TOML, which `read_space` reads."""
-        lines = ["[settings]", *(f"{name} = {json.dumps(value)}" for name, value in self.settings.items())]
-        for stage in self.stages:
-            lines += ["", "[[stages]]"]
-            for item in fields(stage):
-                value = getattr(stage, item.name)
-                lines.append(f"{item.name} = {json.dumps(list(value) if isinstance(value, tuple) else value)}")
-        return "\n".join(lines) + "\n"
+        tables = [f"[settings]\n{toml_lines(self.settings)}"]
+        if self.preprocessing is not None:
+            tables.append(f"[preprocessing]\n{toml_lines(self.preprocessing.to_dict())}")
+        return "\n".join([*tables, *(f"[[stages]]\n{toml_lines(asdict(stage))}" for stage in self.stages)])
 
 
 def space_from_toml(text: str) -> SearchSpace:
-    """A space from TOML: a table `settings`, and a table `stages` for each stage, with the fields of `StageChoices`.
+    """A space from TOML: tables `settings` and `preprocessing`, and a table `stages` for each stage.
 
     Raises: ConfigError: not TOML, an unknown field, or choices that cannot work.
     """
@@ -190,23 +184,33 @@ def space_from_toml(text: str) -> SearchSpace:
         data = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"not TOML: {error}") from error
-    unknown = set(data) - {"settings", "stages"}
-    if unknown:
-        raise ConfigError(f"unknown table {min(unknown)!r} in a search space; expected settings and stages")
+    known = {"settings", "preprocessing", "stages"}
+    if not set(data) <= known:
+        raise ConfigError(f"a search space has tables {', '.join(sorted(known))}; not {min(set(data) - known)!r}")
+    spec = data.get("preprocessing")
+    return SearchSpace(
+        stages=tuple(map(_read_stage, data.get("stages", []))),
+        settings=data.get("settings", {}),
+        preprocessing=None if spec is None else Preprocessing.from_dict(spec),
+    )
+
+
+def _read_stage(table: Mapping[str, Any]) -> StageChoices:
     known = [item.name for item in fields(StageChoices)]
-    for table in data.get("stages", []):
-        for name in table:
-            if name not in known:
-                raise ConfigError(f"unknown field {name!r} of a stage{nearest(name, known)}")
-        missing = [name for name in known if name not in table and name != "removable"]
-        if missing:
-            raise ConfigError(f"a stage lacks {', '.join(missing)}")
-    stages = tuple(StageChoices(**table) for table in data.get("stages", []))
-    return SearchSpace(stages=stages, settings=data.get("settings", {}))
+    for name in table:
+        if name not in known:
+            raise ConfigError(f"unknown field {name!r} of a stage{nearest(name, known)}")
+    missing = [name for name in known if name not in table and name != "removable"]
+    if missing:
+        raise ConfigError(f"a stage lacks {', '.join(missing)}")
+    return StageChoices(**table)
 
 
 def read_space(source: str | PathLike[str]) -> SearchSpace:
-    """A space by its name in `SPACES`, or from a TOML file. Raises: ConfigError: neither, or `space_from_toml` refuses."""
+    """A space by its name in `SPACES`, or from a TOML file.
+
+    Raises: ConfigError: there is neither, or `space_from_toml` refuses the file.
+    """
     if isinstance(source, str) and source in SPACES:
         return SPACES[source]
     path = Path(source)
@@ -250,6 +254,9 @@ SPACES: Mapping[str, SearchSpace] = {
             for i in range(3)
         ),
         settings={"img_size": 32, "patch_size": 4, "stem_dim": 16, "num_classes": 10},
+        preprocessing=Preprocessing(
+            resize=32, crop=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)
+        ),
     ),
 }
 """The paper's two spaces for 224-pixel images, and a small one for 32-pixel images, which two CPU cores can search."""
@@ -257,8 +264,6 @@ SPACES: Mapping[str, SearchSpace] = {
 
 def candidates_of(space: SearchSpace) -> Iterator[Candidate]:
     """Every candidate of a space; only for small ones, see `SearchSpace.count`."""
-    from itertools import product
-
     stages = []
     for stage in space.stages:
         places = [

@@ -14,7 +14,6 @@ from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..config import check_whole
 from ..errors import ConfigError
@@ -93,12 +92,9 @@ class SuperNetwork(ImageClassifier):
             for place in range(choices.depth):
                 # as in the paper, a removable block goes half of the time, and the choice to go is the last to join
                 presence = (True, True, False, False) if place in choices.removable else (True,)
-                dealt = (
-                    self._deal(choices.num_heads, count),
-                    self._deal(choices.mlp_hidden, count),
-                    self._deal(presence, count),
-                )
-                places.append([BlockChoice(*chosen) for chosen in zip(*dealt, strict=True)])
+                heads, hidden = self._deal(choices.num_heads, count), self._deal(choices.mlp_hidden, count)
+                kept = map(bool, self._deal(presence, count))
+                places.append([BlockChoice(*chosen) for chosen in zip(heads, hidden, kept, strict=True)])
             blocks = zip(*places, strict=True)
             stages.append([StageChoice(*chosen) for chosen in zip(widths, blocks, strict=True)])
         return [Candidate(chosen) for chosen in zip(*stages, strict=True)]

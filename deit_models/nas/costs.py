@@ -1,0 +1,122 @@
+"""What a candidate costs: multiply-accumulates counted, or milliseconds measured on the machine at hand."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from ..macs import count_macs
+from ..models.vit_resnas import ViTResNAS, ViTResNASConfig
+from .ledger import Ledger
+from .space import Candidate, SearchSpace
+
+CostKind = Literal["macs", "latency"]
+LATENCY_NAME = "latency.jsonl"
+
+
+class Cost(Protocol):
+    """A number for each candidate, which a search keeps below a limit; `unit` stands behind it in tables."""
+
+    unit: str
+
+    def __call__(self, candidate: Candidate) -> float:
+        """The candidate's cost."""
+        ...
+
+
+class Macs:
+    """Multiply-accumulates for one image, counted from the architecture."""
+
+    unit = "MACs"
+
+    def __init__(self, space: SearchSpace, num_classes: int) -> None:
+        self.space, self.num_classes = space, num_classes
+
+    def __call__(self, candidate: Candidate) -> float:
+        """Exact, see `count_macs`."""
+        return count_macs(self.space.config_of(candidate, num_classes=self.num_classes))
+
+
+class Latency:
+    """Milliseconds for a batch of images, as the sum over a candidate's parts, each measured once and kept in a file.
+
+    There are few different parts and very many candidates, and a search that goes on must meet the same numbers again.
+    A part's time is the median of several runs behind two that do not count.
+
+    Args:
+        space: the space.
+        num_classes: logits.
+        folder: where `latency.jsonl` is kept; it belongs to one machine.
+        device: where to measure.
+        batch: images at once.
+    """
+
+    unit = "ms"
+
+    def __init__(self, space: SearchSpace, num_classes: int, folder: Path, *, device: torch.device, batch: int) -> None:
+        self.space, self.num_classes, self.device, self.batch = space, num_classes, device, batch
+        self._known = Ledger(folder / LATENCY_NAME)
+
+    def __call__(self, candidate: Candidate) -> float:
+        """The sum of what its parts take."""
+        config = self.space.config_of(candidate, num_classes=self.num_classes)
+        keys = [f"{self.device.type} {self.batch}: {part}" for part in _parts(config)]
+        if any(key not in self._known for key in keys):
+            for key, milliseconds in zip(keys, self._measure(config), strict=True):
+                if key not in self._known:
+                    self._known.add(key, {"ms": milliseconds})
+        return sum(self._known[key]["ms"] for key in keys)
+
+    @torch.inference_mode()
+    def _measure(self, config: ViTResNASConfig) -> Iterator[float]:
+        model = ViTResNAS(config).to(self.device).eval()
+        x = torch.zeros(self.batch, config.in_chans, *config.image_hw, device=self.device)
+        steps: list[Callable[[Tensor], Any]] = [model.forward_tokens, *model.blocks]
+        for step in steps:
+            yield self._milliseconds(step, x)
+            x = step(x)
+        yield self._milliseconds(lambda x: model.classify(model.norm(x)), x)
+
+    def _milliseconds(self, step: Callable[[Tensor], Any], x: Tensor) -> float:
+        times = []
+        for _ in range(7):
+            self._wait()
+            start = time.perf_counter()
+            step(x)
+            self._wait()
+            times.append(1000 * (time.perf_counter() - start))
+        return statistics.median(times[2:])
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _parts(config: ViTResNASConfig) -> Iterator[str]:
+    """What the stem, each entry of `blocks` and the heads are, in order: parts of one name take the same time."""
+    yield f"stem {config.stages[0].embed_dim}"
+    for number, stage in enumerate(config.stages):
+        if number:
+            before = config.stages[number - 1].embed_dim
+            yield f"reduction {config.grids[number - 1]} {before} {stage.embed_dim}"
+        for heads, hidden in zip(stage.num_heads, stage.mlp_hidden, strict=True):
+            yield f"block {config.grids[number]} {stage.embed_dim} {heads}x{stage.head_dim} {hidden}"
+    yield f"heads {config.grids[-1]} {config.stages[-1].embed_dim} {config.num_classes}"
+
+
+def make_cost(
+    kind: CostKind, space: SearchSpace, num_classes: int, folder: Path, *, device: torch.device, batch: int
+) -> Cost:
+    """The cost a search is limited by: "macs" or "latency". Raises: ConfigError: neither."""
+    if kind not in get_args(CostKind):
+        raise ConfigError(f"cost={kind!r}; expected {' or '.join(map(repr, get_args(CostKind)))}")
+    if kind == "macs":
+        return Macs(space, num_classes)
+    return Latency(space, num_classes, folder, device=device, batch=batch)

@@ -1,0 +1,248 @@
+"""Evolution among the networks of a space: the best of a generation are varied and crossed to make the next.
+
+Nothing here knows of weights or images: a score is whatever the caller's function says of a candidate. All draws come
+from one generator, so that the same seed and scores give the same search; one that was interrupted is simply run again,
+and finds the scores it had in its ledger. Source: section 4.3 of the ViT-ResNAS paper; numbers as in the authors' code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from random import Random
+
+from ..config import check_rates, check_whole
+from ..errors import ConfigError
+from .costs import Cost
+from .space import BlockChoice, Candidate, SearchSpace, StageChoice, StageChoices, candidates_of
+
+_TRIES = 1000
+"""Draws that may come out too large, too small or known already before a search takes it that there is no other."""
+_FEW = 5000
+"""Networks up to which a space is looked through one by one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evolution:
+    """The numbers of a search; the defaults are the paper's, 3,350 candidates in all.
+
+    Attributes:
+        population: candidates drawn at random to begin with.
+        generations: rounds, the random one counted.
+        parents: the best so far, from which a generation is made.
+        mutants: candidates of a generation that are varied parents.
+        crossovers: candidates of a generation that are crossed parents.
+        mutation: probability that a mutant draws an item anew.
+        crossover: probability that a crossed candidate takes an item from its second parent.
+        floor: smallest cost, as a fraction of the limit; larger networks are better, so smaller ones need no scoring.
+        seed: of all draws.
+    """
+
+    population: int = 500
+    generations: int = 20
+    parents: int = 75
+    mutants: int = 75
+    crossovers: int = 75
+    mutation: float = 0.3
+    crossover: float = 0.5
+    floor: float = 0.975
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that cannot work."""
+        check_whole(self, "population", "generations", "parents", "mutants", "crossovers")
+        check_rates(self, "mutation", "crossover", "floor")
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """A candidate with what it costs and how good it is, and the generation (from 0) that brought it up."""
+
+    candidate: Candidate
+    cost: float
+    top1: float
+    generation: int
+
+
+def evolve(
+    space: SearchSpace,
+    settings: Evolution,
+    *,
+    cost: Cost,
+    limit: float,
+    score: Callable[[Sequence[Candidate]], list[float]],
+    on_generation: Callable[[list[Scored]], None] | None = None,
+) -> list[Scored]:
+    """Search a space for the best network whose cost is from `settings.floor * limit` to `limit`.
+
+    Args:
+        space: the space.
+        settings: how.
+        cost: what a candidate costs.
+        limit: the most it may.
+        score: gives the accuracy of each of some candidates.
+        on_generation: called with all candidates so far after each generation.
+
+    Returns: every scored candidate, the best first, the cheaper first where two are as good. It is fewer than
+        asked for where the space has no more.
+    Raises: ConfigError: no network of the space is within the limit.
+    """
+    hunt = _Hunt(space, settings, cost, limit)
+    found: list[Scored] = []
+    for generation in range(settings.generations):
+        fresh = hunt.first() if generation == 0 else hunt.next(found)
+        if not fresh:
+            break
+        for candidate, top1 in zip(fresh, score(fresh), strict=True):
+            found.append(Scored(candidate, cost(candidate), top1, generation))
+        found.sort(key=lambda one: (-one.top1, one.cost, one.candidate.key()))
+        if on_generation is not None:
+            on_generation(found)
+    return found
+
+
+class _Hunt:
+    """What a search knows while it goes on: its generator, and the networks it has met."""
+
+    def __init__(self, space: SearchSpace, settings: Evolution, cost: Cost, limit: float) -> None:
+        self.space, self.settings, self.cost, self.limit = space, settings, cost, limit
+        self.rng = Random(settings.seed)
+        self.met: set[str] = set()
+
+    def first(self) -> list[Candidate]:
+        """The random generation: every legal network where there are no more than it asks for."""
+        self._check_limit()
+        if self.space.count() <= _FEW:
+            legal = {c.key(): c for c in candidates_of(self.space) if self._legal(c)}
+            if not legal:
+                raise ConfigError(self._nothing())
+            if len(legal) <= self.settings.population:
+                return self._new(iter(legal.values()), len(legal))
+        fresh = self._new(self._randomly(), self.settings.population)
+        if not fresh:
+            raise ConfigError(f"{self._nothing()} ({_TRIES} tries)")
+        return fresh
+
+    def next(self, found: list[Scored]) -> list[Candidate]:
+        """A generation made from the best so far; empty where it brings up nothing new."""
+        parents = [one.candidate for one in found[: self.settings.parents]]
+        mutants = self._new(self._mutants(parents), self.settings.mutants)
+        return mutants + self._new(self._crossed(parents), self.settings.crossovers)
+
+    def _new(self, source: Iterator[Candidate | None], count: int) -> list[Candidate]:
+        """Up to `count` legal networks that were not met before; fewer where many tries in a row give none."""
+        fresh: list[Candidate] = []
+        misses = 0
+        for candidate in source:
+            if candidate is not None and candidate.key() not in self.met and self._legal(candidate):
+                self.met.add(candidate.key())
+                fresh.append(candidate)
+                misses = 0
+            else:
+                misses += 1
+            if len(fresh) == count or misses == _TRIES:
+                break
+        return fresh
+
+    def _legal(self, candidate: Candidate) -> bool:
+        return self.settings.floor * self.limit <= self.cost(candidate) <= self.limit
+
+    def _check_limit(self) -> None:
+        smallest, largest = self.cost(self.space.smallest()), self.cost(self.space.largest())
+        if smallest > self.limit or largest < self.settings.floor * self.limit:
+            raise ConfigError(
+                f"{self._nothing()}: its networks take {smallest:,.6g} to {largest:,.6g} {self.cost.unit}"
+            )
+
+    def _nothing(self) -> str:
+        low, high = self.settings.floor * self.limit, self.limit
+        return f"no network of the space is within the limit of {low:,.6g} to {high:,.6g} {self.cost.unit}"
+
+    def _randomly(self) -> Iterator[Candidate | None]:
+        while True:
+            stages = []
+            for choices in self.space.stages:
+                places = (
+                    BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], self._present(choices, place))
+                    for place in range(choices.depth)
+                )
+                stages.append(StageChoice(self.rng.choice(choices.embed_dim), tuple(places)))
+            yield self._cut_down(Candidate(tuple(stages)))
+
+    def _present(self, choices: StageChoices, place: int) -> bool:
+        return place not in choices.removable or self.rng.random() < 0.5
+
+    def _cut_down(self, candidate: Candidate) -> Candidate | None:
+        """The candidate, made smaller step by step at random until it is within the limit; None: it cannot be."""
+        for step in range(_TRIES):
+            if self.cost(candidate) <= self.limit:
+                return candidate
+            # heads and MLPs first, widths and whole blocks only where those do not suffice
+            candidate = self._smaller(candidate, anything=step >= 100)
+        return None
+
+    def _smaller(self, candidate: Candidate, *, anything: bool) -> Candidate:
+        number = self.rng.randrange(len(candidate.stages))
+        choices, stage = self.space.stages[number], candidate.stages[number]
+        place = self.rng.randrange(choices.depth)
+        block = stage.blocks[place]
+        what = self.rng.choice(("heads", "hidden", "width", "block") if anything else ("heads", "hidden"))
+        if what == "width":
+            stage = replace(stage, embed_dim=_below(stage.embed_dim, choices.embed_dim))
+        elif what == "block":
+            block = replace(block, kept=block.kept and place not in choices.removable)
+        elif what == "heads":
+            block = replace(block, num_heads=_below(block.num_heads, choices.num_heads))
+        else:
+            block = replace(block, mlp_hidden=_below(block.mlp_hidden, choices.mlp_hidden))
+        blocks = (*stage.blocks[:place], block, *stage.blocks[place + 1 :])
+        stages = (*candidate.stages[:number], replace(stage, blocks=blocks), *candidate.stages[number + 1 :])
+        return Candidate(stages)
+
+    def _mutants(self, parents: list[Candidate]) -> Iterator[Candidate]:
+        while True:
+            parent = self.rng.choice(parents)
+            stages = zip(self.space.stages, parent.stages, strict=True)
+            yield Candidate(tuple(self._mutated(choices, stage) for choices, stage in stages))
+
+    def _mutated(self, choices: StageChoices, stage: StageChoice) -> StageChoice:
+        blocks = []
+        for place, block in enumerate(stage.blocks):
+            heads = self._redrawn(block.num_heads, choices.num_heads)
+            hidden = self._redrawn(block.mlp_hidden, choices.mlp_hidden)
+            toggled = place in choices.removable and self._happens(self.settings.mutation)
+            blocks.append(BlockChoice(heads, hidden, block.kept ^ toggled))
+        return StageChoice(self._redrawn(stage.embed_dim, choices.embed_dim), tuple(blocks))
+
+    def _redrawn(self, value: int, choices: tuple[int, ...]) -> int:
+        return self.rng.choice(choices) if self._happens(self.settings.mutation) else value
+
+    def _crossed(self, parents: list[Candidate]) -> Iterator[Candidate | None]:
+        while True:
+            if len(parents) < 2:
+                yield None
+                continue
+            one, other = self.rng.sample(parents, 2)
+            yield Candidate(tuple(map(self._crossed_stage, one.stages, other.stages)))
+
+    def _crossed_stage(self, one: StageChoice, other: StageChoice) -> StageChoice:
+        blocks = (
+            BlockChoice(
+                self._either(a.num_heads, b.num_heads),
+                self._either(a.mlp_hidden, b.mlp_hidden),
+                bool(self._either(a.kept, b.kept)),
+            )
+            for a, b in zip(one.blocks, other.blocks, strict=True)
+        )
+        return StageChoice(self._either(one.embed_dim, other.embed_dim), tuple(blocks))
+
+    def _either(self, one: int, other: int) -> int:
+        return other if self._happens(self.settings.crossover) else one
+
+    def _happens(self, probability: float) -> bool:
+        return self.rng.random() < probability
+
+
+def _below(value: int, choices: tuple[int, ...]) -> int:
+    """The next smaller choice, or the smallest."""
+    return choices[min(choices.index(value) + 1, len(choices) - 1)]

@@ -1,0 +1,125 @@
+"""What a search found, for people: a table of the best, a list of all, and accuracy against cost as a picture."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ..errors import MissingExtraError, TrainingError
+from ..hub.fetch import atomic_write
+from ..training.logs import read_log
+from ..training.plots import find_matplotlib
+from .evolution import Scored
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SETTINGS_NAME = "search.toml"
+CANDIDATES_NAME, REPORT_NAME, PICTURE_NAME = "candidates.jsonl", "report.md", "candidates.png"
+Row = Mapping[str, Any]
+
+
+class Settings(NamedTuple):
+    """What a search was limited by."""
+
+    unit: str
+    limit: float
+
+
+def write_report(folder: Path, found: Sequence[Scored], *, unit: str, limit: float) -> None:
+    """Write candidates.jsonl (all, the best first), report.md and, where matplotlib is installed, candidates.png.
+
+    Raises: FetchError: no space or no permission.
+    """
+    rows = [
+        {"key": one.candidate.key(), "top1": one.top1, "cost": one.cost, "generation": one.generation} for one in found
+    ]
+    with atomic_write(folder / CANDIDATES_NAME) as temporary:
+        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    with atomic_write(folder / REPORT_NAME) as temporary:
+        temporary.write_text(table(rows, unit=unit, limit=limit), encoding="utf-8")
+    with suppress(MissingExtraError):  # the table says the same
+        plot_candidates(rows, folder / PICTURE_NAME, unit=unit)
+
+
+def read_candidates(folder: Path) -> list[dict[str, Any]]:
+    """The candidates of a finished search, the best first. Raises: TrainingError: there is none in the folder."""
+    rows = read_log(folder / CANDIDATES_NAME)
+    if not rows:
+        raise TrainingError(f"{folder} holds no finished search; run the search to its end first")
+    return rows
+
+
+def read_settings(folder: Path) -> Settings:
+    """What a search was limited by. Raises: TrainingError: there is none in the folder."""
+    path = folder / SETTINGS_NAME
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        return Settings({"macs": "MACs", "latency": "ms"}[data["cost"]], float(data["limit"]))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, LookupError, ValueError) as error:
+        raise TrainingError(f"{path} does not say what the search was limited by: {error}") from error
+
+
+def table(rows: Sequence[Row], *, unit: str, limit: float, most: int = 10) -> str:
+    """The search in Markdown: how it went from generation to generation, and the best networks."""
+    lines = [
+        f"# {len(rows)} networks within {_number(limit)} {unit}",
+        "",
+        "| generation | networks | best top-1 | mean |",
+    ]
+    lines.append("| ---: | ---: | ---: | ---: |")
+    for generation in sorted({row["generation"] for row in rows}):
+        own = [row["top1"] for row in rows if row["generation"] == generation]
+        lines.append(f"| {generation} | {len(own)} | {max(own):.2f} | {sum(own) / len(own):.2f} |")
+    lines += ["", f"| rank | top-1 with shared weights | {unit} | width: heads x MLP of each block, by stage |"]
+    lines.append("| ---: | ---: | ---: | --- |")
+    for rank, row in enumerate(rows[:most], start=1):
+        network = row["key"].replace(" | ", "; ")
+        lines.append(f"| {rank} | {row['top1']:.2f} | {_number(row['cost'])} | {network} |")
+    return "\n".join(lines) + "\n"
+
+
+def plot_candidates(
+    rows: Sequence[Row], path: Path, *, unit: str, marked: Mapping[str, tuple[float, float]] | None = None
+) -> None:
+    """Draw accuracy against cost, a dot for each candidate, later generations darker, as PNG.
+
+    Args:
+        rows: the candidates.
+        path: the file.
+        unit: of their cost.
+        marked: further points by name, each its cost and accuracy.
+
+    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    """
+    figure = find_matplotlib()(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    dots = axes.scatter(
+        [row["cost"] for row in rows],
+        [row["top1"] for row in rows],
+        c=[row["generation"] for row in rows],
+        cmap="viridis_r",
+        s=14,
+        label=f"{len(rows)} candidates",
+    )
+    figure.colorbar(dots, label="generation")
+    best = rows[0]
+    axes.scatter([best["cost"]], [best["top1"]], marker="*", s=160, color="tab:red", label="winner")
+    for name, point in (marked or {}).items():
+        axes.scatter(*([value] for value in point), marker="D", label=name)
+    axes.set_xlabel(unit)
+    axes.set_ylabel("top-1 with shared weights (%)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.4g}"

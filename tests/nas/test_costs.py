@@ -1,0 +1,75 @@
+"""What candidates cost: exact multiply-accumulates, and latencies that are measured once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from nas.toy import toy_space
+
+from deit_models import ConfigError
+from deit_models.models.vit_resnas import ViTResNAS
+from deit_models.nas.costs import Latency, Macs, make_cost
+from deit_models.nas.ledger import Ledger
+from deit_models.nas.space import SPACES, Candidate
+from deit_models.nas.supernet import Sampling, SuperNetwork
+
+CPU = torch.device("cpu")
+
+
+def some(name: str, count: int) -> list[Candidate]:
+    space = SPACES[name]
+    with torch.device("meta"):
+        network = ViTResNAS(space.config_of(space.largest()))
+    torch.manual_seed(0)
+    return [space.smallest(), *SuperNetwork(network, space, Sampling(warmup_epochs=0)).draw(count)]
+
+
+@pytest.mark.parametrize("name", ["tiny", "small32"])
+def test_macs_are_those_of_torchs_counter(name: str) -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    space = SPACES[name]
+    for candidate in some(name, 4):
+        config = space.config_of(candidate, num_classes=7)
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            ViTResNAS(config).eval()(torch.empty(1, 3, *config.image_hw))
+        assert Macs(space, 7)(candidate) == counter.get_total_flops() // 2
+
+
+def test_latency_is_measured_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    space = toy_space()
+    cost = Latency(space, 3, tmp_path, device=CPU, batch=2)
+    small, large = cost(space.smallest()), cost(space.largest())
+    assert 0 < small < large
+    again = Latency(space, 3, tmp_path, device=CPU, batch=2)
+    monkeypatch.setattr(Latency, "_measure", lambda *_: pytest.fail("measured again"))
+    assert (again(space.smallest()), again(space.largest())) == (small, large)
+    # what takes the same time in both was measured for both at once
+    parts = [line for line in (tmp_path / "latency.jsonl").read_text().splitlines() if "block" in line]
+    assert len(parts) == 2 + 2
+
+
+def test_unknown_cost_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cost='joules'; expected 'macs' or 'latency'"):
+        make_cost("joules", toy_space(), 3, tmp_path, device=CPU, batch=1)  # type: ignore[arg-type]
+
+
+def test_ledger_keeps_entries_and_drops_a_torn_line(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "ledger.jsonl"
+    ledger = Ledger(path)
+    ledger.add("a", {"top1": 1.5})
+    ledger.add("b", {"top1": 2.5})
+    with path.open("a") as file:
+        file.write('{"key": "c", "to')
+    again = Ledger(path)
+    assert len(again) == 2
+    assert "c" not in again
+    again.add("c", {"top1": 3.5})
+    assert [Ledger(path)[key]["top1"] for key in "abc"] == [1.5, 2.5, 3.5]
+
+
+def test_ledger_of_another_process_is_not_written(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "ledger.jsonl", writes=False)
+    ledger.add("a", {"top1": 1.0})
+    assert ledger["a"] == {"top1": 1.0}
+    assert not (tmp_path / "ledger.jsonl").exists()
