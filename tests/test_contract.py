@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
+from deit_models.config import override
 from deit_models.hub.families import FAMILIES
 from deit_models.models.layers import HeadLogits, ImageClassifier
 from deit_models.registry import model_spec
@@ -32,6 +33,13 @@ TINY: dict[str, dict[str, Any]] = {
     "deit": {"embed_dim": 24, "depth": 2, "num_heads": 3},
     "t2t_vit": {"embed_dim": 24, "depth": 2, "num_heads": 3, "token_dim": 16},
     "levit": {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8},
+    "vit_resnas": {
+        "stages": (
+            {"embed_dim": 16, "head_dim": 8, "num_heads": (3, 1), "mlp_hidden": (20, 28)},
+            {"embed_dim": 24, "head_dim": 6, "num_heads": (2,), "mlp_hidden": (30,)},
+        ),
+        "stem_dim": 4,
+    },
 }
 """By family: the options that make a model small."""
 LAYOUTS = ("native", "timm", "timm-conv", "transformers")
@@ -39,7 +47,8 @@ LAYOUTS = ("native", "timm", "timm-conv", "transformers")
 
 def step(name: str) -> int:
     """Pixels of which an input's sides are multiples."""
-    return getattr(model_spec(name).config, "patch_size", 16)
+    config = override(model_spec(name).config, {**TINY[model_info(name).family], "img_size": 224})
+    return getattr(config, "size_step", getattr(config, "patch_size", 16))
 
 
 def build(name: str, **overrides: Any) -> ImageClassifier:
@@ -137,8 +146,9 @@ def test_mode_changes_the_result_only_for_two_heads(model: ImageClassifier) -> N
 def test_every_parameter_gets_a_gradient(model: ImageClassifier) -> None:
     model.train()
     labels = torch.tensor([1, 2, 3, 4])
-    heads = model.forward_heads(images(model, batch=4))
-    sum(F.cross_entropy(logits, labels) for logits in heads if logits is not None).backward()
+    cls, dist, patches = model.forward_heads(images(model, batch=4))
+    each = [] if patches is None else list(patches.unbind(1))
+    sum(F.cross_entropy(logits, labels) for logits in (cls, dist, *each) if logits is not None).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             assert parameter.grad is not None, name

@@ -107,7 +107,7 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from ..nas.space import read_space
+    from ..nas.spaces import read_space
     from ..training.distributed import join_processes
 
     space = read_space(args.space)

@@ -157,11 +157,13 @@ def _head_inputs(model: ImageClassifier) -> Iterator[dict[str, Tensor]]:
 def linear_heads(model: ImageClassifier) -> dict[str, nn.Linear]:
     """The linear layer of each head, by the head's name.
 
-    A LeViT's heads begin with a BatchNorm, which stays as it is: what is learned is the layer after it.
+    A LeViT's heads begin with a BatchNorm, which stays as it is: what is learned is the layer after it. Heads that
+    answer in training alone are left out.
 
     Raises: ConfigError: a head has none, or several.
     """
-    heads = {name: getattr(model, name) for name in model.head_names if getattr(model, name) is not None}
+    names = [name for name in model.head_names if name not in model.training_head_names]
+    heads = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
     layers = {name: [part for part in head.modules() if isinstance(part, nn.Linear)] for name, head in heads.items()}
     for name, found in layers.items():
         if len(found) != 1:

@@ -51,6 +51,8 @@ class ImageClassifier(nn.Module):
     """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
     head_names: ClassVar[tuple[str, ...]]
     """Submodules that depend on `num_classes`: the only tensors a checkpoint may lack."""
+    training_head_names: ClassVar[tuple[str, ...]] = ()
+    """Those of them that answer in training mode alone."""
 
     origin: Origin | None = None
 

@@ -1,16 +1,14 @@
 """ViT-ResNAS: a vision transformer in stages whose widths, heads and depths were found by a search.
 
 Source: Liao et al., Searching for Efficient Multi-Stage Vision Transformers, 2021, and the authors' published weights.
-Three convolutions with a residual and one with large strides turn the image into tokens. Plain blocks mix them;
-between stages a *residual spatial reduction* halves the grid's sides and widens the tokens. The class token goes
-through all stages. In training a second head classifies every patch of the last stage, from which mixed images that
-differ from patch to patch can be learned.
+Four convolutions turn the image into tokens. Plain blocks mix them; between stages a *residual spatial reduction*
+halves the grid's sides and widens the tokens. The class token goes through all stages. In training a second head
+classifies every patch of the last stage: what it learns from are images mixed patch by patch.
 
-A network is described by its `Stage`s: a width, and for each block its heads and the hidden width of its MLP. What a
-search may choose from is in `nas`; `nas.network_def` reads the nested tuples in which the authors write the same.
+A network is a row of `Stage`s: a width, and for each block its heads and the hidden width of its MLP. What a search may
+choose from is in `nas`; `nas.network_def` reads the nested tuples in which the authors write the same.
 
-Parameters carry the authors' names. Reading order: stages, config, stem, reduction, model, variants; the blocks are in
-`transformer`.
+Parameters carry the authors' names. Reading order: stages, config, stem, reduction, model, variants.
 """
 
 from __future__ import annotations
@@ -250,7 +248,7 @@ class SpatialReduction(nn.Module):
     def _parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Prefix tokens (B, P, D), and patches as a map (B, D, h, w)."""
         tokens, patches = x[:, : self.prefix], x[:, self.prefix :]
-        return tokens, patches.transpose(1, 2).reshape(len(x), -1, *self.grid)
+        return tokens, patches.transpose(1, 2).reshape(x.shape[0], -1, *self.grid)
 
 
 def _layers(config: ViTResNASConfig) -> Iterator[nn.Module]:
@@ -274,6 +272,7 @@ class ViTResNAS(ImageClassifier):
 
     family: ClassVar[str] = "vit_resnas"
     head_names: ClassVar[tuple[str, ...]] = ("cls_head", "dst_head", "patch_head")
+    training_head_names: ClassVar[tuple[str, ...]] = ("patch_head",)
 
     def __init__(self, config: ViTResNASConfig) -> None:
         super().__init__(config)
@@ -351,7 +350,8 @@ class ViTResNAS(ImageClassifier):
         ends.append(self.norm(tokens) if norm else tokens)
         prefix, grids = self.config.num_prefix_tokens, self.config.grids
         maps = [
-            end[:, prefix:].transpose(1, 2).reshape(len(x), -1, *grid) for end, grid in zip(ends, grids, strict=True)
+            end[:, prefix:].transpose(1, 2).reshape(x.shape[0], -1, *grid)
+            for end, grid in zip(ends, grids, strict=True)
         ]
         return [LayerTokens(ends[i][:, :prefix], maps[i]) for i in wanted]
 
@@ -444,7 +444,6 @@ register_model("vit_res_tiny", ViTResNAS, _RES_TINY)
 register_model("vit_resnas_tiny", ViTResNAS, _RES_TINY, stages=_TINY)
 register_model("vit_resnas_small", ViTResNAS, _RES_TINY, stages=_SMALL)
 register_model("vit_resnas_medium", ViTResNAS, _RES_TINY, stages=_MEDIUM)
-# Fine-tuned by the authors at these sizes.
 register_model("vit_resnas_medium_280", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=280)
 register_model("vit_resnas_medium_336", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=336)
 register_model("vit_resnas_medium_392", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=392)

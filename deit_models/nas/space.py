@@ -10,8 +10,6 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
-from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..architecture import toml_lines
@@ -206,60 +204,31 @@ def _read_stage(table: Mapping[str, Any]) -> StageChoices:
     return StageChoices(**table)
 
 
-def read_space(source: str | PathLike[str]) -> SearchSpace:
-    """A space by its name in `SPACES`, or from a TOML file.
+def candidate_from_key(space: SearchSpace, key: str) -> Candidate:
+    """The network behind a `Candidate.key`: its blocks stand in the first places that must or may hold one.
 
-    Raises: ConfigError: there is neither, or `space_from_toml` refuses the file.
+    Raises: ConfigError: no network of this space.
     """
-    if isinstance(source, str) and source in SPACES:
-        return SPACES[source]
-    path = Path(source)
-    if not path.is_file():
-        raise ConfigError(f"no search space {str(source)!r}{nearest(str(source), SPACES)}; or name a TOML file")
     try:
-        return space_from_toml(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ConfigError) as error:
-        raise ConfigError(f"{path}: {error}") from error
+        parts = [part.partition(": ") for part in key.split(" | ")]
+        stages = [
+            _placed(choices, int(width), [(int(b.split("x")[0]), int(b.split("x")[1])) for b in blocks.split()])
+            for choices, (width, _, blocks) in zip(space.stages, parts, strict=True)
+        ]
+    except (ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"{key!r} is no network of this space") from error
+    return Candidate(tuple(stages))
 
 
-def _paper_space(depth: int, unit: int, heads: tuple[tuple[int, ...], ...], widths: tuple[int, ...]) -> SearchSpace:
-    """One of the paper's spaces: stages twice as wide as the one before, MLPs in steps of `unit`."""
-    stages = (
-        StageChoices(
-            embed_dim=tuple(width * 2**i for width in widths),
-            head_dim=(32, 48, 64)[i],
-            num_heads=heads[i],
-            mlp_hidden=tuple(unit * 2**i * step for step in range(12, 5, -1)),
-            depth=depth,
-            removable=(1, 3, 5),
-        )
-        for i in range(3)
-    )
-    return SearchSpace(stages=tuple(stages))
-
-
-SPACES: Mapping[str, SearchSpace] = {
-    "tiny": _paper_space(6, 64, ((6, 5, 4, 3), (12, 10, 8, 6), (12, 10, 8, 6)), (256, 224, 192, 176, 160)),
-    "small": _paper_space(7, 80, ((8, 7, 6, 5), (16, 14, 12, 10), (16, 14, 12, 10)), (320, 280, 240, 220, 200)),
-    "small32": SearchSpace(
-        stages=tuple(
-            StageChoices(
-                embed_dim=tuple(width * 2**i for width in (40, 36, 32, 28, 24)),
-                head_dim=16,
-                num_heads=tuple(heads * 2**i for heads in (3, 2, 1)),
-                mlp_hidden=tuple(hidden * 2**i for hidden in (128, 112, 96, 80, 64)),
-                depth=4,
-                removable=(1, 3),
-            )
-            for i in range(3)
-        ),
-        settings={"img_size": 32, "patch_size": 4, "stem_dim": 16, "num_classes": 10},
-        preprocessing=Preprocessing(
-            resize=32, crop=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)
-        ),
-    ),
-}
-"""The paper's two spaces for 224-pixel images, and a small one for 32-pixel images, which two CPU cores can search."""
+def _placed(choices: StageChoices, width: int, blocks: list[tuple[int, int]]) -> StageChoice:
+    """A stage of these blocks; the last removable places stay empty. Raises: ValueError: they do not fit."""
+    missing = choices.depth - len(blocks)
+    empty = set(choices.removable[len(choices.removable) - missing :]) if missing else set()
+    if not 0 <= missing <= len(choices.removable) or width not in choices.embed_dim:
+        raise ValueError("another depth or width")
+    left = iter(blocks)
+    nothing = BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], kept=False)
+    return StageChoice(width, tuple(nothing if i in empty else BlockChoice(*next(left)) for i in range(choices.depth)))
 
 
 def candidates_of(space: SearchSpace) -> Iterator[Candidate]:

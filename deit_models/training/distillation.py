@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import TrainingError
 from ..models.layers import HeadLogits
+from .patch_mixing import Targets
 from .recipe import Recipe
 from .teacher import Teacher
 
@@ -68,11 +69,11 @@ def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 class DistillationLoss:
     """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
 
-    The class head learns from the labels. The teacher speaks to the distillation head (distill_on="token", the paper's
-    choice) or to the class head as well (distill_on="class"). Where there is no teacher, label_heads="both" has the
-    second head learn from the labels too, each head by its own loss. A second head that is not spoken to is ignored, as
-    the authors do: it gets no gradient and stays untrained, and since evaluation takes the mean of both heads the
-    accuracy suffers. That is logged, once.
+    The class head learns from the labels, and so does a patch head, with equal weight. The teacher speaks to the
+    distillation head (distill_on="token", the paper's choice) or to the class head as well (distill_on="class"). Where
+    there is no teacher, label_heads="both" has the second head learn from the labels too, each head by its own loss. A
+    second head that is not spoken to is ignored, as the authors do: it gets no gradient and stays untrained, and since
+    evaluation takes the mean of both heads the accuracy suffers. That is logged, once.
 
     It holds no parameters and is no module, so that a teacher never ends up in a student's state dict.
 
@@ -92,24 +93,30 @@ class DistillationLoss:
         self._warned = False
 
     def __call__(
-        self, output: HeadLogits | Tensor | tuple[Tensor, Tensor], targets: Tensor, teacher_logits: Tensor | None = None
+        self,
+        output: HeadLogits | Tensor | tuple[Tensor, Tensor],
+        targets: Tensor | Targets,
+        teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch, a float32 scalar.
 
         Args:
             output: the student's logits: (B, K) of one head, or a pair of them, class head first; `forward_heads` gives
                 the pair in every mode, while calling a distilled model in eval mode gives the mean, which has no heads.
-            targets: the labels as distributions, (B, K).
+            targets: the labels as distributions, (B, K), or with one for each patch.
             teacher_logits: what the teacher says of the same images, (B, K); needed where the recipe distils.
 
         Raises: TrainingError: logits and targets of different shapes, no teacher logits, or no distillation head.
         """
-        cls, dist = (output, None) if isinstance(output, Tensor) else output[:2]
-        self._check_shape("targets", targets, cls)
-        base = self._base(cls, targets)
+        cls, dist, *rest = (output, None) if isinstance(output, Tensor) else output
+        wanted = targets if isinstance(targets, Tensor) else targets.image
+        self._check_shape("targets", wanted, cls)
+        base = self._base(cls, wanted)
+        if rest and rest[0] is not None:
+            base = base + self._patch_loss(rest[0], targets)
         if self.recipe.distillation == "none":
             if dist is not None and self.recipe.label_heads == "both":
-                return (base + self._base(dist, targets)) / 2
+                return (base + self._base(dist, wanted)) / 2
             self._warn_untrained(dist)
             return base
         if teacher_logits is None:
@@ -121,6 +128,11 @@ class DistillationLoss:
         else:
             learned = hard_distillation(taught, teacher_logits)
         return (1 - self.recipe.alpha) * base + self.recipe.alpha * learned
+
+    def _patch_loss(self, logits: Tensor, targets: Tensor | Targets) -> Tensor:
+        """The labels' loss of a patch head, (B, P, K): a patch stands for its image unless it has its own target."""
+        wanted = targets[:, None].expand_as(logits) if isinstance(targets, Tensor) else targets.patches
+        return self._base(logits.flatten(0, 1), wanted.flatten(0, 1))
 
     def _taught_head(self, cls: Tensor, dist: Tensor | None) -> Tensor:
         if self.recipe.distill_on == "class":

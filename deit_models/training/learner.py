@@ -16,6 +16,7 @@ from .distillation import DistillationLoss
 from .distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from .mixing import Mixing
 from .optim import WeightAverage, make_optimizer
+from .patch_mixing import PatchMixing, make_mixing
 from .recipe import Precision, Recipe
 from .teacher import Teacher, TeacherSpec, load_teacher
 
@@ -64,7 +65,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
-    mixing: Mixing
+    mixing: Mixing | PatchMixing
     loss: DistillationLoss
     teacher: Teacher | None = None
 
@@ -105,8 +106,7 @@ def make_learner(
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
     average = WeightAverage(bare, recipe.ema_decay) if recipe.ema_decay else None
     divided = shard == "fsdp" and process.world > 1
-    taught = recipe.distill_on == "token" if recipe.distillation != "none" else recipe.label_heads == "both"
-    heads = spread(bare, process, shard, unused="head_dist" in dict(model.named_children()) and not taught)
+    heads = spread(bare, process, shard, unused=_has_idle_head(model, recipe))
     if divided and average is not None:
         shard_parameters(average.module)
     if teacher is not None:
@@ -122,9 +122,19 @@ def make_learner(
         optimizer=make_optimizer(model, recipe),
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
         average=average,
-        mixing=Mixing(recipe, num_classes),
+        mixing=make_mixing(recipe, num_classes, model),
         loss=DistillationLoss(recipe, teacher=teacher),
         teacher=teacher,
+    )
+
+
+def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
+    """Whether the recipe's loss leaves out one of the model's heads."""
+    config = getattr(model, "config", None)
+    taught = recipe.distill_on == "token" if recipe.distillation != "none" else recipe.label_heads == "both"
+    # a patch head is silent in eval mode
+    return (getattr(config, "distilled", False) and not taught) or (
+        getattr(config, "patch_head", False) and not recipe.train_mode
     )
 
 

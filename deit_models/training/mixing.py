@@ -57,8 +57,7 @@ class Mixing:
 
         Raises: DataError: a label outside 0 ... K - 1, or another number of labels than images.
         """
-        if labels.shape != images.shape[:1]:
-            raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
+        check_batch(images, labels)
         targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
         mix = self.draw(images.shape[-2], images.shape[-1])
         if mix is None:
@@ -78,6 +77,12 @@ class Mixing:
         top, bottom, left, right = box
         # The box may stick out of the image: what counts is the area that was really pasted
         return Mix(1 - (bottom - top) * (right - left) / (height * width), box)
+
+
+def check_batch(images: Tensor, labels: Tensor) -> None:
+    """Raise DataError unless there is a label for each image."""
+    if labels.shape != images.shape[:1]:
+        raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
 
 
 def _happens(prob: float) -> bool:

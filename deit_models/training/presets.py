@@ -144,6 +144,34 @@ _T2T: _Presets = {
     "t2t_24_300e": ("T2T-ViT-19, 24, t-19 and t-24 from scratch, likewise", {**_T2T_300E, "weight_decay": 0.065}),
 }
 
+_VIT_RESNAS: _Settings = {
+    "schedule": "epoch",
+    "drop_path_rate": 0.2,
+    "repeats": 1,
+    "mix_mode": "patch",
+}
+_SUPERNET: _Settings = {**_VIT_RESNAS, "epochs": 120, "ema_decay": 0.0}
+# The end of their cosine, 5e-6, lies above its peak, 2.5e-6: the rate rises after the warm-up.
+_VIT_RESNAS_FINETUNE: _Settings = {
+    **_VIT_RESNAS,
+    "epochs": 30,
+    "batch_size": 256,
+    "lr": 5e-6,
+    "min_lr": 5e-6,
+    "weight_decay": 1e-8,
+    "drop_path_rate": 0.75,
+}
+_VIT_RES: _Presets = {
+    "vit_resnas_300e": ("ViT-ResNAS tiny and the network without a search, from scratch: the authors", _VIT_RESNAS),
+    "vit_resnas_small_300e": (
+        "ViT-ResNAS small and medium from scratch: the authors",
+        {**_VIT_RESNAS, "drop_path_rate": 0.3},
+    ),
+    "vit_resnas_finetune": ("ViT-ResNAS medium at 280 to 392 pixels: the authors", _VIT_RESNAS_FINETUNE),
+    "supernet_tiny_120e": ("the super-network of the space tiny: the authors", _SUPERNET),
+    "supernet_small_120e": ("the super-network of the space small, likewise", {**_SUPERNET, "drop_path_rate": 0.3}),
+}
+
 # What the authors answered in issue 45 of their repository; its moving average is off, since it was never the result
 _FINETUNE_SGD: _Settings = {
     "epochs": 1000,
@@ -193,5 +221,5 @@ _TRANSFER: _Presets = {
     "finetune_inaturalist": ("their AdamW variant; rate and length ours", _FINETUNE_INATURALIST),
 }
 
-PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_CIFAR, **_TRANSFER}
+PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_VIT_RES, **_CIFAR, **_TRANSFER}
 """Name to (what it is and where it comes from, what differs from the defaults)."""

@@ -33,6 +33,7 @@ Crop = Literal["random_resized", "pad", "simple", "none"]
 Interpolation = Literal["bicubic", "bilinear", "random"]
 Loss = Literal["ce", "bce"]
 Distillation = Literal["none", "soft", "hard"]
+MixMode = Literal["batch", "patch"]
 LabelHeads = Literal["class", "both"]
 DistillOn = Literal["token", "class"]
 CUSTOM = "custom"
@@ -102,6 +103,10 @@ class Recipe:
     cutmix: float = _option(1.0, "alpha of CutMix; 0: none")
     mix_prob: float = _option(1.0, "probability that a batch is mixed at all")
     mix_switch: float = _option(0.5, "probability of CutMix where both are on")
+    mix_mode: MixMode = _option(
+        "batch",
+        "batch: each with its reverse, one draw for all; patch: shifted patch-token mixup, which needs a patch head",
+    )
     label_smoothing: float = _option(0.1, "mass spread over all classes")
     loss: Loss = _option("ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive")
 

@@ -10,7 +10,8 @@ from deit_models import ConfigError
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.costs import Latency, Macs, make_cost
 from deit_models.nas.ledger import Ledger
-from deit_models.nas.space import SPACES, Candidate
+from deit_models.nas.space import Candidate
+from deit_models.nas.spaces import SPACES
 from deit_models.nas.supernet import Sampling, SuperNetwork
 
 CPU = torch.device("cpu")

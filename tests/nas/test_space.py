@@ -6,7 +6,8 @@ import pytest
 from nas.toy import toy_space
 
 from deit_models import ConfigError, create_model
-from deit_models.nas.space import SPACES, SearchSpace, StageChoices, candidates_of, read_space, space_from_toml
+from deit_models.nas.space import SearchSpace, StageChoices, candidate_from_key, candidates_of, space_from_toml
+from deit_models.nas.spaces import SPACES, read_space
 
 STAGE = {"embed_dim": (16, 8), "head_dim": 4, "num_heads": (2, 1), "mlp_hidden": (16, 8), "depth": 2}
 
@@ -95,3 +96,17 @@ def test_wrong_toml_is_refused(text: str, message: str) -> None:
 def test_unknown_space_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"no search space 'smal32'; nearest: small32"):
         read_space("smal32")
+
+
+def test_key_is_read_back_to_the_same_network() -> None:
+    space = toy_space()
+    for candidate in list(candidates_of(space))[::301]:
+        again = candidate_from_key(space, candidate.key())
+        assert again.key() == candidate.key()
+        assert space.config_of(again) == space.config_of(candidate)
+
+
+@pytest.mark.parametrize("key", ["", "16: 1x8", "7: 1x8 | 24: 1x24", "16: 1x8 1x8 1x8 | 24: 1x24", "16: x | 24: 1x24"])
+def test_key_of_no_network_is_refused(key: str) -> None:
+    with pytest.raises(ConfigError, match="is no network of this space"):
+        candidate_from_key(toy_space(), key)
