@@ -43,9 +43,19 @@ def describe_registered(name: str) -> Description:
 
 
 def describe_bare(name: str) -> Description:
-    """Another training of a registered model: nothing is known of it but its shape, and that only roughly."""
+    """Another training of a registered model: nothing is known of it but its shape, and that only roughly.
+
+    A licence that forbids commercial use is kept all the same: some authors publish nothing but bare files.
+    """
     description = describe_registered(name)
-    return replace(description, origin=Origin(name=name, preprocessing=description.origin.preprocessing))
+    known = description.origin
+    licence = known.licence if is_non_commercial(known.licence) else None
+    return replace(description, origin=Origin(name=name, preprocessing=known.preprocessing, licence=licence))
+
+
+def is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence, by its SPDX identifier, forbids commercial use."""
+    return licence is not None and "-NC" in licence
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

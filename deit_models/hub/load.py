@@ -22,7 +22,7 @@ from ..models.layers import ImageClassifier
 from ..registry import family_spec, unknown_model
 from . import fetch
 from .configs import read_config
-from .descriptions import Description, describe_bare, describe_registered, read_json
+from .descriptions import Description, describe_bare, describe_registered, is_non_commercial, read_json
 from .download import url_file
 from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
@@ -234,6 +234,8 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     if remade:
         model.reset_heads()
     known = description.origin
+    if is_non_commercial(known.licence):
+        logger.warning("%s: licensed %s, for non-commercial use only", located.source, known.licence)
     model.origin = replace(
         known,
         preprocessing=known.preprocessing.at_size(model.config.image_hw),

@@ -75,7 +75,7 @@ class PatchMixing:
         rows, columns = images.shape[-2] // self.side, images.shape[-1] // self.side
         part = (..., slice(top * rows, bottom * rows), slice(left * columns, right * columns))
         images[part] = images[partner][part]
-        cells = patches.view(len(patches), self.side, self.side, -1)
+        cells = patches.view(len(patches), self.side, self.side, self.num_classes)
         cells[:, top:bottom, left:right] = targets[partner][:, None, None]
         share = 1 - (bottom - top) * (right - left) / self.side**2
         _blend(targets, partner, share)
