@@ -25,19 +25,21 @@ import deit_models
 from deit_models import create_model, model_info
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.costs import Macs
-from deit_models.nas.evolution import Evolution
 from deit_models.nas.report import plot_candidates, read_candidates
 from deit_models.nas.run import SUPERNET_FOLDER, WINNER_NAME, search, split_images, train_supernet
 from deit_models.nas.scoring import HeldOut, Scorer
+from deit_models.nas.settings import Evolution, Sampling
 from deit_models.nas.space import Candidate, SearchSpace, candidate_from_key
 from deit_models.nas.spaces import read_space
-from deit_models.nas.supernet import Sampling, SuperNetwork
+from deit_models.nas.supernet import SuperNetwork
 from deit_models.training.datasets import open_dataset
 from deit_models.training.distributed import join_processes
 from deit_models.training.recipe import recipe_named
 from deit_models.training.run import train
 
 UNSEARCHED = "vit_res_micro_patch4_32"
+ALONE = "alone"
+"""Folder of the networks that are trained alone."""
 SPREAD = 6
 """Networks from all over the space, of any cost, beside the winner and the random one."""
 
@@ -126,7 +128,7 @@ def train_alone(args: argparse.Namespace, space: SearchSpace) -> None:
             source, changes = str(args.out / WINNER_NAME), {"stages": space.config_of(networks[name]).stages}
         torch.manual_seed(0)
         model = create_model(source, num_classes=len(records.classes), **changes)
-        result = train(model, recipe=recipe, train=records, val=test, out=args.out / name, workers=args.workers)
+        result = train(model, recipe=recipe, train=records, val=test, out=args.out / ALONE / name, workers=args.workers)
         top1[name] = result.top1 or 0.0
         print(f"{name}: {result.top1:.2f} % of {len(test)} test images", flush=True)
     if not args.only:
@@ -162,7 +164,7 @@ def shared_accuracy(args: argparse.Namespace, space: SearchSpace, networks: dict
     with join_processes() as process:
         preprocessing = space.preprocessing or largest.origin.preprocessing
         images = HeldOut(held_out, preprocessing, process, workers=args.workers, watch=lambda batches, _: batches)
-        scorer = Scorer(largest, space, images, args.out / "alone", precision="float32", batch_size=250)
+        scorer = Scorer(largest, space, images, args.out / ALONE, precision="float32", batch_size=250)
         return dict(zip(networks, scorer(list(networks.values())), strict=True))
 
 

@@ -13,6 +13,7 @@ import deit_models
 from deit_models.cli import build_parser
 from deit_models.finetuning.presets import PRESET_OF
 from deit_models.hub.manifest import load_manifest
+from deit_models.nas.space import space_from_toml
 from deit_models.training.named_datasets import DATASETS
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe
@@ -81,7 +82,7 @@ def test_readme_commands_are_known_to_the_command() -> None:
     assert all(command in shown for command in named)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/finetuning.md"])
+@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/finetuning.md", "docs/search.md"])
 def test_command_lines_of_the_documents_are_accepted(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -103,11 +104,21 @@ def test_files_named_in_the_documents_exist(document: str | Path) -> None:
 
 def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
     text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
-    named = set(re.findall(r"`((?:deit3?|levit|t2t|cifar)_[a-z0-9_]+)`", text)) - set(deit_models.list_models())
+    named = set(re.findall(r"`((?:deit3?|levit|t2t|cifar|vit_res|supernet)_[a-z0-9_]+)`", text)) - set(
+        deit_models.list_models()
+    )
     assert named
     assert named <= PRESETS.keys()
     settings = set(re.findall(r"`(\w+) = ", text)) | set(re.findall(r"`(?:--)?(distill[a-z-]*|alpha|tau)\b[^/]", text))
     assert {name.replace("-", "_") for name in settings} <= {field.name for field in dataclasses.fields(Recipe)}
+
+
+def test_search_guide_shows_a_space_that_can_be_searched() -> None:
+    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
+    (space,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    assert space_from_toml(space).count() > 1000
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(snippet, "docs/search.md", "exec")
 
 
 def test_fine_tuning_guide_names_the_preset_of_every_data_set() -> None:

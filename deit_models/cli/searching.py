@@ -14,7 +14,8 @@ from .recipes import add_recipe, chosen_recipe
 from .runs import add_folder, check_fresh, run_to_end, say
 
 if TYPE_CHECKING:
-    from ..nas.evolution import Evolution, Scored
+    from ..nas.evolution import Scored
+    from ..nas.settings import Evolution
     from ..nas.space import SearchSpace
     from ..training.distributed import Process
     from ..training.recipe import Recipe
@@ -81,7 +82,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
-    from ..nas.evolution import Evolution
+    from ..nas.settings import Evolution
 
     text = "the most a network may cost: multiply-accumulates, or milliseconds a batch"
     parser.add_argument("--limit", type=float, required=True, metavar="X", help=text)
@@ -137,7 +138,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _evolution(args: argparse.Namespace) -> Evolution:
-    from ..nas.evolution import Evolution
+    from ..nas.settings import Evolution
 
     return Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
 
@@ -159,7 +160,7 @@ def _train(
     process: Process,
 ) -> None:
     from ..nas.run import SUPERNET_FOLDER, train_supernet
-    from ..nas.supernet import Sampling
+    from ..nas.settings import Sampling
 
     say(f"super-network of {args.space}: {len(images)} images to learn from, {len(held_out)} to score on")
     warmup = recipe.epochs // 4 if args.choice_warmup is None else args.choice_warmup

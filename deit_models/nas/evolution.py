@@ -11,47 +11,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 
-from ..config import check_rates, check_whole
 from ..errors import ConfigError
 from .costs import Cost
+from .settings import Evolution
 from .space import BlockChoice, Candidate, SearchSpace, StageChoice, StageChoices, candidates_of
 
 _TRIES = 1000
 """Draws that may come out too large, too small or known already before a search takes it that there is no other."""
 _FEW = 5000
 """Networks up to which a space is looked through one by one."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evolution:
-    """The numbers of a search; the defaults are the paper's, 3,350 candidates in all.
-
-    Attributes:
-        population: candidates drawn at random to begin with.
-        generations: rounds, the random one counted.
-        parents: the best so far, from which a generation is made.
-        mutants: candidates of a generation that are varied parents.
-        crossovers: candidates of a generation that are crossed parents.
-        mutation: probability that a mutant draws an item anew.
-        crossover: probability that a crossed candidate takes an item from its second parent.
-        floor: smallest cost, as a fraction of the limit; larger networks are better, so smaller ones need no scoring.
-        seed: of all draws.
-    """
-
-    population: int = 500
-    generations: int = 20
-    parents: int = 75
-    mutants: int = 75
-    crossovers: int = 75
-    mutation: float = 0.3
-    crossover: float = 0.5
-    floor: float = 0.975
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot work."""
-        check_whole(self, "population", "generations", "parents", "mutants", "crossovers")
-        check_rates(self, "mutation", "crossover", "floor")
 
 
 @dataclass(frozen=True, slots=True)

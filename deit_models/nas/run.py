@@ -26,12 +26,13 @@ from ..training.records import ImageRecords
 from ..training.run import TrainResult, train
 from ..training.state import digest_of_numbers
 from .costs import CostKind, make_cost
-from .evolution import Evolution, Scored, evolve
+from .evolution import Scored, evolve
 from .report import SETTINGS_NAME, write_report
 from .scoring import HeldOut, Scorer
+from .settings import Evolution, Sampling
 from .space import SearchSpace
 from .subnet import extract
-from .supernet import Sampling, SuperNetwork
+from .supernet import SuperNetwork
 
 SUPERNET_FOLDER, WINNER_FOLDER = "supernet", "winner"
 SPACE_NAME, WINNER_NAME = "space.toml", "winner.toml"

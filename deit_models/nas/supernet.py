@@ -8,46 +8,19 @@ Source: section 4 of the ViT-ResNAS paper; details as in the authors' code.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from os import PathLike
 from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..config import check_whole
 from ..errors import ConfigError
 from ..models.layers import HeadLogits, ImageClassifier, Layout
 from ..models.transformer import Block
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
 from .reorder import reorder_channels
+from .settings import Sampling
 from .space import BlockChoice, Candidate, SearchSpace, StageChoice
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How candidates are drawn while the super-network trains; the defaults are the paper's.
-
-    Attributes:
-        images: images of a batch for each candidate; a batch of 128 trains two candidates with 64.
-        warmup_epochs: epochs until every choice may be drawn. At first all is at its largest; smaller choices join one
-            by one, and at the start of each of these epochs channels are sorted by importance.
-    """
-
-    images: int = 64
-    warmup_epochs: int = 30
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot work."""
-        check_whole(self, "images")
-        if self.warmup_epochs < 0:
-            raise ConfigError(f"warmup_epochs={self.warmup_epochs}; expected 0 or more")
-
-    def enabled(self, choices: int, epoch: int) -> int:
-        """How many of an item's choices, the largest first, may be drawn in an epoch (from 0)."""
-        if epoch >= self.warmup_epochs:
-            return choices
-        return min(1 + epoch * (choices - 1) // self.warmup_epochs, choices)
 
 
 class _BlockMask(NamedTuple):

@@ -15,6 +15,7 @@ from deit_models.cli import build_parser, main
 
 COMMANDS = [
     ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"], ["convert"],
+    ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
 ]  # fmt: skip
 

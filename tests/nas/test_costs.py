@@ -10,9 +10,10 @@ from deit_models import ConfigError
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.costs import Latency, Macs, make_cost
 from deit_models.nas.ledger import Ledger
+from deit_models.nas.settings import Sampling
 from deit_models.nas.space import Candidate
 from deit_models.nas.spaces import SPACES
-from deit_models.nas.supernet import Sampling, SuperNetwork
+from deit_models.nas.supernet import SuperNetwork
 
 CPU = torch.device("cpu")
 

@@ -7,7 +7,8 @@ from nas.toy import toy_space
 
 from deit_models import ConfigError
 from deit_models.nas.costs import Macs
-from deit_models.nas.evolution import Evolution, Scored, _Hunt, evolve
+from deit_models.nas.evolution import Scored, _Hunt, evolve
+from deit_models.nas.settings import Evolution
 from deit_models.nas.space import BlockChoice, Candidate, SearchSpace, StageChoices, candidates_of
 from deit_models.nas.spaces import SPACES
 

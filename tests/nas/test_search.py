@@ -13,11 +13,10 @@ from nas.toy import coloured, toy_space
 
 from deit_models import ConfigError, TrainingError, create_model, from_pretrained, recipe_named
 from deit_models.nas.costs import Macs
-from deit_models.nas.evolution import Evolution
 from deit_models.nas.run import search, split_images, train_supernet
 from deit_models.nas.scoring import Scorer
+from deit_models.nas.settings import Evolution, Sampling
 from deit_models.nas.subnet import extract
-from deit_models.nas.supernet import Sampling
 from deit_models.training.recipe import Recipe
 from deit_models.training.run import train
 
