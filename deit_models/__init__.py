@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .finetuning.run import finetune
     from .hub.load import from_pretrained
     from .hub.publish import push_to_hub, save_pretrained
+    from .macs import count_macs
     from .predict import Classifier, attention_maps
     from .training.evaluation import evaluate
     from .training.recipe import recipe_named
@@ -52,6 +53,7 @@ __all__ = [
     "__version__",
     "adapt_head",
     "attention_maps",
+    "count_macs",
     "create_model",
     "evaluate",
     "finetune",
@@ -71,6 +73,7 @@ _LAZY = {
     "Classifier": ".predict",
     "adapt_head": ".finetuning.head",
     "attention_maps": ".predict",
+    "count_macs": ".macs",
     "evaluate": ".training.evaluation",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
