@@ -31,7 +31,7 @@ from .layers import DropPath, HeadLogits, ImageClassifier, LayerTokens, chosen_l
 
 PATCH_SIZE = 16
 """Pixels along a side that one position of the first stage stands for."""
-_SHRINK_ATTN_RATIO, _SHRINK_MLP_RATIO = 4, 2  # between stages: the same in every published model
+SHRINK_ATTN_RATIO, SHRINK_MLP_RATIO = 4, 2  # between stages: the same in every published model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -227,7 +227,7 @@ class ShrinkAttention(ScoredAttention):
     """Attention from every second row and column to the whole map: (B, h * w, D) -> (B, ceil(h/2) * ceil(w/2), D')."""
 
     def __init__(self, config: LeViTConfig, stage: int) -> None:
-        width, value_dim = config.embed_dim[stage], _SHRINK_ATTN_RATIO * config.key_dim
+        width, value_dim = config.embed_dim[stage], SHRINK_ATTN_RATIO * config.key_dim
         heads = width // config.key_dim
         super().__init__(config, stage, num_heads=heads, stride=2)
         self.grid = config.grids[stage]
@@ -272,7 +272,7 @@ def _layers(config: LeViTConfig) -> Iterator[nn.Module]:
             yield Residual(_mlp(width, config.mlp_ratio), drop_path_rate=rate)
         if stage + 1 < len(config.embed_dim):
             yield ShrinkAttention(config, stage)
-            yield Residual(_mlp(config.embed_dim[stage + 1], _SHRINK_MLP_RATIO), drop_path_rate=rate)
+            yield Residual(_mlp(config.embed_dim[stage + 1], SHRINK_MLP_RATIO), drop_path_rate=rate)
 
 
 def _stem(config: LeViTConfig) -> nn.Sequential:
