@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AgreementError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -24,6 +25,7 @@ from .errors import (
 from .registry import create_model, list_models, model_info, register_model
 
 if TYPE_CHECKING:
+    from .deploy.export import export
     from .finetuning.head import adapt_head
     from .finetuning.run import finetune
     from .hub.load import from_pretrained
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgreementError",
     "CheckpointError",
     "Classifier",
     "ConfigError",
@@ -54,6 +57,7 @@ __all__ = [
     "attention_maps",
     "create_model",
     "evaluate",
+    "export",
     "finetune",
     "from_pretrained",
     "list_models",
@@ -72,6 +76,7 @@ _LAZY = {
     "adapt_head": ".finetuning.head",
     "attention_maps": ".predict",
     "evaluate": ".training.evaluation",
+    "export": ".deploy.export",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
     "push_to_hub": ".hub.publish",
