@@ -26,6 +26,7 @@ from .registry import create_model, list_models, model_info, register_model
 
 if TYPE_CHECKING:
     from .deploy.export import export
+    from .deploy.optimize import optimize
     from .finetuning.head import adapt_head
     from .finetuning.run import finetune
     from .hub.load import from_pretrained
@@ -62,6 +63,7 @@ __all__ = [
     "from_pretrained",
     "list_models",
     "model_info",
+    "optimize",
     "push_to_hub",
     "recipe_named",
     "register_model",
@@ -79,6 +81,7 @@ _LAZY = {
     "export": ".deploy.export",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
+    "optimize": ".deploy.optimize",
     "push_to_hub": ".hub.publish",
     "recipe_named": ".training.recipe",
     "save_pretrained": ".hub.publish",
