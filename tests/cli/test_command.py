@@ -15,6 +15,7 @@ from deit_models.cli import build_parser, main
 
 COMMANDS = [
     ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"], ["convert"],
+    ["export"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
 ]  # fmt: skip
 
