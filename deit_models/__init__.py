@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from .errors import (
+    AgreementError,
     CheckpointError,
     ConfigError,
     DataError,
@@ -24,6 +25,8 @@ from .errors import (
 from .registry import create_model, list_models, model_info, register_model
 
 if TYPE_CHECKING:
+    from .deploy.export import export
+    from .deploy.optimize import optimize
     from .finetuning.head import adapt_head
     from .finetuning.run import finetune
     from .hub.load import from_pretrained
@@ -38,6 +41,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "AgreementError",
     "CheckpointError",
     "Classifier",
     "ConfigError",
@@ -56,10 +60,12 @@ __all__ = [
     "count_macs",
     "create_model",
     "evaluate",
+    "export",
     "finetune",
     "from_pretrained",
     "list_models",
     "model_info",
+    "optimize",
     "push_to_hub",
     "recipe_named",
     "register_model",
@@ -75,8 +81,10 @@ _LAZY = {
     "attention_maps": ".predict",
     "count_macs": ".macs",
     "evaluate": ".training.evaluation",
+    "export": ".deploy.export",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
+    "optimize": ".deploy.optimize",
     "push_to_hub": ".hub.publish",
     "recipe_named": ".training.recipe",
     "save_pretrained": ".hub.publish",

@@ -45,3 +45,7 @@ class TrainingError(DeitModelsError, RuntimeError):
 
 class MissingExtraError(DeitModelsError, ImportError):
     """An optional dependency is not installed; the message names the `pip install` to run."""
+
+
+class AgreementError(DeitModelsError, ValueError):
+    """A faster or exported form of a model does not give the model's own answers; it was not handed over."""

@@ -79,6 +79,7 @@ class Classifier:
         self.model = loaded.eval()
         self.batch_size = batch_size
         self.transform = transform_for(loaded)
+        self.transform.normalise = not getattr(loaded, "takes_pixels", False)  # `optimize` may put that inside
         self.labels = class_labels(loaded, labels)
 
     @overload
@@ -170,16 +171,15 @@ class Classifier:
         if not len(images):
             return []
         with torch.inference_mode():
-            logits = self.model(images.to(_placement(self.model), non_blocking=True))
+            place = _placement(self.model)
+            logits = self.model(images.to(place if self.transform.normalise else place.byte(), non_blocking=True))
             top = logits.float().softmax(dim=-1).topk(top_k)
         rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
         return [tuple(Prediction(self.labels[i], p, i) for p, i in zip(*row, strict=True)) for row in rows]
 
 
 def _best_device() -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
+    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 def _placement(model: ImageClassifier) -> Tensor:

@@ -167,8 +167,10 @@ class EvalTransform:
     Resizing is Pillow's, antialiased, since that is what the published accuracies were measured with.
     """
 
-    def __init__(self, preprocessing: Preprocessing) -> None:
+    def __init__(self, preprocessing: Preprocessing, *, normalise: bool = True) -> None:
+        """Take a checkpoint's preprocessing; without `normalise` what comes out is the uint8 pixels, cropped."""
         self.preprocessing = preprocessing
+        self.normalise = normalise
         try:
             self._interpolation = InterpolationMode(preprocessing.interpolation)
         except ValueError:
@@ -176,10 +178,12 @@ class EvalTransform:
             raise ConfigError(f"interpolation={preprocessing.interpolation!r}; expected one of {modes}") from None
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """One image, in any accepted form, to (3, H, W) float32. Raises: ImageError: see `load_image`."""
-        spec = self.preprocessing
+        """One image, in any accepted form, to (3, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
+        spec, levels = self.preprocessing, self.levels(image)
+        if not self.normalise:
+            return levels
         # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
-        return TF.normalize(self.levels(image).to(torch.float32).div(255), list(spec.mean), list(spec.std))
+        return TF.normalize(levels.to(torch.float32).div(255), list(spec.mean), list(spec.std))
 
     def levels(self, image: ImageSource) -> Tensor:
         """The same before it is scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""

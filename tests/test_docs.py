@@ -11,6 +11,8 @@ import pytest
 
 import deit_models
 from deit_models.cli import build_parser
+from deit_models.deploy.backends import BACKENDS
+from deit_models.deploy.formats import FORMATS
 from deit_models.finetuning.presets import PRESET_OF
 from deit_models.hub.manifest import load_manifest
 from deit_models.nas.space import space_from_toml
@@ -82,7 +84,9 @@ def test_readme_commands_are_known_to_the_command() -> None:
     assert all(command in shown for command in named)
 
 
-@pytest.mark.parametrize("document", ["README.md", "docs/training.md", "docs/finetuning.md", "docs/search.md"])
+@pytest.mark.parametrize(
+    "document", ["README.md", "docs/training.md", "docs/finetuning.md", "docs/search.md", "docs/deployment.md"]
+)
 def test_command_lines_of_the_documents_are_accepted(document: str) -> None:
     text = (ROOT / document).read_text(encoding="utf-8")
     blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
@@ -132,6 +136,14 @@ def test_fine_tuning_guide_names_the_preset_of_every_data_set() -> None:
     for snippet in snippets:
         compile(snippet, "docs/finetuning.md", "exec")
     assert all(f"`{name}`" in text or name.startswith("inat") for name in DATASETS)
+
+
+def test_deployment_guide_names_the_backends_and_formats_there_are() -> None:
+    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `(\w+)` \|.*\|.*\|$", text, re.MULTILINE)[: len(BACKENDS)] == list(BACKENDS)
+    assert {kind.suffix for kind in FORMATS.values()} == set(re.findall(r"deit-models export \S+ \w+(\.\w+)", text))
+    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        compile(snippet, "docs/deployment.md", "exec")
 
 
 def test_public_names_are_importable_and_documented() -> None:

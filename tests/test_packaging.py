@@ -74,7 +74,7 @@ def test_runtime_needs_five_projects_and_a_backport(config):
     [
         ("train", {"tensorboard"}),
         ("plot", {"matplotlib"}),
-        ("export", {"onnx", "onnxruntime", "openvino"}),
+        ("export", {"nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}),
         ("notebook", {"ipykernel"}),
         ("test", {"pytest", "timm", "transformers", "hypothesis"}),
         ("dev", {"ruff", "mypy", "build", "pre-commit"}),

@@ -11,6 +11,7 @@ from .. import __version__
 from ..errors import DeitModelsError
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from .caching import add_cache
+from .deploying import add_export
 from .evaluating import add_evaluate
 from .finetuning import add_finetune
 from .models import add_convert, add_info, add_list
@@ -22,7 +23,7 @@ from .training import add_distill, add_train
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_evaluate),
     *(add_finetune, add_train, add_distill, add_search),
-    *(add_convert, add_cache),
+    *(add_convert, add_export, add_cache),
 )
 
 
@@ -53,7 +54,7 @@ def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands; each sets `run`."""
     parser = argparse.ArgumentParser(
         prog="deit-models",
-        description="Data-efficient image transformers: find, load, classify, fine-tune, train, convert.",
+        description="Data-efficient image transformers: find, load, classify, fine-tune, train, convert, export.",
         epilog="example: deit-models predict photo.jpg",
     )
     parser.add_argument("--version", action="version", version=f"deit-models {__version__}")

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
 
+from ..errors import ConfigError
 from .arguments import EXIT_FAILED, EXIT_OK, add_loading, command, device, loading
 from .progress import with_progress
+
+if TYPE_CHECKING:
+    from ..results import Written
 
 
 def add_predict(commands: Any) -> None:
@@ -27,24 +31,45 @@ def add_predict(commands: Any) -> None:
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
+    text = "go on where an interrupted run left off: leave out what the --output file, csv or jsonl, holds already"
+    parser.add_argument("--resume", action="store_true", help=text)
 
 
 def _run_predict(args: argparse.Namespace) -> int:
     from ..predict import DEFAULT_MODEL, Classifier, find_images
-    from ..results import write_results
+    from ..results import Summary, write_results, written_name
 
     paths = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
+    total, before = len(paths), _written(args)
+    if before is not None:
+        paths = [path for path in paths if written_name(str(path)) not in before.names]
     classifier = Classifier(
         args.model or DEFAULT_MODEL, device=args.device, batch_size=args.batch_size, **loading(args)
     )
     results = classifier.classify_files(paths, top_k=args.top_k, workers=args.workers)
-    # newline="": the csv module ends lines itself
-    opened = args.output.open("w", encoding="utf-8", newline="") if args.output is not None else nullcontext(sys.stdout)
-    with opened as stream:
+    going_on = before is not None and args.output.stat().st_size > 0
+    with _opened(args.output, append=before is not None) as stream:
         shown = with_progress(results, len(paths), on_screen=stream.isatty())
-        summary = write_results(shown, stream, format=args.format)
+        summary = write_results(shown, stream, format=args.format, header=not going_on)
+    if before is not None:
+        summary = Summary(0, before.summary.failed + summary.failed)
     if summary.failed:
-        print(f"deit-models: {len(summary.failed)} of {len(paths)} images could not be read:", file=sys.stderr)
+        print(f"deit-models: {len(summary.failed)} of {total} images could not be read:", file=sys.stderr)
         for result in summary.failed:
             print(f"  {result.error}", file=sys.stderr)
     return EXIT_FAILED if summary.failed else EXIT_OK
+
+
+def _written(args: argparse.Namespace) -> Written | None:
+    """What an earlier run wrote, if this one is to go on with it; None for a fresh start."""
+    from ..results import resume_results
+
+    if args.resume and args.output is None:
+        raise ConfigError("--resume goes on with a file; name it with --output")
+    return resume_results(args.output, format=args.format) if args.resume and args.output.exists() else None
+
+
+def _opened(output: Path | None, *, append: bool) -> AbstractContextManager[TextIO]:
+    if output is None:
+        return nullcontext(sys.stdout)
+    return output.open("a" if append else "w", encoding="utf-8", newline="")  # the csv module ends lines itself

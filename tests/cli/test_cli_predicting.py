@@ -158,3 +158,65 @@ def test_bar_appears_on_a_terminal_that_shows_no_results(terminal, on_screen, ba
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     assert list(progress.with_progress(iter("abc"), 3, on_screen=on_screen)) == list("abc")
     assert ("3/3" in capsys.readouterr().err) == bar
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+@pytest.mark.parametrize("lost", [0, 1, 40, 200, 400, 10_000])
+def test_interrupted_run_is_resumed_to_the_same_file(tiny, tmp_path, form, lost, capsys):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    save_pictures(folder, 9)
+    (folder / "002.png").write_bytes(b"")
+    os.rename(folder / "004.png", folder / 'a "b", c.png')
+    output = tmp_path / "labels"
+    # one at a time: in a batch of another size the last digits of a probability may differ
+    arguments = ["predict", str(folder), "--model", str(tiny), "--format", form, "--output", str(output)]
+    arguments += ["--batch-size", "1"]
+    assert main(arguments) == 1
+    whole, said = output.read_bytes(), capsys.readouterr().err
+    output.write_bytes(whole[: max(len(whole) - lost, 0)])
+    assert main([*arguments, "--resume"]) == 1
+    assert output.read_bytes() == whole
+    assert capsys.readouterr().err == said
+
+
+def test_resumed_run_classifies_only_what_is_missing(tiny, photos, tmp_path, monkeypatch, capsys):
+    output = tmp_path / "labels.jsonl"
+    arguments = ["predict", str(photos), "--model", str(tiny), "--json", "--output", str(output), "--resume"]
+    assert main(arguments) == 0, "nothing there yet is a fresh start"
+    seen = []
+    real = predict.Classifier.classify_files
+    monkeypatch.setattr(predict.Classifier, "classify_files", lambda s, p, **k: seen.extend(p) or real(s, p, **k))
+    save_pictures(photos, 4)
+    assert main(arguments) == 0
+    assert [path.name for path in seen] == ["003.png"]
+    assert len(output.read_text(encoding="utf-8").splitlines()) == 4
+    assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "reason"),
+    [
+        ("", [], "format='text' cannot be resumed; use 'jsonl' or 'csv' from the start"),
+        ("a shopping list\nmilk\n", ["--json"], "holds other things than results as jsonl"),
+        ("name,price\nmilk,1\n", ["--format", "csv"], "other things than results as csv"),
+        ("milk", ["--format", "csv"], "other things than results as csv"),
+        ("milk", ["--json"], "other things than results as jsonl"),
+        ("[1]\n", ["--json"], "holds other things than results as jsonl"),
+        (
+            "name,price,and,more,columns,than,these,ones,here\nmilk,1\n",
+            ["--format", "csv"],
+            "other things than results as csv",
+        ),
+    ],
+)
+def test_resuming_another_file_is_refused_and_leaves_it_alone(tiny, photos, tmp_path, content, options, reason, capsys):
+    output = tmp_path / "file"
+    output.write_text(content)
+    line = failure(capsys, "predict", photos, "--model", tiny, "--output", output, "--resume", *options)
+    assert reason in line
+    assert output.read_text() == content
+
+
+def test_resuming_without_a_file_is_refused(tiny, photos, capsys):
+    assert "name it with --output" in failure(capsys, "predict", photos, "--model", tiny, "--resume")

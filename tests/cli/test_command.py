@@ -14,8 +14,9 @@ from deit_models import cli
 from deit_models.cli import build_parser, main
 
 COMMANDS = [
-    ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"], ["convert"],
+    ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"],
     ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
+    ["convert"], ["export"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
 ]  # fmt: skip
 

@@ -1,0 +1,128 @@
+"""What can compute a prepared network: torch as it is, torch compiled, OpenVINO, ONNX Runtime."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .formats import FORMATS, Runner, extra_needed, openvino_model, quiet
+from .prepared import Prepared
+
+BackendName = Literal["eager", "inductor", "openvino", "onnxruntime"]
+Precision = Literal["float32", "bf16", "int8"]
+
+
+class Job(NamedTuple):
+    """What a backend is asked for.
+
+    Attributes:
+        prepared: the network, in bfloat16 where a torch backend is to compute in it and in float32 otherwise.
+        example: a batch like those to come, on the network's device.
+        precision: what to compute in.
+        calibration: images by which an int8 network's ranges are found, shaped like the example.
+    """
+
+    prepared: Prepared
+    example: Tensor
+    precision: Precision
+    calibration: Tensor | None = None
+
+
+class Backend(NamedTuple):
+    """One way to compute.
+
+    Attributes:
+        build: makes a runner; may fail with whatever its library raises.
+        precisions: what it can compute in, on some machine.
+        devices: types of device it runs on.
+    """
+
+    build: Callable[[Job], Runner]
+    precisions: tuple[Precision, ...]
+    devices: tuple[str, ...] = ("cpu",)
+
+
+def _eager(job: Job) -> Runner:
+    def run(images: Tensor) -> Tensor:
+        logits: Tensor = job.prepared(images)
+        return logits
+
+    return run
+
+
+def _inductor(job: Job) -> Runner:
+    # freezing packs the weights once, for the processor's matrix products
+    compiled = torch.compile(job.prepared, options={"freezing": True})
+    alone = len(job.example) == 1
+
+    def run(images: Tensor) -> Tensor:
+        # always in the same mode and on an ordinary copy, or what was compiled would be compiled anew
+        with torch.inference_mode(False), torch.no_grad():
+            batch = images.clone(memory_format=torch.contiguous_format)
+            if alone:  # compiled for one image: more go one by one
+                return torch.cat([compiled(image) for image in torch.split(batch, 1)])
+            # the compiler makes a case of its own of one image, and would take another minute for it
+            batch = batch if len(images) > 1 else batch.repeat(2, 1, 1, 1)
+            torch._dynamo.mark_dynamic(batch, 0)
+            logits: Tensor = compiled(batch)
+            return logits[: len(images)]
+
+    return run
+
+
+def _openvino(job: Job) -> Runner:
+    with extra_needed("OpenVINO"):
+        import openvino
+    core = openvino.Core()
+    if job.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+        raise ConfigError("this processor has no bfloat16 of its own")
+    model = openvino_model(job.prepared, job.example[:1].expand(2, -1, -1, -1).contiguous())
+    if job.precision == "int8":
+        model = _quantized(model, job)
+    hint = "bf16" if job.precision == "bf16" else "f32"
+    options = {"INFERENCE_PRECISION_HINT": hint, "PERFORMANCE_HINT": "LATENCY"}
+    compiled = core.compile_model(model, "CPU", options)
+
+    def run(images: Tensor) -> Tensor:
+        # a copy, since OpenVINO writes the next answer into the same memory
+        return torch.from_numpy(compiled(images.contiguous().numpy())[0].copy())
+
+    return run
+
+
+def _quantized(model: Any, job: Job) -> Any:
+    """The network with weights and activations in 8 bits where NNCF finds that a transformer bears it."""
+    if job.calibration is None:
+        raise ConfigError("int8 needs calibration images: pass calibration=, a few hundred of those to come")
+    with extra_needed("int8"):
+        import nncf
+    logging.getLogger("nncf").setLevel(logging.ERROR)
+    batches = nncf.Dataset([image.contiguous().numpy() for image in torch.split(job.calibration, 1)])
+    # it draws progress bars on the standard output
+    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+        return nncf.quantize(model, batches, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(job.calibration))
+
+
+def _onnxruntime(job: Job) -> Runner:
+    kind = FORMATS["onnx"]
+    with TemporaryDirectory() as folder:
+        path = Path(folder, "network.onnx")
+        kind.write(job.prepared, job.example[:1].expand(2, -1, -1, -1).contiguous(), path, "")
+        return kind.open(path)
+
+
+BACKENDS: dict[BackendName, Backend] = {
+    "eager": Backend(_eager, ("float32", "bf16"), ("cpu", "cuda", "mps")),
+    "inductor": Backend(_inductor, ("float32", "bf16"), ("cpu", "cuda")),
+    "openvino": Backend(_openvino, ("float32", "bf16", "int8")),
+    "onnxruntime": Backend(_onnxruntime, ("float32",)),
+}
