@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ from ..errors import CheckpointError
 from ..models.layers import Layout
 from ..registry import Origin, default_preprocessing, model_info, model_spec
 from .manifest import load_manifest
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +54,12 @@ def describe_bare(name: str) -> Description:
     known = description.origin
     licence = known.licence if is_non_commercial(known.licence) else None
     return replace(description, origin=Origin(name=name, preprocessing=known.preprocessing, licence=licence))
+
+
+def show_licence(source: str, licence: str | None) -> None:
+    """Log a licence that whoever uses the weights must know of."""
+    if is_non_commercial(licence):
+        logger.warning("%s: licensed %s, for non-commercial use only", source, licence)
 
 
 def is_non_commercial(licence: str | None) -> bool:

@@ -22,7 +22,7 @@ from ..models.layers import ImageClassifier
 from ..registry import family_spec, unknown_model
 from . import fetch
 from .configs import read_config
-from .descriptions import Description, describe_bare, describe_registered, is_non_commercial, read_json
+from .descriptions import Description, describe_bare, describe_registered, read_json, show_licence
 from .download import url_file
 from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access
 from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
@@ -74,9 +74,8 @@ def from_pretrained(
         device: where to put the model; by default the CPU.
         dtype: floating-point type of its parameters, whatever the file's; by default float32.
 
-    Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: the file
-        is damaged, unsafe, or another model; IntegrityError: its SHA-256 is not the recorded one. ConfigError: options
-        that do not fit.
+    Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: a file is
+        damaged, unsafe, or another model; IntegrityError: of another SHA-256. ConfigError: options that do not fit.
     """
     access = Access(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
@@ -234,8 +233,7 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
     if remade:
         model.reset_heads()
     known = description.origin
-    if is_non_commercial(known.licence):
-        logger.warning("%s: licensed %s, for non-commercial use only", located.source, known.licence)
+    show_licence(located.source, known.licence)
     model.origin = replace(
         known,
         preprocessing=known.preprocessing.at_size(model.config.image_hw),

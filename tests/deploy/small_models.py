@@ -16,6 +16,17 @@ TINY: dict[str, tuple[str, dict[str, Any]]] = {
     "t2t_vit": ("t2t_vit_7", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
     "token head": ("t2t_vit_24_token_labeling", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
     "levit": ("levit_128s", {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8}),
+    "vit_resnas": (
+        "vit_resnas_tiny",
+        {
+            "patch_size": 8,
+            "stem_dim": 4,
+            "stages": (
+                {"embed_dim": 16, "head_dim": 8, "num_heads": (3, 1), "mlp_hidden": (20, 28)},
+                {"embed_dim": 24, "head_dim": 6, "num_heads": (2,), "mlp_hidden": (30,)},
+            ),
+        },
+    ),
 }
 
 
