@@ -40,8 +40,6 @@ from deit_models.training.run import train
 UNSEARCHED = "vit_res_micro_patch4_32"
 ALONE = "alone"
 """Folder of the networks that are trained alone."""
-SPREAD = 6
-"""Networks from all over the space, of any cost, beside the winner and the random one."""
 
 
 def parse_args() -> argparse.Namespace:
@@ -58,6 +56,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="*", help="train these networks and stop: winner, unsearched, random, spread1..."
     )
+    text = "networks from all over the space, of any cost, beside the winner and the random one"
+    parser.add_argument("--spread", type=int, default=6, help=text)
     parser.add_argument("--workers", type=int, default=0, help="loading processes; the result is the same")
     return parser.parse_args()
 
@@ -71,7 +71,7 @@ def networks_of(args: argparse.Namespace, space: SearchSpace) -> dict[str, Candi
     with torch.device("meta"):
         whole = SuperNetwork(ViTResNAS(space.config_of(space.largest())), space, Sampling(warmup_epochs=0))
     torch.manual_seed(0)
-    return networks | {f"spread{number}": drawn for number, drawn in enumerate(whole.draw(SPREAD), start=1)}
+    return networks | {f"spread{number}": drawn for number, drawn in enumerate(whole.draw(args.spread), start=1)}
 
 
 def main() -> None:

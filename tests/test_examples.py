@@ -51,6 +51,21 @@ def test_training_example_resumes_and_saves_a_model_that_learned(tiny_cifar: Pat
     assert model.head.weight.dtype == torch.float32  # stored as float16
 
 
+def test_search_example_finds_a_winner_and_trains_it_beside_others(tiny_cifar: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    options = [tiny_cifar, "--out", out, "--supernet-epochs", 1, "--epochs", 1, "--spread", 1]
+    options += ["--population", 3, "--generations", 2, "--offspring", 1]
+    run("search_cifar10.py", *options, "--only", "winner")
+    assert [path.name for path in (out / "alone").iterdir()] == ["winner"]
+    printed = run("search_cifar10.py", *options)
+    table = (out / "table.md").read_text(encoding="utf-8")
+    assert table in printed
+    names = ("winner", "unsearched", "random", "spread1")
+    assert all(f"| {name} | " in table for name in names)
+    assert "over 3 networks" in table
+    assert (out / "networks.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_distillation_example_trains_a_teacher_and_four_students(tiny_cifar: Path, tmp_path: Path) -> None:
     options = [tiny_cifar, "--out", tmp_path / "out", "--batch-size", 8, "--epochs", 2, "--teacher-epochs", 2]
     run("distill_cifar10.py", *options, "--arms", "none")

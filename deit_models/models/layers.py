@@ -20,17 +20,18 @@ Layout = Literal["native", "timm", "timm-conv", "transformers"]
 
 
 class HeadLogits(NamedTuple):
-    """The logits of each head; what a model does not have, or does not ask, is None.
-
-    Attributes:
-        cls: of the class head, (B, num_classes).
-        dist: of the distillation head, (B, num_classes).
-        patches: of a head that classifies patches while training, (B, patches, num_classes).
-    """
+    """The logits of each head, (B, num_classes); `dist` is None where the model has no distillation head."""
 
     cls: Tensor
     dist: Tensor | None
-    patches: Tensor | None = None
+
+
+class TrainingLogits(NamedTuple):
+    """All that a loss may read: `HeadLogits`, and of a head that classifies patches (B, patches, num_classes)."""
+
+    cls: Tensor
+    dist: Tensor | None
+    patches: Tensor | None
 
 
 class LayerTokens(NamedTuple):
@@ -106,6 +107,10 @@ class ImageClassifier(nn.Module):
         """Logits of each head, whatever the mode; x is (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")
 
+    def forward_training(self, x: Tensor) -> TrainingLogits:
+        """What training learns from; x is (B, C, H, W). A patch head answers in training mode alone."""
+        return TrainingLogits(*self.forward_heads(x), None)
+
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify x, (B, C, H, W) -> (B, num_classes).
 
@@ -113,7 +118,7 @@ class ImageClassifier(nn.Module):
         the mean of the two. The DeiT paper speaks of adding softmax outputs; the authors' code, from which the
         published accuracies come, averages the logits.
         """
-        cls, dist, _ = self.forward_heads(x)
+        cls, dist = self.forward_heads(x)
         if dist is None:
             return cls
         return (cls, dist) if self.training else (cls + dist) / 2

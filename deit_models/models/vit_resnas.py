@@ -29,6 +29,7 @@ from .layers import (
     HeadLogits,
     ImageClassifier,
     LayerTokens,
+    TrainingLogits,
     chosen_layers,
     init_vit_weights,
     patch_grid,
@@ -319,15 +320,18 @@ class ViTResNAS(ImageClassifier):
         return self.forward_features(x)[:, : self.config.num_prefix_tokens].mean(dim=1)
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of the heads, x being (B, C, H, W); those of the patch head in training mode alone."""
+        """Logits of both heads, whatever the mode; x is (B, C, H, W)."""
+        return HeadLogits(*self.classify(self.forward_features(x))[:2])
+
+    def forward_training(self, x: Tensor) -> TrainingLogits:
+        """Logits of the heads, and in training mode of the patch head; x is (B, C, H, W)."""
         return self.classify(self.forward_features(x))
 
-    def classify(self, features: Tensor) -> HeadLogits:
+    def classify(self, features: Tensor) -> TrainingLogits:
         """What the heads say of `forward_features`."""
-        prefix = self.config.num_prefix_tokens
+        prefix, head = self.config.num_prefix_tokens, self.patch_head if self.training else None
         dist = None if self.dst_head is None else self.dst_head(features[:, 1])
-        head = self.patch_head if self.training else None
-        return HeadLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
+        return TrainingLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
 
     def get_intermediate_layers(
         self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
@@ -365,10 +369,7 @@ class ViTResNAS(ImageClassifier):
         return maps
 
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place; see `ViTResNASConfig` for what the rates mean.
-
-        Raises: ConfigError: a rate that is no probability below 1.
-        """
+        """Change dropout and stochastic depth in place. Raises: ConfigError: a rate that is no probability below 1."""
         self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
         for module in self.modules():
             if isinstance(module, nn.Dropout):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError
-from ..models.layers import HeadLogits, ImageClassifier, Layout
+from ..models.layers import HeadLogits, ImageClassifier, Layout, TrainingLogits
 from ..models.transformer import Block
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
 from .reorder import reorder_channels
@@ -79,12 +79,16 @@ class SuperNetwork(ImageClassifier):
         return [choices[i % enabled] for i in order]
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
+        """The heads of `forward_training`."""
+        return HeadLogits(*self.forward_training(x)[:2])
+
+    def forward_training(self, x: Tensor) -> TrainingLogits:
         """Logits of the heads: in training of candidates drawn for this batch, in eval mode of the largest network."""
         if not self.training:
-            return self.net.forward_heads(x)
+            return self.net.forward_training(x)
         return self.forward_masked(x, self.draw(max(len(x) // self.sampling.images, 1)))
 
-    def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> HeadLogits:
+    def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> TrainingLogits:
         """Logits of the heads, image i seen by candidate i modulo their number; x is (B, C, H, W)."""
         owner = torch.arange(len(x), device=x.device) % len(candidates)
         layers = iter(self.net.blocks)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import TrainingError
-from ..models.layers import HeadLogits
+from ..models.layers import TrainingLogits
 from .patch_mixing import Targets
 from .recipe import Recipe
 from .teacher import Teacher
@@ -94,7 +94,7 @@ class DistillationLoss:
 
     def __call__(
         self,
-        output: HeadLogits | Tensor | tuple[Tensor, Tensor],
+        output: TrainingLogits | Tensor | tuple[Tensor, Tensor],
         targets: Tensor | Targets,
         teacher_logits: Tensor | None = None,
     ) -> Tensor:

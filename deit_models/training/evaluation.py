@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, DataError
 from ..hub.manifest import Preprocessing
-from ..models.layers import HeadLogits, ImageClassifier
+from ..models.layers import ImageClassifier, TrainingLogits
 from ..transforms import EvalTransform
 from .datasets import EvalSamples
 from .distributed import Process, join_processes
@@ -70,7 +70,7 @@ def score(
     """Score a model on batches; every process brings its share, and all get the same result.
 
     Args:
-        heads: gives `HeadLogits`; the mode of each of its modules is left as found.
+        heads: gives `TrainingLogits`; the mode of each of its modules is left as found.
         batches: this process's share of the images.
         process: this one.
         precision: of the forward pass.
@@ -112,7 +112,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _score_batch(logits: HeadLogits, labels: Tensor, failures: Tensor) -> Tensor:
+def _score_batch(logits: TrainingLogits, labels: Tensor, failures: Tensor) -> Tensor:
     """What one batch adds: images, skipped, top-1, top-5, loss, top-1 of the class head, of the distillation head."""
     fine, skipped = failures == FINE, failures >= 0
     cls, labels = logits.cls.float()[fine], labels[fine]

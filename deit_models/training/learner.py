@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError
 from ..hub.manifest import Preprocessing
-from ..models.layers import HeadLogits, ImageClassifier
+from ..models.layers import ImageClassifier, TrainingLogits
 from .distillation import DistillationLoss
 from .distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from .mixing import Mixing
@@ -38,11 +38,11 @@ class Heads(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> HeadLogits:
+    def forward(self, x: Tensor) -> TrainingLogits:
         """(B, 3, H, W) -> the heads' logits; a foreign network has one head."""
         if isinstance(self.model, ImageClassifier):
-            return self.model.forward_heads(x)
-        return HeadLogits(self.model(x), None)
+            return self.model.forward_training(x)
+        return TrainingLogits(self.model(x), None, None)
 
 
 @dataclass(slots=True)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deit_models import ConfigError, DataError, create_model
-from deit_models.models.layers import HeadLogits
+from deit_models.models.layers import TrainingLogits
 from deit_models.training.distillation import DistillationLoss
 from deit_models.training.distributed import Process
 from deit_models.training.engine import train_epoch
@@ -117,7 +117,7 @@ def test_what_cannot_be_mixed_is_refused() -> None:
 
 def test_patches_learn_from_their_own_targets_or_the_images() -> None:
     torch.manual_seed(5)
-    logits = HeadLogits(torch.randn(2, K), None, torch.randn(2, 3, K))
+    logits = TrainingLogits(torch.randn(2, K), None, torch.randn(2, 3, K))
     image, patches = torch.rand(2, K).softmax(1), torch.rand(2, 3, K).softmax(2)
     loss = DistillationLoss(recipe(), teacher=None)
     cls = F.cross_entropy(logits.cls, image)
