@@ -1,7 +1,4 @@
-"""Data-efficient image transformers with a pretrained-weights hub: DeiT and its neighbours.
-
-Start here: `from_pretrained(name)`, `Classifier(name)`, `list_models()`, `create_model(name)`.
-"""
+"""Data-efficient image transformers with a hub of weights. Begin with `from_pretrained`, `Classifier`, `list_models`."""
 
 from __future__ import annotations
 

@@ -85,8 +85,12 @@ def test_limit_in_a_gap_of_a_small_space_is_found_out() -> None:
 
 
 def test_space_with_a_single_legal_candidate_ends() -> None:
-    found = search(Evolution(floor=0.9999), limit=COST(SPACE.smallest()))
-    assert [one.candidate.key() for one in found] == [SPACE.smallest().key()]
+    space = SearchSpace(
+        stages=(StageChoices(embed_dim=(16, 8), head_dim=4, num_heads=(2, 1), mlp_hidden=(32, 16), depth=3),),
+        settings={"img_size": 16, "patch_size": 4},
+    )
+    found = search(Evolution(floor=0.9999), space=space, limit=Macs(space, 3)(space.smallest()))
+    assert [one.candidate.key() for one in found] == [space.smallest().key()]
 
 
 def test_small_space_is_looked_through_completely() -> None:
