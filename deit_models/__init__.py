@@ -1,4 +1,4 @@
-"""Data-efficient image transformers with a hub of weights. Begin with `from_pretrained`, `Classifier`, `list_models`."""
+"""Data-efficient image transformers and their weights; begin with `from_pretrained`, `Classifier`, `list_models`."""
 
 from __future__ import annotations
 
