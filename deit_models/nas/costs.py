@@ -14,6 +14,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..macs import count_macs
 from ..models.vit_resnas import ViTResNAS, ViTResNASConfig
+from ..training.distributed import Process
 from .ledger import Ledger
 from .space import Candidate, SearchSpace
 
@@ -48,28 +49,30 @@ class Latency:
     """Milliseconds for a batch of images, as the sum over a candidate's parts, each measured once and kept in a file.
 
     There are few different parts and very many candidates, and a search that goes on must meet the same numbers again.
-    A part's time is the median of several runs behind two that do not count.
+    A part's time is the median of several runs behind two that do not count. Of several processes the first measures.
 
     Args:
         space: the space.
         num_classes: logits.
         folder: where `latency.jsonl` is kept; it belongs to one machine.
-        device: where to measure.
+        process: whose device is measured; all processes ask for the same candidates in the same order.
         batch: images at once.
     """
 
     unit = "ms"
 
-    def __init__(self, space: SearchSpace, num_classes: int, folder: Path, *, device: torch.device, batch: int) -> None:
-        self.space, self.num_classes, self.device, self.batch = space, num_classes, device, batch
-        self._known = Ledger(folder / LATENCY_NAME)
+    def __init__(self, space: SearchSpace, num_classes: int, folder: Path, *, process: Process, batch: int) -> None:
+        self.space, self.num_classes, self.process, self.batch = space, num_classes, process, batch
+        self.device = process.device
+        self._known = Ledger(folder / LATENCY_NAME, writes=process.is_main)
 
     def __call__(self, candidate: Candidate) -> float:
         """The sum of what its parts take."""
         config = self.space.config_of(candidate, num_classes=self.num_classes)
         keys = [f"{self.device.type} {self.batch}: {part}" for part in _parts(config)]
         if any(key not in self._known for key in keys):
-            for key, milliseconds in zip(keys, self._measure(config), strict=True):
+            measured = self.process.gather(list(self._measure(config)) if self.process.is_main else None)[0]
+            for key, milliseconds in zip(keys, measured, strict=True):
                 if key not in self._known:
                     self._known.add(key, {"ms": milliseconds})
         return sum(self._known[key]["ms"] for key in keys)
@@ -112,11 +115,11 @@ def _parts(config: ViTResNASConfig) -> Iterator[str]:
 
 
 def make_cost(
-    kind: CostKind, space: SearchSpace, num_classes: int, folder: Path, *, device: torch.device, batch: int
+    kind: CostKind, space: SearchSpace, num_classes: int, folder: Path, *, process: Process, batch: int
 ) -> Cost:
     """The cost a search is limited by: "macs" or "latency". Raises: ConfigError: neither."""
     if kind not in get_args(CostKind):
         raise ConfigError(f"cost={kind!r}; expected {' or '.join(map(repr, get_args(CostKind)))}")
     if kind == "macs":
         return Macs(space, num_classes)
-    return Latency(space, num_classes, folder, device=device, batch=batch)
+    return Latency(space, num_classes, folder, process=process, batch=batch)

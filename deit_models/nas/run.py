@@ -166,7 +166,7 @@ def search(
             + toml_lines({"supernet": digest_of_numbers(largest), "images": f"{len(images)} of {images.name}"}),
         )
         _keep(folder / SPACE_NAME, space.to_toml())
-        price = make_cost(cost, space, largest.num_classes, folder, device=process.device, batch=batch_size)
+        price = make_cost(cost, space, largest.num_classes, folder, process=process, batch=batch_size)
         workers = default_workers(process.device) if workers is None else workers
         held_out = HeldOut(images, _preprocessing(space), process, workers=workers, watch=watch)
         scorer = Scorer(largest, space, held_out, folder, precision=precision, batch_size=batch_size)

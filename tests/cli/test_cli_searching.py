@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from command_line import CLASSES, failure, save_class_folders, usage_error
+from command_line import CLASSES, failure, run, save_class_folders, usage_error
 
 from deit_models import create_model, from_pretrained
 from deit_models.cli import main
@@ -117,3 +117,22 @@ def test_limit_out_of_reach_is_said_before_anything_is_scored(data, space, tmp_p
     assert main([str(argument) for argument in arguments]) == 1
     assert "no network of the space is within the limit" in capsys.readouterr().err
     assert not (out / "scores.jsonl").exists()
+
+
+@pytest.mark.parametrize("cost", ["macs", "latency"])
+def test_two_processes_share_the_search(cost, data, space, tmp_path) -> None:
+    both, alone = tmp_path / "both", tmp_path / "alone"
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    few = (*EVOLUTION[2:], "--limit", 60000 if cost == "macs" else 1000, "--cost", cost, "--floor", 0.0)
+    options = (data, "--space", space, *SHARED, *few)
+    status, out, err = run("search", "all", *options, "--out", both, *RECIPE, *SAMPLING, options=torchrun)
+    assert status == 0, err
+    assert out.count("best of ") == 1  # the first process speaks
+    supernet = both / "supernet" / "model"
+    if cost == "latency":
+        (alone).mkdir()
+        (alone / "latency.jsonl").write_text((both / "latency.jsonl").read_text())
+    status, _, err = run("search", "evolve", *options, "--out", alone, "--supernet", supernet)
+    assert status == 0, err
+    for name in ("candidates.jsonl", "winner.toml"):
+        assert (both / name).read_text() == (alone / name).read_text()

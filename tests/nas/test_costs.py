@@ -14,8 +14,9 @@ from deit_models.nas.settings import Sampling
 from deit_models.nas.space import Candidate
 from deit_models.nas.spaces import SPACES
 from deit_models.nas.supernet import SuperNetwork
+from deit_models.training.distributed import Process
 
-CPU = torch.device("cpu")
+ALONE = Process(0, 1, torch.device("cpu"))
 
 
 def some(name: str, count: int) -> list[Candidate]:
@@ -40,10 +41,10 @@ def test_macs_are_those_of_torchs_counter(name: str) -> None:
 
 def test_latency_is_measured_once_and_found_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     space = toy_space()
-    cost = Latency(space, 3, tmp_path, device=CPU, batch=2)
+    cost = Latency(space, 3, tmp_path, process=ALONE, batch=2)
     small, large = cost(space.smallest()), cost(space.largest())
     assert 0 < small < large
-    again = Latency(space, 3, tmp_path, device=CPU, batch=2)
+    again = Latency(space, 3, tmp_path, process=ALONE, batch=2)
     monkeypatch.setattr(Latency, "_measure", lambda *_: pytest.fail("measured again"))
     assert (again(space.smallest()), again(space.largest())) == (small, large)
     # what takes the same time in both was measured for both at once
@@ -53,7 +54,7 @@ def test_latency_is_measured_once_and_found_again(tmp_path: Path, monkeypatch: p
 
 def test_unknown_cost_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cost='joules'; expected 'macs' or 'latency'"):
-        make_cost("joules", toy_space(), 3, tmp_path, device=CPU, batch=1)  # type: ignore[arg-type]
+        make_cost("joules", toy_space(), 3, tmp_path, process=ALONE, batch=1)  # type: ignore[arg-type]
 
 
 def test_ledger_keeps_entries_and_drops_a_torn_line(tmp_path: Path) -> None:
