@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 from torch import Tensor
 
 from ..hub.weights import meta_model
@@ -32,8 +34,7 @@ def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViT
         source = f"blocks.{sources[int(number)]}.{rest}" if name.startswith("blocks.") else name
         state[name] = _corner(shared[source], wanted, fused=3 if ".qkv." in name else 1)
     network.load_state_dict(state, assign=True)
-    assert_type: ViTResNAS = network  # type: ignore[assignment]
-    return assert_type.eval()
+    return cast(ViTResNAS, network.eval())
 
 
 def _source_names(candidate: Candidate) -> list[int]:

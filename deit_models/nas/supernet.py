@@ -7,7 +7,7 @@ Source: section 4 of the ViT-ResNAS paper; details as in the authors' code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from os import PathLike
 from typing import ClassVar, NamedTuple, cast
 
@@ -126,10 +126,6 @@ class SuperNetwork(ImageClassifier):
         """Write the largest network, from which every other one can be cut."""
         self.net.origin = self.origin
         self.net.save_pretrained(save_directory, layout=layout)
-
-    def load_largest(self, state: Mapping[str, Tensor]) -> None:
-        """In place: the weights of a largest network."""
-        self.net.load_state_dict(state)
 
 
 def _channels(kept: Sequence[int], total: int, owner: Tensor) -> Tensor | None:

@@ -7,7 +7,6 @@ recipe can be written to TOML and read back unchanged.
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
+from ..architecture import toml_lines
 from ..config import nearest, override
 from ..errors import ConfigError
 from .presets import PRESETS
@@ -152,8 +152,7 @@ class Recipe:
 
     def to_toml(self) -> str:
         """All fields as TOML, one line each, in order."""
-        # JSON's strings, numbers and booleans are TOML's too
-        return "".join(f"{item.name} = {json.dumps(getattr(self, item.name))}\n" for item in fields(self))
+        return toml_lines({item.name: getattr(self, item.name) for item in fields(self)})
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
