@@ -11,7 +11,7 @@ from .. import __version__
 from ..errors import DeitModelsError
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
 from .caching import add_cache
-from .deploying import add_export
+from .deploying import add_bench, add_export
 from .evaluating import add_evaluate
 from .finetuning import add_finetune
 from .models import add_convert, add_info, add_list
@@ -23,7 +23,7 @@ from .training import add_distill, add_train
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_evaluate),
     *(add_finetune, add_train, add_distill, add_search),
-    *(add_convert, add_export, add_cache),
+    *(add_convert, add_export, add_bench, add_cache),
 )
 
 

@@ -161,3 +161,9 @@ BACKENDS: dict[BackendName, Backend] = {
     "openvino": Backend(_openvino, ("float32", "bf16", "int8")),
     "onnxruntime": Backend(_onnxruntime, ("float32",)),
 }
+
+
+def network_dtype(backend: BackendName, precision: Precision) -> torch.dtype:
+    """What a network is cast to before a backend gets it: torch's own take it as it is, the others cast themselves."""
+    in_torch = backend in ("eager", "inductor") and precision == "bf16"
+    return torch.bfloat16 if in_torch else torch.float32

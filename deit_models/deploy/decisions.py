@@ -5,11 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import platform
 from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +13,9 @@ import torch
 from ..errors import FetchError
 from ..hub.fetch import Access, assets_dir, atomic_write
 from .backends import BackendName, Precision
+from .timing import machine
 
 logger = logging.getLogger(__name__)
-
-_LIBRARIES = ("torch", "openvino", "onnxruntime", "nncf")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,36 +37,8 @@ class Timing:
 
 def decision_key(question: dict[str, Any], device: torch.device) -> str:
     """A name for a question on this machine: it changes with the processor, the threads and the versions."""
-    machine = {
-        "processor": processor_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": versions(),
-        "python": platform.python_version(),
-    }
-    text = json.dumps({**question, **machine}, sort_keys=True, default=str)
+    text = json.dumps({**question, **machine(device)}, sort_keys=True, default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def processor_name() -> str:
-    """The model of this machine's processor, as far as the system tells."""
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text(encoding="utf-8", errors="replace").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def versions() -> dict[str, str | None]:
-    """The versions of the libraries that compute; None for one that is not installed."""
-    found: dict[str, str | None] = {}
-    for name in _LIBRARIES:
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            found[name] = None
-    return found
 
 
 def recall(key: str, access: Access) -> list[Timing]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -18,11 +17,12 @@ from ..errors import AgreementError, ConfigError
 from ..hub.fetch import Access, first_line
 from ..models.layers import ImageClassifier
 from ..transforms import EvalTransform
-from .backends import BACKENDS, BackendName, Job, Precision
+from .backends import BACKENDS, BackendName, Job, Precision, network_dtype
 from .classifier import Agreement, Choice, OptimizedClassifier
 from .decisions import Timing, decision_key, keep, recall
 from .formats import Runner, quiet
-from .prepared import Normalise, Prepared, prepare
+from .prepared import Normalise, prepare
+from .timing import call_times, has_bf16
 
 logger = logging.getLogger(__name__)
 
@@ -71,9 +71,7 @@ class _Trial:
         return None
 
     def _job(self, backend: BackendName, precision: Precision) -> Job:
-        in_torch = backend in ("eager", "inductor") and precision == "bf16"
-        dtype = torch.bfloat16 if in_torch else torch.float32
-        prepared: Prepared = prepare(self.model, pixels=self.pixels, dtype=dtype)
+        prepared = prepare(self.model, pixels=self.pixels, dtype=network_dtype(backend, precision))
         return Job(prepared, self.example, precision, self.calibration)
 
     def _judge(self, run: Runner) -> Agreement:
@@ -198,7 +196,7 @@ def _random_images(model: ImageClassifier, count: int, *, pixels: bool) -> Tenso
 
 
 def _candidates(precision: str, backend: str, device: torch.device) -> list[tuple[BackendName, Precision]]:
-    wanted = ("float32", "bf16") if precision == "auto" else (precision,)
+    wanted = (precision,) if precision != "auto" else ("float32", "bf16") if has_bf16(device) else ("float32",)
     return [
         (name, kind)
         for name, known in BACKENDS.items()
@@ -221,7 +219,7 @@ def _measure(trial: _Trial, candidates: list[tuple[BackendName, Precision]], goa
         for candidate in working:
             kept = trial.get(*candidate)
             if kept is not None:
-                times[candidate] += _call_times(kept[0], trial.example)
+                times[candidate] += call_times(kept[0], trial.example, seconds=_ROUND_S)
     count = len(trial.example)
     timings = [
         Timing(
@@ -233,18 +231,6 @@ def _measure(trial: _Trial, candidates: list[tuple[BackendName, Precision]], goa
         for (backend, precision), taken in times.items()
     ]
     return sorted(timings, key=lambda t: t.latency_ms if goal == "latency" else -t.images_per_second)
-
-
-def _call_times(run: Runner, example: Tensor) -> list[float]:
-    """Seconds of each call, after one that is not counted."""
-    times: list[float] = []
-    with torch.no_grad():
-        run(example)
-        while sum(times) < _ROUND_S or len(times) < 2:
-            start = time.perf_counter()
-            run(example).cpu()  # which also waits for a GPU
-            times.append(time.perf_counter() - start)
-    return times
 
 
 def _best(trial: _Trial, timings: list[Timing], precision: str) -> OptimizedClassifier:

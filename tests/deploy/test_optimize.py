@@ -15,9 +15,10 @@ import deit_models
 from deit_models import AgreementError, ConfigError
 from deit_models.deploy import backends
 from deit_models.deploy import optimize as optimizing
-from deit_models.deploy.backends import BACKENDS, Backend, Job
+from deit_models.deploy.backends import BACKENDS, Backend, BackendName, Job
 from deit_models.deploy.decisions import decision_key
 from deit_models.deploy.formats import Runner, quiet
+from deit_models.deploy.prepared import prepare
 
 
 @pytest.fixture(autouse=True)
@@ -133,11 +134,11 @@ def test_the_fastest_backend_is_chosen_and_remembered(
 
         monkeypatch.setitem(BACKENDS, name, Backend(build_named, ("float32",)))
 
-    def timed(run: Runner, _: Tensor) -> list[float]:
+    def timed(run: Runner, *_: Tensor, **__: float) -> list[float]:
         measured.append(run.__name__)
         return [seconds.get(run.__name__, 0.5)]
 
-    monkeypatch.setattr(optimizing, "_call_times", timed)
+    monkeypatch.setattr(optimizing, "call_times", timed)
     fast = deit_models.optimize(build("deit"), **options)
     assert fast.choice.backend == "openvino"
     assert [t.backend for t in fast.choice.timings] == ["openvino", "inductor", "eager", "onnxruntime"]
@@ -172,7 +173,7 @@ def test_a_kept_choice_that_no_longer_works_falls_back_to_the_next(
 ) -> None:
     monkeypatch.setitem(BACKENDS, "openvino", Backend(backends._eager, ("float32",)))
     times = itertools.cycle([0.2, 0.1])  # of torch itself, then of the other
-    monkeypatch.setattr(optimizing, "_call_times", lambda *_: [next(times)])
+    monkeypatch.setattr(optimizing, "call_times", lambda *_, **__: [next(times)])
     assert deit_models.optimize(build("deit"), precision="float32", **options).choice.backend == "openvino"
     monkeypatch.setitem(BACKENDS, "openvino", Backend(broken, ("float32",)))
     assert deit_models.optimize(build("deit"), precision="float32", **options).choice.backend == "eager"
@@ -192,7 +193,8 @@ def test_half_precision_is_taken_only_where_it_is_faster_and_agrees(
         return run
 
     monkeypatch.setitem(BACKENDS, "eager", Backend(noted, ("float32", "bf16")))
-    monkeypatch.setattr(optimizing, "_call_times", lambda run, _: [slow[built[run]]])
+    monkeypatch.setattr(optimizing, "has_bf16", lambda _: True)
+    monkeypatch.setattr(optimizing, "call_times", lambda run, *_, **__: [slow[built[run]]])
     assert deit_models.optimize(build("deit"), min_agreement=0, **options).choice.precision == "bf16"
     strict = {**options, "cache_dir": tmp_path / "other"}
     monkeypatch.setattr(optimizing._Trial, "_judge", lambda *_: optimizing.Agreement(0.98, 0.0, 100))
@@ -212,6 +214,32 @@ def test_a_bare_machine_is_served_by_torch_with_one_line_a_backend(
     assert lines == [
         f"{name} in float32 is not used: no compiler here" for name in ("inductor", "openvino", "onnxruntime")
     ]
+
+
+@pytest.mark.usefixtures("only_torch")
+def test_half_precision_is_not_even_tried_where_the_device_would_imitate_it(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def never_in_half(job: Job) -> Runner:
+        assert job.precision == "float32"
+        return backends._eager(job)
+
+    monkeypatch.setitem(BACKENDS, "eager", Backend(never_in_half, ("float32", "bf16")))
+    monkeypatch.setattr(optimizing, "has_bf16", lambda _: False)
+    assert deit_models.optimize(build("deit"), **options).choice.precision == "float32"
+
+
+@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+def test_a_large_batch_is_computed_in_pieces_and_comes_back_in_order(name: BackendName) -> None:
+    if name != "eager":
+        needs(name)
+    prepared = prepare(build("deit"))
+    sizes: list[int] = []
+    prepared.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
+    images = torch.randn(19, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    run = BACKENDS[name].build(Job(prepared, images, "float32"))
+    assert torch.allclose(run(images), prepare(build("deit"))(images), atol=1e-4)
+    assert name != "eager" or sizes == [8, 8, 3]
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -339,7 +367,10 @@ def test_a_cache_that_cannot_be_written_costs_a_line(
 
 
 @pytest.mark.usefixtures("only_torch")
-def test_what_is_kept_is_json_for_readers(options: dict[str, object], tmp_path: Path) -> None:
+def test_what_is_kept_is_json_for_readers(
+    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(optimizing, "has_bf16", lambda _: True)
     deit_models.optimize(build("deit"), backend="eager", min_agreement=0, **options)
     (file,) = tmp_path.rglob("*.json")
     assert {row["precision"] for row in json.loads(file.read_text())} == {"float32", "bf16"}
