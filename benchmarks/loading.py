@@ -5,7 +5,8 @@
 The same random weights are written in each library's own layout. Each peer loads them in a process of its own, from a
 warm page cache, the processes take turns, and the medians are compared. "load" is the loading call alone, "import" what
 it takes before it (torch included), "total" the whole process up to the first logits of one image. Memory is the
-process's peak; "over bare" is what it has more than one that only imports torch, in multiples of the weights file.
+process's peak; "over bare" is what it has more than one that only imports torch, in multiples of the weights file; "to
+bare + file" is the peak of the whole process as a share of what a bare process and one copy of the weights would take.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,10 @@ def report(name: str, rounds: int, medians: dict[str, dict[str, float]], file_mb
         "",
         f"{machine()}. Medians of {rounds} interleaved rounds, one process each; `python benchmarks/loading.py`.",
         "",
-        "| | import (s) | load (s) | ours/theirs | total (s) | ours/theirs | peak after load (MB) | over bare, files |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
-        f"| bare `import torch` | {bare['total_s']:.2f} | | | | | {bare['peak_mb']:.0f} | |",
+        "| | import (s) | load (s) | ours/theirs | total (s) | ours/theirs | peak after load (MB) | over bare, files "
+        "| peak in all (MB) | to bare + file |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        f"| bare `import torch` | {bare['total_s']:.2f} | | | | | {bare['peak_mb']:.0f} | | {bare['peak_mb']:.0f} | |",
     ]
     for peer in PEERS[1:]:
         row = medians[peer]
@@ -108,19 +110,20 @@ def report(name: str, rounds: int, medians: dict[str, dict[str, float]], file_mb
         ratios = ["", ""] if peer == "deit-models" else [f"{ours[k] / row[k]:.2f}" for k in ("load_s", "total_s")]
         lines.append(
             f"| {peer} | {row['import_s']:.2f} | {row['load_s']:.3f} | {ratios[0]} | {row['total_s']:.2f} "
-            f"| {ratios[1]} | {row['load_peak_mb']:.0f} | {over:.2f} |"
+            f"| {ratios[1]} | {row['load_peak_mb']:.0f} | {over:.2f} "
+            f"| {row['peak_mb']:.0f} | {row['peak_mb'] / (bare['peak_mb'] + file_mb):.2f} |"
         )
     return "\n".join(lines) + "\n"
 
 
-def machine() -> str:
+def machine(packages: Sequence[str] = ("torch", "timm", "transformers", "safetensors")) -> str:
     """Processor, cores and versions, for the head of a table."""
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         cpu = next((s.partition(":")[2].strip() for s in info.read_text().splitlines() if "model name" in s), cpu)
     versions = []
-    for package in ("torch", "timm", "transformers", "safetensors"):
+    for package in packages:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""`deit-models export`: what it writes and says, and with which status."""
+"""`deit-models export` and `bench`: what they write and say, and with which status."""
 
 import json
 import sys
@@ -9,6 +9,7 @@ from command_line import NAMES, failure, usage_error
 
 import deit_models
 from deit_models.cli import main
+from deit_models.deploy import bench as benching
 from deit_models.deploy.formats import open_exported, read_metadata
 
 
@@ -57,3 +58,33 @@ def test_missing_library_is_named(tiny, tmp_path, monkeypatch, capsys):
 
 def test_unknown_format_is_wrong_usage(tiny, tmp_path, capsys):
     assert "invalid choice: 'tflite'" in usage_error(capsys, "export", tiny, tmp_path / "x", "--format", "tflite")
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """Processes of their own are what tests/deploy/test_bench.py is about."""
+    monkeypatch.setattr(benching, "_in_own_process", benching.measure)
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_bench_prints_a_table(capsys):
+    short = ["--batch-sizes", "1", "2", "--backends", "model", "eager", "--precision", "float32", "--seconds", "0.01"]
+    assert main(["bench", "deit_micro_patch4_32", *short]) == 0
+    out, err = capsys.readouterr()
+    rows = [line.split(" | ")[:3] for line in out.splitlines() if line.startswith("| ")][2:]
+    assert rows == [[f"| {side}", "float32", n] for n in "12" for side in ("model", "eager")]
+    assert err == ""
+
+
+@pytest.mark.usefixtures("in_this_process")
+def test_bench_as_json(capsys):
+    short = ["--batch-sizes", "1", "--backends", "model", "--seconds", "0.01", "--json"]
+    assert main(["bench", "deit_micro_patch4_32", *short]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["backend"], row["batch_size"], row["error"]) == ("model", 1, None)
+
+
+def test_bench_refuses_what_it_does_not_know(capsys):
+    assert "deit_micro_patch4_32" in failure(capsys, "bench", "deit_mikro_patch4_32")
+    assert "expected one of model, eager" in failure(capsys, "bench", "deit_micro_patch4_32", "--backends", "tensorrt")
+    assert "expected 1 or more" in usage_error(capsys, "bench", "--batch-sizes", "0")

@@ -16,7 +16,7 @@ from deit_models.cli import build_parser, main
 COMMANDS = [
     ["list"], ["info"], ["predict"], ["evaluate"], ["finetune"], ["train"], ["distill"],
     ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
-    ["convert"], ["export"],
+    ["convert"], ["export"], ["bench"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
 ]  # fmt: skip
 

@@ -1,0 +1,299 @@
+"""Images/s of `optimize` beside timm, torch.compile, transformers, OpenVINO and ONNX Runtime.
+
+    python benchmarks/inference.py [--models deit_tiny_patch16_224] [--batches 1 8 32] [--rounds 5]
+                                   [--write benchmarks/results/inference.md]
+
+Random weights at the model's own size. Each side is a process of its own that builds its model once, then waits; the
+sides are timed in turns, and medians over the rounds are compared. A side that is not installed is left out, and so are
+the bf16 sides where the processor would only imitate bf16. What `optimize` chooses it has chosen before, in another
+process, as on any second call. `--write` writes the table after every cell, and the picture beside it at the end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+from loading import machine
+from torch import Tensor
+
+import deit_models
+from deit_models.deploy.timing import call_times, has_bf16
+
+OURS = "deit-models"
+Run = Callable[[Tensor], Any]
+
+
+class Side(NamedTuple):
+    """A way to compute: what makes it from a model's name and a batch, the package it needs, and its precision."""
+
+    build: Callable[[str, Tensor, Path], Run]
+    package: str
+    bf16: bool = False
+
+
+def timm_model(name: str) -> torch.nn.Module:
+    """The model of that name in timm, with random weights."""
+    import timm
+
+    model: torch.nn.Module = timm.create_model(name).eval()
+    return model
+
+
+def in_timm(name: str, _: Tensor, __: Path) -> Run:
+    """As timm's users run it."""
+    return timm_model(name)
+
+
+def in_timm_bf16(name: str, _: Tensor, __: Path) -> Run:
+    """Weights and images in bf16."""
+    model = timm_model(name).bfloat16()
+    return lambda images: model(images.bfloat16())
+
+
+def compiled(name: str, _: Tensor, __: Path) -> Run:
+    """`torch.compile` of timm's model, with its default options."""
+    return torch.compile(timm_model(name))
+
+
+def compiled_bf16(name: str, _: Tensor, __: Path) -> Run:
+    """The same in bf16."""
+    model = torch.compile(timm_model(name).bfloat16())
+    return lambda images: model(images.bfloat16())
+
+
+def in_transformers(name: str, _: Tensor, __: Path) -> Run:
+    """The model of the same configuration in transformers, from the folder that we write for it."""
+    from transformers import AutoModelForImageClassification
+
+    with tempfile.TemporaryDirectory() as folder:
+        deit_models.create_model(name).save_pretrained(folder, layout="transformers")
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+    return lambda images: model(images).logits
+
+
+def in_openvino(name: str, images: Tensor, _: Path, *, precision: str = "f32") -> Run:
+    """The model of timm converted and compiled with the default options, one call a batch."""
+    import openvino
+
+    model = openvino.convert_model(timm_model(name), example_input=images)
+    run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
+    return lambda batch: torch.from_numpy(run(batch.numpy())[0])
+
+
+def in_openvino_bf16(name: str, images: Tensor, folder: Path) -> Run:
+    """The same in bf16."""
+    return in_openvino(name, images, folder, precision="bf16")
+
+
+def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
+    """The model of timm exported by torch and run with the default options."""
+    import onnxruntime
+
+    file = folder / "model.onnx"
+    torch.onnx.export(timm_model(name), (images,), file, dynamo=True, verbose=False, external_data=False)
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    place = session.get_inputs()[0].name
+    return lambda batch: torch.from_numpy(session.run(None, {place: batch.numpy()})[0])
+
+
+def optimized(name: str, images: Tensor, folder: Path) -> Run:
+    """What `optimize` gives, chosen before: see `choose`."""
+    return deit_models.optimize(deit_models.create_model(name), sample=images, cache_dir=folder)
+
+
+SIDES = {
+    "timm": Side(in_timm, "timm"),
+    "timm bf16": Side(in_timm_bf16, "timm", bf16=True),
+    "torch.compile": Side(compiled, "timm"),
+    "torch.compile bf16": Side(compiled_bf16, "timm", bf16=True),
+    "transformers": Side(in_transformers, "transformers"),
+    "OpenVINO": Side(in_openvino, "openvino"),
+    "OpenVINO bf16": Side(in_openvino_bf16, "openvino", bf16=True),
+    "ONNX Runtime": Side(in_onnxruntime, "onnxruntime"),
+    OURS: Side(optimized, "deit_models"),
+}
+PEAK = "peak"
+
+
+def serve(side: str, name: str, batch_size: int, folder: Path, out: IO[str]) -> None:
+    """Build a side; then, for every number of seconds on the standard input, write images/s of the median call."""
+    size = 224
+    if side == PEAK:
+        kind = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
+        images = torch.randn(2048, 2048).to(kind)
+        build: Callable[[], Run] = lambda: lambda x: x @ x  # noqa: E731
+        unit = 2 * 2048**3
+    else:
+        images, unit = torch.randn(batch_size, 3, size, size), batch_size
+        build = lambda: SIDES[side].build(name, images, folder)  # noqa: E731
+    with torch.inference_mode(side != "torch.compile"), torch.no_grad():
+        run = build()
+        call_times(run, images, seconds=0.0, warm_up=2)
+        choice = getattr(run, "choice", None)
+        ready = {"ready": side, "choice": f"{choice.backend} {choice.precision}" if choice else None}
+        print(json.dumps(ready), file=out, flush=True)
+        for line in sys.stdin:
+            times = call_times(run, images, seconds=float(line))
+            print(json.dumps({"rate": unit / statistics.median(times)}), file=out, flush=True)
+
+
+class Child:
+    """A side in its process."""
+
+    def __init__(self, side: str, name: str, batch_size: int, folder: Path) -> None:
+        self.command = [sys.executable, __file__, "--child", side, name, str(batch_size), str(folder)]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        self.choice = self._answer()["choice"]
+
+    def rate(self, seconds: float) -> float:
+        """Images/s, or FLOP/s of the peak, now."""
+        assert self.process.stdin is not None  # noqa: S101
+        print(seconds, file=self.process.stdin, flush=True)
+        found: float = self._answer()["rate"]
+        return found
+
+    def _answer(self) -> dict[str, Any]:
+        assert self.process.stdout is not None  # noqa: S101
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"this ended early, run it by hand: {' '.join(self.command)}")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+    def close(self) -> None:
+        """End the process."""
+        self.process.communicate()
+
+
+class Cell(NamedTuple):
+    """One model at one batch size: rates by side, all rounds; the matrix peak beside them; what `optimize` chose."""
+
+    model: str
+    batch_size: int
+    rates: dict[str, list[float]]
+    choice: str
+
+    def median(self, side: str) -> float:
+        """Of all rounds."""
+        return statistics.median(self.rates[side])
+
+    @property
+    def best_peer(self) -> str:
+        """The fastest side besides ours."""
+        return max((side for side in self.rates if side not in (OURS, PEAK)), key=self.median)
+
+    def ratio(self, side: str) -> float:
+        """Ours to theirs: the median of the rounds' ratios, since a machine changes from round to round."""
+        return statistics.median(a / b for a, b in zip(self.rates[OURS], self.rates[side], strict=True))
+
+
+def measure(name: str, batch_size: int, sides: list[str], args: argparse.Namespace) -> Cell:
+    """All sides of a cell, in turns."""
+    with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
+        folder = Path(made)
+        Child(OURS, name, batch_size, folder).close()  # which measures and keeps what is fastest
+        children = {}
+        for side in [*sides, PEAK]:
+            children[side] = Child(side, name, batch_size, folder)
+            stack.callback(children[side].close)
+        rates: dict[str, list[float]] = {side: [] for side in children}
+        for _ in range(args.rounds):
+            for side, child in children.items():
+                rates[side].append(child.rate(args.seconds))
+        return Cell(name, batch_size, rates, children[OURS].choice)
+
+
+def report(cells: list[Cell], sides: list[str], args: argparse.Namespace) -> str:
+    """Rates, ratios and shares of the peak as Markdown."""
+    kind = "bf16" if has_bf16(torch.device("cpu")) else "float32"
+    peers = [side for side in sides if side != OURS]
+    packages = ("torch", "timm", "transformers", "openvino", "onnxruntime")
+    lines = [
+        "# Inference (images/s)",
+        "",
+        f"{machine(packages)}, {torch.backends.cpu.get_cpu_capability()}. Random weights, 224 pixels. Medians of "
+        f"{args.rounds} interleaved rounds of {args.seconds:g} s, one process each; "
+        f"`python benchmarks/inference.py`. Ratios are medians of the rounds' ratios; the share is that of the "
+        f"{kind} matrix peak measured beside it (2048 x 2048), counting the model's own multiply-accumulates.",
+        "",
+        f"| model | batch | {' | '.join(peers)} | {OURS} | chosen | to the best peer | to timm | share of the peak |",
+        f"| --- | ---: |{' ---: |' * len(peers)} ---: | --- | ---: | ---: | ---: |",
+    ]
+    for cell in cells:
+        rates = " | ".join(f"{cell.median(side):.1f}" for side in peers)
+        used = 2 * deit_models.count_macs(cell.model) * cell.median(OURS) / cell.median(PEAK)
+        to_timm = f"{cell.ratio('timm'):.2f}" if "timm" in cell.rates else ""
+        lines.append(
+            f"| `{cell.model}` | {cell.batch_size} | {rates} | {cell.median(OURS):.1f} | {cell.choice} "
+            f"| {cell.ratio(cell.best_peer):.2f} ({cell.best_peer}) | {to_timm} | {used:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def draw(cells: list[Cell], sides: list[str], file: Path) -> None:
+    """Each side's rate relative to timm's in float32, a group of bars a cell."""
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(1.5 + 1.3 * len(cells), 4), layout="constrained")
+    width = 0.8 / len(sides)
+    for i, side in enumerate(sides):
+        heights = [cell.median(side) / cell.median("timm") for cell in cells]
+        color = "black" if side == OURS else None
+        axes.bar(
+            [x + (i - (len(sides) - 1) / 2) * width for x in range(len(cells))], heights, width, label=side, color=color
+        )
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set_xticks(range(len(cells)), [f"{cell.model.split('_')[1]}\nbatch {cell.batch_size}" for cell in cells])
+    axes.set_ylabel("images/s relative to timm, float32")
+    axes.legend(ncols=2, fontsize="small")
+    figure.savefig(file, dpi=110)
+
+
+def main() -> None:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    models = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
+    parser.add_argument("--models", nargs="+", default=models, help="default: %(default)s")
+    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="default: %(default)s")
+    parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all that are installed")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a round; default: %(default)s")
+    parser.add_argument("--write", type=Path, help="also write the table there")
+    parser.add_argument("--child", nargs=4, metavar=("SIDE", "MODEL", "BATCH", "FOLDER"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        side, name, batch_size, folder = args.child
+        answers, sys.stdout = sys.stdout, sys.stderr  # exporters print what they please
+        serve(side, name, int(batch_size), Path(folder), answers)
+        return
+    native = has_bf16(torch.device("cpu"))
+    sides = args.sides or [
+        name for name, side in SIDES.items() if importlib.util.find_spec(side.package) and (native or not side.bf16)
+    ]
+    cells: list[Cell] = []
+    for name in args.models:
+        for batch_size in args.batches:
+            cells.append(measure(name, batch_size, sides, args))
+            text = report(cells, sides, args)
+            print(text.splitlines()[-1], flush=True)
+            if args.write:
+                args.write.write_text(text, encoding="utf-8")
+    print(text)
+    if args.write and "timm" in sides:
+        draw(cells, sides, args.write.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
