@@ -128,17 +128,14 @@ PEAK = "peak"
 
 def serve(side: str, name: str, batch_size: int, folder: Path, out: IO[str]) -> None:
     """Build a side; then, for every number of seconds on the standard input, write images/s of the median call."""
-    size = 224
     if side == PEAK:
         kind = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
-        images = torch.randn(2048, 2048).to(kind)
-        build: Callable[[], Run] = lambda: lambda x: x @ x  # noqa: E731
-        unit = 2 * 2048**3
+        images, unit = torch.randn(2048, 2048).to(kind), 2 * 2048**3
+        run: Run = lambda x: x @ x  # noqa: E731
     else:
-        images, unit = torch.randn(batch_size, 3, size, size), batch_size
-        build = lambda: SIDES[side].build(name, images, folder)  # noqa: E731
-    with torch.inference_mode(side != "torch.compile"), torch.no_grad():
-        run = build()
+        images, unit = torch.randn(batch_size, 3, 224, 224), batch_size
+        run = SIDES[side].build(name, images, folder)
+    with torch.inference_mode():
         call_times(run, images, seconds=0.0, warm_up=2)
         choice = getattr(run, "choice", None)
         ready = {"ready": side, "choice": f"{choice.backend} {choice.precision}" if choice else None}
@@ -257,7 +254,7 @@ def draw(cells: list[Cell], sides: list[str], file: Path) -> None:
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_xticks(range(len(cells)), [f"{cell.model.split('_')[1]}\nbatch {cell.batch_size}" for cell in cells])
     axes.set_ylabel("images/s relative to timm, float32")
-    axes.legend(ncols=2, fontsize="small")
+    figure.legend(loc="outside upper center", ncols=len(sides), fontsize="small")
     figure.savefig(file, dpi=110)
 
 
