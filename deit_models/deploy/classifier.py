@@ -31,12 +31,23 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What `optimize` chose: the backend, its precision, how it agrees, and all that was timed, fastest first."""
+    """What `optimize` chose.
+
+    Attributes:
+        backend: what computes.
+        precision: in what.
+        agreement: with the model in float32; if tokens are merged, with the merged network in torch's float32.
+        timings: all that was timed, fastest first.
+        token_merging: the tokens that each block merges; empty if none does.
+        merging_agreement: of the merged network, in torch's float32, with the model; None if nothing is merged.
+    """
 
     backend: BackendName
     precision: Precision
     agreement: Agreement
     timings: tuple[Timing, ...] = ()
+    token_merging: tuple[int, ...] = ()
+    merging_agreement: Agreement | None = None
 
 
 class OptimizedClassifier(ImageClassifier):

@@ -18,7 +18,8 @@ from ..hub.fetch import atomic_write
 from ..models.layers import ImageClassifier
 from ..predict import class_labels
 from .formats import FORMATS, Format, FormatName, open_exported
-from .prepared import Normalise, prepare
+from .merging import TokenMerging, merging_plan
+from .prepared import Normalise, Prepared, prepare
 
 TOLERANCE = 1e-4
 """By how much a logit may differ from the model's, in float32."""
@@ -52,6 +53,7 @@ def export(
     format: FormatName = "onnx",  # noqa: A002
     preprocessing: bool = False,
     tolerance: float = TOLERANCE,
+    token_merging: TokenMerging = 0,
 ) -> Exported:
     """Write a model as one file for ONNX Runtime, OpenVINO or `torch.export.load`, for any batch size.
 
@@ -66,23 +68,28 @@ def export(
         format: "onnx", "openvino" (an .xml file, its weights beside it as .bin) or "torch-export".
         preprocessing: whether the file normalises: it then takes pixels from 0 to 255 as uint8.
         tolerance: by how much a logit may differ.
+        token_merging: as `optimize` takes it. The file is compared with the merged network; how that agrees with the
+            model is not measured here, but by `optimize`.
 
-    Raises: ConfigError: an unknown format, a wrong suffix, weights too large for the format. MissingExtraError: the
+    Raises: ConfigError: an unknown format, a wrong suffix, weights too large for the format, tokens that cannot be
+        merged. MissingExtraError: the
         format's library is not installed. AgreementError: the file gives other logits. FetchError: it cannot be
         written.
     """
     kind, path = _kind(format), Path(path)
     if path.suffix != kind.suffix:
         raise ConfigError(f"{path}: expected a name that ends in {kind.suffix} for format={format!r}")
-    prepared = prepare(model, pixels=preprocessing).cpu()
+    plan = merging_plan(model, token_merging)
+    prepared = prepare(model, pixels=preprocessing, token_merging=plan).cpu()
     example = _images(model, 2, pixels=preprocessing)
-    metadata = json.dumps(describe(model, pixels=preprocessing))
+    metadata = json.dumps({**describe(model, pixels=preprocessing), "token_merging": plan})
     # the folder is beside the final place, so that moving a complete file there is one step
     with atomic_write(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
         written = [Path(folder, path.name), *([Path(folder, path.stem + kind.companion)] if kind.companion else [])]
         kind.write(prepared, example, written[0], metadata)
         size_bytes = sum(file.stat().st_size for file in written)
-        difference = _difference(model, written[0], pixels=preprocessing)
+        reference = prepare(model, fold=False, token_merging=plan).cpu()
+        difference = _difference(reference, model, written[0], pixels=preprocessing)
         if not difference <= tolerance:  # also if it is no number
             raise AgreementError(
                 f"{path}: a logit differs by {difference:.3g} from the model's, {tolerance:g} is allowed; not written"
@@ -127,10 +134,9 @@ def _images(model: ImageClassifier, count: int, *, pixels: bool) -> Tensor:
     return Normalise(model.origin.preprocessing).float()(drawn.float())
 
 
-def _difference(model: ImageClassifier, file: Path, *, pixels: bool) -> float:
-    """The largest difference of a logit to those of the model itself, as it was before anything was folded."""
-    run, reference = open_exported(file), prepare(model, pixels=False, fold=False).cpu()
-    worst = []
+def _difference(reference: Prepared, model: ImageClassifier, file: Path, *, pixels: bool) -> float:
+    """The largest difference of a logit to those of the model, as it was before anything was folded."""
+    run, worst = open_exported(file), []
     for count in _CHECKED_BATCHES:
         expected = reference(_images(model, count, pixels=False))
         found = run(_images(model, count, pixels=pixels))

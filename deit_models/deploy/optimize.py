@@ -21,13 +21,14 @@ from .backends import BACKENDS, BackendName, Job, Precision, network_dtype
 from .classifier import Agreement, Choice, OptimizedClassifier
 from .decisions import Timing, decision_key, keep, recall
 from .formats import Runner, quiet
+from .merging import TokenMerging, merging_plan
 from .prepared import Normalise, prepare
 from .timing import call_times, has_bf16
 
 logger = logging.getLogger(__name__)
 
 FLOAT32_TOLERANCE = 1e-4
-"""By how much a logit of a float32 network may differ from the model's."""
+"""By how much a logit of a float32 network may differ from the model's, or from the merged network's in torch."""
 _ROUNDS, _ROUND_S, _JUDGES = 2, 0.5, 32
 _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 
@@ -42,6 +43,7 @@ class _Trial:
     calibration: Tensor | None
     pixels: bool
     min_agreement: float
+    plan: tuple[int, ...] = ()
     tried: dict[tuple[BackendName, Precision], tuple[Runner, Agreement] | None] = field(default_factory=dict)
     worst: list[str] = field(default_factory=list)
     expected: Tensor | None = None
@@ -71,12 +73,25 @@ class _Trial:
         return None
 
     def _job(self, backend: BackendName, precision: Precision) -> Job:
-        prepared = prepare(self.model, pixels=self.pixels, dtype=network_dtype(backend, precision))
+        dtype = network_dtype(backend, precision)
+        prepared = prepare(self.model, pixels=self.pixels, dtype=dtype, token_merging=self.plan)
         return Job(prepared, self.example, precision, self.calibration)
+
+    def merging_agreement(self) -> Agreement | None:
+        """How the merged network agrees with the model, None if nothing is. Raises: AgreementError: too little."""
+        if not self.plan:
+            return None
+        agreement = self._judge(prepare(self.model, pixels=self.pixels, fold=False))
+        if agreement.top1 < self.min_agreement:
+            raise AgreementError(
+                f"token_merging={','.join(map(str, self.plan))}: {agreement.top1:.1%} agree with the unmerged model on "
+                f"{agreement.images} images, min_agreement={self.min_agreement:g} is asked for; merge fewer tokens"
+            )
+        return agreement
 
     def _judge(self, run: Runner) -> Agreement:
         if self.expected is None:
-            plain = prepare(self.model, pixels=self.pixels, fold=False)
+            plain = prepare(self.model, pixels=self.pixels, fold=False, token_merging=self.plan)
             self.expected = torch.cat([plain(batch) for batch in torch.split(self.judges, len(self.example))])
         found = torch.cat([run(batch) for batch in torch.split(self.judges, len(self.example))])
         if found.shape != self.expected.shape or not found.isfinite().all():
@@ -95,6 +110,7 @@ def optimize(
     calibration: Tensor | Sequence[Any] | None = None,
     min_agreement: float = 0.99,
     preprocessing: bool = False,
+    token_merging: TokenMerging = 0,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> OptimizedClassifier:
     """A model that gives the same logits faster, by the backend that a short measurement finds best here.
@@ -114,22 +130,26 @@ def optimize(
             it, or a list of files and other images. Without it the sample, or else random images, judge.
         min_agreement: share of those images whose likeliest class must be that of float32.
         preprocessing: take uint8 pixels and normalise inside.
+        token_merging: patch tokens that every block merges into others like them, or those of each block in turn, see
+            `deploy.merging`: faster, and other logits. The merged network in torch's float32 must agree with the model
+            on `min_agreement` of the images, and is then what every backend and precision is compared with.
         cache_dir: where to keep what was measured; by default the Hub's cache.
 
-    Raises: ConfigError: options that do not exist or do not fit. AgreementError: bf16 or int8 was asked for, and does
-        not agree.
+    Raises: ConfigError: options that do not exist or do not fit. AgreementError: bf16, int8 or merging was asked for,
+        and does not agree.
     """
     _check(precision, goal, backend, min_agreement)
-    trial = _trial(model, sample, goal, calibration, preprocessing, min_agreement)
+    trial = _trial(model, sample, goal, calibration, preprocessing, min_agreement, token_merging)
     if precision == "int8" and trial.calibration is None:
         raise ConfigError(
             "precision='int8' needs calibration images: pass calibration=, a few hundred of those to come"
         )
+    merging = trial.merging_agreement()
     candidates = _candidates(precision, backend, trial.example.device)
     access = Access(cache_dir=cache_dir)
     question = {
         "model": type(model).__name__, "config": repr(model.config), "batch": tuple(trial.example.shape), "goal": goal,
-        "candidates": candidates, "pixels": preprocessing,
+        "candidates": candidates, "pixels": preprocessing, "token_merging": trial.plan,
     }  # fmt: skip
     key = decision_key(question, trial.example.device)
     timings = recall(key, access) if len(candidates) > 1 else []
@@ -137,7 +157,7 @@ def optimize(
         timings = _measure(trial, candidates, goal)
         if len(timings) > 1:
             keep(key, timings, access)
-    return _best(trial, timings, precision)
+    return _best(trial, timings, precision, merging)
 
 
 def _check(precision: str, goal: str, backend: str, min_agreement: float) -> None:
@@ -153,11 +173,17 @@ def _check(precision: str, goal: str, backend: str, min_agreement: float) -> Non
 
 
 def _trial(
-    model: ImageClassifier, sample: Any, goal: str, calibration: Any, pixels: bool, min_agreement: float
+    model: ImageClassifier,
+    sample: Any,
+    goal: str,
+    calibration: Any,
+    pixels: bool,
+    min_agreement: float,
+    token_merging: TokenMerging,
 ) -> _Trial:
     if isinstance(model, OptimizedClassifier):
         raise ConfigError("this model is optimised already; optimise the model it was made from")
-    device = next(model.parameters()).device
+    plan, device = merging_plan(model, token_merging), next(model.parameters()).device
     given = sample if isinstance(sample, Tensor) else None
     count = len(given) if given is not None else _DEFAULT_BATCH[goal] if sample is None else int(sample)
     if count < 1:
@@ -170,7 +196,7 @@ def _trial(
     for name, batch in (("sample", example), ("calibration", judges)):
         if batch.ndim != 4 or tuple(batch.shape[1:]) != shape or not len(batch):
             raise ConfigError(f"{name} of shape {tuple(batch.shape)}; expected (B, {', '.join(map(str, shape))})")
-    return _Trial(model, example.to(device), judges.to(device), images, pixels, min_agreement)
+    return _Trial(model, example.to(device), judges.to(device), images, pixels, min_agreement, plan)
 
 
 def _as_batch(model: ImageClassifier, images: Any, *, pixels: bool) -> Tensor:
@@ -233,7 +259,7 @@ def _measure(trial: _Trial, candidates: list[tuple[BackendName, Precision]], goa
     return sorted(timings, key=lambda t: t.latency_ms if goal == "latency" else -t.images_per_second)
 
 
-def _best(trial: _Trial, timings: list[Timing], precision: str) -> OptimizedClassifier:
+def _best(trial: _Trial, timings: list[Timing], precision: str, merging: Agreement | None) -> OptimizedClassifier:
     """The fastest that works and agrees; torch itself if nothing else does."""
     ways: list[tuple[BackendName, Precision]] = [(timing.backend, timing.precision) for timing in timings]
     if precision in ("bf16", "int8") and trial.worst and not any(trial.get(*way) for way in ways):
@@ -241,7 +267,10 @@ def _best(trial: _Trial, timings: list[Timing], precision: str) -> OptimizedClas
     for way in [*ways, ("eager", "float32")]:
         kept = trial.get(*way)
         if kept is not None:
-            choice = Choice(backend=way[0], precision=way[1], agreement=kept[1], timings=tuple(timings))
+            choice = Choice(
+                backend=way[0], precision=way[1], agreement=kept[1], timings=tuple(timings),
+                token_merging=trial.plan, merging_agreement=merging,
+            )  # fmt: skip
             device = trial.example.device
             return OptimizedClassifier(trial.model, kept[0], choice, device=device, pixels=trial.pixels)
     raise AgreementError("; ".join(trial.worst) or "no backend could compute this model, not even torch itself")

@@ -8,6 +8,8 @@ What is folded gives the same logits up to rounding, and every fold has a test t
   saves five sixths of one block in twelve.
 - On request the normalisation of the pixels: into DeiT's patch projection; in front of the other families, whose first
   layer pads with zeros that mean something else before the normalisation than after it.
+
+Merging tokens, on request, is no fold: it gives other logits, see `merging`.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from ..models.deit import DeiT
 from ..models.layers import ImageClassifier
 from ..models.levit import LeViT
 from ..models.transformer import Block, VisionTransformer
+from .merging import MergingBlocks, TokenMerging, merging_plan
 
 
 class Prepared(nn.Module):
@@ -76,13 +79,13 @@ class PrefixBlock(nn.Module):
         self.query = _rows(attention.qkv, 0, width)
         self.key_value = _rows(attention.qkv, width, 3 * width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Both residual steps."""
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        """Both residual steps; the bias is added to the attention logits, (B, 1, 1, P + N)."""
         normed, prefix = self.norm1(x), x[:, : self.num_prefix]
         query = self.query(normed[:, : self.num_prefix]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
         # (B, P + N, 2 * D) -> twice (B, heads, P + N, D / heads)
         key_value = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1])
+        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1], attn_mask=attn_bias)
         prefix = prefix + self.proj(mixed.transpose(1, 2).flatten(2))
         return prefix + self.mlp(self.norm2(prefix))
 
@@ -98,7 +101,12 @@ def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
 
 @torch.no_grad()
 def prepare(
-    model: ImageClassifier, *, pixels: bool = False, dtype: torch.dtype = torch.float32, fold: bool = True
+    model: ImageClassifier,
+    *,
+    pixels: bool = False,
+    dtype: torch.dtype = torch.float32,
+    fold: bool = True,
+    token_merging: TokenMerging = 0,
 ) -> Prepared:
     """A network for inference from a model, which is left as it is; memory is shared where nothing changes.
 
@@ -107,14 +115,20 @@ def prepare(
         pixels: take pixels from 0 to 255 rather than normalised floats.
         dtype: what to compute in; folding is done in float32.
         fold: whether to fold; a network that is not folded is what others are compared with.
+        token_merging: patch tokens that every block merges, or those of each block; with 0 the logits are the model's.
 
-    Raises: ConfigError: pixels are asked for, and the model does not know its normalisation.
+    Raises: ConfigError: pixels are asked for, and the model does not know its normalisation; tokens that cannot be
+        merged, see `merging_plan`.
     """
     if pixels and model.origin is None:
         raise ConfigError("this model was not made by create_model or from_pretrained; its normalisation is unknown")
+    plan = merging_plan(model, token_merging)
     network = _sharing_copy(model).float()
     if fold:
         network = _folded(network)
+    if plan:
+        blocks = cast(nn.Sequential, network.blocks)
+        network.blocks = MergingBlocks(blocks, plan, network.config.num_prefix_tokens)
     whole: nn.Module = network
     if pixels and model.origin is not None:
         if fold and isinstance(network, DeiT):

@@ -50,7 +50,8 @@ class Attention(nn.Module):
         self.proj = nn.Linear(config.attn_dim, config.embed_dim)
         self.proj_drop = nn.Dropout(config.drop_rate)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value of every head, each (B, heads, N, width of a head)."""
         # (B, N, 3 * width) -> three times (B, heads, N, width / heads): rows of the weight are q, k, v, heads together
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
@@ -62,7 +63,7 @@ class Attention(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """What the heads give, side by side: (B, N, D) -> (B, N, width of all heads)."""
-        return F.scaled_dot_product_attention(*self._heads(x)).transpose(1, 2).flatten(2)
+        return F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)
 
     def project(self, mixed: Tensor) -> Tensor:
         """What `mix` gave, back to the width of a token."""
@@ -70,7 +71,7 @@ class Attention(nn.Module):
 
     def weights(self, x: Tensor) -> Tensor:
         """The attention probabilities of the same input, (B, heads, N, N); each row sums to 1."""
-        query, key, _ = self._heads(x)
+        query, key, _ = self.heads(x)
         return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
 
@@ -116,11 +117,12 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Both residual steps."""
-        x = x + self.drop_path(_scaled(self.attn(self.norm1(x)), self.gamma_1))
-        return x + self.drop_path(_scaled(self.mlp(self.norm2(x)), self.gamma_2))
+        x = x + self.drop_path(scaled(self.attn(self.norm1(x)), self.gamma_1))
+        return x + self.drop_path(scaled(self.mlp(self.norm2(x)), self.gamma_2))
 
 
-def _scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
+    """A branch times its factors, if the block has layer scale."""
     return branch if gamma is None else branch * gamma
 
 
