@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import deit_models
-from deit_models import predict
+from deit_models import batches, predict
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
@@ -219,9 +219,9 @@ def test_imagenet_names_only_for_a_thousand_classes_of_imagenet() -> None:
 # Files
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [None, 0, 2])
 def test_a_folder_with_three_broken_files_of_fifty_gives_47_results_and_3_failures(
-    classifier: Classifier, tmp_path: Path, workers: int
+    classifier: Classifier, tmp_path: Path, workers: int | None
 ) -> None:
     paths = save_pictures(tmp_path, 50)
     paths[0].write_bytes(b"")
@@ -285,10 +285,10 @@ def test_a_worker_killed_by_the_system_is_explained(classifier: Classifier) -> N
 
 
 def test_too_little_shared_memory_is_explained(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise RuntimeError("Caught RuntimeError\nunable to allocate shared memory(shm) for file </torch_1>")
 
-    monkeypatch.setattr(classifier, "_batches", full)
+    monkeypatch.setattr(batches, "DataLoader", full)
     with pytest.raises(DeitModelsError, match=r"--shm-size=1g.*fewer than 3 workers.*</torch_1>"):
         list(classifier.classify_files([], workers=3))
 
