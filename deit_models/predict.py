@@ -137,7 +137,7 @@ class Classifier:
         return self._stream(paths, top_k, workers)
 
     def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int | None) -> Iterator[ImageResult]:
-        device = _placement(self.model).device
+        device = _device(self.model)
         # A GPU is given the next batch before the answers for the last are waited for
         ahead = 0 if device.type == "cpu" else 1
         batches = file_batches(paths, self.transform.levels, batch_size=self.batch_size, workers=workers, device=device)
@@ -199,10 +199,9 @@ class Classifier:
         return None
 
     def _top(self, levels: Tensor, top_k: int) -> _Top:
-        place = _placement(self.model)
         with torch.inference_mode():
-            images = self.transform.to_input(levels.to(place.device, non_blocking=True))
-            logits = self.model(images.to(place.dtype) if self.transform.normalise else images)
+            images = self.transform.to_input(levels.to(_device(self.model), non_blocking=True))
+            logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
             values, classes = logits.float().softmax(dim=-1).topk(top_k)
         return values, classes
 
@@ -218,12 +217,15 @@ def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _placement(model: ImageClassifier) -> Tensor:
-    """An empty tensor of the device and type the model computes with."""
-    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    if first is None:  # another backend computes
-        return torch.empty(0, device=getattr(model, "device", "cpu"))
-    return torch.empty(0, device=first.device, dtype=first.dtype)
+def _device(model: ImageClassifier) -> torch.device:
+    first = next(model.parameters(), None)
+    # a model from `optimize` may have none, but knows where it computes
+    return torch.device(getattr(model, "device", "cpu")) if first is None else first.device
+
+
+def _dtype(model: ImageClassifier) -> torch.dtype:
+    types = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(types, torch.float32)
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:

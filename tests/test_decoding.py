@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import threading
 import tracemalloc
 import warnings
 import zlib
@@ -15,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
-from deit_models.decoding import MAX_IMAGE_PIXELS, decode_image, load_image
+from deit_models.decoding import _QUIET, MAX_IMAGE_PIXELS, Reduced, decode_image, decode_reduced, load_image
 from deit_models.errors import DeitModelsError, ImageError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -349,3 +350,95 @@ def test_pil_image_is_turned_upright() -> None:
 )
 def test_what_is_no_image_is_refused_with_what_was_given(bad: object, part: str) -> None:
     assert_refused(bad, part)
+
+
+# Decoding smaller
+
+
+def smooth(width: int, height: int) -> PIL.Image.Image:
+    """Colours that tell every corner from the others."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return PIL.Image.fromarray(np.stack([x, y, (x + y) / 2], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(400, (811, 606)), (303, (406, 303)), (304, (811, 606)), (151, (203, 152)), (10, (102, 76))]
+)
+def test_jpeg_is_decoded_smaller_but_no_side_below_what_is_asked(side: int, size: tuple[int, int]) -> None:
+    found = decode_reduced(encode(smooth(811, 606), "JPEG"), side=side)
+    image = found.image if isinstance(found, Reduced) else found
+    assert image.size == size
+    assert min(image.size) >= side
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_box_is_where_the_photograph_lies_in_every_orientation(orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(smooth(201, 137), "JPEG", quality=100, exif=exif, subsampling=0)  # neither a multiple of 8
+    found = decode_reduced(data, side=17)
+    assert isinstance(found, Reduced)
+    left, top, right, bottom = found.box
+    whole = decode_image(data)
+    assert (8 * (right - left), 8 * (bottom - top)) == whole.size
+    assert 0 <= left < right <= found.image.width
+    assert 0 <= top < bottom <= found.image.height
+    ours = np.asarray(found.image.resize((10, 10), box=found.box)).astype(int)
+    plain = np.asarray(whole.resize((10, 10))).astype(int)
+    assert np.abs(ours - plain).mean() < 0.5
+    assert np.abs(ours - plain).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_smaller_with_their_colours(mode: str) -> None:
+    data = encode(smooth(256, 256).convert(mode), "JPEG", quality=95)
+    found = decode_reduced(data, side=60)
+    assert isinstance(found, Reduced)
+    assert found.image.mode == "RGB"
+    expected = np.asarray(decode_image(data).resize((16, 16))).astype(int)
+    assert np.abs(np.asarray(found.image.resize((16, 16))).astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP"])
+def test_other_formats_are_decoded_as_they_are(form: str) -> None:
+    data = encode(smooth(256, 256), form)
+    assert decode_reduced(data, side=16) == decode_image(data)
+
+
+def test_decoding_smaller_refuses_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode(PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)), "JPEG")
+    for data, reason in (
+        (whole[: len(whole) // 2], "damaged image"),
+        (b"", "the file is empty"),
+        (b"milk, eggs", "not an image"),
+        (png_header(20_000, 20_000), "400000000 pixels"),
+    ):
+        with pytest.raises(ImageError, match=rf"photo\.jpg: .*{reason}"):
+            decode_reduced(store(tmp_path, "photo.jpg", data), side=32)
+    # the limit is for the file's size and not for what is left of it
+    monkeypatch.setattr("deit_models.decoding.MAX_IMAGE_PIXELS", 512 * 512 - 1)
+    with pytest.raises(ImageError, match="512x512 pixels"):
+        decode_reduced(store(tmp_path, "photo.jpg", whole), side=32)
+
+
+def test_threads_that_decode_leave_the_warnings_of_others_as_they_were() -> None:
+    data = encode(gradient(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    both, done = threading.Barrier(2), threading.Barrier(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+
+        def first() -> None:  # in first, out first
+            with _QUIET:
+                both.wait(10)
+                decode_image(data)
+            done.wait(10)
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        both.wait(10)
+        with _QUIET:
+            done.wait(10)
+            warnings.warn("odd metadata", UserWarning, stacklevel=1)  # still quiet for the one that stays
+        thread.join(10)
+        assert warnings.filters == before

@@ -1,5 +1,6 @@
 """The evaluation transform to the last bit, and its faster form to the last level."""
 
+import io
 import pickle
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from deit_models import create_model
+from deit_models import create_model, decoding
 from deit_models.errors import ConfigError
 from deit_models.hub.manifest import Preprocessing
 from deit_models.models.deit import DeiT, DeiTConfig
@@ -52,6 +53,60 @@ def test_eval_transform_of_imagenet_photos_is_the_authors_bit_for_bit() -> None:
     transform = transform_for(create_model("deit_tiny_patch16_224", device="meta"))
     for photo in photos:
         assert torch.equal(transform(photo), authors_transform(224)(PIL.Image.open(photo).convert("RGB"))), photo.name
+
+
+def photo(width: int, height: int, **options: object) -> bytes:
+    """A JPEG with fine and coarse detail."""
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    buffer = io.BytesIO()
+    noise.resize((width, height), PIL.Image.Resampling.BICUBIC).save(buffer, "JPEG", quality=95, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("resize", [256, (256, 256), (240, 280)])
+@pytest.mark.parametrize("width_height", [(500, 375), (375, 500), (2063, 1537), (1537, 2063)])
+def test_fast_pixels_are_nearly_the_same(width_height: tuple[int, int], resize: int | tuple[int, int]) -> None:
+    spec = Preprocessing(resize=resize, crop=(224, 224))
+    data = photo(*width_height)
+    ours = EvalTransform(spec, fast_pixels=True).levels(data).int()
+    difference = (ours - EvalTransform(spec).levels(data).int()).abs()
+    assert ours.shape == (3, 224, 224)
+    assert difference.max() <= 3
+    assert difference.float().mean() < 0.2, "the picture lies aside"
+
+
+def test_fast_pixels_decode_a_large_jpeg_smaller_and_an_exact_transform_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = []
+    real = decoding._show
+    monkeypatch.setattr(decoding, "_show", lambda *a: seen.append(real(*a)) or seen[-1])
+    spec = Preprocessing(resize=32, crop=(32, 32))
+    for fast in (False, True):
+        EvalTransform(spec, fast_pixels=fast)(photo(640, 512))
+    assert [image.size for image in seen] == [(640, 512), (80, 64)], "twice the side to resize to is left"
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "nearest"])
+@pytest.mark.parametrize("form", ["file", "image", "array"])
+def test_fast_pixels_take_every_interpolation_and_form(interpolation: str, form: str) -> None:
+    spec = Preprocessing(resize=64, crop=(64, 64), interpolation=interpolation)
+    data = photo(640, 512)
+    image = PIL.Image.open(io.BytesIO(data)).convert("RGB")
+    given = {"file": data, "image": image, "array": np.asarray(image)}[form]
+    ours = EvalTransform(spec, fast_pixels=True).levels(given).int()
+    tolerance = 0.5 if interpolation != "nearest" else 8
+    assert (ours - EvalTransform(spec).levels(given).int()).abs().float().mean() < tolerance
+
+
+def test_a_batch_is_normalised_to_the_same_bits_as_each_image() -> None:
+    transform = EvalTransform(Preprocessing(resize=256, crop=(224, 224)))
+    images = [gradient(300, 280), gradient(260, 400)]
+    levels = torch.stack([transform.levels(image) for image in images])
+    assert levels.dtype == torch.uint8
+    before = levels.clone()
+    assert torch.equal(transform.to_input(levels), torch.stack([transform(image) for image in images]))
+    assert torch.equal(levels, before)
 
 
 @pytest.mark.parametrize("width_height", [(300, 200), (200, 300)])
