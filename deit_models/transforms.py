@@ -64,7 +64,7 @@ class EvalTransform:
         return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
 
     def to_input(self, levels: Tensor) -> Tensor:
-        """Levels of one image or of a batch to what the model takes; in bulk that costs a tenth of one by one."""
+        """Levels of one image or of a whole batch to what the model takes, to the same bits."""
         if not self.normalise:
             return levels
         spec = self.preprocessing
