@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
-import signal
-import warnings
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from itertools import islice
 from os import PathLike, fspath
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from .batches import Batch, file_batches
+from .decoding import ImageSource
 from .errors import ConfigError, DeitModelsError, ImageError
 from .results import ImageResult, Prediction, Summary, write_results
-from .transforms import EvalTransform, ImageSource, transform_for
+from .transforms import transform_for
 
 if TYPE_CHECKING:
     from .models.layers import ImageClassifier
@@ -29,6 +29,8 @@ __all__ = [
     "find_images", "write_results",
 ]  # fmt: skip
 
+logger = logging.getLogger(__name__)
+
 DEFAULT_MODEL = "deit_micro_patch4_32"
 """The checkpoint that comes with the package."""
 
@@ -36,6 +38,9 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 """What `find_images` takes for an image, in upper or lower case."""
+
+_Top = tuple[Tensor, Tensor]
+"""Probabilities and numbers of the likeliest classes of some images, each (B, top_k)."""
 
 
 class Classifier:
@@ -49,6 +54,7 @@ class Classifier:
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
         batch_size: int = 32,
+        fast_pixels: bool = False,
         labels: Sequence[str] | None = None,
         **load_options: Any,
     ) -> None:
@@ -58,7 +64,8 @@ class Classifier:
             model: what `from_pretrained` takes (name, path, Hub repository), or a model, which is put in eval mode.
             device: where to run. By default a named model goes to the GPU if there is one; a given model stays.
             dtype: floating-point type of the parameters; probabilities are float32 in any case.
-            batch_size: images that go through the model at once.
+            batch_size: images that go through the model at once; halved, with a log line, where memory is short.
+            fast_pixels: decode and resize faster to nearly the same pixels, see `EvalTransform`.
             labels: a name for each class; by default those the checkpoint brings.
             **load_options: further keywords of `from_pretrained`, e.g. revision="...", or model="..." for a bare file.
 
@@ -80,6 +87,7 @@ class Classifier:
         self.batch_size = batch_size
         self.transform = transform_for(loaded)
         self.transform.normalise = not getattr(loaded, "takes_pixels", False)  # `optimize` may put that inside
+        self.transform.fast_pixels = fast_pixels
         self.labels = class_labels(loaded, labels)
 
     @overload
@@ -93,7 +101,7 @@ class Classifier:
         """Classify one image, giving an `ImageResult`, or a sequence, giving a list of them in the same order.
 
         Args:
-            images: an image, see `transforms.ImageSource`; or a sequence of them, also as a 4-D tensor (B, C, H, W) or
+            images: an image, see `decoding.ImageSource`; or a sequence of them, also as a 4-D tensor (B, C, H, W) or
                 array (B, H, W, C).
             top_k: how many classes to give for each image; all, if there are fewer.
 
@@ -107,7 +115,7 @@ class Classifier:
         return [result for chunk in chunks for result in self._classify(chunk, top_k)]
 
     def classify_files(
-        self, paths: Iterable[str | PathLike[str]], *, top_k: int = 5, workers: int = 0
+        self, paths: Iterable[str | PathLike[str]], *, top_k: int = 5, workers: int | None = None
     ) -> Iterator[ImageResult]:
         """Classify any number of files; yields results in the order of the paths, as they come.
 
@@ -117,37 +125,34 @@ class Classifier:
         Args:
             paths: image files, see `find_images`.
             top_k: how many classes to give for each image; all, if there are fewer.
-            workers: processes that decode; 0 decodes in this one.
+            workers: processes that decode; 0 decodes in this one. By default threads of this one, which take turns with
+                the model, and processes beside a GPU.
 
-        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a decoding process died.
+        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a decoding process died,
+            or a single image is too much for the device's memory.
         """
         top_k = self._checked(top_k)
-        if workers < 0:
+        if workers is not None and workers < 0:
             raise ConfigError(f"workers={workers}; expected 0 or more")
         return self._stream(paths, top_k, workers)
 
-    def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int) -> Iterator[ImageResult]:
-        with _workers_explained(workers):
-            for batch in self._batches(paths, workers):
-                found = iter(self._predict(batch.images, top_k))
-                for source, error in zip(batch.sources, batch.errors, strict=True):
-                    yield ImageResult(source, next(found) if error is None else (), error)
+    def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int | None) -> Iterator[ImageResult]:
+        device = _device(self.model)
+        # A GPU is given the next batch before the answers for the last are waited for
+        ahead = 0 if device.type == "cpu" else 1
+        batches = file_batches(paths, self.transform.levels, batch_size=self.batch_size, workers=workers, device=device)
+        launched: deque[tuple[Batch, list[_Top]]] = deque()
+        for batch in batches:
+            launched.append((batch, self._launch(batch.images, top_k)))
+            if len(launched) > ahead:
+                yield from self._results(*launched.popleft())
+        for waiting in launched:
+            yield from self._results(*waiting)
 
-    def _batches(self, paths: Iterable[str | PathLike[str]], workers: int) -> Iterator[_Batch]:
-        with warnings.catch_warnings():
-            # torch advises fewer workers than were asked for; Python 3.12 distrusts fork beside torch's idle threads
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            loader = DataLoader(
-                _Files(self.transform),
-                batch_size=self.batch_size,
-                sampler=paths,  # a "sampler" yields keys, and the keys of _Files are paths: they are drawn lazily
-                num_workers=workers,
-                collate_fn=_collate,
-                worker_init_fn=_leave_interrupts_to_parent,
-                pin_memory=_placement(self.model).device.type == "cuda",
-            )
-            return iter(loader)
+    def _results(self, batch: Batch, tops: list[_Top]) -> Iterator[ImageResult]:
+        found = iter(self._predictions(tops))
+        for source, error in zip(batch.sources, batch.errors, strict=True):
+            yield ImageResult(source, next(found) if error is None else (), error)
 
     def _checked(self, top_k: int) -> int:
         if top_k < 1:
@@ -156,36 +161,71 @@ class Classifier:
 
     def _classify(self, named: list[tuple[str, ImageSource]], top_k: int) -> list[ImageResult]:
         prepared = [self._prepare(name, image) for name, image in named]
-        found = self._predict(torch.stack([tensor for _, tensor in prepared]), top_k)
+        found = self._predictions(self._launch(torch.stack([levels for _, levels in prepared]), top_k))
         return [ImageResult(source, result) for (source, _), result in zip(prepared, found, strict=True)]
 
     def _prepare(self, name: str, image: ImageSource) -> tuple[str, Tensor]:
         if isinstance(image, (str, PathLike)):  # an error names the path by itself
-            return fspath(image), self.transform(image)
+            return fspath(image), self.transform.levels(image)
         try:
-            return name, self.transform(image)
+            return name, self.transform.levels(image)
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
 
-    def _predict(self, images: Tensor, top_k: int) -> list[tuple[Prediction, ...]]:
-        if not len(images):
-            return []
+    def _launch(self, levels: Tensor, top_k: int) -> list[_Top]:
+        """The likeliest classes of a batch, in as many parts as memory asks for; a GPU may still be at work on them."""
+        tops: list[_Top] = []
+        start = 0
+        while start < len(levels):
+            part = levels[start : start + self.batch_size]
+            top = self._top_if_it_fits(part, top_k)
+            if top is not None:
+                tops.append(top)
+                start += len(part)
+        return tops
+
+    def _top_if_it_fits(self, levels: Tensor, top_k: int) -> _Top | None:
+        """None, and a smaller `batch_size` from now on, where the device has too little memory for so many at once."""
+        try:
+            return self._top(levels, top_k)
+        except torch.OutOfMemoryError as error:
+            if len(levels) == 1:
+                raise DeitModelsError(
+                    f"not even one image fits into the memory of this device beside the model; free some, "
+                    f"or use a smaller model or the CPU ({str(error).partition('. ')[0]})"
+                ) from error
+        self.batch_size = len(levels) // 2
+        logger.warning("%d images at once do not fit into memory; going on with %d", len(levels), self.batch_size)
+        return None
+
+    def _top(self, levels: Tensor, top_k: int) -> _Top:
         with torch.inference_mode():
-            place = _placement(self.model)
-            logits = self.model(images.to(place if self.transform.normalise else place.byte(), non_blocking=True))
-            top = logits.float().softmax(dim=-1).topk(top_k)
-        rows = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        return [tuple(Prediction(self.labels[i], p, i) for p, i in zip(*row, strict=True)) for row in rows]
+            images = self.transform.to_input(levels.to(_device(self.model), non_blocking=True))
+            logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
+            values, classes = logits.float().softmax(dim=-1).topk(top_k)
+        return values, classes
+
+    def _predictions(self, tops: list[_Top]) -> list[tuple[Prediction, ...]]:
+        return [
+            tuple(Prediction(self.labels[i], p, i) for p, i in zip(*row, strict=True))
+            for values, classes in tops
+            for row in zip(values.tolist(), classes.tolist(), strict=True)
+        ]
 
 
 def _best_device() -> str:
     return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _placement(model: ImageClassifier) -> Tensor:
-    """An empty tensor of the device and type the model computes with."""
-    first = next((parameter for parameter in model.parameters() if parameter.is_floating_point()), None)
-    return torch.empty(0) if first is None else torch.empty(0, device=first.device, dtype=first.dtype)
+def _device(model: ImageClassifier) -> torch.device:
+    first = next(model.parameters(), None)
+    # a model from `optimize` may have none, but knows where it computes
+    return torch.device(getattr(model, "device", "cpu")) if first is None else first.device
+
+
+def _dtype(model: ImageClassifier) -> torch.dtype:
+    types = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return next(types, torch.float32)
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -207,55 +247,6 @@ def _is_sequence(images: Any) -> bool:
     if isinstance(images, (str, bytes)):
         return False
     return isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
-
-
-class _Batch(NamedTuple):
-    sources: list[str]
-    errors: list[str | None]
-    images: Tensor  # of the readable ones only
-
-
-class _Files(Dataset[tuple[str, "Tensor | None", "str | None"]]):
-    """Files by path: (path, tensor, None), or (path, None, error)."""
-
-    def __init__(self, transform: EvalTransform) -> None:
-        self.transform = transform
-
-    def __getitem__(self, path: str | PathLike[str]) -> tuple[str, Tensor | None, str | None]:
-        source = fspath(path)
-        try:
-            return source, self.transform(source), None
-        except ImageError as error:
-            return source, None, " ".join(str(error).split())
-
-
-def _collate(items: list[tuple[str, Tensor | None, str | None]]) -> _Batch:
-    tensors = [tensor for _, tensor, _ in items if tensor is not None]
-    # One tensor a batch, since each that leaves a worker costs a file descriptor. Shared here and not by the queue's
-    # thread, where a lack of shared memory would be printed and the batch never arrive.
-    images = torch.stack(tensors) if tensors else torch.empty(0)
-    if get_worker_info() is not None:
-        images.share_memory_()  # type: ignore[no-untyped-call]
-    return _Batch([source for source, _, _ in items], [error for _, _, error in items], images)
-
-
-def _leave_interrupts_to_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _workers_explained(workers: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().rpartition("\n")[-1]
-        signs = ("killed by signal", "exited unexpectedly", "shared memory", "shm", "No space left on device")
-        if not workers or not any(sign in reason for sign in signs):
-            raise
-        raise DeitModelsError(
-            f"a decoding process failed, most often for want of shared memory (in Docker: --shm-size=1g) or memory; "
-            f"use fewer than {workers} workers, or workers=0 ({reason})"
-        ) from error
 
 
 def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:

@@ -1,164 +1,27 @@
-"""From an image file to the tensor a checkpoint expects: safe decoding, and the evaluation transform."""
+"""From an image to the tensor a checkpoint expects: the evaluation transform that belongs to it."""
 
 from __future__ import annotations
 
-import io
-import stat
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from os import PathLike, fspath
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from os import PathLike
+from typing import TYPE_CHECKING, Literal
 
 import PIL.Image
-import PIL.ImageOps
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
-from .errors import ConfigError, ImageError
+from .decoding import ImageSource, Reduced, decode_reduced, load_image
+from .errors import ConfigError
 from .hub.manifest import Preprocessing, load_manifest
 
 if TYPE_CHECKING:
     from .models.layers import ImageClassifier
 
-ImageSource = str | PathLike[str] | bytes | PIL.Image.Image | Tensor | Any
-"""A path, encoded bytes, a PIL image, an (H, W[, C]) array, or a (C, H, W) tensor; arrays of uint8 or floats 0..1."""
-
-MAX_IMAGE_PIXELS = 178_956_970
-"""Images with more pixels are refused before they are decoded: 512 MiB as RGB, Pillow's own limit for an error."""
-
-
-def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
-    """Decode an image as a photo viewer would show it, as an RGB PIL image.
-
-    The EXIF orientation is applied, transparency is laid over white, the first frame of an animation is taken,
-    palettes, CMYK and 16-bit greys are converted. An ordinary RGB file gives exactly Pillow's pixels.
-
-    Args:
-        source: a path, or the encoded bytes.
-
-    Raises: ImageError: not a readable image, damaged, or more than MAX_IMAGE_PIXELS; the message names the file.
-    """
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else fspath(source)
-    if not isinstance(source, bytes):
-        _check_file(Path(source), name)
-    with _explained(name):
-        with PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            return _show(image, name)
-
-
-def _check_file(path: Path, name: str) -> None:
-    try:
-        mode, size = path.stat().st_mode, path.stat().st_size
-    except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
-        raise ImageError(f"{name}: {reason}; expected an image file") from error
-    if not stat.S_ISREG(mode):
-        kind = "is a directory" if stat.S_ISDIR(mode) else "not a regular file"
-        raise ImageError(f"{name}: {kind}; expected an image file")
-    if size == 0:
-        raise ImageError(f"{name}: the file is empty")
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an ImageError that names the image, and keep its warnings quiet."""
-    try:
-        with warnings.catch_warnings():
-            # A photo with odd metadata, or above half the pixel limit, gets a warning each: noise in a folder run.
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("ignore", PIL.Image.DecompressionBombWarning)
-            yield
-    except ImageError:
-        raise
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format Pillow knows") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except PermissionError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
-        # Pillow's decoders raise all of these for damaged data, the AVIF one RuntimeError
-        raise ImageError(f"{name}: damaged image ({error})") from error
-
-
-def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Decode, turn upright, convert to RGB; refuses what is too large, or is a program rather than a picture."""
-    if image.width * image.height > MAX_IMAGE_PIXELS:
-        raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
-    if image.format == "EPS":
-        # Pillow would run Ghostscript on it, whatever the file's suffix says
-        raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
-    image.load()
-    return to_rgb(PIL.ImageOps.exif_transpose(image))
-
-
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any Pillow mode to RGB: alpha over white, 16-bit greys scaled to 8 bits rather than clipped."""
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith("I"):
-        # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
-        return image.convert("I").point(lambda level: level * (1 / 257)).convert("L").convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
-        background = PIL.Image.new("RGBA", rgba.size, "white")
-        return PIL.Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")
-
-
-def load_image(source: ImageSource) -> PIL.Image.Image:
-    """Any of the accepted image forms as an RGB PIL image; see `ImageSource`.
-
-    Raises: ImageError: cannot be decoded, or an array whose shape, type or range is not an image's.
-    """
-    if isinstance(source, (str, PathLike, bytes)):
-        return decode_image(source)
-    if isinstance(source, PIL.Image.Image):
-        name = getattr(source, "filename", "") or "PIL image"
-        with _explained(name):
-            return _show(source, name)
-    if isinstance(source, Tensor):
-        tensor = source.detach()
-    elif hasattr(source, "__array_interface__"):
-        tensor = _array_to_tensor(source)
-        tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor[None]
-    else:
-        raise ImageError(
-            f"{type(source).__name__} is not an image; pass a path, bytes, a PIL image, an array or a tensor"
-        )
-    return _tensor_to_rgb(tensor, shape=tuple(source.shape))
-
-
-def _array_to_tensor(source: Any) -> Tensor:
-    import numpy as np  # not a dependency: whoever has an array has numpy
-
-    try:
-        # A copy in C order: torch takes neither read-only arrays nor negative strides (`bgr[..., ::-1]`).
-        return torch.from_numpy(np.array(source, order="C"))
-    except TypeError as error:
-        raise ImageError(
-            f"array of type {source.dtype} is not an image; expected uint8 or floats from 0 to 1"
-        ) from error
-
-
-def _tensor_to_rgb(tensor: Tensor, shape: tuple[int, ...]) -> PIL.Image.Image:
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise ImageError(
-            f"shape {shape} is not an image; expected an (H, W, C) array or a (C, H, W) tensor, C = 1, 3 or 4"
-        )
-    if tensor.is_floating_point():
-        low, high = (float(bound) for bound in tensor.aminmax())
-        if not (low >= 0 and high <= 1):
-            raise ImageError(f"float image with values from {low:g} to {high:g}; expected 0 to 1, not yet normalised")
-        tensor = (tensor.float() * 255).round().to(torch.uint8)
-    elif tensor.dtype != torch.uint8:
-        raise ImageError(f"image of type {tensor.dtype}; expected uint8 or floats from 0 to 1")
-    return to_rgb(TF.to_pil_image(tensor.cpu()))
+_REDUCED_SIDES = 2
+"""How many times the side to resize to a reduced JPEG still has; below that it shows in the predictions."""
+_IN_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
 class EvalTransform:
@@ -167,10 +30,20 @@ class EvalTransform:
     Resizing is Pillow's, antialiased, since that is what the published accuracies were measured with.
     """
 
-    def __init__(self, preprocessing: Preprocessing, *, normalise: bool = True) -> None:
-        """Take a checkpoint's preprocessing; without `normalise` what comes out is the uint8 pixels, cropped."""
+    def __init__(self, preprocessing: Preprocessing, *, normalise: bool = True, fast_pixels: bool = False) -> None:
+        """Take a checkpoint's preprocessing.
+
+        Args:
+            preprocessing: sizes, interpolation, mean and standard deviation.
+            normalise: off, what comes out is the uint8 pixels, cropped.
+            fast_pixels: take pixels that are nearly the same in less time: JPEG files far larger than the input are
+                decoded at a fraction of their size, the others resized by torch and not Pillow.
+
+        Raises: ConfigError: an interpolation that does not exist.
+        """
         self.preprocessing = preprocessing
         self.normalise = normalise
+        self.fast_pixels = fast_pixels
         try:
             self._interpolation = InterpolationMode(preprocessing.interpolation)
         except ValueError:
@@ -179,19 +52,43 @@ class EvalTransform:
 
     def __call__(self, image: ImageSource) -> Tensor:
         """One image, in any accepted form, to (3, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
-        spec, levels = self.preprocessing, self.levels(image)
-        if not self.normalise:
-            return levels
-        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
-        return TF.normalize(levels.to(torch.float32).div(255), list(spec.mean), list(spec.std))
+        return self.to_input(self.levels(image))
 
     def levels(self, image: ImageSource) -> Tensor:
         """The same before it is scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
         spec = self.preprocessing
-        rgb = load_image(image)
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
-        resized = TF.resize(rgb, size, interpolation=self._interpolation)
+        if self.fast_pixels:
+            return TF.center_crop(self._resized_fast(image, size), list(spec.crop))
+        resized = TF.resize(load_image(image), size, interpolation=self._interpolation)
         return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
+
+    def to_input(self, levels: Tensor) -> Tensor:
+        """Levels of one image or of a whole batch to what the model takes, to the same bits."""
+        if not self.normalise:
+            return levels
+        spec = self.preprocessing
+        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
+        return TF.normalize(levels.to(torch.float32).div_(255), list(spec.mean), list(spec.std), inplace=True)
+
+    def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
+        if isinstance(image, (str, PathLike, bytes)):
+            found = decode_reduced(image, side=_REDUCED_SIDES * max(size))
+        else:
+            found = load_image(image)
+        if isinstance(found, Reduced):
+            # Pillow's resize takes a box between pixels. Without one the picture lies up to a pixel aside, which costs
+            # more agreement than the reduction does
+            left, top, right, bottom = found.box
+            width, height = right - left, bottom - top
+            if len(size) == 1:
+                size = [int(size[0] * side / min(width, height)) for side in (height, width)]
+            resample = PIL.Image.Resampling[self._interpolation.name.partition("_")[0]]
+            return TF.pil_to_tensor(found.image.resize((size[1], size[0]), resample, found.box))
+        if self._interpolation in _IN_TORCH:
+            # as a batch of one with its channels last, in which the resize is vectorised
+            return TF.resize(TF.pil_to_tensor(found)[None], size, interpolation=self._interpolation)[0]
+        return TF.pil_to_tensor(TF.resize(found, size, interpolation=self._interpolation))
 
     def __repr__(self) -> str:
         spec = self.preprocessing

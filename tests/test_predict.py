@@ -17,7 +17,8 @@ import torch
 from torch import nn
 
 import deit_models
-from deit_models import predict
+from deit_models import batches, predict
+from deit_models.batches import file_batches
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
@@ -219,9 +220,9 @@ def test_imagenet_names_only_for_a_thousand_classes_of_imagenet() -> None:
 # Files
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [None, 0, 2])
 def test_a_folder_with_three_broken_files_of_fifty_gives_47_results_and_3_failures(
-    classifier: Classifier, tmp_path: Path, workers: int
+    classifier: Classifier, tmp_path: Path, workers: int | None
 ) -> None:
     paths = save_pictures(tmp_path, 50)
     paths[0].write_bytes(b"")
@@ -285,10 +286,10 @@ def test_a_worker_killed_by_the_system_is_explained(classifier: Classifier) -> N
 
 
 def test_too_little_shared_memory_is_explained(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise RuntimeError("Caught RuntimeError\nunable to allocate shared memory(shm) for file </torch_1>")
 
-    monkeypatch.setattr(classifier, "_batches", full)
+    monkeypatch.setattr(batches, "DataLoader", full)
     with pytest.raises(DeitModelsError, match=r"--shm-size=1g.*fewer than 3 workers.*</torch_1>"):
         list(classifier.classify_files([], workers=3))
 
@@ -307,6 +308,89 @@ def test_another_failure_of_the_model_is_not_blamed_on_shared_memory(classifier:
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as caught:
         list(classifier.classify_files(paths, workers=1))
     assert not isinstance(caught.value, DeitModelsError)
+
+
+class SmallMemory(nn.Module):
+    """A model on a device that has room for a few images at once."""
+
+    def __init__(self, model: nn.Module, room: int) -> None:
+        super().__init__()
+        self.model, self.room, self.sizes = model, room, []
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(images))
+        if len(images) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has ...")
+        return self.model(images)
+
+
+def test_batches_that_do_not_fit_into_memory_are_halved_once_and_for_all(
+    classifier: Classifier, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = save_pictures(tmp_path, 19)
+    paths[2].write_bytes(b"")
+    plain = list(classifier.classify_files(paths))
+    small = classifier.model = SmallMemory(classifier.model, room=3)
+    results = list(classifier.classify_files(paths))
+    assert [(r.source, [p.index for p in r.predictions]) for r in results] == [
+        (r.source, [p.index for p in r.predictions]) for r in plain
+    ]
+    assert small.sizes == [7, 3, 3, 1, 3, 3, 2, 3]
+    assert classifier.batch_size == 3
+    assert [record.message for record in caplog.records] == ["7 images at once do not fit into memory; going on with 3"]
+    assert classifier([picture(0), picture(1)])[1].predictions == results[1].predictions
+
+
+def test_an_image_that_does_not_fit_by_itself_is_one_clear_error(classifier: Classifier, tmp_path: Path) -> None:
+    classifier.model = SmallMemory(classifier.model, room=0)
+    with pytest.raises(DeitModelsError, match=r"not even one image fits.*or the CPU \(CUDA out of memory"):
+        list(classifier.classify_files(save_pictures(tmp_path, 5)))
+
+
+@pytest.mark.parametrize(
+    ("device", "events"),
+    [
+        ("cpu", ["run", "read", "run", "read", "run", "read"]),
+        ("cuda", ["run", "run", "read", "run", "read", "read"]),
+    ],
+)
+def test_a_gpu_has_the_next_batch_before_the_last_is_read(
+    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, events: list[str]
+) -> None:
+    seen = []
+    launch, read = classifier._launch, classifier._predictions
+    real = file_batches
+    cpu = torch.device("cpu")
+    asked = iter([torch.device(device)])  # first for the order of things, then to compute on, which is here
+    monkeypatch.setattr(predict, "_device", lambda _: next(asked, cpu))
+    monkeypatch.setattr(classifier, "_launch", lambda *a: seen.append("run") or launch(*a))
+    monkeypatch.setattr(classifier, "_predictions", lambda *a: seen.append("read") or read(*a))
+    monkeypatch.setattr(predict, "file_batches", lambda *a, **k: real(*a, **{**k, "device": cpu}))
+    paths = save_pictures(tmp_path, 20)
+    results = classifier.classify_files(paths)
+    assert [result.source for result in results] == [str(path) for path in paths]
+    assert seen == events
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("workers", [None, 0, 2])
+def test_a_gpu_gives_the_answers_of_the_cpu(tmp_path: Path, workers: int | None) -> None:
+    paths = save_pictures(tmp_path, 40)
+    plain = list(Classifier(tiny_model(), batch_size=8).classify_files(paths))
+    ours = list(Classifier(tiny_model(), batch_size=8, device="cuda").classify_files(paths, workers=workers))
+    for a, b in zip(plain, ours, strict=True):
+        assert (a.source, a.predictions[0].label) == (b.source, b.predictions[0].label)
+        assert a.predictions[0].probability == pytest.approx(b.predictions[0].probability, abs=1e-3)
+
+
+def test_fast_pixels_reach_the_decoding(tmp_path: Path) -> None:
+    picture(0).resize((640, 640)).save(tmp_path / "large.jpg", quality=95)
+    plain, fast = Classifier(tiny_model()), Classifier(tiny_model(), fast_pixels=True)
+    levels = [c.transform.levels(tmp_path / "large.jpg").int() for c in (plain, fast)]
+    assert 0 < (levels[0] - levels[1]).abs().max() <= 8
+    (result,) = fast.classify_files([tmp_path / "large.jpg"])
+    assert result.predictions == fast(tmp_path / "large.jpg").predictions
+    assert result.predictions != plain(tmp_path / "large.jpg").predictions
 
 
 # Finding them

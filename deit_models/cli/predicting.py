@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import argparse
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..errors import ConfigError
+from ..errors import ConfigError, ImageError
 from .arguments import EXIT_FAILED, EXIT_OK, add_loading, command, device, loading
 from .progress import with_progress
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..predict import Classifier
     from ..results import Written
+
+_JUDGES = 64
 
 
 def add_predict(commands: Any) -> None:
@@ -25,8 +31,13 @@ def add_predict(commands: Any) -> None:
     add_loading(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
-    parser.add_argument("--workers", type=int, default=0, metavar="N", help="decoding processes, default 0: this one")
+    text = "decoding processes, 0: none besides this one; default: threads of this one, processes beside a GPU"
+    parser.add_argument("--workers", type=int, metavar="N", help=text)
     parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
+    text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
+    parser.add_argument("--fast-pixels", action="store_true", help=text)
+    text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
+    parser.add_argument("--optimize", action="store_true", help=text)
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
@@ -36,17 +47,14 @@ def add_predict(commands: Any) -> None:
 
 
 def _run_predict(args: argparse.Namespace) -> int:
-    from ..predict import DEFAULT_MODEL, Classifier, find_images
+    from ..predict import find_images
     from ..results import Summary, write_results, written_name
 
     paths = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
     total, before = len(paths), _written(args)
     if before is not None:
         paths = [path for path in paths if written_name(str(path)) not in before.names]
-    classifier = Classifier(
-        args.model or DEFAULT_MODEL, device=args.device, batch_size=args.batch_size, **loading(args)
-    )
-    results = classifier.classify_files(paths, top_k=args.top_k, workers=args.workers)
+    results = _classifier(args, paths).classify_files(paths, top_k=args.top_k, workers=args.workers)
     going_on = before is not None and args.output.stat().st_size > 0
     with _opened(args.output, append=before is not None) as stream:
         shown = with_progress(results, len(paths), on_screen=stream.isatty())
@@ -58,6 +66,33 @@ def _run_predict(args: argparse.Namespace) -> int:
         for result in summary.failed:
             print(f"  {result.error}", file=sys.stderr)
     return EXIT_FAILED if summary.failed else EXIT_OK
+
+
+def _classifier(args: argparse.Namespace, paths: list[Path]) -> Classifier:
+    from ..predict import DEFAULT_MODEL, Classifier
+
+    options: dict[str, Any] = {"batch_size": args.batch_size, "fast_pixels": args.fast_pixels}
+    classifier = Classifier(args.model or DEFAULT_MODEL, device=args.device, **options, **loading(args))
+    if not args.optimize:
+        return classifier
+    from ..deploy.optimize import optimize
+
+    judges = _first_readable(paths, classifier.transform.levels)
+    fast = optimize(
+        classifier.model, sample=args.batch_size, calibration=judges, preprocessing=True, cache_dir=args.cache_dir
+    )
+    return Classifier(fast, labels=classifier.labels, **options)
+
+
+def _first_readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | None:
+    """Some of the images that are to be classified, for `optimize` to judge half precision by."""
+    import torch
+
+    found = []
+    for path in paths[:_JUDGES]:
+        with suppress(ImageError):
+            found.append(decode(path))
+    return torch.stack(found) if found else None
 
 
 def _written(args: argparse.Namespace) -> Written | None:

@@ -17,8 +17,8 @@ from torch.utils.data import Dataset, Subset, get_worker_info
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
+from ..decoding import load_image
 from ..errors import ConfigError, DataError, ImageError
-from ..transforms import load_image
 from .named_datasets import DATASETS, open_named
 from .records import FileRecords, ImageRecords, read_class_folders, some, subfolders
 

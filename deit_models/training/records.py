@@ -11,8 +11,8 @@ from typing import Any
 import PIL.Image
 from torch.utils.data import Dataset
 
+from ..decoding import load_image
 from ..errors import DataError
-from ..transforms import load_image
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with these extensions, in any case, are images: torchvision's list."""
@@ -53,7 +53,7 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
 
 
 class FileRecords(ImageRecords):
-    """Images in files, decoded when read as `deit_models.transforms.load_image` does it."""
+    """Images in files, decoded when read as `deit_models.decoding.load_image` does it."""
 
     def __init__(
         self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[int], classes: Iterable[str]

@@ -62,6 +62,45 @@ def test_predict_writes_csv_to_a_file(tiny, photos, tmp_path, capsys):
     assert [row["label"] for row in rows[:5]] == expected(tiny, photos / "000.png")[:5]
 
 
+def test_fast_pixels_reach_the_classifier(tiny, photos, monkeypatch, capsys):
+    seen = []
+    real = predict.Classifier
+    monkeypatch.setattr(predict, "Classifier", lambda *a, **k: seen.append(k["fast_pixels"]) or real(*a, **k))
+    for options in ([], ["--fast-pixels"]):
+        assert main(["predict", str(photos), "--model", str(tiny), "--json", *options]) == 0
+    assert seen == [False, True]
+    capsys.readouterr()
+
+
+def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, photos, monkeypatch, capsys):
+    from deit_models.deploy import optimize as module
+
+    arguments = ["predict", str(photos), "--model", str(tiny), "--json", "--batch-size", "2"]
+    (photos / "000.png").write_bytes(b"")
+    assert main(arguments) == 1
+    plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    made = []
+    real = module.optimize
+
+    def in_torch(model, **options):
+        made.append((options, real(model, backend="eager", precision="float32", **options)))
+        return made[-1][1]
+
+    monkeypatch.setattr(module, "optimize", in_torch)
+    used = []
+    init = predict.Classifier.__init__
+    monkeypatch.setattr(predict.Classifier, "__init__", lambda s, m, **k: used.append(m) or init(s, m, **k))
+    assert main([*arguments, "--optimize"]) == 1
+    fast = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    ((options, model),) = made
+    assert used[-1] is model
+    assert (options["sample"], options["preprocessing"], len(options["calibration"])) == (2, True, 2)
+    assert plain[0] == fast[0], "the broken one"
+    for a, b in zip(plain[1:], fast[1:], strict=True):
+        assert [p["label"] for p in a["predictions"]] == [p["label"] for p in b["predictions"]]
+        assert a["predictions"][0]["probability"] == pytest.approx(b["predictions"][0]["probability"], abs=1e-4)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_broken_files_of_fifty_are_counted_named_and_give_status_1(tiny, tmp_path, workers, capsys):
     folder = tmp_path / "photos"

@@ -1,0 +1,444 @@
+"""Decoding as a photo viewer would, and refusing what is not an image."""
+
+import io
+import os
+import struct
+import threading
+import tracemalloc
+import warnings
+import zlib
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import PIL.features
+import PIL.Image
+import pytest
+import torch
+
+from deit_models.decoding import _QUIET, MAX_IMAGE_PIXELS, Reduced, decode_image, decode_reduced, load_image
+from deit_models.errors import DeitModelsError, ImageError
+
+RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def gradient(width: int = 60, height: int = 40) -> PIL.Image.Image:
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return PIL.Image.fromarray(np.stack([x, y, 255 - x], axis=-1).astype(np.uint8))
+
+
+def encode(image: PIL.Image.Image, form: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, form, **options)
+    return buffer.getvalue()
+
+
+def store(folder: Path, name: str, data: bytes) -> Path:
+    (folder / name).write_bytes(data)
+    return folder / name
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size, with next to no data behind the claim."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
+    )
+
+
+def assert_near(pixel: object, expected: tuple[int, int, int], tolerance: int = 0) -> None:
+    assert np.abs(np.subtract(pixel, expected)).max() <= tolerance, f"{pixel} is not {expected}"
+
+
+# What a photo viewer would show
+
+
+@pytest.mark.parametrize(("form", "options"), [("PNG", {}), ("JPEG", {"quality": 90}), ("WEBP", {"lossless": True})])
+def test_an_ordinary_file_gives_exactly_pillows_pixels(tmp_path: Path, form: str, options: dict[str, object]) -> None:
+    path = store(tmp_path, "photo.img", encode(gradient(), form, **options))
+    assert np.array_equal(np.asarray(decode_image(path)), np.asarray(PIL.Image.open(path).convert("RGB")))
+
+
+def test_path_text_and_bytes_give_the_same_pixels(tmp_path: Path) -> None:
+    path = store(tmp_path, "photo.png", encode(gradient(), "PNG"))
+    assert decode_image(path) == decode_image(str(path)) == decode_image(path.read_bytes())
+
+
+def test_a_file_name_in_any_script_is_read(tmp_path: Path) -> None:
+    path = store(tmp_path, "Übung 猫 🐈.png", encode(gradient(), "PNG"))
+    assert decode_image(path).size == (60, 40)
+
+
+def test_animated_gif_shows_its_first_frame(tmp_path: Path) -> None:
+    frames = [PIL.Image.new("RGB", (8, 8), colour) for colour in (RED, GREEN, BLUE)]
+    path = store(tmp_path, "moving.gif", encode(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert_near(decode_image(path).getpixel((4, 4)), RED)
+
+
+def test_cmyk_jpeg_shows_its_colours_and_not_their_negative(tmp_path: Path) -> None:
+    path = store(tmp_path, "print.jpg", encode(PIL.Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG"))
+    image = decode_image(path)
+    assert image.mode == "RGB"
+    assert_near(image.getpixel((8, 8)), RED, tolerance=3)
+
+
+def test_16_bit_grey_png_keeps_its_range_and_is_not_clipped_to_white(tmp_path: Path) -> None:
+    levels = np.array([[0, 257 * 64, 257 * 128, 65535]], dtype=np.uint16)
+    path = store(tmp_path, "scan.png", encode(PIL.Image.fromarray(levels), "PNG"))
+    assert [decode_image(path).getpixel((x, 0)) for x in range(4)] == [(v, v, v) for v in (0, 64, 128, 255)]
+
+
+def test_palette_image_shows_its_colours(tmp_path: Path) -> None:
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(store(tmp_path, "palette.png", encode(image, "PNG")))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [RED, BLUE]
+
+
+def test_palette_image_with_a_transparent_colour_lies_over_white(tmp_path: Path) -> None:
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([*RED, *BLUE])
+    image.putpixel((1, 0), 1)
+    decoded = decode_image(store(tmp_path, "palette.png", encode(image, "PNG", transparency=1)))
+    assert [decoded.getpixel((x, 0)) for x in (0, 1)] == [RED, WHITE]
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "expected"),
+    [
+        ("RGBA", (*RED, 255), RED),
+        ("RGBA", (*RED, 0), WHITE),
+        ("RGBA", (0, 0, 0, 128), (127, 127, 127)),
+        ("LA", (0, 0), WHITE),
+    ],
+)
+def test_alpha_lies_over_white(
+    tmp_path: Path, mode: str, colour: tuple[int, ...], expected: tuple[int, int, int]
+) -> None:
+    path = store(tmp_path, "alpha.png", encode(PIL.Image.new(mode, (4, 4), colour), "PNG"))
+    assert_near(decode_image(path).getpixel((1, 1)), expected, tolerance=1)
+
+
+def test_a_transparent_colour_of_an_rgb_png_lies_over_white(tmp_path: Path) -> None:
+    path = store(tmp_path, "key.png", encode(PIL.Image.new("RGB", (4, 4), RED), "PNG", transparency=RED))
+    assert_near(decode_image(path).getpixel((1, 1)), WHITE)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    # as shown: left half red, right half blue, a green top left corner
+    shown = np.zeros((32, 64, 3), np.uint8)
+    shown[:, :32], shown[:, 32:], shown[:8, :8] = RED, BLUE, GREEN
+    undo = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, 1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a, -1),
+    }[orientation]
+    stored = PIL.Image.fromarray(np.ascontiguousarray(undo(shown)))
+    path = store(tmp_path, "phone.jpg", encode(stored, "JPEG", quality=95, exif=exif, subsampling=0))
+    decoded = decode_image(path)
+    assert decoded.size == (64, 32)
+    assert np.abs(np.asarray(decoded).astype(int) - shown).mean() < 4
+    assert load_image(decoded).size == (64, 32), "turned twice"
+
+
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0\xff\xff\xff\x7f", b"Exif\0\0II*\0\x08\0\0\0\xff\xff"]
+)
+def test_damaged_exif_does_not_cost_the_photo(tmp_path: Path, exif: bytes) -> None:
+    path = store(tmp_path, "photo.jpg", encode(gradient(), "JPEG", exif=exif))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(path).size == (60, 40)
+
+
+@pytest.mark.parametrize("mode", ["1", "L"])
+def test_grey_and_black_and_white_images_become_rgb(tmp_path: Path, mode: str) -> None:
+    path = store(tmp_path, "photo.png", encode(PIL.Image.new(mode, (8, 8), "white"), "PNG"))
+    assert_near(decode_image(path).getpixel((3, 3)), WHITE)
+
+
+# What is refused, by name and in one line
+
+
+def assert_refused(source: object, *parts: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        load_image(source)
+    message = str(caught.value)
+    assert all(part in message for part in parts), message
+    assert "\n" not in message
+    assert isinstance(caught.value, (DeitModelsError, ValueError))
+
+
+@pytest.mark.parametrize("form", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_truncated_file_is_refused(tmp_path: Path, form: str) -> None:
+    noise = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8))
+    data = encode(noise, form)
+    assert_refused(store(tmp_path, "half.jpg", data[: len(data) // 2]), "half.jpg")
+
+
+def test_corrupt_png_is_refused(tmp_path: Path) -> None:
+    data = bytearray(encode(gradient(), "PNG"))
+    data[len(data) // 2 : len(data) // 2 + 40] = bytes(40)
+    assert_refused(store(tmp_path, "corrupt.png", bytes(data)), "corrupt.png", "damaged")
+
+
+@pytest.mark.skipif(not PIL.features.check("avif"), reason="this Pillow reads no AVIF")
+def test_corrupt_avif_is_refused(tmp_path: Path) -> None:
+    data = bytearray(encode(gradient(), "AVIF"))
+    start = data.index(b"mdat") + 4
+    data[start:] = b"\xff" * (len(data) - start)  # Pillow's AVIF decoder raises RuntimeError
+    assert_refused(store(tmp_path, "corrupt.avif", bytes(data)), "corrupt.avif", "damaged")
+
+
+def test_damaged_bytes_never_raise_anything_but_image_error() -> None:
+    rng = np.random.default_rng(0)
+    for form in ("PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"):
+        good = np.frombuffer(encode(gradient(16, 16), form), dtype=np.uint8)
+        for _ in range(60):
+            data = good.copy()
+            data[rng.integers(0, len(data), 3)] = rng.integers(0, 256, 3)
+            with suppress(ImageError):
+                decode_image(data.tobytes())
+
+
+def test_empty_file_is_refused(tmp_path: Path) -> None:
+    assert_refused(store(tmp_path, "empty.jpg", b""), "empty.jpg", "empty")
+
+
+def test_empty_bytes_are_refused() -> None:
+    assert_refused(b"", "0 bytes")
+
+
+def test_directory_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path, str(tmp_path), "is a directory")
+
+
+def test_missing_file_is_refused(tmp_path: Path) -> None:
+    assert_refused(tmp_path / "gone.jpg", "gone.jpg", "no such file")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes on this system")
+def test_named_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.jpg")
+    assert_refused(tmp_path / "pipe.jpg", "pipe.jpg", "not a regular file")
+
+
+def test_impossible_path_is_refused() -> None:
+    assert_refused("a\0b.jpg", "cannot be read")
+    assert_refused("x" * 5000, "cannot be read")
+
+
+def test_text_file_named_jpg_is_refused(tmp_path: Path) -> None:
+    assert_refused(store(tmp_path, "notes.jpg", b"remember the milk\n" * 50), "notes.jpg", "not an image")
+
+
+def test_postscript_named_jpg_is_not_run(tmp_path: Path) -> None:
+    program = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    assert_refused(store(tmp_path, "drawing.jpg", program), "drawing.jpg", "PostScript")
+
+
+@pytest.mark.parametrize("side", [13_400, 30_000, 200_000])
+def test_decompression_bomb_is_refused_without_a_memory_spike(tmp_path: Path, side: int) -> None:
+    path = store(tmp_path, "bomb.png", png_header(side, side))
+    resource = pytest.importorskip("resource", reason="peak memory is measured on Unix only")
+    peak_before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    tracemalloc.start()
+    try:
+        assert_refused(path, "bomb.png")
+        assert tracemalloc.get_traced_memory()[1] < 8 << 20
+    finally:
+        tracemalloc.stop()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 << 10  # KiB on Linux
+
+
+def test_the_pixel_limit_holds_where_pillows_was_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+    side = int(MAX_IMAGE_PIXELS**0.5) + 1
+    assert_refused(store(tmp_path, "bomb.png", png_header(side, side)), "bomb.png", f"{side}x{side}")
+
+
+def test_an_image_above_pillows_warning_limit_warns_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", 60 * 40 - 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert decode_image(encode(gradient(), "PNG")).size == (60, 40)
+
+
+def test_an_undecoded_pil_image_of_a_truncated_file_is_refused(tmp_path: Path) -> None:
+    data = encode(gradient(200, 200), "JPEG")
+    with PIL.Image.open(store(tmp_path, "half.jpg", data[: len(data) // 2])) as image:
+        assert_refused(image, "half.jpg", "damaged")
+
+
+# Arrays and tensors
+
+
+@pytest.mark.parametrize("channels", [1, 3, 4])
+def test_array_and_tensor_of_the_same_image_agree(channels: int) -> None:
+    array = np.random.default_rng(0).integers(0, 256, (6, 5, channels), dtype=np.uint8)
+    tensor = torch.from_numpy(array).permute(2, 0, 1)
+    assert load_image(array) == load_image(tensor)
+    assert load_image(array).size == (5, 6)
+
+
+def test_grey_array_without_channels_is_an_image() -> None:
+    assert load_image(np.full((4, 6), 9, np.uint8)).getpixel((5, 3)) == (9, 9, 9)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+def test_float_array_from_0_to_1_gives_the_same_pixels_as_uint8(dtype: type) -> None:
+    array = np.asarray(gradient())
+    assert load_image((array / 255).astype(dtype)) == load_image(array)
+
+
+def test_reversed_channels_of_an_array_are_read() -> None:
+    array = np.asarray(gradient())
+    assert np.array_equal(np.asarray(load_image(array[..., ::-1])), array[..., ::-1])
+
+
+def test_read_only_array_is_read_without_a_warning_and_unchanged() -> None:
+    array = np.asarray(gradient())
+    assert not array.flags.writeable
+    assert np.array_equal(np.asarray(load_image(array)), array)
+
+
+def test_tensor_that_requires_grad_is_read() -> None:
+    assert load_image(torch.rand(3, 4, 5, requires_grad=True)).size == (5, 4)
+
+
+def test_pil_image_is_turned_upright() -> None:
+    image = gradient()
+    image.getexif()[0x0112] = 6
+    assert load_image(image).size == (40, 60)
+
+
+@pytest.mark.parametrize(
+    ("bad", "part"),
+    [
+        (np.zeros((4, 4, 2), np.uint8), "(4, 4, 2)"),
+        (np.zeros((3, 8, 9), np.uint8), "(3, 8, 9)"),
+        (np.zeros((0, 4, 3), np.uint8), "(0, 4, 3)"),
+        (np.zeros((2, 4, 4, 3), np.uint8), "(2, 4, 4, 3)"),
+        (np.zeros(7, np.uint8), "(7,)"),
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.zeros((4, 4, 3), np.uint16), "uint16"),
+        (np.zeros((4, 4, 3), bool), "bool"),
+        (np.full((4, 4, 3), None), "object"),
+        (np.full((4, 4, 3), "a"), "<U1"),
+        (np.full((4, 4, 3), 200.0), "200"),
+        (np.full((4, 4, 3), -0.5), "-0.5"),
+        (np.full((4, 4, 3), np.nan), "nan"),
+        (torch.zeros(8, 9, 3, dtype=torch.uint8), "(8, 9, 3)"),
+        (torch.zeros(8, 9, dtype=torch.uint8), "(8, 9)"),
+        (7, "int"),
+        (None, "NoneType"),
+        ([[1, 2]], "list"),
+    ],
+)
+def test_what_is_no_image_is_refused_with_what_was_given(bad: object, part: str) -> None:
+    assert_refused(bad, part)
+
+
+# Decoding smaller
+
+
+def smooth(width: int, height: int) -> PIL.Image.Image:
+    """Colours that tell every corner from the others."""
+    x, y = np.meshgrid(np.linspace(0, 255, width), np.linspace(0, 255, height))
+    return PIL.Image.fromarray(np.stack([x, y, (x + y) / 2], axis=-1).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("side", "size"), [(400, (811, 606)), (303, (406, 303)), (304, (811, 606)), (151, (203, 152)), (10, (102, 76))]
+)
+def test_jpeg_is_decoded_smaller_but_no_side_below_what_is_asked(side: int, size: tuple[int, int]) -> None:
+    found = decode_reduced(encode(smooth(811, 606), "JPEG"), side=side)
+    image = found.image if isinstance(found, Reduced) else found
+    assert image.size == size
+    assert min(image.size) >= side
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_the_box_is_where_the_photograph_lies_in_every_orientation(orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(smooth(201, 137), "JPEG", quality=100, exif=exif, subsampling=0)  # neither a multiple of 8
+    found = decode_reduced(data, side=17)
+    assert isinstance(found, Reduced)
+    left, top, right, bottom = found.box
+    whole = decode_image(data)
+    assert (8 * (right - left), 8 * (bottom - top)) == whole.size
+    assert 0 <= left < right <= found.image.width
+    assert 0 <= top < bottom <= found.image.height
+    ours = np.asarray(found.image.resize((10, 10), box=found.box)).astype(int)
+    plain = np.asarray(whole.resize((10, 10))).astype(int)
+    assert np.abs(ours - plain).mean() < 0.5
+    assert np.abs(ours - plain).max() <= 3
+
+
+@pytest.mark.parametrize("mode", ["L", "CMYK"])
+def test_grey_and_cmyk_jpegs_are_decoded_smaller_with_their_colours(mode: str) -> None:
+    data = encode(smooth(256, 256).convert(mode), "JPEG", quality=95)
+    found = decode_reduced(data, side=60)
+    assert isinstance(found, Reduced)
+    assert found.image.mode == "RGB"
+    expected = np.asarray(decode_image(data).resize((16, 16))).astype(int)
+    assert np.abs(np.asarray(found.image.resize((16, 16))).astype(int) - expected).max() <= 4
+
+
+@pytest.mark.parametrize("form", ["PNG", "WEBP", "BMP"])
+def test_other_formats_are_decoded_as_they_are(form: str) -> None:
+    data = encode(smooth(256, 256), form)
+    assert decode_reduced(data, side=16) == decode_image(data)
+
+
+def test_decoding_smaller_refuses_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = encode(PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)), "JPEG")
+    for data, reason in (
+        (whole[: len(whole) // 2], "damaged image"),
+        (b"", "the file is empty"),
+        (b"milk, eggs", "not an image"),
+        (png_header(20_000, 20_000), "400000000 pixels"),
+    ):
+        with pytest.raises(ImageError, match=rf"photo\.jpg: .*{reason}"):
+            decode_reduced(store(tmp_path, "photo.jpg", data), side=32)
+    # the limit is for the file's size and not for what is left of it
+    monkeypatch.setattr("deit_models.decoding.MAX_IMAGE_PIXELS", 512 * 512 - 1)
+    with pytest.raises(ImageError, match="512x512 pixels"):
+        decode_reduced(store(tmp_path, "photo.jpg", whole), side=32)
+
+
+def test_threads_that_decode_leave_the_warnings_of_others_as_they_were() -> None:
+    data = encode(gradient(), "JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\xff\xff")
+    both, done = threading.Barrier(2), threading.Barrier(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        before = list(warnings.filters)
+
+        def first() -> None:  # in first, out first
+            with _QUIET:
+                both.wait(10)
+                decode_image(data)
+            done.wait(10)
+
+        thread = threading.Thread(target=first)
+        thread.start()
+        both.wait(10)
+        with _QUIET:
+            done.wait(10)
+            warnings.warn("odd metadata", UserWarning, stacklevel=1)  # still quiet for the one that stays
+        thread.join(10)
+        assert warnings.filters == before
