@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from loading import machine
@@ -50,21 +51,30 @@ def answers(model: ImageClassifier, images: Tensor, merging: TokenMerging) -> Te
     return torch.cat([network(batch).argmax(dim=1) for batch in images.split(ANSWER_BATCH)])
 
 
+class Speed(NamedTuple):
+    """Images a second by the clock, and a second of processor time, which other work on the machine does not slow."""
+
+    clock: float
+    processor: float
+
+
 def speeds(
     model: ImageClassifier, example: Tensor, merged: tuple[int, ...], backend: BackendName, calls: int
-) -> list[float]:
-    """Images a second for each number of merged tokens, from medians of calls in turns."""
+) -> list[Speed]:
+    """Of each number of merged tokens, from medians of calls in turns."""
     runs: list[Callable[[Tensor], Tensor]] = [
         BACKENDS[backend].build(Job(prepare(model, token_merging=r), example, "float32")) for r in merged
     ]
-    times: list[list[float]] = [[] for _ in runs]
+    times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for call in range(calls + 2):
         for run, taken in zip(runs, times, strict=True):
-            start = time.perf_counter()
+            start = time.perf_counter(), time.process_time()
             run(example)
             if call >= 2:  # the first calls pack weights and fill caches
-                taken.append(time.perf_counter() - start)
-    return [len(example) / statistics.median(taken) for taken in times]
+                taken.append((time.perf_counter() - start[0], time.process_time() - start[1]))
+    return [
+        Speed(*(len(example) / statistics.median(column) for column in zip(*taken, strict=True))) for taken in times
+    ]
 
 
 def tokens_left(model: ImageClassifier, r: int) -> int:
@@ -90,6 +100,53 @@ def accuracy_rows(model: ImageClassifier, images: Tensor, labels: Tensor) -> lis
     return rows
 
 
+def accuracy_table(model: ImageClassifier, images: Tensor, labels: Tensor) -> list[str]:
+    """Lines of Markdown."""
+    rows = accuracy_rows(model, images, labels)
+    lines = [
+        f"`{SHIPPED}`, {len(images)} CIFAR-10 test images: tokens that each block merges, share of the images whose "
+        "likeliest class is the unmerged model's, share that is right.",
+        "",
+        "| merged a block | agreement | accuracy | against unmerged |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    plain_right = rows[0][2]
+    for name, same, right in rows:
+        lines.append(f"| {name} | {same:.2%} | {right:.2%} | {100 * (right - plain_right):+.2f} points |")
+    return lines
+
+
+def speed_table(model: ImageClassifier, backends: list[BackendName], calls: int) -> list[str]:
+    """Lines of Markdown."""
+    lines = [
+        f"Batches of {BATCH[SHIPPED]} at 32 px and {BATCH[LARGER[0]]} at 224 px. Images/s by the clock, and per second "
+        "of processor time, all threads together, which other work on the machine does not slow; each beside unmerged.",
+        "",
+        "| model | backend | merged a block | tokens at the last block | images/s | ratio | processor | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in (SHIPPED, *LARGER):
+        small = name == SHIPPED
+        merged, timed = (MERGED, model) if small else (MERGED_224, deit_models.create_model(name).eval())
+        example = torch.randn(BATCH[name], 3, *timed.config.image_hw, generator=torch.Generator().manual_seed(0))
+        for backend in backends:
+            found = speeds(timed, example, merged, backend, calls if small else max(calls // 3, 3))
+            for r, (clock, processor) in zip(merged, found, strict=True):
+                ratios = clock / found[0].clock, processor / found[0].processor
+                row = f"| `{name}` | {backend} | {r} | {tokens_left(timed, r)} | {clock:.1f} | {ratios[0]:.2f} "
+                lines.append(f"{row}| {processor:.1f} | {ratios[1]:.2f} |")
+                print(lines[-1], flush=True)
+    return lines
+
+
+def head() -> list[str]:
+    """Title and circumstances."""
+    facts = (
+        f"{machine()}; {torch.get_num_threads()} thread(s) in torch. Float32. Speed: medians of calls that take turns "
+    )
+    return ["# Token merging", "", facts + "in one process; `python benchmarks/token_merging.py CIFAR10_TEST`."]
+
+
 def main() -> None:
     """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -101,41 +158,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_grad_enabled(False)
     model = deit_models.from_pretrained(SHIPPED)
-    images, labels = cifar(args.folder, model, args.images)
-    rows = accuracy_rows(model, images, labels)
-
-    lines = [
-        "# Token merging",
-        "",
-        f"{machine()}; {torch.get_num_threads()} thread(s). Float32. Speed: medians of calls that take turns in one "
-        "process; `python benchmarks/token_merging.py CIFAR10_TEST`.",
-        "",
-        f"`{SHIPPED}`, {len(images)} CIFAR-10 test images: tokens that each block merges, share of the images whose "
-        "likeliest class is the unmerged model's, share that is right.",
-        "",
-        "| merged a block | agreement | accuracy | against unmerged |",
-        "| --- | ---: | ---: | ---: |",
-    ]
-    plain_right = rows[0][2]
-    for name, same, right in rows:
-        lines.append(f"| {name} | {same:.2%} | {right:.2%} | {100 * (right - plain_right):+.2f} points |")
-    lines += [
-        "",
-        f"Speed, batches of {BATCH[SHIPPED]} at 32 px and {BATCH[LARGER[0]]} at 224 px (random weights there).",
-        "",
-    ]
-    lines += ["| model | backend | merged a block | tokens at the last block | images/s | times unmerged |"]
-    lines += ["| --- | --- | ---: | ---: | ---: | ---: |"]
-    for name in (SHIPPED, *LARGER):
-        merged, calls = (MERGED, args.calls) if name == SHIPPED else (MERGED_224, max(args.calls // 3, 3))
-        timed = model if name == SHIPPED else deit_models.create_model(name).eval()
-        example = torch.randn(BATCH[name], 3, *timed.config.image_hw, generator=torch.Generator().manual_seed(0))
-        for backend in args.backends:
-            found = speeds(timed, example, merged, backend, calls)
-            for r, speed in zip(merged, found, strict=True):
-                row = f"| `{name}` | {backend} | {r} | {tokens_left(timed, r)} | {speed:.1f} | {speed / found[0]:.2f} |"
-                print(row, flush=True)
-                lines.append(row)
+    accuracy = accuracy_table(model, *cifar(args.folder, model, args.images))
+    lines = [*head(), "", *accuracy, "", *speed_table(model, args.backends, args.calls)]
     if args.write:
         args.write.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
