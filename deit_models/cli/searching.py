@@ -108,6 +108,7 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..nas.run import split_images
     from ..nas.spaces import read_space
     from ..training.distributed import join_processes
 
@@ -120,7 +121,10 @@ def _run(args: argparse.Namespace) -> int:
     with join_processes(args.device) as process:
 
         def work() -> None:
-            images, held_out = _images(args, process)
+            records = open_data(args, args.data, "train", process)
+            if recipe is not None and evolution is not None:
+                _check_limit(args, space, evolution, len(records.classes))
+            images, held_out = split_images(records, args.out, fraction=args.val_fraction, seed=args.split_seed)
             if recipe is not None:
                 _train(args, space, recipe, images, held_out, display, process)
             if evolution is not None:
@@ -143,11 +147,13 @@ def _evolution(args: argparse.Namespace) -> Evolution:
     return Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
 
 
-def _images(args: argparse.Namespace, process: Process) -> tuple[ImageRecords, ImageRecords]:
-    from ..nas.run import split_images
+def _check_limit(args: argparse.Namespace, space: SearchSpace, evolution: Evolution, num_classes: int) -> None:
+    """Refuse a limit that no network meets before hours of training; latencies are known only once measured."""
+    from ..nas.costs import Macs
+    from ..nas.evolution import check_limit
 
-    records = open_data(args, args.data, "train", process)
-    return split_images(records, args.out, fraction=args.val_fraction, seed=args.split_seed)
+    if args.cost == "macs":
+        check_limit(space, evolution, cost=Macs(space, num_classes), limit=args.limit)
 
 
 def _train(

@@ -23,11 +23,11 @@ from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, init_vit_weights, patch_grid
-from .transformer import Block, VisionTransformer, drop_path_rates
+from .transformer import Block, TransformerConfig, VisionTransformer, drop_path_rates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeiTConfig:
+class DeiTConfig(TransformerConfig):
     """Everything that shapes a DeiT. The defaults are DeiT-B at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -100,16 +100,6 @@ class DeiTConfig:
     def num_prefix_positions(self) -> int:
         """Position embeddings in front of the patches'."""
         return self.num_prefix_tokens if self.prefix_positions else 0
-
-    @property
-    def attn_dim(self) -> int:
-        """Width of all heads together, that of a token."""
-        return self.embed_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden width of a block's MLP."""
-        return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def drop_path_rates(self) -> list[float]:

@@ -103,6 +103,15 @@ class ImageClassifier(nn.Module):
         """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
         raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")
 
+    def check_input(self, x: Tensor) -> None:
+        """Raise ConfigError unless x is a batch of images of the config's channels and size, (B, C, H, W)."""
+        expected = (self.config.in_chans, *self.config.image_hw)
+        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+            raise ConfigError(
+                f"input of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))}). "
+                f"Pass img_size=... when building or loading it"
+            )
+
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of each head, whatever the mode; x is (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")

@@ -347,12 +347,7 @@ class LeViT(ImageClassifier):
 
         Raises: ConfigError: x has another size or channel count than the config.
         """
-        expected = (self.config.in_chans, *self.config.image_hw)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ConfigError(
-                f"input of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))}). "
-                f"Pass img_size=... when building or loading it"
-            )
+        self.check_input(x)
         return self.patch_embed(x).flatten(2).transpose(1, 2)
 
     def forward_features(self, x: Tensor) -> Tensor:

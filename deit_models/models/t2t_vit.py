@@ -28,14 +28,14 @@ from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, init_vit_weights, patch_grid
-from .transformer import Block, Mlp, VisionTransformer, drop_path_rates
+from .transformer import Block, Mlp, TransformerConfig, VisionTransformer, drop_path_rates
 
 TokensType = Literal["performer", "transformer"]
 PosResize = Literal["interpolate", "recompute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class T2TViTConfig:
+class T2TViTConfig(TransformerConfig):
     """Everything that shapes a T2T-ViT. The defaults are T2T-ViT-14 at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -109,16 +109,6 @@ class T2TViTConfig:
     def grid(self) -> tuple[int, int]:
         """(height, width) of the input in tokens."""
         return patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def attn_dim(self) -> int:
-        """Width of all heads together, that of a token."""
-        return self.embed_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden width of a block's MLP."""
-        return int(self.embed_dim * self.mlp_ratio)
 
     @property
     def drop_path_rates(self) -> list[float]:

@@ -40,6 +40,25 @@ class BlockConfig(Protocol):
     def drop_rate(self) -> float: ...
 
 
+class TransformerConfig:
+    """What the configs of DeiT and T2T-ViT derive alike from their fields."""
+
+    __slots__ = ()
+
+    embed_dim: int
+    mlp_ratio: float
+
+    @property
+    def attn_dim(self) -> int:
+        """Width of all heads together, that of a token."""
+        return self.embed_dim
+
+    @property
+    def mlp_hidden(self) -> int:
+        """Hidden width of a block's MLP."""
+        return int(self.embed_dim * self.mlp_ratio)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v."""
 

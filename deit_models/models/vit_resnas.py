@@ -302,12 +302,7 @@ class ViTResNAS(ImageClassifier):
 
         Raises: ConfigError: x has another size or channel count than the config.
         """
-        expected = (self.config.in_chans, *self.config.image_hw)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ConfigError(
-                f"input of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))}). "
-                f"Pass img_size=... when building or loading it"
-            )
+        self.check_input(x)
         tokens = self.tokens.expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([tokens, self.patch_embed(x)], dim=1) + self.pos_embed)
 

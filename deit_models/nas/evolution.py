@@ -69,6 +69,13 @@ def evolve(
     return found
 
 
+def check_limit(space: SearchSpace, settings: Evolution, *, cost: Cost, limit: float) -> None:
+    """Raise ConfigError where `evolve` would find no network within the limit; draws no more than it takes to know."""
+    # a small space is looked through as in the search; in a large one the search's first network is enough
+    population = settings.population if space.count() <= _FEW else 1
+    _Hunt(space, replace(settings, population=population), cost, limit).first()
+
+
 class _Hunt:
     """What a search knows while it goes on: its generator, and the networks it has met."""
 

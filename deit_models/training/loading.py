@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -53,7 +54,7 @@ def make_loader(
     """
     if batch_size < 1 or workers < 0:
         raise ConfigError(f"batch_size={batch_size}, workers={workers}; expected 1 or more, and 0 or more")
-    return DataLoader(
+    return _Loader(
         samples,
         batch_size=batch_size,
         sampler=sampler,
@@ -62,6 +63,22 @@ def make_loader(
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),
     )
+
+
+class _Loader(DataLoader[Any]):
+    """A loader whose workers leave Ctrl-C to their parent, with which they end.
+
+    A terminal sends it to every process, and a worker that was forked just then would print a traceback.
+    """
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

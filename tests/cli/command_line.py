@@ -47,10 +47,17 @@ def start(*arguments: object, options: tuple[str, ...] = (), **popen: object) ->
     return subprocess.Popen(command, env=environment, **pipes)
 
 
-def run(*arguments: object, **options: object) -> tuple[int, str, str]:
-    process = start(*arguments, **options)
-    out, err = process.communicate(timeout=300)
+def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:
+    """Status and output of a process that is about to end, which is killed if it does not."""
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        process.kill()
     return process.returncode, out, err
+
+
+def run(*arguments: object, **options: object) -> tuple[int, str, str]:
+    return ended(start(*arguments, **options))
 
 
 def failure(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:

@@ -1,5 +1,6 @@
 """A trained model and pictures, for the tests of every command."""
 
+import signal
 from dataclasses import replace
 
 import pytest
@@ -21,6 +22,14 @@ def tiny(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     model.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def ctrl_c():
+    """Processes that are started heed SIGINT; in a shell's background they would inherit that it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture

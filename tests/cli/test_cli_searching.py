@@ -119,6 +119,14 @@ def test_limit_out_of_reach_is_said_before_anything_is_scored(data, space, tmp_p
     assert not (out / "scores.jsonl").exists()
 
 
+def test_limit_out_of_reach_is_said_before_anything_is_trained(data, space, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    arguments = ("--space", space, "--out", out, *SHARED, *RECIPE, *SAMPLING, "--limit", 5)
+    error = failure(capsys, "search", "all", data, *arguments)
+    assert "no network of the space is within the limit of 4.875 to 5 MACs: its networks take" in error
+    assert not list(out.rglob("*.*"))
+
+
 @pytest.mark.parametrize("cost", ["macs", "latency"])
 def test_two_processes_share_the_search(cost, data, space, tmp_path) -> None:
     both, alone = tmp_path / "both", tmp_path / "alone"

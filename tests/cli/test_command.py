@@ -7,7 +7,7 @@ import signal
 import sys
 
 import pytest
-from command_line import run, start, usage_error
+from command_line import ended, run, start, usage_error
 
 import deit_models
 from deit_models import cli
@@ -118,13 +118,14 @@ def test_nothing_but_results_appears_in_pipes(tiny, photos):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals as POSIX has them")
+@pytest.mark.usefixtures("ctrl_c")
 def test_interrupt_ends_predict_with_status_130_and_one_line(tiny, photos):
     # more results than a pipe holds: it cannot be done before the signal
     process = start("predict", *[photos] * 400, "--model", tiny, "--json", "--batch-size", "1")
     assert process.stdout.readline().startswith("{")
     process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (130, "deit-models: interrupted\n")
+    status, out, err = ended(process)
+    assert (status, err) == (130, "deit-models: interrupted\n")
     assert len(out.splitlines()) < 1199
 
 

@@ -7,7 +7,7 @@ from nas.toy import toy_space
 
 from deit_models import ConfigError
 from deit_models.nas.costs import Macs
-from deit_models.nas.evolution import Scored, _Hunt, evolve
+from deit_models.nas.evolution import Scored, _Hunt, check_limit, evolve
 from deit_models.nas.settings import Evolution
 from deit_models.nas.space import BlockChoice, Candidate, SearchSpace, StageChoices, candidates_of
 from deit_models.nas.spaces import SPACES
@@ -70,7 +70,18 @@ def test_limit_that_nothing_meets_says_so_at_once() -> None:
             ConfigError, match=r"no network of the space is within the limit of .* MACs: its networks take"
         ):
             search(limit=limit, score=lambda fresh: asked.extend(fresh) or units(fresh))
+        with pytest.raises(ConfigError, match="no network of the space is within the limit"):
+            check_limit(SPACE, SHORT, cost=COST, limit=limit)
     assert not asked
+
+
+def test_check_of_a_limit_that_is_met_costs_a_few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    space, drawn = SPACES["small32"], []
+    original = _Hunt._randomly
+    monkeypatch.setattr(_Hunt, "_randomly", lambda hunt: (drawn.append(one) or one for one in original(hunt)))
+    cost = Macs(space, 10)
+    check_limit(space, Evolution(), cost=cost, limit=(cost(space.smallest()) + cost(space.largest())) / 2)
+    assert 0 < len(drawn) < 50
 
 
 def test_limit_in_a_gap_of_a_small_space_is_found_out() -> None:
@@ -82,6 +93,8 @@ def test_limit_in_a_gap_of_a_small_space_is_found_out() -> None:
     between = (cost(space.smallest()) + cost(space.largest())) / 2
     with pytest.raises(ConfigError, match="no network of the space is within the limit"):
         evolve(space, Evolution(floor=0.99), cost=cost, limit=between, score=units)
+    with pytest.raises(ConfigError, match="no network of the space is within the limit"):
+        check_limit(space, Evolution(floor=0.99), cost=cost, limit=between)
 
 
 def test_space_with_a_single_legal_candidate_ends() -> None:

@@ -11,13 +11,14 @@ import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset, SequentialSampler
 
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training import evaluation
 from deit_models.training.evaluation import Evaluation, eval_batches, score
 from deit_models.training.learner import Heads
-from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure
+from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure, make_loader
 from deit_models.transforms import EvalTransform
 
 evaluate = partial(evaluation.evaluate, device="cpu")
@@ -218,6 +219,25 @@ def test_dead_worker_is_one_line_that_says_what_to_do(trouble: Callable[[], None
     with pytest.raises(TrainingError, match=r"/dev/shm .* fewer than 1 workers .*--shm-size") as caught:
         evaluate(tiny.model(), Trouble(trouble), batch_size=2, workers=1)
     assert "\n" not in str(caught.value)
+
+
+class Masked(Dataset[bool]):
+    """Says whether the process that reads it holds back Ctrl-C."""
+
+    def __len__(self) -> int:
+        return 2
+
+    def __getitem__(self, index: int) -> bool:
+        return signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+
+
+@pytest.mark.skipif(not hasattr(signal, "pthread_sigmask"), reason="signals as POSIX has them")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_workers_leave_ctrl_c_to_their_parent(workers: int) -> None:
+    data, device = Masked(), torch.device("cpu")
+    loader = make_loader(data, SequentialSampler(data), batch_size=1, workers=workers, device=device)
+    assert torch.cat(list(loader)).tolist() == [workers == 1] * 2
+    assert not data[0]
 
 
 @pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError()])
