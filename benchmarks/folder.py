@@ -124,7 +124,7 @@ def in_transformers(folder: str, batch: int, workers: int) -> Classify:
     return lambda paths: (numbers[found[0]["label"]] for found in run(paths, top_k=5, num_workers=workers))
 
 
-def in_ours(folder: str, batch: int, side: str) -> Classify:
+def in_ours(folder: str, batch: int, side: str, backend: Any) -> Classify:
     """`Classifier.classify_files` as it is, with `optimize` and with fast pixels."""
     import deit_models
 
@@ -136,13 +136,14 @@ def in_ours(folder: str, batch: int, side: str) -> Classify:
         levels = deit_models.transform_for(model).levels
         judges = torch.stack([levels(photo) for photo in photos])
         cache = Path(folder).parent / "cache"
-        model = deit_models.optimize(model, sample=batch, calibration=judges, preprocessing=True, cache_dir=cache)
+        options = {"calibration": judges, "preprocessing": True, "backend": backend, "cache_dir": cache}
+        model = deit_models.optimize(model, sample=batch, **options)
         print(f"  {side}: {model.choice.backend}, {model.choice.precision}", file=sys.stderr, flush=True)
     classifier = deit_models.Classifier(model, batch_size=batch, fast_pixels="fast pixels" in side)
     return lambda paths: (result.predictions[0].index for result in classifier.classify_files(paths))
 
 
-def child(side: str, folder: str, files: str, batch: int) -> None:
+def child(side: str, folder: str, files: str, batch: int, backend: str) -> None:
     """One measurement; prints a JSON row."""
     start = time.perf_counter()
     layout = str(Path(folder, SIDES[side]))
@@ -152,7 +153,7 @@ def child(side: str, folder: str, files: str, batch: int) -> None:
     elif side.startswith("transformers"):
         classify = in_transformers(layout, batch, workers)
     else:
-        classify = in_ours(layout, batch, side)
+        classify = in_ours(layout, batch, side, backend)
     paths = sorted(str(path) for path in Path(files).iterdir())
     loaded = time.perf_counter()
     classes = list(classify(paths))
@@ -170,9 +171,9 @@ def peak_mb() -> float:
     return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
 
 
-def start_child(side: str, folder: Path, files: Path, batch: int) -> dict[str, Any]:
+def start_child(side: str, folder: Path, files: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Measure one side once."""
-    command = [sys.executable, __file__, "--child", side, str(folder), str(files), str(batch)]
+    command = [sys.executable, __file__, "--child", side, str(folder), str(files), str(args.batch), args.backend]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False, env=environment)
     if done.returncode:
@@ -197,17 +198,17 @@ def measure(args: argparse.Namespace) -> tuple[dict[str, list[dict[str, Any]]], 
         lay_out(args.photos, 2 * args.batch, few)
         save_weights(args.model, sorted(few.iterdir()), folder)
         say("once, uncounted: what optimize chooses, and a warm page cache")
-        start_child("deit-models, optimize", folder, few, args.batch)
+        start_child("deit-models, optimize", folder, few, args)
         for i in range(args.rounds):
             say(f"round {i + 1} of {args.rounds}")
             order = list(SIDES)
             for side in order[i % len(order) :] + order[: i % len(order)]:
-                rows[side].append(start_child(side, folder, files, args.batch))
+                rows[side].append(start_child(side, folder, files, args))
         many: dict[str, float] = {}
         if args.many:
             say(f"memory over {args.many} files")
             lay_out(args.photos, args.many, folder / "many")
-            many = {s: start_child(s, folder, folder / "many", args.batch)["peak_mb"] for s in REMEMBERED}
+            many = {s: start_child(s, folder, folder / "many", args)["peak_mb"] for s in REMEMBERED}
     return rows, many
 
 
@@ -276,12 +277,14 @@ def main() -> None:
     parser.add_argument("--files", type=int, default=1000, help="files in the folder, by repeating the photographs")
     parser.add_argument("--many", type=int, default=10_000, help="files to measure memory over; 0 leaves it out")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--backend", default="auto", help="what `optimize` may choose from; one by name is quicker")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="also write the table there")
-    parser.add_argument("--child", nargs=4, metavar=("SIDE", "FOLDER", "FILES", "BATCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, metavar="X", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(*args.child[:3], batch=int(args.child[3]))
+        side, folder, files, batch, backend = args.child
+        child(side, folder, files, int(batch), backend)
         return
     if args.photos is None:
         parser.error("PHOTOS is needed: a folder of JPEG photographs")

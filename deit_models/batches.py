@@ -46,8 +46,8 @@ def file_batches(
         decode: gives the pixels of one, all in the same shape, or raises ImageError.
         batch_size: files in a batch; the last may have fewer.
         workers: processes that decode; 0 decodes in this one, image by image. None is what suits the device. For a CPU
-            these are threads that decode a batch and then rest: they share the cores in turns with the model, and not
-            at the same time, which costs both more than it brings. Beside a GPU they are processes.
+            these are threads that decode a batch and then rest: they take turns with the model, and every core is busy
+            with either. Overlapping them brought nothing more. Beside a GPU they are processes.
         device: where the batches go.
 
     Raises: DeitModelsError: a decoding process died.
