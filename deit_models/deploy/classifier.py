@@ -53,8 +53,8 @@ class Choice:
 class OptimizedClassifier(ImageClassifier):
     """A model for inference that another backend may compute; called as the model it was made from.
 
-    `choice` says what computes, `takes_pixels` whether the input is uint8 pixels. `config`, `origin` and `num_classes`
-    are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or saved.
+    `choice` says what computes, `device` where, `takes_pixels` whether the input is uint8 pixels. `config`, `origin` and
+    `num_classes` are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or saved.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class OptimizedClassifier(ImageClassifier):
     ) -> None:
         super().__init__(model.config)
         self.origin, self.choice, self.takes_pixels = model.origin, choice, pixels
-        self._run, self._device = run, device
+        self._run, self.device = run, device
         self.eval()
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
@@ -74,9 +74,9 @@ class OptimizedClassifier(ImageClassifier):
             wanted = "uint8 pixels" if self.takes_pixels else "normalised floats"
             raise ConfigError(f"input of type {x.dtype}; this model was optimised for {wanted}")
         if not len(x):
-            return HeadLogits(torch.empty(0, self.num_classes, device=self._device), None)
+            return HeadLogits(torch.empty(0, self.num_classes, device=self.device), None)
         with torch.no_grad():
-            return HeadLogits(self._run(x.to(self._device, None if self.takes_pixels else torch.float32)), None)
+            return HeadLogits(self._run(x.to(self.device, None if self.takes_pixels else torch.float32)), None)
 
     def train(self, mode: bool = True) -> OptimizedClassifier:
         """Stay in eval mode. Raises: ConfigError: training an optimised model."""
