@@ -53,7 +53,7 @@ class Choice:
 class OptimizedClassifier(ImageClassifier):
     """A model for inference that another backend may compute; called as the model it was made from.
 
-    `choice` says what computes, `device` where, `takes_pixels` whether the input is uint8 pixels. `config`, `origin` and
+    `choice` says what computes, `device` where, `takes_pixels` whether uint8 pixels are taken. `config`, `origin` and
     `num_classes` are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or saved.
     """
 
