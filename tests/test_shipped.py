@@ -1,18 +1,12 @@
 """The checkpoints in weights/ are what the manifest says: digest, labels, accuracy on the test images."""
 
-import io
-import tarfile
-from collections import defaultdict
-from pathlib import Path
-
 import pytest
 import torch
-from PIL import Image
+from cifar10 import first_images, needs_cifar10
 
 import deit_models
 from deit_models.hub.manifest import load_manifest, weights_dir
 
-ARCHIVE = Path(__file__).resolve().parents[2] / "shared" / "data" / "cifar10_jpeg.tar.gz"
 SHIPPED = [c.name for c in load_manifest().values() if any(source.file for source in c.sources)]
 MAX_BYTES = 12_000_000
 
@@ -40,26 +34,15 @@ def test_every_weights_file_is_in_the_manifest() -> None:
 
 
 def accuracy(name: str, per_class: int) -> float:
-    """Top-1 in percent over the first test images of each class, through the model's own transform."""
+    """Top-1 in percent over the first test images of each class."""
     model = deit_models.from_pretrained(name)
-    transform, labels = deit_models.transform_for(model), model.origin.class_names
-    seen: dict[str, int] = defaultdict(int)
-    images, targets = [], []
-    with tarfile.open(ARCHIVE) as archive:
-        for member in archive:
-            parts = Path(member.name).parts
-            if not member.isfile() or "test" not in parts or seen[parts[-2]] >= per_class:
-                continue
-            seen[parts[-2]] += 1
-            images.append(transform(Image.open(io.BytesIO(archive.extractfile(member).read()))))
-            targets.append(labels.index(parts[-2]))
-    assert dict(seen) == dict.fromkeys(labels, per_class)
+    images, targets = first_images(model, "test", per_class)
     with torch.inference_mode():
-        found = torch.cat([model(batch).argmax(1) for batch in torch.stack(images).split(500)])
-    return 100 * float((found == torch.tensor(targets)).float().mean())
+        found = torch.cat([model(batch).argmax(1) for batch in images.split(500)])
+    return 100 * float((found == targets).float().mean())
 
 
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="needs the JPEG copy of CIFAR-10 in ../shared/data")
+@needs_cifar10
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accuracy_on_some_test_images_is_near_the_recorded_one(name: str) -> None:
     recorded = deit_models.model_info(name).top1
@@ -67,7 +50,7 @@ def test_accuracy_on_some_test_images_is_near_the_recorded_one(name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not ARCHIVE.exists(), reason="needs the JPEG copy of CIFAR-10 in ../shared/data")
+@needs_cifar10
 @pytest.mark.parametrize("name", SHIPPED)
 def test_accuracy_on_all_test_images_is_the_recorded_one(name: str) -> None:
     assert accuracy(name, 1000) == pytest.approx(deit_models.model_info(name).top1, abs=0.05)

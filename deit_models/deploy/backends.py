@@ -135,7 +135,14 @@ def _openvino(job: Job) -> Runner:
 
 
 def _quantized(model: Any, job: Job) -> Any:
-    """The network with weights and activations in 8 bits where NNCF finds that a transformer bears it."""
+    """The network with weights and activations in 8 bits where NNCF finds that a transformer bears it.
+
+    Differs from NNCF's defaults, with which more than twice as many answers change on a processor with AVX2 alone:
+
+    - Weights use half their range: without 8-bit dot products two of them are summed in 16 bits, which overflow.
+    - Ranges of activations are symmetric.
+    - Convolutions, which turn pixels into the first tokens, stay in float32.
+    """
     if job.calibration is None:
         raise ConfigError("int8 needs calibration images: pass calibration=, a few hundred of those to come")
     with extra_needed("int8"):
@@ -144,7 +151,15 @@ def _quantized(model: Any, job: Job) -> Any:
     batches = nncf.Dataset([image.contiguous().numpy() for image in torch.split(job.calibration, 1)])
     # it draws progress bars on the standard output
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
-        return nncf.quantize(model, batches, model_type=nncf.ModelType.TRANSFORMER, subset_size=len(job.calibration))
+        return nncf.quantize(
+            model,
+            batches,
+            preset=nncf.QuantizationPreset.PERFORMANCE,
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(job.calibration),
+            ignored_scope=nncf.IgnoredScope(types=["Convolution"], validate=False),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+        )
 
 
 def _onnxruntime(job: Job) -> Runner:
