@@ -2,9 +2,12 @@
 
 import json
 import os
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +18,37 @@ import deit_models
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def run(script: str, *arguments: object) -> str:
-    """What an example prints, run as a user would, without network."""
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """What an example prints, without network; in this process, since another takes seconds to import torch."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+
+    def run_script(script: str, *arguments: object) -> str:
+        path = str(ROOT / "examples" / script)
+        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
+        capsys.readouterr()
+        runpy.run_path(path, run_name="__main__")
+        return capsys.readouterr().out
+
+    return run_script
+
+
+def run_as_a_user(script: str) -> str:
+    """What an example prints in a process of its own, without network."""
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    command = [sys.executable, str(ROOT / "examples" / script)]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+@pytest.fixture
+def small_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that an example creates have one narrow block; theirs would take minutes."""
+    create = deit_models.create_model
+    small = {"depth": 1, "embed_dim": 32, "num_heads": 2}
+    monkeypatch.setattr(deit_models, "create_model", lambda name, **options: create(name, **small, **options))
 
 
 @pytest.fixture
@@ -38,7 +65,10 @@ def tiny_cifar(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-def test_training_example_resumes_and_saves_a_model_that_learned(tiny_cifar: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_models")
+def test_training_example_resumes_and_saves_a_model_that_learned(
+    run: Callable[..., str], tiny_cifar: Path, tmp_path: Path
+) -> None:
     options = [tiny_cifar, "--out", tmp_path / "out", "--batch-size", 8, "--warmup-epochs", 1, "--lr", 3e-3]
     run("train_cifar10.py", *options, "--epochs", 3)
     printed = run("train_cifar10.py", *options, "--epochs", 3)  # nothing left to do: saves and scores again
@@ -51,7 +81,9 @@ def test_training_example_resumes_and_saves_a_model_that_learned(tiny_cifar: Pat
     assert model.head.weight.dtype == torch.float32  # stored as float16
 
 
-def test_search_example_finds_a_winner_and_trains_it_beside_others(tiny_cifar: Path, tmp_path: Path) -> None:
+def test_search_example_finds_a_winner_and_trains_it_beside_others(
+    run: Callable[..., str], tiny_cifar: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "out"
     options = [tiny_cifar, "--out", out, "--supernet-epochs", 1, "--epochs", 1, "--spread", 1]
     options += ["--population", 3, "--generations", 2, "--offspring", 1]
@@ -66,7 +98,10 @@ def test_search_example_finds_a_winner_and_trains_it_beside_others(tiny_cifar: P
     assert (out / "networks.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_distillation_example_trains_a_teacher_and_four_students(tiny_cifar: Path, tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_models")
+def test_distillation_example_trains_a_teacher_and_four_students(
+    run: Callable[..., str], tiny_cifar: Path, tmp_path: Path
+) -> None:
     options = [tiny_cifar, "--out", tmp_path / "out", "--batch-size", 8, "--epochs", 2, "--teacher-epochs", 2]
     run("distill_cifar10.py", *options, "--arms", "none")
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["none"]  # no teacher was needed
@@ -82,8 +117,13 @@ def test_distillation_example_trains_a_teacher_and_four_students(tiny_cifar: Pat
     assert deit_models.from_pretrained(tmp_path / "out" / "token" / "model").config.distilled
 
 
-def test_digits_example_compares_three_ways(tmp_path: Path) -> None:
-    pytest.importorskip("sklearn")
+def test_digits_example_compares_three_ways(
+    run: Callable[..., str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    datasets = pytest.importorskip("sklearn.datasets")
+    all_digits = datasets.load_digits()
+    some = SimpleNamespace(images=all_digits.images[:400], target=all_digits.target[:400])
+    monkeypatch.setattr(datasets, "load_digits", lambda: some)
     options = ["--out", tmp_path, "--seeds", 1, "--epochs", 1, "--ways", "head"]
     table = (tmp_path / "table.md").read_text(encoding="utf-8") if run("finetune_digits.py", *options) else ""
     way, accuracy, each, _ = (cell.strip() for cell in table.splitlines()[2].strip("|").split("|"))
@@ -91,7 +131,8 @@ def test_digits_example_compares_three_ways(tmp_path: Path) -> None:
     assert float(accuracy) > 90
 
 
-def test_transfer_example_goes_from_five_classes_to_five(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("small_models")
+def test_transfer_example_goes_from_five_classes_to_five(run: Callable[..., str], tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     for split, count in (("train", 8), ("test", 2)):
         for label in range(10):
@@ -111,7 +152,7 @@ def test_transfer_example_goes_from_five_classes_to_five(tmp_path: Path) -> None
     assert new == tuple(f"class {i}" for i in range(5, 10))
 
 
-def test_photos_and_cifar_examples_fine_tune_folders(tiny_cifar: Path, tmp_path: Path) -> None:
+def test_photos_and_cifar_examples_fine_tune_folders(run: Callable[..., str], tiny_cifar: Path, tmp_path: Path) -> None:
     lines = run("finetune_photos.py", tiny_cifar / "train", "--out", tmp_path / "photos").splitlines()
     assert lines[0].endswith("of 10 images that were set aside; by class:")
     assert lines[-1].split(": ")[1].split(" (")[0] == Path(lines[-1].split(": ")[0]).parent.name
@@ -123,7 +164,7 @@ def test_photos_and_cifar_examples_fine_tune_folders(tiny_cifar: Path, tmp_path:
 
 
 @pytest.mark.parametrize("rank", ["kingdom", "genus", "name"])
-def test_inaturalist_example_reads_the_competitions_format(tmp_path: Path, rank: str) -> None:
+def test_inaturalist_example_reads_the_competitions_format(run: Callable[..., str], tmp_path: Path, rank: str) -> None:
     taxa = [
         ("Aves", "Corvus", "Corvus corax"),
         ("Aves", "Corvus", "Corvus frugilegus"),
@@ -161,14 +202,14 @@ def test_inaturalist_example_reads_the_competitions_format(tmp_path: Path, rank:
 
 def test_photo_example_names_classes_of_the_demo_photograph_offline() -> None:
     pytest.importorskip("skimage")
-    lines = run("classify_photo.py").splitlines()
+    lines = run_as_a_user("classify_photo.py").splitlines()
     assert lines[0].endswith("Chelsea the cat")
     labels = {line.split()[1] for line in lines[1:]}
     assert len(labels) == 3
     assert labels <= set(deit_models.model_info("deit_micro_patch4_32").class_names)
 
 
-def test_photo_example_takes_files(tmp_path: Path) -> None:
+def test_photo_example_takes_files(run: Callable[..., str], tmp_path: Path) -> None:
     Image.new("RGB", (64, 48), "green").save(tmp_path / "ein grünes Bild.png")
     lines = run("classify_photo.py", tmp_path / "ein grünes Bild.png").splitlines()
     assert lines[0] == str(tmp_path / "ein grünes Bild.png")

@@ -79,9 +79,10 @@ ODD: list[tuple[type[ImageClassifier], Any, dict[str, Any]]] = [
 
 @cache  # models of one shape, trained differently, are measured once
 def measured(model_class: type[ImageClassifier], config: Any) -> int:
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = model_class(config).eval()
-        model(torch.empty(1, config.in_chans, *config.image_hw))
+    with torch.device("meta"):
+        model, x = model_class(config).eval(), torch.empty(1, config.in_chans, *config.image_hw)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(x)
     return counter.get_total_flops() // 2
 
 

@@ -431,7 +431,7 @@ def test_score_biases_are_not_decayed() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize("name", ["levit_128s", "levit_384"])
+@pytest.mark.parametrize("name", ["levit_128s", pytest.param("levit_384", marks=pytest.mark.slow)])
 @torch.inference_mode()
 def test_mixed_precision_survives_large_inputs_and_activations(name: str, dtype: torch.dtype) -> None:
     model = create_model(name, depth=(1, 1, 1))
