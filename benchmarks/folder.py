@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import shutil
 import statistics
@@ -29,9 +28,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from loading import machine, peak_mb
 
 SIDES = {
     "timm": "timm",
@@ -44,6 +44,7 @@ SIDES = {
     "deit-models, optimize, fast pixels": "native",
 }
 """Each side and the layout it loads. The words after the name say how it runs."""
+PACKAGES = ("torch", "torchvision", "pillow", "timm", "transformers", "openvino")
 REMEMBERED = ("deit-models", "deit-models, optimize, fast pixels")
 SUFFIXES = {".jpg", ".jpeg"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -160,15 +161,18 @@ def child(side: str, folder: str, files: str, batch: int, backend: str) -> None:
     seconds = time.perf_counter() - loaded
     if len(classes) != len(paths):
         raise SystemExit(f"{side} gave {len(classes)} results for {len(paths)} files")
-    row = {"images_per_s": len(paths) / seconds, "ready_s": loaded - start, "peak_mb": peak_mb(), "classes": classes}
+    row = {
+        "images_per_s": len(paths) / seconds,
+        "ready_s": loaded - start,
+        "peak_mb": peak_with_children_mb(),
+        "classes": classes,
+    }
     print(json.dumps(row))
 
 
-def peak_mb() -> float:
+def peak_with_children_mb() -> float:
     """Peak resident memory of this process and of the largest of its children, in MB."""
-    status = Path("/proc/self/status").read_text().splitlines()
-    own = next(int(line.split()[1]) for line in status if line.startswith("VmHWM"))
-    return (own + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss) / 1024
+    return peak_mb() + resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
 def start_child(side: str, folder: Path, files: Path, args: argparse.Namespace) -> dict[str, Any]:
@@ -220,7 +224,7 @@ def report(rows: dict[str, list[dict[str, Any]]], many: dict[str, float], args: 
     lines = [
         f"# Classifying a folder of {args.files} JPEG files with {args.model}",
         "",
-        f"{machine()}. {args.files} files by repeating {min(args.files, photo_count(args.photos))} photographs, "
+        f"{machine(PACKAGES)}. {args.files} files by repeating {min(args.files, photo_count(args.photos))} photographs, "
         f"batches of {args.batch}; medians of {args.rounds} interleaved rounds, one process each; "
         "`python benchmarks/folder.py PHOTOS`. Random weights; every side has the authors' evaluation transform. Top-1 "
         f"is the share of files with the class of deit-models' exact pixels; they have {len(set(exact))} classes.",
@@ -256,17 +260,6 @@ def report(rows: dict[str, list[dict[str, Any]]], many: dict[str, float], args: 
 def photo_count(photos: Path) -> int:
     """How many different ones there are."""
     return sum(path.suffix.lower() in SUFFIXES for path in photos.iterdir())
-
-
-def machine() -> str:
-    """Processor, cores and versions, for the head of a table."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((s.partition(":")[2].strip() for s in info.read_text().splitlines() if "model name" in s), cpu)
-    packages = ("torch", "torchvision", "pillow", "timm", "transformers", "openvino")
-    versions = ", ".join(f"{package} {version(package)}" for package in packages)
-    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def main() -> None:
