@@ -224,7 +224,7 @@ def report(rows: dict[str, list[dict[str, Any]]], many: dict[str, float], args: 
     lines = [
         f"# Classifying a folder of {args.files} JPEG files with {args.model}",
         "",
-        f"{machine(PACKAGES)}. {args.files} files by repeating {min(args.files, photo_count(args.photos))} photographs, "
+        f"{machine(PACKAGES)}. {args.files} files by repeating {min(args.files, photo_count(args.photos))} photos, "
         f"batches of {args.batch}; medians of {args.rounds} interleaved rounds, one process each; "
         "`python benchmarks/folder.py PHOTOS`. Random weights; every side has the authors' evaluation transform. Top-1 "
         f"is the share of files with the class of deit-models' exact pixels; they have {len(set(exact))} classes.",
