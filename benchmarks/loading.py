@@ -118,17 +118,15 @@ def report(name: str, rounds: int, medians: dict[str, dict[str, float]], file_mb
 
 def machine(packages: Sequence[str] = ("torch", "timm", "transformers", "safetensors")) -> str:
     """Processor, cores and versions, for the head of a table."""
-    cpu = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        cpu = next((s.partition(":")[2].strip() for s in info.read_text().splitlines() if "model name" in s), cpu)
+    from deit_models.deploy.timing import processor_name  # in here: a bare process of this script imports torch alone
+
     versions = []
     for package in packages:
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             versions.append(f"no {package}")
-    return f"{cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{processor_name()}, {os.cpu_count()} cores, Python {platform.python_version()}, {', '.join(versions)}"
 
 
 def main() -> None:
