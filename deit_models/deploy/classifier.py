@@ -67,9 +67,7 @@ class OptimizedClassifier(ImageClassifier):
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """The logits of x, (B, C, H, W) -> (B, num_classes) float32. Raises: ConfigError: x is no such batch."""
-        expected = (self.config.in_chans, *self.config.image_hw)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ConfigError(f"input of shape {tuple(x.shape)}; expected (B, {', '.join(map(str, expected))})")
+        self.check_input(x)
         if self.takes_pixels != (x.dtype == torch.uint8):
             wanted = "uint8 pixels" if self.takes_pixels else "normalised floats"
             raise ConfigError(f"input of type {x.dtype}; this model was optimised for {wanted}")
