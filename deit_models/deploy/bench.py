@@ -14,7 +14,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from .. import __version__
 from ..errors import ConfigError
 from ..hub.fetch import first_line
 from ..macs import count_macs
@@ -171,7 +170,7 @@ def table(model: str, rows: Sequence[Measurement], device: str = "cpu") -> str:
     about = ", ".join(f"{key} {value}" for key, value in machine(torch.device(device)).items() if value is not None)
     lines = [
         f"{model}, {height}x{width} pixels, {count_macs(config) / 1e9:.2f} G MACs, random weights, {device}",
-        f"deit-models {__version__}, {about}",
+        about,
         "",
         "| backend | precision | batch | images/s | p50 (ms) | p95 (ms) | peak memory (MB) |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .formats import Runner
 
-_LIBRARIES = ("torch", "openvino", "onnxruntime", "nncf")
+_LIBRARIES = ("deit-models", "torch", "openvino", "onnxruntime", "nncf")
 
 
 def call_times(run: Runner, example: Tensor, *, seconds: float, warm_up: int = 1) -> list[float]:
@@ -53,7 +53,7 @@ def processor_name() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the libraries that compute; None for one that is not installed."""
+    """The versions of this package and of what computes for it; None for one that is not installed."""
     found: dict[str, str | None] = {}
     for name in _LIBRARIES:
         try:
