@@ -26,7 +26,6 @@ from deit_models.deploy.backends import BACKENDS, BackendName, Job
 from deit_models.deploy.merging import TokenMerging, decreasing
 from deit_models.deploy.prepared import prepare
 from deit_models.models.layers import ImageClassifier
-from deit_models.transforms import decode_image
 
 SHIPPED = "deit_micro_patch4_32"
 MERGED, MERGED_224 = (0, 1, 2, 4, 6, 8), (0, 8, 16)
@@ -41,7 +40,7 @@ def cifar(folder: Path, model: ImageClassifier, limit: int | None) -> tuple[Tens
     names = sorted({file.parent.name for file in files})
     files = files[:: max(len(files) // limit, 1)] if limit else files
     transform = deit_models.transform_for(model)
-    images = torch.stack([transform(decode_image(file)) for file in files])
+    images = torch.stack([transform(file) for file in files])
     return images, torch.tensor([names.index(file.parent.name) for file in files])
 
 
