@@ -6,7 +6,8 @@
 Random weights at the model's own size. Each side is a process of its own that builds its model once, then waits; the
 sides are timed in turns, and medians over the rounds are compared. A side that is not installed is left out, and so are
 the bf16 sides where the processor would only imitate bf16. What `optimize` chooses it has chosen before, in another
-process, as on any second call. `--write` writes the table after every cell, and the picture beside it at the end.
+process, as on any second call. How forms in bf16 and int8 agree is not asked here, since random weights have no answers
+worth keeping: see accuracy.py. `--write` writes the tables after every cell, and the picture beside it at the end.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from torch import Tensor
 import deit_models
 from deit_models.deploy.timing import call_times, has_bf16
 
-OURS = "deit-models"
+OURS, OURS_INT8 = "deit-models", "deit-models int8"
+OPENVINO_INT8 = "OpenVINO int8"
 Run = Callable[[Tensor], Any]
 
 
@@ -86,7 +88,12 @@ def in_openvino(name: str, images: Tensor, _: Path, *, precision: str = "f32") -
     """The model of timm converted and compiled with the default options, one call a batch."""
     import openvino
 
-    model = openvino.convert_model(timm_model(name), example_input=images)
+    return _run_openvino(openvino.convert_model(timm_model(name), example_input=images), precision)
+
+
+def _run_openvino(model: Any, precision: str) -> Run:
+    import openvino
+
     run = openvino.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": precision})
     return lambda batch: torch.from_numpy(run(batch.numpy())[0])
 
@@ -94,6 +101,17 @@ def in_openvino(name: str, images: Tensor, _: Path, *, precision: str = "f32") -
 def in_openvino_bf16(name: str, images: Tensor, folder: Path) -> Run:
     """The same in bf16."""
     return in_openvino(name, images, folder, precision="bf16")
+
+
+def in_openvino_int8(name: str, images: Tensor, _: Path) -> Run:
+    """The same quantised by NNCF with its options for transformers; the default precision for what stays in floats."""
+    import nncf
+    import openvino
+
+    model = openvino.convert_model(timm_model(name), example_input=images)
+    ranges = nncf.Dataset([image.numpy() for image in images[:1].expand(8, -1, -1, -1).split(1)])
+    model = nncf.quantize(model, ranges, model_type=nncf.ModelType.TRANSFORMER)
+    return _run_openvino(model, "bf16" if has_bf16(torch.device("cpu")) else "f32")
 
 
 def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
@@ -109,7 +127,14 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
 
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
     """What `optimize` gives, chosen before: see `choose`."""
-    return deit_models.optimize(deit_models.create_model(name), sample=images, cache_dir=folder)
+    options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
+    return deit_models.optimize(deit_models.create_model(name), **options)
+
+
+def optimized_int8(name: str, images: Tensor, folder: Path) -> Run:
+    """The same in int8, for which it has to be asked."""
+    options: dict[str, Any] = {"precision": "int8", "calibration": images[:8], "cache_dir": folder, "min_agreement": 0}
+    return deit_models.optimize(deit_models.create_model(name), sample=images, **options)
 
 
 SIDES = {
@@ -122,6 +147,8 @@ SIDES = {
     "OpenVINO bf16": Side(in_openvino_bf16, "openvino", bf16=True),
     "ONNX Runtime": Side(in_onnxruntime, "onnxruntime"),
     OURS: Side(optimized, "deit_models"),
+    OPENVINO_INT8: Side(in_openvino_int8, "nncf"),
+    OURS_INT8: Side(optimized_int8, "nncf"),
 }
 PEAK = "peak"
 
@@ -188,19 +215,22 @@ class Cell(NamedTuple):
 
     @property
     def best_peer(self) -> str:
-        """The fastest side besides ours."""
-        return max((side for side in self.rates if side not in (OURS, PEAK)), key=self.median)
+        """The fastest side that computes in floats, besides ours."""
+        return max((side for side in self.rates if side not in (OURS, OURS_INT8, OPENVINO_INT8, PEAK)), key=self.median)
 
-    def ratio(self, side: str) -> float:
+    def ratio(self, ours: str, side: str) -> str:
         """Ours to theirs: the median of the rounds' ratios, since a machine changes from round to round."""
-        return statistics.median(a / b for a, b in zip(self.rates[OURS], self.rates[side], strict=True))
+        if not {ours, side} <= set(self.rates):
+            return ""
+        return f"{statistics.median(a / b for a, b in zip(self.rates[ours], self.rates[side], strict=True)):.2f}"
 
 
 def measure(name: str, batch_size: int, sides: list[str], args: argparse.Namespace) -> Cell:
     """All sides of a cell, in turns."""
     with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
         folder = Path(made)
-        Child(OURS, name, batch_size, folder).close()  # which measures and keeps what is fastest
+        if OURS in sides:
+            Child(OURS, name, batch_size, folder).close()  # which measures and keeps what is fastest
         children = {}
         for side in [*sides, PEAK]:
             children[side] = Child(side, name, batch_size, folder)
@@ -209,34 +239,48 @@ def measure(name: str, batch_size: int, sides: list[str], args: argparse.Namespa
         for _ in range(args.rounds):
             for side, child in children.items():
                 rates[side].append(child.rate(args.seconds))
-        return Cell(name, batch_size, rates, children[OURS].choice)
+        return Cell(name, batch_size, rates, children[OURS].choice if OURS in children else "")
 
 
 def report(cells: list[Cell], sides: list[str], args: argparse.Namespace) -> str:
     """Rates, ratios and shares of the peak as Markdown."""
     kind = "bf16" if has_bf16(torch.device("cpu")) else "float32"
-    peers = [side for side in sides if side != OURS]
-    packages = ("torch", "timm", "transformers", "openvino", "onnxruntime")
+    packages = ("torch", "timm", "transformers", "openvino", "onnxruntime", "nncf")
     lines = [
         "# Inference (images/s)",
         "",
         f"{machine(packages)}, {torch.backends.cpu.get_cpu_capability()}. Random weights, 224 pixels. Medians of "
-        f"{args.rounds} interleaved rounds of {args.seconds:g} s, one process each; "
-        f"`python benchmarks/inference.py`. Ratios are medians of the rounds' ratios; the share is that of the "
-        f"{kind} matrix peak measured beside it (2048 x 2048), counting the model's own multiply-accumulates.",
+        f"{args.rounds} interleaved rounds of {args.seconds:g} s, one process each; `python benchmarks/inference.py`.",
         "",
-        f"| model | batch | {' | '.join(peers)} | {OURS} | chosen | to the best peer | to timm | share of the peak |",
-        f"| --- | ---: |{' ---: |' * len(peers)} ---: | --- | ---: | ---: | ---: |",
+        f"| model | batch | {' | '.join(sides)} |",
+        f"| --- | ---: |{' ---: |' * len(sides)}",
     ]
     for cell in cells:
-        rates = " | ".join(f"{cell.median(side):.1f}" for side in peers)
+        lines.append(row(cell, *(f"{cell.median(side):.1f}" for side in sides)))
+    if OURS not in sides:
+        return "\n".join(lines) + "\n"
+    lines += [
+        "",
+        "Ratios are medians of the rounds' ratios, and the best peer is the best of those that compute in floats. The "
+        f"share is that of the {kind} matrix peak measured beside it (2048 x 2048), counting the model's own "
+        "multiply-accumulates.",
+        "",
+        f"| model | batch | chosen | {OURS} to the best peer | to timm | share of the peak "
+        f"| {OURS_INT8} to {OPENVINO_INT8} | to the best peer | to timm |",
+        "| --- | ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for cell in cells:
+        best = cell.best_peer
         used = 2 * deit_models.count_macs(cell.model) * cell.median(OURS) / cell.median(PEAK)
-        to_timm = f"{cell.ratio('timm'):.2f}" if "timm" in cell.rates else ""
-        lines.append(
-            f"| `{cell.model}` | {cell.batch_size} | {rates} | {cell.median(OURS):.1f} | {cell.choice} "
-            f"| {cell.ratio(cell.best_peer):.2f} ({cell.best_peer}) | {to_timm} | {used:.0%} |"
-        )
+        ratios = [f"{cell.ratio(OURS, best)} ({best})", cell.ratio(OURS, "timm"), f"{used:.0%}"]
+        ratios += [cell.ratio(OURS_INT8, side) for side in (OPENVINO_INT8, best, "timm")]
+        lines.append(row(cell, cell.choice, *ratios))
     return "\n".join(lines) + "\n"
+
+
+def row(cell: Cell, *figures: str) -> str:
+    """A line of a table."""
+    return f"| `{cell.model}` | {cell.batch_size} | {' | '.join(figures)} |"
 
 
 def draw(cells: list[Cell], sides: list[str], file: Path) -> None:
@@ -247,7 +291,7 @@ def draw(cells: list[Cell], sides: list[str], file: Path) -> None:
     width = 0.8 / len(sides)
     for i, side in enumerate(sides):
         heights = [cell.median(side) / cell.median("timm") for cell in cells]
-        color = "black" if side == OURS else None
+        color = {OURS: "black", OURS_INT8: "dimgrey"}.get(side)
         axes.bar(
             [x + (i - (len(sides) - 1) / 2) * width for x in range(len(cells))], heights, width, label=side, color=color
         )
@@ -284,10 +328,9 @@ def main() -> None:
         for batch_size in args.batches:
             cells.append(measure(name, batch_size, sides, args))
             text = report(cells, sides, args)
-            print(text.splitlines()[-1], flush=True)
+            print(f"{text}\n", flush=True)
             if args.write:
                 args.write.write_text(text, encoding="utf-8")
-    print(text)
     if args.write and "timm" in sides:
         draw(cells, sides, args.write.with_suffix(".png"))
 

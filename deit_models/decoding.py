@@ -162,10 +162,11 @@ def _check_picture(image: PIL.Image.Image, name: str) -> None:
 
 
 def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Decode, turn upright, convert to RGB."""
+    """Decode, turn upright in place, which copies nothing of a photograph that is upright already, convert to RGB."""
     _check_picture(image, name)
     image.load()
-    return to_rgb(PIL.ImageOps.exif_transpose(image))
+    PIL.ImageOps.exif_transpose(image, in_place=True)
+    return to_rgb(image)
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
@@ -192,7 +193,8 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, PIL.Image.Image):
         name = getattr(source, "filename", "") or "PIL image"
         with _explained(name):
-            return _show(source, name)
+            _check_picture(source, name)
+            return to_rgb(PIL.ImageOps.exif_transpose(source))  # a copy: the caller's image stays as it is
     if isinstance(source, Tensor):
         tensor = source.detach()
     elif hasattr(source, "__array_interface__"):

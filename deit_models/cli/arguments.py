@@ -84,6 +84,12 @@ def loading(args: argparse.Namespace) -> dict[str, Any]:
     return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 
+def add_token_merging(parser: argparse.ArgumentParser) -> None:
+    """The option `--token-merging`."""
+    text = "patch tokens that every block merges into others like them: faster, and other logits; default none"
+    parser.add_argument("--token-merging", type=at_least(0), metavar="N", help=text)
+
+
 def add_data(parser: argparse.ArgumentParser, text: str) -> None:
     """The argument for labelled images and the options that belong to it; `open_data` reads them."""
     parser.add_argument("data", help=text)

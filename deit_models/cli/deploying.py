@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .arguments import EXIT_OK, add_json, add_loading, at_least, command, device, loading
+from .arguments import EXIT_OK, add_json, add_loading, add_token_merging, at_least, command, device, loading
 
 _FORMATS = ("onnx", "openvino", "torch-export")
 
@@ -26,6 +26,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--preprocessing", action="store_true", help=text)
     text = "by how much a logit may differ from the model's, default 1e-4"
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
+    add_token_merging(parser)
     parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
     add_loading(parser)
     add_json(parser)
@@ -38,7 +39,8 @@ def _run_export(args: argparse.Namespace) -> int:
 
     kind = args.format or format_of(args.file)
     model = from_pretrained(args.source, model=args.model, **loading(args))
-    done = export(model, args.file, format=kind, preprocessing=args.preprocessing, tolerance=args.tolerance)
+    options = {"preprocessing": args.preprocessing, "tolerance": args.tolerance}
+    done = export(model, args.file, format=kind, token_merging=args.token_merging or 0, **options)
     if args.json:
         print(json.dumps(asdict(done), default=str))
     else:
@@ -59,7 +61,7 @@ def add_bench(commands: Any) -> None:
     text = "model (as it is), eager, inductor, openvino, onnxruntime; default: all that work here"
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help=text)
     text = "default: float32, and bf16 where the device computes in it by itself"
-    parser.add_argument("--precision", choices=["float32", "bf16"], help=text)
+    parser.add_argument("--precision", choices=["float32", "bf16", "int8"], help=text)
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps, ...; default cpu")
     text = "how long each is timed, default 3; two calls at least"
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help=text)

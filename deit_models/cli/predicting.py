@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ConfigError, ImageError
-from .arguments import EXIT_FAILED, EXIT_OK, add_loading, command, device, loading
+from .arguments import EXIT_FAILED, EXIT_OK, add_loading, add_token_merging, command, device, loading
 from .progress import with_progress
 
 if TYPE_CHECKING:
@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from ..predict import Classifier
     from ..results import Written
 
-_JUDGES = 64
+_JUDGES, _CALIBRATION = 64, 128
+_TUNING = ("precision", "min_agreement", "token_merging")
 
 
 def add_predict(commands: Any) -> None:
@@ -38,6 +39,11 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--fast-pixels", action="store_true", help=text)
     text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
     parser.add_argument("--optimize", action="store_true", help=text)
+    text = "of --optimize: auto (default) takes bf16 where it is faster and agrees; int8 is fitted to the first images"
+    parser.add_argument("--precision", choices=["auto", "float32", "bf16", "int8"], help=text)
+    text = "of --optimize: share of the first images that must keep their class, default 0.99"
+    parser.add_argument("--min-agreement", type=float, metavar="X", help=text)
+    add_token_merging(parser)
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
@@ -50,6 +56,9 @@ def _run_predict(args: argparse.Namespace) -> int:
     from ..predict import find_images
     from ..results import Summary, write_results, written_name
 
+    for name in _TUNING:
+        if getattr(args, name) is not None and not args.optimize:
+            raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
     paths = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
     total, before = len(paths), _written(args)
     if before is not None:
@@ -77,19 +86,20 @@ def _classifier(args: argparse.Namespace, paths: list[Path]) -> Classifier:
         return classifier
     from ..deploy.optimize import optimize
 
-    judges = _first_readable(paths, classifier.transform.levels)
-    fast = optimize(
-        classifier.model, sample=args.batch_size, calibration=judges, preprocessing=True, cache_dir=args.cache_dir
-    )
+    count = _CALIBRATION if args.precision == "int8" else _JUDGES
+    judges = _readable(paths[:count], classifier.transform.levels)
+    tuning = {name: given for name in _TUNING if (given := getattr(args, name)) is not None}
+    tuning |= {"sample": args.batch_size, "calibration": judges, "cache_dir": args.cache_dir}
+    fast = optimize(classifier.model, preprocessing=True, **tuning)
     return Classifier(fast, labels=classifier.labels, **options)
 
 
-def _first_readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | None:
-    """Some of the images that are to be classified, for `optimize` to judge half precision by."""
+def _readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | None:
+    """Some of the images that are to be classified, for `optimize` to judge by."""
     import torch
 
     found = []
-    for path in paths[:_JUDGES]:
+    for path in paths:
         with suppress(ImageError):
             found.append(decode(path))
     return torch.stack(found) if found else None

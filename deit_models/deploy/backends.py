@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import logging
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .formats import FORMATS, Runner, extra_needed, openvino_model, quiet
 from .prepared import Prepared
+from .timing import has_bf16, has_int8_products
 
 BackendName = Literal["eager", "inductor", "openvino", "onnxruntime"]
 Precision = Literal["float32", "bf16", "int8"]
@@ -102,7 +104,8 @@ def _openvino(job: Job) -> Runner:
     with extra_needed("OpenVINO"):
         import openvino
     core = openvino.Core()
-    if job.precision == "bf16" and "BF16" not in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES"):
+    has_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if job.precision == "bf16" and not has_bf16:
         raise ConfigError("this processor has no bfloat16 of its own")
     model = openvino_model(job.prepared, job.example[:1].expand(2, -1, -1, -1).contiguous())
     if job.precision == "int8":
@@ -111,13 +114,27 @@ def _openvino(job: Job) -> Runner:
     threads = torch.get_num_threads()
     streams = min(len(job.example), threads)
     options = {
-        "INFERENCE_PRECISION_HINT": "bf16" if job.precision == "bf16" else "f32",
+        # int8 leaves norms and the softmax to floats, which are rounded once more on the way in
+        "INFERENCE_PRECISION_HINT": "bf16" if has_bf16 and job.precision != "float32" else "f32",
         "NUM_STREAMS": str(streams),
         "INFERENCE_NUM_THREADS": threads,
     }
-    queue = openvino.AsyncInferQueue(core.compile_model(model, "CPU", options), streams)
+
+    @functools.cache
+    def compiled(size: int) -> Any:
+        """For that many images at once, which is faster, or with -1 for any number."""
+        shaped = model.clone()
+        shaped.reshape([size, *job.example.shape[1:]])
+        return openvino.AsyncInferQueue(core.compile_model(shaped, "CPU", options), streams)
+
+    def piece_size(count: int) -> int:
+        return min(-(-count // streams), _STREAM_PIECE)
+
+    usual = piece_size(len(job.example))
 
     def run(images: Tensor) -> Tensor:
+        fits = len(images) % usual == 0
+        queue, size = (compiled(usual), usual) if fits else (compiled(-1), piece_size(len(images)))
         found: dict[int, Tensor] = {}
 
         def collect(request: Any, index: int) -> None:
@@ -125,11 +142,10 @@ def _openvino(job: Job) -> Runner:
             found[index] = torch.from_numpy(request.get_output_tensor().data.copy())
 
         queue.set_callback(collect)
-        pieces = torch.split(images.contiguous(), min(-(-len(images) // streams), _STREAM_PIECE))
-        for index, piece in enumerate(pieces):
+        for index, piece in enumerate(torch.split(images.contiguous(), size)):
             queue.start_async(piece.numpy(), index)
         queue.wait_all()
-        return torch.cat([found[index] for index in range(len(pieces))])
+        return torch.cat([found[index] for index in range(len(found))])
 
     return run
 
@@ -137,9 +153,10 @@ def _openvino(job: Job) -> Runner:
 def _quantized(model: Any, job: Job) -> Any:
     """The network with weights and activations in 8 bits where NNCF finds that a transformer bears it.
 
-    Differs from NNCF's defaults, with which more than twice as many answers change on a processor with AVX2 alone:
+    Differs from NNCF's defaults, with which more than twice as many answers change:
 
-    - Weights use half their range: without 8-bit dot products two of them are summed in 16 bits, which overflow.
+    - Weights use half their range where a processor has no 8-bit dot products: it sums two of them in 16 bits, which
+      overflow.
     - Ranges of activations are symmetric.
     - Convolutions, which turn pixels into the first tokens, stay in float32.
     """
@@ -149,6 +166,7 @@ def _quantized(model: Any, job: Job) -> Any:
         import nncf
     logging.getLogger("nncf").setLevel(logging.ERROR)
     batches = nncf.Dataset([image.contiguous().numpy() for image in torch.split(job.calibration, 1)])
+    overflow = nncf.OverflowFix.DISABLE if has_int8_products() else nncf.OverflowFix.ENABLE
     # it draws progress bars on the standard output
     with quiet(), contextlib.redirect_stdout(io.StringIO()):
         return nncf.quantize(
@@ -158,7 +176,7 @@ def _quantized(model: Any, job: Job) -> Any:
             model_type=nncf.ModelType.TRANSFORMER,
             subset_size=len(job.calibration),
             ignored_scope=nncf.IgnoredScope(types=["Convolution"], validate=False),
-            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=nncf.OverflowFix.ENABLE),
+            advanced_parameters=nncf.AdvancedQuantizationParameters(overflow_fix=overflow),
         )
 
 
@@ -176,6 +194,11 @@ BACKENDS: dict[BackendName, Backend] = {
     "openvino": Backend(_openvino, ("float32", "bf16", "int8")),
     "onnxruntime": Backend(_onnxruntime, ("float32",)),
 }
+
+
+def precisions_here(device: torch.device) -> tuple[Precision, ...]:
+    """What a device computes in by itself, apart from int8, which needs images."""
+    return ("float32", "bf16") if has_bf16(device) else ("float32",)
 
 
 def network_dtype(backend: BackendName, precision: Precision) -> torch.dtype:

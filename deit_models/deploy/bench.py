@@ -10,7 +10,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -19,10 +19,10 @@ from ..hub.fetch import first_line
 from ..macs import count_macs
 from ..models.layers import ImageClassifier
 from ..registry import create_model
-from .backends import BACKENDS, BackendName, Job, Precision, network_dtype
+from .backends import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
 from .formats import Runner, quiet
 from .prepared import prepare
-from .timing import call_times, has_bf16, machine
+from .timing import call_times, machine
 
 _WARM_UP = 3
 
@@ -78,11 +78,12 @@ def bench(
         model: a name or an architecture file, as `create_model` takes it; speed does not depend on the weights.
         batch_sizes: images a call.
         backends: of those `optimize` knows, and "model" for the model as it is; all if empty.
-        precision: "float32" or "bf16"; by default both where the device computes in bf16 by itself, else float32.
+        precision: "float32", "bf16" or "int8", whose ranges random images give; by default float32, and bf16 where the
+            device computes in it by itself.
         device: where to run.
         seconds: how long each is timed; two calls at least.
 
-    Raises: ConfigError: an unknown backend, a batch below 1, int8, which needs images. UnknownModelError: the name.
+    Raises: ConfigError: an unknown backend or precision, a batch below 1. UnknownModelError: the name.
     """
     known = ("model", *BACKENDS)
     for name in backends:
@@ -90,9 +91,9 @@ def bench(
             raise ConfigError(f"backend {name!r}; expected one of {', '.join(known)}")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes={list(batch_sizes)}; expected numbers of images, 1 or more")
-    if precision not in (None, "float32", "bf16"):
-        raise ConfigError(f"precision={precision!r}; expected 'float32' or 'bf16'")
-    create_model(model)  # an unknown name is told here, not by every process
+    if precision not in (None, *get_args(Precision)):
+        raise ConfigError(f"precision={precision!r}; expected one of {', '.join(get_args(Precision))}")
+    create_model(model, device="meta")  # an unknown name is told here, not by every process
     ways = _ways(backends or known, precision, torch.device(device))
     cases = [Case(model, *way, batch_size, device, seconds) for batch_size in batch_sizes for way in ways]
     return map(_in_own_process, cases)
@@ -101,7 +102,7 @@ def bench(
 def _ways(
     wanted: Sequence[str], precision: Precision | None, device: torch.device
 ) -> list[tuple[BackendName | Literal["model"], Precision]]:
-    kinds = (precision,) if precision else ("float32", "bf16") if has_bf16(device) else ("float32",)
+    kinds = (precision,) if precision else precisions_here(device)
     ways: list[tuple[BackendName | Literal["model"], Precision]] = [("model", "float32")] if "model" in wanted else []
     for name, backend in BACKENDS.items():
         if name in wanted and device.type in backend.devices:
@@ -147,7 +148,7 @@ def _runner(model: ImageClassifier, case: Case, images: torch.Tensor) -> Runner:
     if case.backend == "model":
         return lambda x: model(x)
     prepared = prepare(model, dtype=network_dtype(case.backend, case.precision))
-    return BACKENDS[case.backend].build(Job(prepared, images, case.precision))
+    return BACKENDS[case.backend].build(Job(prepared, images, case.precision, calibration=images))
 
 
 def _peak_mb(device: torch.device) -> float:
@@ -165,7 +166,7 @@ def _peak_mb(device: torch.device) -> float:
 
 def table(model: str, rows: Sequence[Measurement], device: str = "cpu") -> str:
     """What was measured as Markdown, with all that the figures depend on."""
-    config = create_model(model).config
+    config = create_model(model, device="meta").config
     height, width = config.image_hw
     about = ", ".join(f"{key} {value}" for key, value in machine(torch.device(device)).items() if value is not None)
     lines = [

@@ -19,7 +19,7 @@ from ..models.layers import ImageClassifier
 from ..predict import class_labels
 from .formats import FORMATS, Format, FormatName, open_exported
 from .merging import TokenMerging, merging_plan
-from .prepared import Normalise, Prepared, prepare
+from .prepared import Prepared, as_input, prepare
 
 TOLERANCE = 1e-4
 """By how much a logit may differ from the model's, in float32."""
@@ -123,15 +123,11 @@ def describe(model: ImageClassifier, *, pixels: bool) -> dict[str, Any]:
 
 
 def _images(model: ImageClassifier, count: int, *, pixels: bool) -> Tensor:
-    """Random images of a model's input size, on the CPU; normalised ones are the same pixels after the transform."""
+    """Random images of a model's input size, on the CPU; with the same count, the same ones."""
     generator = torch.Generator().manual_seed(count)
     shape = (count, model.config.in_chans, *model.config.image_hw)
     drawn = torch.randint(0, 256, shape, generator=generator).to(torch.uint8)
-    if pixels:
-        return drawn
-    if model.origin is None or len(model.origin.preprocessing.mean) != shape[1]:
-        return drawn.float() / 64 - 2
-    return Normalise(model.origin.preprocessing).float()(drawn.float())
+    return as_input(model, drawn, pixels=pixels)
 
 
 def _difference(reference: Prepared, model: ImageClassifier, file: Path, *, pixels: bool) -> float:

@@ -17,13 +17,13 @@ from ..errors import AgreementError, ConfigError
 from ..hub.fetch import Access, first_line
 from ..models.layers import ImageClassifier
 from ..transforms import EvalTransform
-from .backends import BACKENDS, BackendName, Job, Precision, network_dtype
+from .backends import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
 from .classifier import Agreement, Choice, OptimizedClassifier
 from .decisions import Timing, decision_key, keep, recall
 from .formats import Runner, quiet
 from .merging import TokenMerging, merging_plan
-from .prepared import Normalise, prepare
-from .timing import call_times, has_bf16
+from .prepared import as_input, prepare
+from .timing import call_times
 
 logger = logging.getLogger(__name__)
 
@@ -214,15 +214,11 @@ def _random_images(model: ImageClassifier, count: int, *, pixels: bool) -> Tenso
     chans, (height, width) = model.config.in_chans, model.config.image_hw
     coarse = torch.rand(count, chans, 5, 5, generator=generator)
     levels = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True) * 255
-    if pixels:
-        return levels.to(torch.uint8)
-    if model.origin is None or len(model.origin.preprocessing.mean) != chans:
-        return levels / 64 - 2
-    return Normalise(model.origin.preprocessing).float()(levels)
+    return as_input(model, levels.to(torch.uint8), pixels=pixels)
 
 
 def _candidates(precision: str, backend: str, device: torch.device) -> list[tuple[BackendName, Precision]]:
-    wanted = (precision,) if precision != "auto" else ("float32", "bf16") if has_bf16(device) else ("float32",)
+    wanted = precisions_here(device) if precision == "auto" else (precision,)
     return [
         (name, kind)
         for name, known in BACKENDS.items()

@@ -69,3 +69,9 @@ def has_bf16(device: torch.device) -> bool:
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = torch.cpu.get_capabilities()
     return device.type == "cpu" and any(known.get(name, False) for name in ("amx_bf16", "avx512_bf16", "bf16"))
+
+
+def has_int8_products() -> bool:
+    """Whether the processor sums products of 8-bit numbers in 32 bits at once, as OpenVINO's int8 wants it."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in ("amx_int8", "avx512_vnni", "avx_vnni"))

@@ -29,6 +29,13 @@ def test_export_writes_a_file_and_says_how_well_it_agrees(tiny, tmp_path, capsys
         torch.testing.assert_close(open_exported(path)(pixels), model((1 - mean) / std * torch.ones(1, 3, 32, 32)))
 
 
+def test_export_may_merge_tokens(tiny, tmp_path, capsys):
+    path = tmp_path / "tiny.pt2"
+    assert main(["export", str(tiny), str(path), "--token-merging", "3"]) == 0
+    assert set(read_metadata(path)["token_merging"]) == {3}
+    capsys.readouterr()
+
+
 def test_export_as_json(tiny, tmp_path, capsys):
     path = tmp_path / "tiny.pt2"
     assert main(["export", str(tiny), str(path), "--json"]) == 0

@@ -101,6 +101,24 @@ def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, 
         assert a["predictions"][0]["probability"] == pytest.approx(b["predictions"][0]["probability"], abs=1e-4)
 
 
+def test_how_to_optimize_is_passed_on(tiny, photos, monkeypatch, capsys):
+    from deit_models.deploy import optimize as module
+
+    seen = []
+    monkeypatch.setattr(module, "optimize", lambda model, **options: seen.append(options) or model)
+    arguments = ["predict", str(photos), "--model", str(tiny), "--optimize"]
+    tuning = ["--precision", "int8", "--min-agreement", "0.9", "--token-merging", "2"]
+    assert main([*arguments, *tuning]) == main(arguments) == 0
+    capsys.readouterr()
+    assert (seen[0]["precision"], seen[0]["min_agreement"], seen[0]["token_merging"]) == ("int8", 0.9, 2)
+    assert not {"precision", "min_agreement", "token_merging"} & set(seen[1])
+
+
+@pytest.mark.parametrize("option", [["--precision", "int8"], ["--min-agreement", "0.9"], ["--token-merging", "2"]])
+def test_how_to_optimize_without_optimize_is_refused(tiny, photos, option, capsys):
+    assert f"{option[0]} is for --optimize; pass both" in failure(capsys, "predict", photos, "--model", tiny, *option)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_three_broken_files_of_fifty_are_counted_named_and_give_status_1(tiny, tmp_path, workers, capsys):
     folder = tmp_path / "photos"

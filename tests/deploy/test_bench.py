@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deit_models import ConfigError, UnknownModelError
+from deit_models.deploy import backends, timing
 from deit_models.deploy import bench as benching
-from deit_models.deploy import timing
 from deit_models.deploy.backends import BACKENDS, Job
 from deit_models.deploy.bench import Case, Measurement, bench, measure, table
 from deit_models.deploy.formats import Runner
@@ -52,7 +52,7 @@ def test_all_ways_are_measured_and_bf16_only_where_it_is_native(monkeypatch: pyt
     cases: list[Case] = []
     monkeypatch.setattr(benching, "_in_own_process", cases.append)
     for native in (False, True):
-        monkeypatch.setattr(benching, "has_bf16", lambda _, native=native: native)
+        monkeypatch.setattr(backends, "has_bf16", lambda _, native=native: native)
         cases.clear()
         list(bench(MICRO, batch_sizes=(1, 8)))
         assert {c.batch_size for c in cases} == {1, 8}
@@ -105,7 +105,7 @@ def test_the_table_says_what_the_figures_depend_on() -> None:
         ),
         ({"batch_sizes": [0]}, r"batch_sizes=\[0\]; expected numbers of images, 1 or more"),
         ({"batch_sizes": []}, r"batch_sizes=\[\]"),
-        ({"precision": "int8"}, "precision='int8'; expected 'float32' or 'bf16'"),
+        ({"precision": "fp8"}, "precision='fp8'; expected one of float32, bf16, int8"),
     ],
 )
 def test_what_cannot_be_measured_is_refused(options: dict[str, object], message: str) -> None:

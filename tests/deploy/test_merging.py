@@ -11,6 +11,7 @@ from small_models import TINY, build, normalised, pixels
 
 import deit_models
 from deit_models import AgreementError, ConfigError
+from deit_models.deploy import backends
 from deit_models.deploy import optimize as optimizing
 from deit_models.deploy.formats import open_exported, quiet, read_metadata
 from deit_models.deploy.merging import (
@@ -253,7 +254,7 @@ def test_too_little_agreement_is_refused_with_the_measured_share(tmp_path: Path)
 
 def test_a_kept_choice_is_kept_for_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(optimizing, "_ROUND_S", 0.001)
-    monkeypatch.setattr(optimizing, "has_bf16", lambda _: True)  # or there would be one way only, and nothing to keep
+    monkeypatch.setattr(backends, "has_bf16", lambda _: True)  # or there would be one way only, and nothing to keep
     model = build("deit")
     for merging in (0, 2, (2, 2), (4, 0)):
         deit_models.optimize(

