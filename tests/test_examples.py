@@ -1,4 +1,4 @@
-"""The examples run as they are."""
+"""The examples run as they are, and the benchmarks start."""
 
 import json
 import os
@@ -242,3 +242,15 @@ def test_fine_tuning_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPat
             exec("".join(cell["source"]), namespace)
     assert namespace["result"].metrics["val"]["top1"] > 80
     assert namespace["result"].model.origin.class_names == ("chelsea", "coffee", "rocket")
+
+
+@pytest.mark.parametrize("script", sorted(path.name for path in (ROOT / "benchmarks").glob("*.py")))
+def test_benchmarks_import_and_say_what_they_take(
+    script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    monkeypatch.setattr(sys, "argv", [script, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+    assert ended.value.code == 0
+    assert f"benchmarks/{script}" in capsys.readouterr().out
