@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -128,7 +129,7 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
     """What `optimize` gives, chosen before: see `choose`."""
     options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
-    return deit_models.optimize(deit_models.create_model(name), **options)
+    return deit_models.optimize(deit_models.create_model(name), backend=os.environ[BACKEND], **options)
 
 
 def optimized_int8(name: str, images: Tensor, folder: Path) -> Run:
@@ -151,6 +152,7 @@ SIDES = {
     OURS_INT8: Side(optimized_int8, "nncf"),
 }
 PEAK = "peak"
+BACKEND = "OPTIMIZE_BACKEND"
 
 
 def serve(side: str, name: str, batch_size: int, folder: Path, out: IO[str]) -> None:
@@ -309,6 +311,7 @@ def main() -> None:
     parser.add_argument("--models", nargs="+", default=models, help="default: %(default)s")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="default: %(default)s")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all that are installed")
+    parser.add_argument("--backend", default="auto", help="what `optimize` may choose from; one by name is quicker")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=2.0, help="of each side in a round; default: %(default)s")
     parser.add_argument("--write", type=Path, help="also write the table there")
@@ -319,6 +322,7 @@ def main() -> None:
         answers, sys.stdout = sys.stdout, sys.stderr  # exporters print what they please
         serve(side, name, int(batch_size), Path(folder), answers)
         return
+    os.environ[BACKEND] = args.backend  # the sides inherit it
     native = has_bf16(torch.device("cpu"))
     sides = args.sides or [
         name for name, side in SIDES.items() if importlib.util.find_spec(side.package) and (native or not side.bf16)
