@@ -113,3 +113,18 @@ def test_what_cannot_be_measured_is_refused(options: dict[str, object], message:
         bench(MICRO, **options)
     with pytest.raises(UnknownModelError):
         bench("deit_micro_patch4_33")
+
+
+@pytest.mark.parametrize(("known", "found"), [({"avx2": True, "avx512_vnni": True}, True), ({"avx2": True}, False)])
+def test_products_of_8_bits_are_known_from_the_processor(
+    known: dict[str, bool], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert timing.has_int8_products() is found
+
+
+def test_int8_is_measured_with_random_ranges() -> None:
+    pytest.importorskip("nncf")
+    row = measure(case("openvino", "int8"))
+    assert (row.precision, row.error) == ("int8", None)
+    assert row.images_per_second > 0
