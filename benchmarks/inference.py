@@ -127,7 +127,7 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
 
 
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
-    """What `optimize` gives, chosen before: see `choose`."""
+    """What `optimize` gives, chosen before: see `measure`."""
     options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
     return deit_models.optimize(deit_models.create_model(name), backend=os.environ[BACKEND], **options)
 

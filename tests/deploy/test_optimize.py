@@ -20,6 +20,7 @@ from deit_models.deploy.backends import BACKENDS, Backend, BackendName, Job
 from deit_models.deploy.decisions import decision_key
 from deit_models.deploy.formats import Runner, quiet
 from deit_models.deploy.prepared import prepare
+from deit_models.models.layers import ImageClassifier
 
 
 @pytest.fixture(autouse=True)
@@ -286,14 +287,26 @@ def test_disagreement_is_refused_with_the_measured_share(
         deit_models.optimize(model, precision=precision, calibration=images, **options)
 
 
+def photograph_crops(model: ImageClassifier) -> torch.Tensor:
+    """48 parts of four photographs; on random images the answers are so close that 8 bits change some by chance."""
+    data = pytest.importorskip("skimage.data")
+    transform, found = deit_models.transform_for(model), []
+    for name in ("chelsea", "coffee", "rocket", "astronaut"):
+        photo = torch.from_numpy(getattr(data, name)()).permute(2, 0, 1)
+        for i in range(12):
+            top, left = (i // 4) * (photo.shape[1] - 128) // 2, (i % 4) * (photo.shape[2] - 128) // 3
+            found.append(transform(photo[:, top : top + 128, left : left + 128]))
+    return torch.stack(found)
+
+
 def test_int8_is_quantised_with_the_images_given_and_agrees(options: dict[str, object], capsys) -> None:
     needs("nncf")
     model = deit_models.from_pretrained("deit_micro_patch4_32")
-    images = optimizing._random_images(model, 48, pixels=False)
-    fast = deit_models.optimize(model, precision="int8", calibration=images, min_agreement=0.9, **options)
+    images = photograph_crops(model)
+    fast = deit_models.optimize(model, precision="int8", calibration=images, min_agreement=0.97, **options)
     assert (fast.choice.backend, fast.choice.precision) == ("openvino", "int8")
     assert fast.choice.agreement.images == 48
-    assert fast.choice.agreement.top1 >= 0.9
+    assert fast.choice.agreement.top1 >= 0.97
     assert fast.choice.agreement.max_abs_diff > 1e-4, "nothing was quantised"
     assert capsys.readouterr().out == ""
 
