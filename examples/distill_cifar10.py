@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-from cifar_resnet import resnet20
+from teachers import resnet20
 
 import deit_models
 from deit_models.registry import default_preprocessing
