@@ -108,7 +108,7 @@ def test_every_option_counts_as_torch_counts_it(
 @pytest.mark.parametrize("config", [DEIT, LEVIT, T2T, RESNAS], ids=["deit", "levit", "t2t_vit", "vit_resnas"])
 def test_every_option_is_tried(config: Any) -> None:
     # the registered models vary the width, and FULL the type of token layer; the rest cannot matter
-    elsewhere = {"embed_dim", "tokens_type", "norm_eps", "token_drop_rate", "drop_path_uniform"}
+    elsewhere = {"embed_dim", "tokens_type", "norm_eps", "token_drop_rate", "drop_path_uniform", "patch_drop_rate"}
     tried = {name for _, base, options in ODD if type(base) is type(config) for name in options}
     assert {field.name for field in fields(config)} - {"drop_rate", "drop_path_rate"} <= tried | elsewhere
 

@@ -80,7 +80,9 @@ def read_json(path: Path) -> Mapping[str, Any]:
 
 def registered_name(config: Any, family: str) -> str | None:
     """The registered model of the same shape, whatever its number of classes, size and epsilon."""
-    ignored = {"img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "dynamic_img_size"}
+    ignored = {
+        *("img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "patch_drop_rate", "dynamic_img_size"),
+    }
 
     def shape(candidate: Any) -> list[Any]:
         return [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]

@@ -45,6 +45,7 @@ class DeiTConfig(TransformerConfig):
         drop_rate: dropout on tokens, attention output and MLP while training.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
         drop_path_uniform: the same stochastic depth in every block instead.
+        patch_drop_rate: share of an image's patches left out while training, others for each image.
         layer_scale: where the learned factors of each residual branch start, one a channel; 0: there are none.
         prefix_positions: whether the class and distillation token have position embeddings, as the patches do.
         dynamic_img_size: accept any multiple of the patch when called, resizing the positions on the fly.
@@ -64,6 +65,7 @@ class DeiTConfig(TransformerConfig):
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     drop_path_uniform: bool = False
+    patch_drop_rate: float = 0.0
     layer_scale: float = 0.0
     prefix_positions: bool = True
     dynamic_img_size: bool = False
@@ -74,7 +76,7 @@ class DeiTConfig(TransformerConfig):
             object.__setattr__(self, "img_size", tuple(self.img_size))
         check_whole(self, "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")
         check_positive(self, "mlp_ratio", "norm_eps")
-        check_rates(self, "drop_rate", "drop_path_rate")
+        check_rates(self, "drop_rate", "drop_path_rate", "patch_drop_rate")
         if self.layer_scale:
             check_positive(self, "layer_scale")
         if self.embed_dim % self.num_heads:
@@ -119,6 +121,32 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+class PatchDropout(nn.Module):
+    """In training, keep a random part of each image's patches; the first `num_prefix` tokens always stay.
+
+    Shape: (B, P + N, D) -> (B, P + kept, D), kept = N * (1 - rate) rounded down, at least 1; unchanged in eval mode.
+    Source: Liu et al., PatchDropout, 2023, arXiv:2208.07220.
+    """
+
+    def __init__(self, rate: float, *, num_prefix: int) -> None:
+        super().__init__()
+        self.rate, self.num_prefix = rate, num_prefix
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """The tokens of the patches that stay, in random order; each carries its position already."""
+        if not self.rate or not self.training:
+            return tokens
+        patches = tokens[:, self.num_prefix :]
+        batch, count, width = patches.shape
+        kept = max(int(count * (1 - self.rate)), 1)
+        chosen = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, :kept, None]
+        return torch.cat([tokens[:, : self.num_prefix], patches.gather(1, chosen.expand(-1, -1, width))], dim=1)
+
+    def extra_repr(self) -> str:
+        """The rate, for `print(model)`."""
+        return f"rate={self.rate:g}"
+
+
 class DeiT(VisionTransformer):
     """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
 
@@ -136,6 +164,7 @@ class DeiT(VisionTransformer):
         # after pos_embed, as the authors register it: optimizer states of their checkpoints count parameters in order
         self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         self.pos_drop = nn.Dropout(config.drop_rate)
+        self.patch_drop = PatchDropout(config.patch_drop_rate, num_prefix=config.num_prefix_tokens)
         self.blocks = nn.Sequential(
             *(Block(config, drop_path_rate=rate, layer_scale=config.layer_scale) for rate in config.drop_path_rates)
         )
@@ -166,6 +195,16 @@ class DeiT(VisionTransformer):
         if self.config.prefix_positions:
             return self.pos_drop(torch.cat([prefix, patches], dim=1) + positions)
         return self.pos_drop(torch.cat([prefix, patches + positions], dim=1))
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Tokens after the last LayerNorm, prefix tokens first: (B, C, H, W) -> (B, P + N, D)."""
+        return self.norm(self.blocks(self.patch_drop(self.forward_tokens(x))))
+
+    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float, patch_drop_rate: float = 0.0) -> None:
+        """Change dropout, stochastic depth and patch dropout in place. Raises: ConfigError: no probability below 1."""
+        super().set_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+        self.config = replace(self.config, patch_drop_rate=patch_drop_rate)
+        self.patch_drop.rate = patch_drop_rate
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of both heads, whatever the mode; x is (B, C, H, W)."""

@@ -100,7 +100,7 @@ def make_learner(
     """
     _check_fit(model, recipe, num_classes, preprocessing)
     if isinstance(model, ImageClassifier):
-        model.set_drop_rates(drop_rate=recipe.drop_rate, drop_path_rate=recipe.drop_path_rate)
+        _set_drop_rates(model, recipe)
     device = process.device
     bare = Heads(model.to(device))
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
@@ -128,6 +128,13 @@ def make_learner(
     )
 
 
+def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
+    rates = {"drop_rate": recipe.drop_rate, "drop_path_rate": recipe.drop_path_rate}
+    if hasattr(model.config, "patch_drop_rate"):
+        rates["patch_drop_rate"] = recipe.patch_drop_rate
+    model.set_drop_rates(**rates)
+
+
 def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
     """Whether the recipe's loss leaves out one of the model's heads."""
     config = getattr(model, "config", None)
@@ -149,6 +156,10 @@ def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing
         raise ConfigError(
             f"the recipe's img_size={recipe.img_size}, the model takes {size}; build or load it with "
             f"img_size={recipe.img_size}"
+        )
+    if recipe.patch_drop_rate and not hasattr(getattr(model, "config", None), "patch_drop_rate"):
+        raise ConfigError(
+            f"patch_drop_rate={recipe.patch_drop_rate:g} is of DeiT models, this is a {type(model).__name__}"
         )
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient, so there is nothing to train")

@@ -81,6 +81,7 @@ class Recipe:
     ema_decay: float = _option(0.99996, "moving average of the weights; 0: none")
     drop_path_rate: float = _option(0.1, "stochastic depth of the last block")
     drop_rate: float = _option(0.0, "dropout")
+    patch_drop_rate: float = _option(0.0, "share of an image's patches left out while training (DeiT, DeiT III)")
     train_mode: bool = _option(True, "train with dropout and stochastic depth on; DeiT fine-tuned with them off")
 
     img_size: int = _option(0, "pixels; 0: the model's own")
@@ -177,7 +178,8 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),
     (("hflip", "erase", "mix_prob", "mix_switch", "label_smoothing", "alpha"), lambda v: 0 <= v <= 1, "0 to 1"),
-    (("beta1", "beta2", "ema_decay", "drop_path_rate", "drop_rate"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
+    (("drop_path_rate", "drop_rate", "patch_drop_rate"), lambda v: 0 <= v < 1, "0 or more and less than 1"),
     (("crop_scale", "layer_decay"), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
 )

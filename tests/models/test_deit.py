@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from deit_models import ConfigError, create_model
-from deit_models.models.deit import DeiT, DeiTConfig
+from deit_models.models.deit import DeiT, DeiTConfig, PatchDropout
 from deit_models.models.layers import DropPath, HeadLogits, resize_pos_embed
 from deit_models.models.transformer import Block
 
@@ -131,6 +131,7 @@ FLIPS: dict[str, tuple[Any, str]] = {
     "drop_rate": (0.5, "training"),
     "drop_path_rate": (0.5, "training"),
     "drop_path_uniform": (True, "training"),
+    "patch_drop_rate": (0.5, "training"),
     "layer_scale": (0.1, "parameters"),
     "prefix_positions": (False, "parameters"),
     "dynamic_img_size": (True, "sizes"),
@@ -362,6 +363,20 @@ def test_fresh_weights_have_the_authors_spread(distilled: bool) -> None:
             assert 0.017 < parameter.std() < 0.023, name
         else:
             assert torch.equal(parameter, torch.full_like(parameter, float("norm" in name and "weight" in name))), name
+
+
+def test_patch_dropout_keeps_the_first_tokens_and_a_random_part_of_the_patches() -> None:
+    tokens = torch.arange(2 * 18, dtype=torch.float32).view(2, 18, 1)
+    drop = PatchDropout(0.75, num_prefix=2)
+    kept = drop(tokens)
+    assert kept.shape == (2, 6, 1)
+    assert torch.equal(kept[:, :2], tokens[:, :2])
+    for image, whole in zip(kept[:, 2:, 0].tolist(), tokens[:, 2:, 0].tolist(), strict=True):
+        assert len(set(image)) == 4
+        assert set(image) <= set(whole)
+    assert not torch.equal(drop(tokens), kept)
+    assert drop(tokens[:, :3]).shape == (2, 3, 1)  # one patch always stays
+    assert drop.eval()(tokens) is tokens
 
 
 def test_stochastic_depth_grows_linearly() -> None:

@@ -273,6 +273,14 @@ def test_train_mode_off_trains_without_stochastic_depth() -> None:
     assert max(difference for _, difference in tiny.differences(weights[0], weights[2])) > 1e-6
 
 
+def test_patch_dropout_of_the_recipe_reaches_the_model() -> None:
+    learner = tiny.learner(tiny.model(), tiny.recipe(patch_drop_rate=0.5))
+    seen = []
+    learner.bare.model.blocks.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0].shape[1]))
+    run(learner, batches(1, 8))
+    assert seen == [3]  # the class token and two of four patches
+
+
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_mixed_precision_comes_near(precision: str) -> None:
     data = batches(4, 8)
@@ -378,6 +386,7 @@ def fifteen(images: Tensor) -> Tensor:
             TrainingError,
             "teacher knows 15 classes, the student's data has 3",
         ),
+        (lambda: tiny.learner(nn.Linear(3, 3), tiny.recipe(patch_drop_rate=0.5)), ConfigError, "patch_drop_rate=0.5"),
         (lambda: tiny.learner(tiny.model().requires_grad_(False), tiny.recipe()), ConfigError, "nothing to train"),
     ],
 )

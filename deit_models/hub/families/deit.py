@@ -85,7 +85,9 @@ class DeiTLayouts(FamilyLayouts):
     timm_options = tuple(
         "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias dynamic_img_size".split()
     )
-    timm_ignored = FamilyLayouts.timm_ignored | {"attn_drop_rate", "proj_drop_rate", "pos_drop_rate"}
+    timm_ignored = FamilyLayouts.timm_ignored | {
+        *("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
+    }
     timm_fixed: ClassVar[Mapping[str, Any]] = {"global_pool": "token"}
     model_types = ("deit", "vit")
 
