@@ -11,14 +11,15 @@ from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe, recipe_named
 
 OTHER = {
-    "epochs": 7, "cooldown_epochs": 3, "batch_size": 64, "accumulate": 4, "optimizer": "sgd", "lr": 3e-3, "lr_batch": 0,
-    "warmup_lr": 1e-7, "min_lr": 0.0, "warmup_epochs": 2, "schedule": "constant", "weight_decay": 0.1, "beta1": 0.8,
-    "beta2": 0.95, "eps": 1e-6, "clip_grad": 1.0, "clip_mode": "agc", "ema_decay": 0.0, "drop_path_rate": 0.0,
-    "drop_rate": 0.2, "patch_drop_rate": 0.5, "train_mode": False, "img_size": 32, "crop": "pad", "crop_scale": 0.5,
-    "interpolation": "random", "hflip": 0.0, "augment": "3-augment", "color_jitter": 0.0, "erase": 0.0, "repeats": 1,
-    "mixup": 0.0, "cutmix": 0.0, "mix_prob": 0.5, "mix_switch": 0.25, "label_smoothing": 0.0, "loss": "bce",
-    "distillation": "soft", "distill_on": "class", "alpha": 0.1, "tau": 3.0, "precision": "fp16", "compile": True, "seed": 9, "eval_every": 5,
-    "patience": 4, "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch",
+    "epochs": 7, "cooldown_epochs": 3, "batch_size": 64, "accumulate": 4, "optimizer": "sgd", "lr": 3e-3,
+    "lr_batch": 0, "warmup_lr": 1e-7, "min_lr": 0.0, "warmup_epochs": 2, "schedule": "constant", "weight_decay": 0.1,
+    "beta1": 0.8, "beta2": 0.95, "eps": 1e-6, "clip_grad": 1.0, "clip_mode": "agc", "ema_decay": 0.0,
+    "drop_path_rate": 0.0, "drop_rate": 0.2, "patch_drop_rate": 0.5, "train_mode": False, "img_size": 32,
+    "crop": "pad", "crop_scale": 0.5, "interpolation": "random", "hflip": 0.0, "augment": "3-augment",
+    "color_jitter": 0.0, "erase": 0.0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "mix_prob": 0.5, "mix_switch": 0.25,
+    "label_smoothing": 0.0, "loss": "bce", "distillation": "soft", "distill_on": "class", "alpha": 0.1, "tau": 3.0,
+    "precision": "fp16", "compile": True, "seed": 9, "eval_every": 5, "patience": 4, "layer_decay": 0.75,
+    "label_heads": "both", "mix_mode": "patch",
 }  # fmt: skip
 """Another value of each field than the default."""
 
