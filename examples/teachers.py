@@ -1,14 +1,25 @@
 """Convnets that serve as teachers for small images: ResNet-20, and a wider network that trains in few epochs.
 
 On the command line: `deit-models distill ... --teacher examples/teachers.py:resnet20 --teacher-weights FILE`.
-The factories stand at the end; each is called without arguments.
+Networks first, then the factories, which are called without arguments, then `train_teacher`.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+import deit_models
+from deit_models.training.recipe import Recipe
+from deit_models.training.records import ImageRecords
+from deit_models.training.run import TrainResult
+from deit_models.transforms import EvalTransform
 
 
 class BasicBlock(nn.Module):
@@ -121,3 +132,29 @@ def cifar_large() -> StagedConvNet:
 def tiny_imagenet_large() -> StagedConvNet:
     """For Tiny ImageNet's 200 classes at 64 pixels on a GPU."""
     return _staged((128, 256, 512, 768), 2, 200)
+
+
+def train_teacher(
+    factory: Callable[[], nn.Module], recipe: Recipe, train: ImageRecords, val: ImageRecords, **options: Any
+) -> tuple[nn.Module, TrainResult]:
+    """A teacher trained as far as it is not there yet, with its averaged weights where the recipe averages.
+
+    Args:
+        factory: makes the network; a `Whitening` in it is fitted to the first 5,000 training images.
+        recipe: of the training, and the seed of the weights.
+        train: training images.
+        val: images to score on.
+        **options: of `deit_models.train`; `out` and `preprocessing` are needed.
+
+    The averaged network's file is `out/ema/model.safetensors`, else `out/model/model.safetensors`.
+    """
+    torch.manual_seed(recipe.seed)
+    network = factory()
+    to_input = EvalTransform(options["preprocessing"])
+    for module in network.modules():
+        if isinstance(module, Whitening):
+            module.fit(torch.stack([to_input(train[index][0]) for index in range(min(len(train), 5000))]))
+    result = deit_models.train(network, recipe=recipe, train=train, val=val, **options)
+    name = "ema" if recipe.ema_decay else "model"
+    network.load_state_dict(load_file(Path(options["out"]) / name / "model.safetensors"))
+    return network, result

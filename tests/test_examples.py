@@ -254,3 +254,28 @@ def test_benchmarks_import_and_say_what_they_take(
         runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
     assert ended.value.code == 0
     assert f"benchmarks/{script}" in capsys.readouterr().out
+
+
+def test_every_stage_of_the_gpu_benchmark_runs_and_writes_its_table(tmp_path: Path) -> None:
+    script = ROOT / "benchmarks" / "gpu.py"
+    stages = runpy.run_path(str(script))["STAGES"]
+    command = [sys.executable, str(script), "--toy", "--out", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    for name, stage in stages.items():
+        found = json.loads((tmp_path / f"{name}.json").read_text())
+        assert found["complete"], name
+        assert found["stage"] == name
+        assert found["columns"] == stage.columns
+        assert found["rows"], name
+        assert "rehearsal" in found["card"]
+        assert all(list(row) == list(stage.columns) for row in found["rows"])
+        table = (tmp_path / f"{name}.md").read_text()
+        assert f"| {' | '.join(stage.columns.values())} |" in table
+        assert table.count("\n| ") == len(found["rows"]) + 1
+        assert "Incomplete" not in table
+    check = json.loads((tmp_path / "check.json").read_text())["rows"][0]
+    assert check["passed"] > 0
+    assert check["failed"] == 0
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout.count("skipped, its result is there") == len(stages)

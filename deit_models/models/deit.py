@@ -237,6 +237,7 @@ register_model("deit_base_distilled_patch16_384", DeiT, _BASE, distilled=True, i
 
 register_model("deit_tiny_patch4_32", DeiT, _TINY, img_size=32, patch_size=4, num_classes=10)
 register_model("deit_tiny_distilled_patch4_32", DeiT, _TINY, img_size=32, patch_size=4, num_classes=10, distilled=True)
+register_model("deit_tiny_distilled_patch8_64", DeiT, _TINY, img_size=64, patch_size=8, num_classes=200, distilled=True)
 register_model("deit_micro_patch4_32", DeiT, _MICRO)
 register_model("deit_micro_distilled_patch4_32", DeiT, _MICRO, distilled=True)
 

@@ -440,3 +440,6 @@ register_model("levit_128", LeViT, LeViTConfig(depth=(4, 4, 4), num_heads=(4, 8,
 register_model("levit_192", LeViT, _DEEP, embed_dim=(192, 288, 384), num_heads=(3, 5, 6))
 register_model("levit_256", LeViT, _DEEP, embed_dim=(256, 384, 512), num_heads=(4, 6, 8))
 register_model("levit_384", LeViT, _DEEP, embed_dim=(384, 512, 768), num_heads=(6, 9, 12))
+# For CIFAR's images enlarged to 128 pixels: about the multiply-accumulates of `deit_micro_patch4_32`.
+_MICRO = LeViTConfig(embed_dim=(128, 192, 256), depth=(3, 4, 4), img_size=128, num_classes=10)
+register_model("levit_micro_cifar10", LeViT, _MICRO)

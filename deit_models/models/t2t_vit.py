@@ -337,3 +337,6 @@ register_model("t2t_vit_14_cifar10", T2TViT, _14, num_classes=10)
 register_model("t2t_vit_14_cifar100", T2TViT, _14, num_classes=100)
 register_model("t2t_vit_19_cifar10", T2TViT, _19, num_classes=10)
 register_model("t2t_vit_19_cifar100", T2TViT, _19, num_classes=100)
+# For CIFAR's images enlarged to 128 pixels: about the multiply-accumulates of `deit_micro_patch4_32`.
+_MICRO = T2TViTConfig(embed_dim=128, depth=4, num_heads=2, token_dim=36, img_size=128, num_classes=10)
+register_model("t2t_vit_micro_cifar10", T2TViT, _MICRO)

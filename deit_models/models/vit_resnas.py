@@ -432,6 +432,10 @@ _RES_MICRO = ViTResNASConfig(
     num_classes=10,
     stages=tuple(_stage(32 * k, 16, [2 * k] * 3, [128 * k] * 3) for k in (1, 2, 4)),
 )
+# The same three times as wide: about the multiply-accumulates of `deit_micro_patch4_32`.
+_RES_MINI = replace(
+    _RES_MICRO, stem_dim=32, stages=tuple(_stage(96 * k, 16, [6 * k] * 3, [384 * k] * 3) for k in (1, 2, 4))
+)
 
 register_model("vit_res_tiny", ViTResNAS, _RES_TINY)
 register_model("vit_resnas_tiny", ViTResNAS, _RES_TINY, stages=_TINY)
@@ -443,3 +447,4 @@ register_model("vit_resnas_medium_392", ViTResNAS, _RES_TINY, stages=_MEDIUM, im
 register_model("vit_resnas_supernet_tiny", ViTResNAS, _RES_TINY, stages=_SUPER_TINY)
 register_model("vit_resnas_supernet_small", ViTResNAS, _RES_TINY, stages=_SUPER_SMALL)
 register_model("vit_res_micro_patch4_32", ViTResNAS, _RES_MICRO)
+register_model("vit_res_mini_patch4_32", ViTResNAS, _RES_MINI)

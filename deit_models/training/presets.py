@@ -60,9 +60,37 @@ _LEVIT: _Presets = {
         {**_LEVIT_1000E, "drop_path_rate": 0.1},
     ),
 }
+# One network serves 32 and 64 pixels; rates after Page, How to train your ResNet, 2018, for batches of 512.
+_CONVNET_TEACHER: _Settings = {
+    **_SMALL_IMAGES,
+    "epochs": 40,
+    "batch_size": 512,
+    "optimizer": "sgd",
+    "lr": 0.4,
+    "warmup_lr": 0.02,
+    "min_lr": 0.0,
+    "warmup_epochs": 3,
+    "weight_decay": 5e-4,
+    "label_smoothing": 0.0,
+    "ema_decay": 0.98,
+}
+# An alpha of 10 / 11 weighs both losses of ten classes alike: `soft_distillation` divides by their number
+_TOKEN_DISTILL: _Settings = {
+    **_SMALL_IMAGES,
+    "epochs": 300,
+    "distillation": "soft",
+    "alpha": 10 / 11,
+    "tau": 2.0,
+    "label_smoothing": 0.0,
+    "cutmix": 1.0,
+    "mix_prob": 0.5,
+    "ema_decay": 0.999,
+}
 _CIFAR: _Presets = {
     "cifar_scratch": ("32-pixel images from scratch, light augmentation, one step schedule: ours", _SMALL_IMAGES),
     "cifar_distill": ("the same with a teacher: ours", {**_SMALL_IMAGES, "distillation": "hard"}),
+    "cifar_teacher": ("a convnet on small images, to become a teacher: ours", _CONVNET_TEACHER),
+    "cifar_token": ("small images, a teacher's probabilities through the token, CutMix: ours", _TOKEN_DISTILL),
 }
 
 # DeiT III pre-trains with LAMB, which neither torch nor torchvision has. In its place stands AdamW, at rates of ours:
