@@ -18,6 +18,7 @@ from torch import Tensor
 from .batches import Batch, file_batches
 from .decoding import ImageSource
 from .errors import ConfigError, DeitModelsError, ImageError
+from .registry import DEFAULT_MODEL
 from .results import ImageResult, Prediction, Summary, write_results
 from .transforms import transform_for
 
@@ -30,9 +31,6 @@ __all__ = [
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
-
-DEFAULT_MODEL = "deit_micro_patch4_32"
-"""The checkpoint that comes with the package."""
 
 IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()

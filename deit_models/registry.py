@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
     from .models.layers import ImageClassifier
 
+DEFAULT_MODEL = "deit_micro_patch4_32"
+"""The checkpoint that comes with the package."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
+
+from .progress import process_number
 
 if TYPE_CHECKING:
     from ..training.distributed import Process
@@ -82,6 +85,20 @@ def add_loading(parser: argparse.ArgumentParser) -> None:
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """What `add_loading` parsed, as keywords of `from_pretrained`."""
     return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
+
+
+def chosen_model(args: argparse.Namespace) -> str:
+    """The model that was named, or else the one that comes with the package, which a line on stderr then describes."""
+    from ..registry import DEFAULT_MODEL, model_info
+
+    if args.model is None and process_number() == 0:
+        info = model_info(DEFAULT_MODEL)
+        print(
+            f"deit-models: no --model given: {DEFAULT_MODEL}, which comes with the package, knows {info.num_classes} "
+            f"classes of {info.dataset} at {info.input_size} pixels; deit_small_patch16_224 knows ImageNet's 1000",
+            file=sys.stderr,
+        )
+    return str(args.model or DEFAULT_MODEL)
 
 
 def add_token_merging(parser: argparse.ArgumentParser) -> None:

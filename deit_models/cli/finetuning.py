@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_data, add_loading, add_workers, command, loading, open_data
+from .arguments import add_data, add_loading, add_workers, chosen_model, command, loading, open_data
 from .progress import TrainingDisplay, watch_features
 from .recipes import add_recipe, chosen_recipe, recipe_changes
 from .runs import add_folder, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from ..training.records import ImageRecords
 
 SPLIT = "split"
-_MODEL = "deit_tiny_patch16_224"
 
 
 def add_finetune(commands: Any) -> None:
@@ -40,8 +39,8 @@ def add_finetune(commands: Any) -> None:
     text = "images that have no part in any choice, to score the best model on at the end"
     parser.add_argument("--test-data", metavar="DATA", help=text)
     add_folder(parser, "models, figures, recipe and what a run goes on from")
-    text = f"weights to begin with: a name, a folder or a Hub repository; default {_MODEL}"
-    parser.add_argument("--model", metavar="SOURCE", default=_MODEL, help=text)
+    text = "weights to begin with: a name, a folder or a Hub repository; default: what comes with the package"
+    parser.add_argument("--model", metavar="SOURCE", help=text)
     text = (
         "what learns: everything; the heads alone, in seconds, on features computed once; or the last N blocks; "
         "default full"
@@ -65,6 +64,7 @@ def _run(args: argparse.Namespace) -> int:
     from ..training.plots import find_matplotlib
 
     check_fresh(args)
+    args.model = chosen_model(args)
     if args.plot:
         find_matplotlib()  # before anything is read or fetched
     with join_processes(args.device) as process:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import ConfigError, ImageError
-from .arguments import EXIT_FAILED, EXIT_OK, add_loading, add_token_merging, command, device, loading
+from .arguments import EXIT_FAILED, EXIT_OK, add_loading, add_token_merging, chosen_model, command, device, loading
 from .progress import with_progress
 
 if TYPE_CHECKING:
@@ -78,10 +78,10 @@ def _run_predict(args: argparse.Namespace) -> int:
 
 
 def _classifier(args: argparse.Namespace, paths: list[Path]) -> Classifier:
-    from ..predict import DEFAULT_MODEL, Classifier
+    from ..predict import Classifier
 
     options: dict[str, Any] = {"batch_size": args.batch_size, "fast_pixels": args.fast_pixels}
-    classifier = Classifier(args.model or DEFAULT_MODEL, device=args.device, **options, **loading(args))
+    classifier = Classifier(chosen_model(args), device=args.device, **options, **loading(args))
     if not args.optimize:
         return classifier
     from ..deploy.optimize import optimize

@@ -10,6 +10,7 @@ from command_line import CLASSES, MODELS, failure, save_class_folders
 
 import deit_models
 from deit_models.cli import main
+from deit_models.registry import DEFAULT_MODEL
 from deit_models.training.recipe import read_recipe, recipe_named
 
 QUICK = ["--epochs=2", "--warmup-epochs=0", "--batch-size=6", "--precision=float32", "--workers=0", "--device=cpu"]
@@ -152,3 +153,13 @@ def test_mistakes_are_one_line(pictures, start, tmp_path, capsys, change, messag
     err = capsys.readouterr().err
     assert message in err
     assert err.count("\n") == 1
+
+
+def test_without_a_model_it_begins_with_the_one_that_comes_with_the_package(
+    capsys: pytest.CaptureFixture[str], pictures: Path, tmp_path: Path
+) -> None:
+    arguments = ["finetune", str(pictures), "--out", str(tmp_path / "run"), "--mode", "head"]
+    assert main(arguments) == 0
+    shown = capsys.readouterr()
+    assert f"no --model given: {DEFAULT_MODEL}" in shown.err
+    assert shown.out.startswith(f"{DEFAULT_MODEL}, mode head")

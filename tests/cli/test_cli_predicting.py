@@ -35,6 +35,16 @@ def test_predict_prints_labels_and_percents_for_readers(tiny, photos, capsys):
     assert 100 > percents[0] > percents[1] > 0
 
 
+def test_predict_without_a_model_says_what_the_default_knows(photos, capsys):
+    assert main(["predict", str(photos / "001.png"), "--json"]) == 0
+    out, err = capsys.readouterr()
+    info = deit_models.model_info(predict.DEFAULT_MODEL)
+    assert {entry["label"] for entry in json.loads(out)["predictions"]} <= set(info.class_names)
+    assert err.count("\n") == 1
+    for part in (info.name, f"{info.num_classes} classes of {info.dataset}", "deit_small_patch16_224", "1000"):
+        assert part in err
+
+
 def test_predict_takes_files_and_folders_in_the_order_given(tiny, photos, tmp_path, capsys):
     PIL.Image.new("RGB", (50, 40)).save(tmp_path / "first.jpg")
     assert main(["predict", str(tmp_path / "first.jpg"), str(photos), "--model", str(tiny), "--json"]) == 0
