@@ -34,6 +34,7 @@ PUBLISHED_PARAMS = {
     "deit_base_distilled_patch16_384": 87_630_032,
 }
 SMALL_IMAGES = [
+    "deit_tiny_distilled_patch8_64",
     "deit_tiny_patch4_32",
     "deit_tiny_distilled_patch4_32",
     "deit_micro_patch4_32",
