@@ -202,43 +202,41 @@ def check(run: Run) -> None:
     )
 
 
-def shipped(run: Run, data: str, teacher: str, students: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> None:
-    """The teacher and its students; the files to ship lie in `<out>/<data>/`."""
+def shipped(run: Run, data: str, teacher: str, recipes: tuple[dict[str, Any], dict[str, Any]], **seconds: int) -> None:
+    """A teacher and its students, each with its time; the files to ship lie in `<out>/<data>/`."""
     work = run.out / data
-    for student, (teacher_recipe, student_recipe) in students.items():
-        arguments = ["--out", work, "--teacher", teacher, "--student", student]
-        recipes = ["--teacher-recipe", json.dumps(teacher_recipe), "--student-recipe", json.dumps(student_recipe)]
-        run.script("shipped_weights.py", folder_of(run, data), *arguments, *recipes)
+    for student, limit in seconds.items():
+        arguments = ["--out", work, "--teacher", teacher, "--student", student, "--student-seconds", limit]
+        for option, recipe in zip(("--teacher-recipe", "--student-recipe"), recipes, strict=True):
+            arguments += [option, json.dumps(recipe)]
+        run.script("shipped_weights.py", folder_of(run, data), *arguments)
         for row in json.loads((work / "result.json").read_text(encoding="utf-8")):
-            if row["model"] in (student, teacher) and row["model"] not in {known["model"] for known in run.rows}:
+            if row["model"] not in {known["model"] for known in run.rows}:
                 run.add(**row)
 
 
+BRIEF = {"epochs": 2, "warmup_epochs": 1, "batch_size": 16}
+"""Of a rehearsal."""
+
+
 def cifar(run: Run) -> None:
-    """CIFAR-10: a teacher, DeiT-Micro and DeiT-Ti distilled from it."""
+    """CIFAR-10: a teacher, DeiT-Ti and DeiT-Micro distilled from it."""
     if run.toy:
-        brief = {"epochs": 2, "warmup_epochs": 1, "batch_size": 16, "compile": COMPILE_OFF}
-        shipped(run, "cifar10", "cifar_small", {"deit_micro_distilled_patch4_32": (brief, brief)})
+        shipped(run, "cifar10", "cifar_small", (BRIEF, BRIEF), deit_micro_distilled_patch4_32=2)
         return
-    teacher = {"epochs": 40, "batch_size": 512}
     student = {"epochs": 300, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 10, "eval_every": 25}
-    students = ("deit_tiny_distilled_patch4_32", "deit_micro_distilled_patch4_32")
-    shipped(run, "cifar10", "cifar_large", {name: (teacher, student) for name in students})
+    seconds = {"deit_tiny_distilled_patch4_32": 240, "deit_micro_distilled_patch4_32": 90}
+    shipped(run, "cifar10", "cifar_large", ({"epochs": 40, "eval_every": 10}, student), **seconds)
 
 
 def tiny(run: Run) -> None:
     """Tiny ImageNet: a teacher, and DeiT-Ti at 64 pixels distilled from it."""
-    name = "deit_tiny_distilled_patch8_64"
     if run.toy:
-        brief = {"epochs": 1, "warmup_epochs": 0, "batch_size": 8, "compile": COMPILE_OFF}
-        shipped(run, "tiny_imagenet", "cifar_small", {name: (brief, brief)})
+        shipped(run, "tiny_imagenet", "cifar_small", (BRIEF, BRIEF), deit_tiny_distilled_patch8_64=2)
         return
-    teacher = {"epochs": 30, "batch_size": 512, "lr": 0.3, "label_smoothing": 0.1, "eval_every": 5}
-    student = {"epochs": 120, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 5, "eval_every": 10}
-    shipped(run, "tiny_imagenet", "tiny_imagenet_large", {name: (teacher, student)})
-
-
-COMPILE_OFF = False
+    teacher = {"epochs": 25, "lr": 0.3, "label_smoothing": 0.1, "eval_every": 5}
+    student = {"epochs": 200, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 5, "eval_every": 25}
+    shipped(run, "tiny_imagenet", "tiny_imagenet_large", (teacher, student), deit_tiny_distilled_patch8_64=240)
 
 
 def inference(run: Run) -> None:

@@ -11,8 +11,11 @@ the arguments of each shipped file.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import shutil
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch import nn
 import deit_models
 from deit_models.registry import default_preprocessing
 from deit_models.training.datasets import open_dataset
+from deit_models.training.recipe import Recipe
 from deit_models.training.run import TrainResult
 from deit_models.training.teacher import load_teacher
 
@@ -37,6 +41,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--start", help="begin with these weights of the same shape, the token aside: a name or folder")
     parser.add_argument("--device", help="default: the GPU if there is one")
     parser.add_argument("--workers", type=int, help="loading processes; the result is the same")
+    text = "shorten the student's cosine to what a trial says can be trained in so many seconds"
+    parser.add_argument("--student-seconds", type=float, metavar="S", help=text)
     text = 'fields of the recipes cifar_teacher and cifar_token, as JSON: {"epochs": 16}'
     parser.add_argument("--teacher-recipe", type=json.loads, default={}, metavar="JSON", help=text)
     parser.add_argument("--student-recipe", type=json.loads, default={}, metavar="JSON", help=text)
@@ -51,6 +57,15 @@ def token_added(model: nn.Module, student: nn.Module) -> None:
         state |= {"dist_token": state["cls_token"], "pos_embed": torch.cat([positions[:, :1], positions], dim=1)}
         state |= {f"head_dist.{name}": state[f"head.{name}"] for name in ("weight", "bias")}
     student.load_state_dict(state)
+
+
+def epochs_within(seconds: float, recipe: Recipe, student: nn.Module, out: Path, **options: Any) -> int:
+    """Epochs of the recipe, or what fits into the time by the speed of the second epoch of a trial; at least 2."""
+    brief = replace(recipe, epochs=2, warmup_epochs=0, eval_every=2)
+    with tempfile.TemporaryDirectory(dir=out) as folder:
+        trial = deit_models.train(copy.deepcopy(student), recipe=brief, out=folder, **{**options, "val": None})
+    rate = trial.log[-1]["images_per_second"] / len(options["train"])
+    return max(min(recipe.epochs, int(seconds * rate)), 2)
 
 
 def write_result(out: Path, runs: dict[str, TrainResult], file: str, accuracy: float) -> None:
@@ -95,6 +110,10 @@ def main() -> None:
     teacher = load_teacher(
         network, num_classes=len(train.classes), student=preprocessing, device=args.device, precision=recipe.precision
     )
+    if args.student_seconds and not (args.out / args.student).exists():
+        epochs = epochs_within(args.student_seconds, recipe, student, args.out, teacher=teacher, **shared)
+        recipe = replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs // 3))
+        print(f"{args.student}: {epochs} epochs", flush=True)
     learning = deit_models.train(student, recipe=recipe, teacher=teacher, **shared, **report(args.student))
     half = deit_models.from_pretrained(args.out / args.student / "ema").half()
     half.save_pretrained(args.out / "half")
