@@ -35,6 +35,10 @@ _UNFUSED_UP_TO = 256
 """Image side in pixels; the score matrix that unfused attention keeps grows with its fourth power."""
 
 
+_LOOK_EVERY = 25
+"""Steps on a GPU between readings of the loss, each of which waits until the GPU has done all that is queued."""
+
+
 @contextmanager
 def attention_for_training(device: torch.device, images: Tensor, precision: Precision) -> Iterator[None]:
     """Which of torch's attention kernels to train with; (B, 3, H, W) tells how many tokens there will be.
@@ -88,8 +92,8 @@ def train_epoch(
         learner.bare.model.begin_epoch(epoch)
     start, images, rate = time.perf_counter(), 0, 0.0
     total = torch.zeros((), device=process.device)
-    # Reading the loss waits for a GPU to finish; on a CPU nothing is lost by looking at every step
-    look_every = 25 if process.device.type == "cuda" else 1
+    # On a CPU nothing is lost by looking at every step
+    look_every = _LOOK_EVERY if process.device.type == "cuda" else 1
     for number, batch in enumerate(watch(batches, steps * recipe.accumulate)):
         step, part = divmod(number, recipe.accumulate)
         if part == 0:
