@@ -59,7 +59,8 @@ class HeldOut:
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images as the network's input, with their labels, on the device, `size` at once, each made as needed."""
-        for values, labels in zip(self.images.split(size), self.labels.split(size), strict=True):
+        for start in range(0, len(self.labels), size):
+            values, labels = self.images[start : start + size], self.labels[start : start + size]
             yield self._to_input(Levels(values, torch.zeros(len(values), 5, dtype=torch.int64))), labels
 
     @torch.inference_mode()

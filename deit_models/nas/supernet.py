@@ -88,7 +88,8 @@ class SuperNetwork(ImageClassifier):
             return self.net.forward_training(x)
         return self._forward_kept(x, self._draw_kept(len(x), x.device))
 
-    @torch.compiler.disable  # drawing is no work for a compiler, and what it draws must be no part of the graph
+    # what is drawn must be no part of a compiled graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _draw_kept(self, images: int, device: torch.device) -> Tensor:
         """What `_kept_of` gives of candidates for so many images, brought to the device without waiting for it."""
         kept = _kept_of(self.space, self.draw(max(images // self.sampling.images, 1)))

@@ -18,7 +18,7 @@ from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
 from deit_models.training.loading import FINE, Batch, DamageCount
 
-LIVELY = {**tiny.LIVELY, "precision": "bf16", "accumulate": 1}
+LIVELY = {**tiny.LIVELY, "precision": "bf16", "accumulate": 1, "compile": "off"}
 SMALL_LEVIT = {"embed_dim": (16, 16), "depth": (1, 1), "num_heads": (2, 2), "key_dim": 8}
 
 
@@ -61,6 +61,7 @@ def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: in
             preprocessing=tiny.PREPROCESSING,
             teacher=None if recipe.distillation == "none" else tiny.model(seed=1),
         )
+    learner.fitted = True  # trying is done once, before the first step
     gpu.waits.clear()
     data = [batch_for(gpu, model) for _ in range(steps)]
     with fake_backward(learner.bare):
