@@ -56,12 +56,14 @@ def _one_layer(name: str) -> int:  # noqa: ARG001
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW or SGD over the groups; the learning rate is set before every step, see `learning_rate`.
 
-    Both are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic.
+    Both are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. That of SGD knows
+    no divided parameters.
     """
     groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
     groups = [group for group in groups if group["params"]]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.beta1, fused=True)
+        divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
+        return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.beta1, fused=not divided)
     return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True)
 
 

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deit_models
 from deit_models.errors import ConfigError
 from deit_models.registry import list_models, model_spec
+from deit_models.training.distributed import shard_parameters
 from deit_models.training.optim import (
     WeightAverage,
     clip_adaptively,
@@ -392,6 +393,26 @@ def test_average_asks_nothing_of_the_device() -> None:
     with Calls() as mode:
         average.update_parameters(model)
     assert "aten::_local_scalar_dense" not in mode.counts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_optimisers_move_divided_parameters(optimizer: str) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(3, 2)
+        before = model.weight.detach().clone()
+        average = WeightAverage(model, 0.5)
+        shard_parameters(model)
+        shard_parameters(average.module)
+        chosen = make_optimizer(model, tiny.recipe(optimizer=optimizer, lr=0.1, weight_decay=0.0))
+        model(torch.ones(1, 3)).sum().backward()
+        chosen.step()
+        average.update_parameters(model)
+        moved = model.weight.full_tensor()
+        assert (moved < before).all()
+        torch.testing.assert_close(average.module.weight.full_tensor(), (before + moved) / 2)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
