@@ -92,7 +92,7 @@ def run_to_end(
         with closing(display):
             work()
     except KeyboardInterrupt:
-        say(f"deit-models: interrupted; {kept or _what_is_kept(args, display)}", file=sys.stderr)
+        say(f"deit-models: interrupted; {kept or _what_is_kept(args, recipe, display)}", file=sys.stderr)
         return EXIT_INTERRUPTED
     except torch.OutOfMemoryError as error:
         raise TrainingError(
@@ -102,13 +102,15 @@ def run_to_end(
     return EXIT_OK
 
 
-def _what_is_kept(args: argparse.Namespace, display: TrainingDisplay) -> str:
+def _what_is_kept(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> str:
     """For the message of an interrupted run."""
-    if display.finished == 0:
-        return "no epoch was finished, so the same command starts again"
     if display.finished is None:
         return f"{args.out} is as before, and the same command goes on from there"
-    return f"{args.out} keeps epoch {display.finished} of {display.epochs}, and the same command goes on from there"
+    done = display.finished
+    saved = done if done == display.epochs else done - done % recipe.save_every
+    if saved == 0:
+        return f"no epoch was {'saved' if done else 'finished'}, so the same command starts again"
+    return f"{args.out} keeps epoch {saved} of {display.epochs}, and the same command goes on from there"
 
 
 def say(text: str, file: TextIO | None = None) -> None:

@@ -16,7 +16,6 @@ variants; the blocks are in `transformer`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -150,7 +149,8 @@ class TokenPerformer(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # In float32 also under autocast: 1e-8 is zero in fp16, |x|^2 and exp overflow there from 256 and 11 on, and
         # bf16 rounds the exponent by whole units. This is where the original's NaN comes from.
-        with _autocast_off(query):
+        # The meta device has no autocast to switch off, and asking which device has one breaks a compiled graph
+        with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
             key, query = self._features(key), self._features(query)
             norm = query @ key.sum(dim=1).unsqueeze(-1)
             mixed = query @ (key.transpose(1, 2) @ value.float())
@@ -159,12 +159,6 @@ class TokenPerformer(nn.Module):
     def _features(self, x: Tensor) -> Tensor:
         x, w = x.float(), self.w.float()
         return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) * w.shape[0] ** -0.5
-
-
-def _autocast_off(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    # the meta device has no autocast to switch off
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 class TokenAttention(nn.Module):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,7 @@ SCORES_NAME = "scores.jsonl"
 
 
 class HeldOut:
-    """Labelled images, decoded once and kept as bytes: a search sees them hundreds of times.
+    """Labelled images, decoded once and kept as bytes on the device: a search sees them hundreds of times.
 
     Args:
         records: the images; those that cannot be read are left out.
@@ -52,19 +52,16 @@ class HeldOut:
                 damage.add(failures)
                 images.append(values[failures < 0])
                 labels.append(numbers[failures < 0])
-        self.images, self.labels = torch.cat(images), torch.cat(labels)
+        self.images, self.labels = torch.cat(images).to(process.device), torch.cat(labels).to(process.device)
         if not len(self.labels):
             raise DataError(f"no image of {records.name} is left to score candidates on")
         self._to_input, self.process = ToInput(preprocessing, process.device), process
 
-    def batches(self, size: int) -> list[tuple[Tensor, Tensor]]:
-        """All images as the network's input, with their labels, on the device, `size` at once."""
-        batches = []
+    def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All images as the network's input, with their labels, on the device, `size` at once, each made as needed."""
         for start in range(0, len(self.labels), size):
             values, labels = self.images[start : start + size], self.labels[start : start + size]
-            nothing = torch.zeros(len(values), 5, dtype=torch.int64)
-            batches.append((self._to_input(Levels(values, nothing)), labels.to(self.process.device)))
-        return batches
+            yield self._to_input(Levels(values, torch.zeros(len(values), 5, dtype=torch.int64))), labels
 
     @torch.inference_mode()
     def top1(self, network: ViTResNAS, *, precision: Precision, batch_size: int) -> float:

@@ -86,29 +86,34 @@ class SuperNetwork(ImageClassifier):
         """Logits of the heads: in training of candidates drawn for this batch, in eval mode of the largest network."""
         if not self.training:
             return self.net.forward_training(x)
-        return self.forward_masked(x, self.draw(max(len(x) // self.sampling.images, 1)))
+        return self._forward_kept(x, self._draw_kept(len(x), x.device))
+
+    # what is drawn must be no part of a compiled graph
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
+    def _draw_kept(self, images: int, device: torch.device) -> Tensor:
+        """What `_kept_of` gives of candidates for so many images, brought to the device without waiting for it."""
+        kept = _kept_of(self.space, self.draw(max(images // self.sampling.images, 1)))
+        return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept.to(device)
 
     def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> TrainingLogits:
         """Logits of the heads, image i seen by candidate i modulo their number; x is (B, C, H, W)."""
-        owner = torch.arange(len(x), device=x.device) % len(candidates)
-        layers = iter(self.net.blocks)
+        return self._forward_kept(x, _kept_of(self.space, candidates).to(x.device))
+
+    def _forward_kept(self, x: Tensor, kept: Tensor) -> TrainingLogits:
+        """`forward_masked` of candidates as `_kept_of` writes them: the same operators whichever they are."""
+        owner = torch.arange(len(x), device=x.device) % len(kept)
+        counts, layers = iter(kept[owner].unbind(1)), iter(self.net.blocks)
         tokens, width = self.net.forward_tokens(x), None
         for number, choices in enumerate(self.space.stages):
-            chosen = [candidate.stages[number] for candidate in candidates]
-            before, width = width, _channels([stage.embed_dim for stage in chosen], choices.embed_dim[0], owner)
+            before, width = width, _channels(next(counts), choices.embed_dim)
             if number:
                 tokens = _reduce(cast(SpatialReduction, next(layers)), tokens, before)
             tokens = _masked(tokens, width)
             for place in range(choices.depth):
-                blocks = [stage.blocks[place] for stage in chosen]
                 mask = _BlockMask(
-                    heads=_channels(
-                        [choices.head_dim * block.num_heads for block in blocks],
-                        choices.head_dim * choices.num_heads[0],
-                        owner,
-                    ),
-                    hidden=_channels([block.mlp_hidden for block in blocks], choices.mlp_hidden[0], owner),
-                    kept=_channels([int(block.kept) for block in blocks], 1, owner),
+                    heads=_channels(next(counts), [choices.head_dim * heads for heads in choices.num_heads]),
+                    hidden=_channels(next(counts), choices.mlp_hidden),
+                    kept=_channels(next(counts), (1, 0) if place in choices.removable else (1,)),
                 )
                 tokens = _run_block(cast(Block, next(layers)), tokens, mask, width)
         return self.net.classify(_normed(self.net.norm, tokens, width))
@@ -128,13 +133,30 @@ class SuperNetwork(ImageClassifier):
         self.net.save_pretrained(save_directory, layout=layout)
 
 
-def _channels(kept: Sequence[int], total: int, owner: Tensor) -> Tensor | None:
-    """For each image which of its channels are kept, (B, 1, total) of ones and zeros; None: all of all."""
-    if all(count == total for count in kept):
+def _kept_of(space: SearchSpace, candidates: Sequence[Candidate]) -> Tensor:
+    """How much is kept of each item, (candidates, items) int64.
+
+    Of each stage its width, then of each place the heads' channels, the hidden units, and 1 or 0 for the block.
+    """
+    rows = []
+    for candidate in candidates:
+        row = []
+        for choices, stage in zip(space.stages, candidate.stages, strict=True):
+            row.append(stage.embed_dim)
+            for block in stage.blocks:
+                row += [choices.head_dim * block.num_heads, block.mlp_hidden, int(block.kept)]
+        rows.append(row)
+    return torch.tensor(rows)
+
+
+def _channels(kept: Tensor, choices: Sequence[int]) -> Tensor | None:
+    """For each image which of an item's channels are kept: (B,) int64 -> (B, 1, the largest choice) of ones and zeros.
+
+    None where there is no choice, so that all of all is kept.
+    """
+    if len(choices) == 1:
         return None
-    numbers = torch.arange(total, device=owner.device)
-    masks = numbers < torch.tensor(kept, device=owner.device)[:, None]
-    return masks.float()[owner].unsqueeze(1)
+    return (torch.arange(choices[0], device=kept.device) < kept[:, None]).float().unsqueeze(1)
 
 
 def _masked(x: Tensor, *masks: Tensor | None) -> Tensor:

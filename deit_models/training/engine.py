@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..errors import TrainingError
 from ..models.layers import ImageClassifier
-from .learner import Learner, autocast
+from .learner import Learner
 from .loading import Batch, DamageCount, Watch, plain_watch
 from .optim import clip_gradients, learning_rate, set_learning_rate
-from .recipe import Precision
+from .passes import forward_backward, in_parts
+from .rehearsal import CompileChoice, fit_into_memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,28 +30,8 @@ class EpochLoss:
     seconds: float
 
 
-_UNFUSED_UP_TO = 256
-"""Image side in pixels; the score matrix that unfused attention keeps grows with its fourth power."""
-
-
-@contextmanager
-def attention_for_training(device: torch.device, images: Tensor, precision: Precision) -> Iterator[None]:
-    """Which of torch's attention kernels to train with; (B, 3, H, W) tells how many tokens there will be.
-
-    On a CPU the fused kernel's backward pass is slow: forward and backward of (16, 6, 197, 64) took 62 ms, unfused
-    attention 62 ms, and 28 ms when it may keep its scores in bfloat16, as attention written out under autocast does.
-    Against float32 the gradients of DeiT-Ti were off by 1.0 % either way.
-    """
-    if device.type != "cpu" or precision == "float32" or max(images.shape[-2:]) > _UNFUSED_UP_TO:
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the name says cuda; it rules the CPU too
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+_LOOK_EVERY = 25
+"""Steps on a GPU between readings of the loss, each of which waits until the GPU has done all that is queued."""
 
 
 def train_epoch(
@@ -78,7 +57,7 @@ def train_epoch(
 
     Raises:
         TrainingError: the loss or, after the last step, a weight is no longer a number; the step and the learning rate
-            are named. All processes raise it together.
+            are named. Or the GPU's memory is too small for a single image. All processes raise it together.
         DataError: too many images cannot be read.
     """
     recipe, process = learner.recipe, learner.process
@@ -88,21 +67,27 @@ def train_epoch(
         learner.bare.model.begin_epoch(epoch)
     start, images, rate = time.perf_counter(), 0, 0.0
     total = torch.zeros((), device=process.device)
-    # Reading the loss waits for a GPU to finish; on a CPU nothing is lost by looking at every step
-    look_every = 25 if process.device.type == "cuda" else 1
+    # On a CPU nothing is lost by looking at every step
+    look_every = _LOOK_EVERY if process.device.type == "cuda" else 1
+    choice = CompileChoice(learner)
     for number, batch in enumerate(watch(batches, steps * recipe.accumulate)):
         step, part = divmod(number, recipe.accumulate)
         if part == 0:
             rate = learning_rate(recipe, epoch, step / steps)
             set_learning_rate(learner.optimizer, rate)
         damage.add(batch[2])
+        fit_into_memory(learner, batch)
         last = part == recipe.accumulate - 1
-        total += _accumulate_gradients(learner, batch, exchange=last)
+        for place, piece in enumerate(in_parts(batch, learner.parts), start=1):
+            total += forward_backward(learner, piece, exchange=last and place == learner.parts)
         images += len(batch[1])
         if last:
-            if (step + 1) % look_every == 0 or step + 1 == steps:
+            look = (step + 1) % look_every == 0 or step + 1 == steps or (step == 0 and learner.undecided)
+            if look:
                 _check_finite("the loss is", process.total(total.clone()), f"at step {step + 1} of", epoch, rate, kept)
             _apply_gradients(learner)
+            if look:
+                choice.consider(batch, step=step, steps_left=steps * (recipe.total_epochs - epoch) - step - 1)
     # a state is saved next: weights spoiled by the last step would spoil it, and every start from it
     _check_finite("the weights are", process.total(_largest_weight(learner.bare)), "after", epoch, rate, kept)
     mean = process.total(total) / (process.world * steps)
@@ -116,21 +101,6 @@ def _rest_frozen_parts(model: nn.Module) -> None:
         parameters = list(module.parameters())
         if parameters and not any(parameter.requires_grad for parameter in parameters):
             module.eval()
-
-
-def _accumulate_gradients(learner: Learner, batch: Batch, *, exchange: bool) -> Tensor:
-    """Forward and backward of one part of a step; gives its share of the step's loss, detached."""
-    recipe, device = learner.recipe, learner.process.device
-    images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1])
-    teacher_logits = None if learner.teacher is None else learner.teacher(images)
-    # DDP exchanges gradients in the last backward pass of a step only; other modules know no such mode
-    no_sync: Callable[[], AbstractContextManager[None]] = getattr(learner.heads, "no_sync", nullcontext)
-    with nullcontext() if exchange else no_sync():
-        with autocast(device, recipe.precision), attention_for_training(device, images, recipe.precision):
-            output = learner.heads(images)
-        loss: Tensor = learner.loss(output, targets, teacher_logits) / recipe.accumulate
-        learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
 
 
 def _apply_gradients(learner: Learner) -> None:

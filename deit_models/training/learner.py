@@ -55,6 +55,9 @@ class Learner:
         heads: what is called in training: `bare`, perhaps distributed, perhaps compiled.
         scaler: scales the loss under fp16, does nothing otherwise.
         average: the moving average of `bare`, or None.
+        parts: how many passes the model needs for a batch of the loader, because of the device's memory.
+        fitted: whether `parts` is known to be enough.
+        undecided: whether it is open if `heads` is to be compiled.
     """
 
     recipe: Recipe
@@ -68,6 +71,9 @@ class Learner:
     mixing: Mixing | PatchMixing
     loss: DistillationLoss
     teacher: Teacher | None = None
+    parts: int = 1
+    fitted: bool = True
+    undecided: bool = False
 
     def versions(self) -> dict[str, Heads]:
         """The weights there are, by the prefix of their figures in logs: the learning ones, and their average."""
@@ -118,13 +124,16 @@ def make_learner(
         process=process,
         divided=divided,
         bare=bare,
-        heads=cast(nn.Module, torch.compile(heads)) if recipe.compile else heads,
+        heads=compiled(heads) if recipe.compile == "on" else heads,
         optimizer=make_optimizer(model, recipe),
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
         average=average,
         mixing=make_mixing(recipe, num_classes, model),
         loss=DistillationLoss(recipe, teacher=teacher),
         teacher=teacher,
+        # parts of a divided model cannot be tried out by one process, nor are they compiled unless that is asked for
+        fitted=device.type != "cuda" or divided,
+        undecided=device.type == "cuda" and not divided and recipe.compile == "auto",
     )
 
 
@@ -133,6 +142,11 @@ def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
     if hasattr(model.config, "patch_drop_rate"):
         rates["patch_drop_rate"] = recipe.patch_drop_rate
     model.set_drop_rates(**rates)
+
+
+def compiled(heads: nn.Module) -> nn.Module:
+    """The same by torch.compile, for batches of one size: another size is compiled anew, and not for any size."""
+    return cast(nn.Module, torch.compile(heads, dynamic=False))
 
 
 def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:

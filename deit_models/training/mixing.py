@@ -53,9 +53,9 @@ class Mixing:
         """The mixed batch and its targets; `images` is changed in place and returned.
 
         Shape: (B, 3, H, W) float and (B,) int64 -> the same (B, 3, H, W) and (B, K) float32, beside the images.
-        Labels may stay on the CPU while images are on a GPU: checking them then makes nobody wait for the GPU.
+        Labels may stay on the CPU while images are on a GPU, so that they can be checked without waiting for it.
 
-        Raises: DataError: a label outside 0 ... K - 1, or another number of labels than images.
+        Raises: DataError: a label outside 0 ... K - 1 (see `smooth_one_hot`), or another number of labels than images.
         """
         check_batch(images, labels)
         targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
@@ -128,14 +128,15 @@ def smooth_one_hot(
     """1 - smoothing on the label's class, and `smoothing` spread evenly over all classes, this one included.
 
     Shape: (B,) int64 -> (B, K) float32, on `device` (default: the labels').
-    Raises: DataError: a label outside 0 ... K - 1; it is named.
+    Raises: DataError: a label outside 0 ... K - 1, in labels on the CPU; it is named. Reading labels that are on a GPU
+        would make every step wait for it.
     """
-    if labels.numel():
+    if labels.numel() and labels.device.type == "cpu":
         low, high = (int(bound) for bound in labels.aminmax())
         if low < 0 or high >= num_classes:
             wrong = low if low < 0 else high
             raise DataError(f"label {wrong} with {num_classes} classes; labels run from 0 to {num_classes - 1}")
     off = smoothing / num_classes
-    where = labels.to(device=device, dtype=torch.int64).view(-1, 1)
+    where = labels.to(device=device, dtype=torch.int64, non_blocking=True).view(-1, 1)
     targets = torch.full((len(labels), num_classes), off, dtype=torch.float32, device=where.device)
     return targets.scatter_(1, where, 1 - smoothing + off)

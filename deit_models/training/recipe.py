@@ -36,6 +36,7 @@ Distillation = Literal["none", "soft", "hard"]
 MixMode = Literal["batch", "patch"]
 LabelHeads = Literal["class", "both"]
 DistillOn = Literal["token", "class"]
+Compile = Literal["auto", "on", "off"]
 CUSTOM = "custom"
 """The label of a recipe that began as no preset."""
 
@@ -123,9 +124,13 @@ class Recipe:
     tau: float = _option(1.0, "temperature of soft distillation")
 
     precision: Precision = _option("bf16", "autocast; fp16 scales the loss")
-    compile: bool = _option(False, "torch.compile the model")
+    compile: Compile = _option(
+        "auto",
+        "torch.compile the model; auto: on a GPU, if the run is long enough to gain by it; true is on, false is off",
+    )
     seed: int = _option(0, "of weights, order and augmentation")
     eval_every: int = _option(1, "epochs between evaluations; the last epoch is always evaluated")
+    save_every: int = _option(1, "epochs between saved states, from which a run goes on; the last is always saved")
     patience: int = _option(0, "epochs without a better validation accuracy after which the run ends; 0: never")
 
     def __post_init__(self) -> None:
@@ -157,9 +162,11 @@ class Recipe:
 
 
 def _checked(name: str, value: Any, kind: Any) -> Any:
-    """The value of a field, a float where one is meant. Raises: ConfigError: another type, or out of range."""
+    """The value of a field, in the type that is meant. Raises: ConfigError: another type, or out of range."""
     if kind is float and type(value) is int:
         value = float(value)
+    if kind is Compile and isinstance(value, bool):
+        value = "on" if value else "off"
     if choices := get_args(kind):
         if value not in choices:
             raise ConfigError(f"{name}={value!r}; expected one of {', '.join(choices)}")
@@ -172,7 +179,7 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
 
 
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
-    (("epochs", "batch_size", "accumulate", "repeats", "eval_every"), lambda v: v >= 1, "1 or more"),
+    (("epochs", "batch_size", "accumulate", "repeats", "eval_every", "save_every"), lambda v: v >= 1, "1 or more"),
     (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience"), lambda v: v >= 0, "0 or more"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),

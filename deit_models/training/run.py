@@ -87,7 +87,7 @@ def train(
     watch: Watch = plain_watch,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
-    """Train a model in place; a second call with the same `out` goes on after the last finished epoch.
+    """Train a model in place; a second call with the same `out` goes on after the last saved epoch.
 
     Under torchrun every process calls this with the same arguments.
 
@@ -181,7 +181,8 @@ class _Run:
                     self._export("best", self.learner.bare, row)
                 progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
                 log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
-                save_state(self.out, self.learner, progress, run=identity)
+                if self._is_saved(epoch) or self._gives_up(progress):
+                    save_state(self.out, self.learner, progress, run=identity)
                 if on_epoch is not None and process.is_main:
                     on_epoch(row)
         last = log.rows[-1] if log.rows else {}
@@ -208,7 +209,8 @@ class _Run:
         sampler.set_epoch(epoch)
         # for mixing and stochastic depth; no epoch has 2**40 samples, so none shares its seed with these
         torch.manual_seed(sample_seed(recipe.seed, epoch, (1 << 40) + process.rank))
-        kept = f"; the last good weights, of epoch {epoch - 1}, are in {self.out / STATE_NAME}" if epoch else ""
+        saved = next((before for before in reversed(range(epoch)) if self._is_saved(before)), None)
+        kept = "" if saved is None else f"; the last good weights, of epoch {saved}, are in {self.out / STATE_NAME}"
         done = train_epoch(
             self.learner, batches, steps=sampler.steps, epoch=epoch, damage=damage, watch=self.watch, kept=kept
         )
@@ -223,6 +225,11 @@ class _Run:
         if (epoch + 1) % recipe.eval_every == 0 or epoch + 1 == recipe.total_epochs:
             row |= self._evaluate()
         return row
+
+    def _is_saved(self, epoch: int) -> bool:
+        """Whether the recipe has the state saved after this epoch (from 0)."""
+        recipe = self.learner.recipe
+        return (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.total_epochs
 
     def _gives_up(self, progress: Progress) -> bool:
         """Whether the recipe's patience is over; looked at after an evaluation, by a run that goes on as well."""
@@ -255,7 +262,7 @@ class _Run:
         if self.val is None:
             return {}
         recipe, process = self.learner.recipe, self.learner.process
-        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate), 1)
+        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate * self.learner.parts), 1)
         # where parameters are divided, every process must take part in every forward pass
         most = -(-len(self.val) // process.world)
         rounds = -(-most // size) if self.learner.divided else None

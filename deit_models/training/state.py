@@ -1,4 +1,4 @@
-"""What a run must remember to go on after any interruption: written after each epoch, whole or not at all.
+"""What a run must remember to go on after any interruption: written after an epoch, whole or not at all.
 
 Random numbers need no saving: every epoch seeds its generators from (seed, epoch, process), and every sample from
 (seed, epoch, place in the epoch).
@@ -37,8 +37,9 @@ from .records import ImageRecords
 
 STATE_NAME = "last.pt"
 _FORMAT = 1
-_MAY_CHANGE = {"preset", "eval_every", "compile"}
-"""Recipe fields that change the weights a run ends with by no more than rounding."""
+_MAY_CHANGE = {"preset", "eval_every", "save_every", "compile", "accumulate"}
+"""Recipe fields that change the weights a run ends with by no more than rounding; and `accumulate`, which a machine
+with less memory may need, though it decides which images are mixed with each other."""
 
 
 @dataclass(slots=True)
@@ -72,6 +73,7 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
     state = {
         "format": _FORMAT,
         "recipe": learner.recipe.to_toml(),
+        "parts": learner.parts,
         "run": run,
         "progress": asdict(progress),
         "scaler": learner.scaler.state_dict(),
@@ -148,6 +150,7 @@ def load_state(out: Path, learner: Learner, *, run: dict[str, str]) -> Progress 
             raise ValueError(f"it holds one {type(state).__name__}")
         _check_same_run(path, state, learner.recipe, run)
         _scatter(learner, state)
+        learner.parts = _parts(state, learner)
         learner.scaler.load_state_dict(state["scaler"])
         return Progress(**state["progress"])
     except _DAMAGES as error:
@@ -180,6 +183,14 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict
     if changed:
         settings = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in changed)
         raise TrainingError(f"{path} was saved with {settings}; use those settings, or train into a new folder")
+
+
+def _parts(state: dict[str, Any], learner: Learner) -> int:
+    """In how many parts a batch was done because of memory: the run goes on so, to mix the same images."""
+    recipe, parts = learner.recipe, int(state.get("parts", 1))
+    size = recipe.batch_size // (recipe.accumulate * learner.process.world)
+    same = recipe_from_toml(state["recipe"]).accumulate == recipe.accumulate and size % parts == 0
+    return parts if same else learner.parts
 
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -150,6 +150,13 @@ def test_interrupted_run_says_what_is_kept_and_goes_on_from_there(data, tmp_path
     assert torch.equal(head(tmp_path / "run" / "model"), head(tmp_path / "whole" / "model"))
 
 
+def test_interrupted_run_tells_the_epoch_that_was_saved(data, tmp_path, capsys):
+    arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
+    with interrupted_after(1):
+        assert main([*map(str, arguments), "--save-every", "2"]) == 130
+    assert capsys.readouterr().err.endswith("no epoch was saved, so the same command starts again\n")
+
+
 def test_run_that_is_interrupted_at_once_keeps_what_there_was(data, tmp_path, capsys):
     arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
     arguments = [str(argument) for argument in arguments]

@@ -18,8 +18,8 @@ OTHER = {
     "crop": "pad", "crop_scale": 0.5, "interpolation": "random", "hflip": 0.0, "augment": "3-augment",
     "color_jitter": 0.0, "erase": 0.0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "mix_prob": 0.5, "mix_switch": 0.25,
     "label_smoothing": 0.0, "loss": "bce", "distillation": "soft", "distill_on": "class", "alpha": 0.1, "tau": 3.0,
-    "precision": "fp16", "compile": True, "seed": 9, "eval_every": 5, "patience": 4, "layer_decay": 0.75,
-    "label_heads": "both", "mix_mode": "patch",
+    "precision": "fp16", "compile": "on", "seed": 9, "eval_every": 5, "save_every": 3, "patience": 4,
+    "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch",
 }  # fmt: skip
 """Another value of each field than the default."""
 
@@ -57,7 +57,7 @@ def test_every_field_is_an_option(name):
 def test_command_goes_before_file_before_preset_before_defaults(tmp_path):
     path = tmp_path / "mine.toml"
     path.write_text('preset = "cifar_scratch"\nepochs = 20\nlr = 0.25\ncompile = true\n')
-    given = recipe_of("--recipe", path, "--epochs", 30, "--no-compile")
+    given = recipe_of("--recipe", path, "--epochs", 30, "--compile", "off")
     assert given == recipe_named("cifar_scratch", epochs=30, lr=0.25, compile=False)
     assert (given.batch_size, given.weight_decay) == (128, Recipe().weight_decay)
 

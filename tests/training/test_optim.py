@@ -2,15 +2,20 @@
 
 import copy
 import math
+from collections import Counter
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import tiny
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import deit_models
 from deit_models.errors import ConfigError
 from deit_models.registry import list_models, model_spec
+from deit_models.training.distributed import shard_parameters
 from deit_models.training.optim import (
     WeightAverage,
     clip_adaptively,
@@ -302,6 +307,19 @@ def test_norm_clipping_scales_all_gradients_together() -> None:
 # ---- averaged weights
 
 
+class Calls(TorchDispatchMode):
+    """How often each operator is called, aside from `detach`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.ops.aten.detach.default:
+            self.counts[func._schema.name] += 1
+        return func(*args, **kwargs or {})
+
+
 def test_average_follows_the_whole_state_from_the_first_step() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
@@ -314,9 +332,10 @@ def test_average_follows_the_whole_state_from_the_first_step() -> None:
                 parameter.add_(torch.randn_like(parameter))
         average.update_parameters(model)
         for name, tensor in model.state_dict().items():
-            expected[name] = 0.9 * expected[name] + 0.1 * tensor.double()
-            if not tensor.is_floating_point():
-                expected[name] = expected[name].trunc()  # a counter stays whole
+            if tensor.is_floating_point():
+                expected[name] = 0.9 * expected[name] + 0.1 * tensor.double()
+            else:
+                expected[name] = tensor.double()  # a counter is copied
     averaged = average.module.state_dict()
     assert averaged.keys() == expected.keys()
     for name, tensor in averaged.items():
@@ -336,3 +355,66 @@ def test_average_is_a_frozen_copy_in_eval_mode() -> None:
     tiny.same_bits(dict(average.module.state_dict()), dict(before))
     assert model.training
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_average_copies_whole_numbers() -> None:
+    """A lookup table is not to drift: 0.9999 * 7 + 0.0001 * 7 is 6.9999999 in floats, and 6 when cut off."""
+    options = {"embed_dim": (16, 16), "depth": (1, 1), "num_heads": (2, 2), "key_dim": 8}
+    model = deit_models.create_model("levit_128s", img_size=64, num_classes=3, **options)
+    average = WeightAverage(model, 0.9999)
+    for _ in range(5):
+        average.update_parameters(model)
+    tables = {name: table for name, table in model.named_buffers() if name.endswith("offsets")}
+    assert len(tables) == 3
+    for name, table in tables.items():
+        assert torch.equal(average.module.get_buffer(name), table), name
+
+
+def test_average_takes_one_call_for_each_type() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)), nn.BatchNorm1d(3))
+    model.register_buffer("short", torch.arange(4.0, dtype=torch.bfloat16))
+    average = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor.add_(4)
+    with Calls() as mode:
+        average.update_parameters(model)
+    assert mode.counts == {"aten::_foreach_lerp_": 2, "aten::_foreach_copy_": 1}
+    assert average.module.short.tolist() == [2, 3, 4, 5]
+    assert average.module.short.dtype == torch.bfloat16
+    assert int(average.module[-1].num_batches_tracked) == 4
+    torch.testing.assert_close(average.module[0].weight, model[0].weight - 2)
+
+
+def test_average_asks_nothing_of_the_device() -> None:
+    """A counter or a comparison on a GPU would wait for all that is queued there."""
+    model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
+    average = WeightAverage(model, 0.5)
+    with Calls() as mode:
+        average.update_parameters(model)
+    assert "aten::_local_scalar_dense" not in mode.counts
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_optimisers_move_divided_parameters(optimizer: str) -> None:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = nn.Linear(3, 2)
+        before = model.weight.detach().clone()
+        average = WeightAverage(model, 0.5)
+        shard_parameters(model)
+        shard_parameters(average.module)
+        chosen = make_optimizer(model, tiny.recipe(optimizer=optimizer, lr=0.1, weight_decay=0.0))
+        model(torch.ones(1, 3)).sum().backward()
+        chosen.step()
+        average.update_parameters(model)
+        moved = model.weight.full_tensor()
+        assert (moved < before).all()
+        torch.testing.assert_close(average.module.weight.full_tensor(), (before + moved) / 2)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_optimisers_are_fused(optimizer: str) -> None:
+    assert make_optimizer(nn.Linear(3, 2), tiny.recipe(optimizer=optimizer)).defaults["fused"] is True

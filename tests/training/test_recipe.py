@@ -167,7 +167,7 @@ def test_number_out_of_every_range_or_of_another_type_is_refused(name, value):
 
 @pytest.mark.parametrize("name", CHOICES)
 def test_unknown_choice_is_refused_with_the_known_ones(name):
-    for value in ("whatever", 3, ["adamw"], True):
+    for value in ("whatever", 3, ["adamw"], *([] if name == "compile" else [True])):
         with pytest.raises(ConfigError) as refused:
             Recipe(**{name: value})
         assert str(refused.value) == f"{name}={value!r}; expected one of {', '.join(get_args(KINDS[name]))}"
@@ -190,6 +190,7 @@ def test_switch_takes_no_number(name):
     ("name", "fine", "wrong"),
     [
         ("epochs", 6, 0), ("batch_size", 1, 0), ("repeats", 1, 0), ("eval_every", 1, 0), ("accumulate", 1, 0),
+        ("save_every", 1, 0),
         ("cooldown_epochs", 0, -1), ("lr_batch", 0, -1), ("img_size", 0, -1), ("warmup_epochs", 0, -1),
         ("lr", 0.0, -1e-9), ("clip_grad", 0.0, -1e-9), ("mixup", 0.0, -0.1), ("color_jitter", 0.0, -0.1),
         ("eps", 1e-12, 0.0), ("tau", 1e-3, 0.0), ("crop_scale", 1.0, 1.01), ("crop_scale", 1e-3, 0.0),
@@ -224,6 +225,15 @@ def test_whole_number_will_do_for_a_float_but_not_the_other_way_round():
 def test_settings_that_do_not_fit_together_are_refused(options, reason):
     with pytest.raises(ConfigError, match=reason):
         Recipe(**options)
+
+
+@pytest.mark.parametrize(("given", "kept"), [(True, "on"), (False, "off"), ("auto", "auto"), ("on", "on")])
+def test_compile_takes_the_switch_of_older_recipes(given, kept, tmp_path):
+    assert Recipe(compile=given).compile == kept
+    text = f"compile = {str(given).lower() if isinstance(given, bool) else repr(given)}\n"
+    assert read_recipe(write(tmp_path, text)).compile == kept
+    with pytest.raises(ConfigError, match=r"compile=1; expected one of auto, on, off"):
+        Recipe(compile=1)
 
 
 def test_recipe_cannot_be_changed():

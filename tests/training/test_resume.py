@@ -216,7 +216,30 @@ def test_state_of_another_teacher_is_refused(now: str, tmp_path: Path) -> None:
 
 
 def test_what_does_not_touch_the_weights_may_change(saved: Path) -> None:
-    assert lively(saved, eval_every=2).best_epoch is not None
+    assert lively(saved, eval_every=2, save_every=3, compile="off", accumulate=1).best_epoch is not None
+
+
+def test_states_are_saved_every_so_often_and_at_the_end(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(StoppedError):
+        lively(out, save_every=3, stop_after=1)
+    assert not (out / "last.pt").exists()
+    with pytest.raises(StoppedError):
+        lively(out, save_every=2, stop_after=2)
+    assert tiny.state(out)["progress"]["epoch"] == 2
+    assert len(read_log(out / "log.jsonl")) == 3
+    lively(out, save_every=3)  # goes on after the second epoch
+    assert tiny.state(out)["progress"]["epoch"] == 4
+    for part in ("model", "ema_model", "optimizer"):
+        tiny.same_bits(tiny.state(out)[part], tiny.state(uninterrupted)[part])
+    assert without_clock(read_log(out / "log.jsonl")) == without_clock(read_log(uninterrupted / "log.jsonl"))
+
+
+def test_state_without_a_number_of_parts_goes_on_whole(saved: Path) -> None:
+    content = tiny.state(saved)
+    assert content.pop("parts") == 1
+    torch.save(content, saved / "last.pt")
+    assert len(lively(saved).log) == 4
 
 
 def learner(**changes: Any) -> Learner:

@@ -56,6 +56,12 @@ def test_patience_counts_epochs_between_evaluations_too(tmp_path: Path) -> None:
     assert len(standing_still(tmp_path, patience=3, eval_every=2).log) == 6
 
 
+def test_end_by_patience_is_saved(tmp_path: Path) -> None:
+    first = standing_still(tmp_path, patience=3, save_every=10)
+    assert tiny.state(tmp_path)["progress"]["epoch"] == 4
+    assert standing_still(tmp_path, patience=3, save_every=10).log == first.log
+
+
 def test_patience_needs_images_to_evaluate_on(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="patience=3 needs images to evaluate on"):
         train(tiny.model(), recipe=tiny.recipe(patience=3), train=tiny.Pictures(8), out=tmp_path / "run")

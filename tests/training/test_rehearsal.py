@@ -1,0 +1,264 @@
+"""What a GPU is tried out for: a batch too large for its memory, and whether compiling pays; without a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from fake_gpu import GPU, fake_gpu
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounter
+
+from deit_models.errors import TrainingError
+from deit_models.training import learner as learners
+from deit_models.training import rehearsal, run
+from deit_models.training.distributed import Process
+from deit_models.training.engine import EpochLoss, train_epoch
+from deit_models.training.learner import Learner, make_learner
+from deit_models.training.loading import FINE, Batch, DamageCount
+from deit_models.training.recipe import Recipe
+from deit_models.training.rehearsal import CompileChoice, fit_into_memory, pays
+from deit_models.training.run import TrainResult, train
+
+
+class Hungry(nn.Module):
+    """A small network with statistics and dropout, whose device holds `most` images; `seen` notes each batch."""
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.most, self.seen = most, []
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Dropout(0.5), nn.Linear(144, 3)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(len(x))
+        hidden = self.layers[:2](x)  # the statistics have moved by the time that memory runs out
+        if len(x) > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return self.layers[2:](hidden)
+
+
+def batches(count: int, size: int) -> list[Batch]:
+    generator = torch.Generator().manual_seed(1)
+    return [
+        (
+            torch.randn(size, 3, tiny.SIZE, tiny.SIZE, generator=generator),
+            torch.randint(0, 3, (size,), generator=generator),
+            torch.full((size,), FINE),
+        )
+        for _ in range(count)
+    ]
+
+
+def epoch(learner: Learner, data: list[Batch]) -> EpochLoss:
+    torch.manual_seed(5)
+    steps = len(data) // learner.recipe.accumulate
+    return train_epoch(learner, data, steps=steps, epoch=2, damage=DamageCount(tiny.Pictures(8), 0.0))
+
+
+SETTINGS = {"mixup": 0.8, "cutmix": 1.0, "label_smoothing": 0.1, "ema_decay": 0.8, "clip_grad": 1.0, "lr": 0.01}
+
+
+# ---- memory
+
+
+def test_parts_chosen_by_memory_are_accumulation_by_hand(caplog: pytest.LogCaptureFixture) -> None:
+    chosen = tiny.learner(Hungry(most=3), tiny.recipe(**SETTINGS))
+    chosen.fitted = False
+    by_hand = tiny.learner(Hungry(most=8), tiny.recipe(**SETTINGS, accumulate=4))
+    first = epoch(chosen, batches(3, 8))
+    parts = [tuple(t[start : start + 2] for t in batch) for batch in batches(3, 8) for start in range(0, 8, 2)]
+    second = epoch(by_hand, parts)
+    assert (first.loss, first.images) == (second.loss, second.images)
+    tiny.same_bits(dict(chosen.bare.state_dict()), dict(by_hand.bare.state_dict()))
+    tiny.same_bits(dict(chosen.average.module.state_dict()), dict(by_hand.average.module.state_dict()))
+    tiny.same_bits(chosen.optimizer.state_dict(), by_hand.optimizer.state_dict())
+    assert chosen.bare.model.seen == [8, 4, 2, *[2] * 12]
+    (line,) = caplog.messages
+    assert line == "8 images at once do not fit into the GPU's memory; going on in parts of 2, as with accumulate=4"
+
+
+def test_trying_leaves_no_trace_where_all_fits(caplog: pytest.LogCaptureFixture) -> None:
+    tried, plain = (tiny.learner(Hungry(most=8), tiny.recipe(**SETTINGS)) for _ in range(2))
+    tried.fitted = False
+    epoch(tried, batches(3, 8))
+    epoch(plain, batches(3, 8))
+    tiny.same_bits(dict(tried.bare.state_dict()), dict(plain.bare.state_dict()))
+    assert caplog.messages == []
+    assert (len(tried.bare.model.seen), tried.parts) == (4, 1)
+
+
+@pytest.mark.parametrize(("size", "most", "left"), [(8, 0, 1), (6, 2, 3)])
+def test_what_cannot_be_halved_is_refused_in_one_line(size: int, most: int, left: int) -> None:
+    learner = tiny.learner(Hungry(most=most), tiny.recipe(batch_size=size))
+    learner.fitted = False
+    with pytest.raises(TrainingError, match=rf"too little memory for {left} images at once") as caught:
+        fit_into_memory(learner, batches(1, size)[0])
+    assert "\n" not in str(caught.value)
+
+
+def test_all_processes_use_what_the_smallest_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    learner = tiny.learner(Hungry(most=8), tiny.recipe())
+    learner.fitted = False
+    others = iter([False, True])
+    monkeypatch.setattr(Process, "gather", lambda _, value: [value, next(others)])
+    fit_into_memory(learner, batches(1, 8)[0])
+    assert learner.parts == 2
+
+
+def memory_run(out: Path, *, most: int, stop_after: int | None = None, **changes: Any) -> TrainResult:
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == stop_after:
+            raise KeyboardInterrupt
+
+    return train(
+        Hungry(most=most),
+        recipe=tiny.recipe(**{**SETTINGS, **changes}),
+        train=tiny.Pictures(16),
+        out=out,
+        workers=0,
+        device="cpu",
+        preprocessing=tiny.PREPROCESSING,
+        on_epoch=stop,
+    )
+
+
+@pytest.fixture
+def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = learners.make_learner
+
+    def unfitted(*args: Any, **options: Any) -> Learner:
+        learner = make(*args, **options)
+        learner.fitted = False
+        return learner
+
+    monkeypatch.setattr(run, "make_learner", unfitted)
+
+
+@pytest.mark.usefixtures("_small_memory")
+def test_run_goes_on_in_the_parts_it_began_with(tmp_path: Path) -> None:
+    memory_run(tmp_path / "alone", most=4)
+    for most, changes in ((8, {}), (2, {"accumulate": 2})):  # more memory, and the same parts given by hand
+        out = tmp_path / f"run {most}"
+        with pytest.raises(KeyboardInterrupt):
+            memory_run(out, most=4, stop_after=0)
+        assert tiny.state(out)["parts"] == 2
+        memory_run(out, most=4 if changes else most, **changes)
+        for part in ("model", "ema_model", "optimizer"):
+            tiny.same_bits(tiny.state(out)[part], tiny.state(tmp_path / "alone")[part])
+
+
+# ---- compiling
+
+
+@pytest.mark.parametrize(("minutes", "outcome"), [(0.5, False), (3.9, False), (4.1, True), (600, True)])
+def test_compiling_pays_from_four_minutes_on(minutes: float, outcome: bool) -> None:
+    assert pays(60 * minutes) is outcome
+
+
+class Clock:
+    """Seconds pass only where it is looked at."""
+
+    def __init__(self, step: float) -> None:
+        self.now, self.step = 0.0, step
+
+    def perf_counter(self) -> float:
+        self.now += self.step
+        return self.now
+
+
+@pytest.fixture
+def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+    torch.compiler.reset()
+    counter, compile_ = CompileCounter(), torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=counter, **options))
+    return counter
+
+
+def undecided(**changes: Any) -> Learner:
+    learner = tiny.learner(tiny.model(distilled=True), tiny.recipe(**{**SETTINGS, "epochs": 300, **changes}))
+    learner.undecided = True
+    return learner
+
+
+def test_long_run_is_compiled_after_its_first_steps(
+    counter: CompileCounter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rehearsal, "time", Clock(1.0))
+    learner, plain = undecided(), tiny.learner(tiny.model(distilled=True), tiny.recipe(**{**SETTINGS, "epochs": 300}))
+    assert epoch(learner, batches(4, 8)).loss == pytest.approx(epoch(plain, batches(4, 8)).loss, rel=1e-4)
+    assert not learner.undecided
+    assert learner.heads is not learner.bare
+    frames = counter.frame_count
+    assert frames >= 1
+    for _ in range(2):  # other learning rates, another epoch
+        epoch(learner, batches(4, 8))
+    assert counter.frame_count == frames
+    line = next(line for line in caplog.messages if "torch.compile" in line)
+    # a second a step, 298 epochs of 4 steps, two of which are done
+    assert line == (
+        "about 20 minutes of training are left: torch.compile has compiled the model; compile='off' (--compile off) "
+        "leaves it out"
+    )
+
+
+def test_short_run_is_not_compiled(counter: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "time", Clock(0.1))
+    learner = undecided()
+    epoch(learner, batches(4, 8))
+    assert not learner.undecided
+    assert learner.heads is learner.bare
+    assert counter.frame_count == 0
+
+
+def test_epoch_of_one_step_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "time", Clock(1000.0))
+    learner = undecided()
+    for _ in range(3):
+        epoch(learner, batches(1, 8))
+    assert learner.undecided
+
+
+def test_run_goes_on_where_compiling_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def broken(graph: Any, inputs: Any) -> Callable[..., Any]:  # noqa: ARG001
+        raise RuntimeError("no compiler\nfound")
+
+    torch.compiler.reset()
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=broken, **options))
+    monkeypatch.setattr(rehearsal, "time", Clock(1.0))
+    learner = undecided()
+    epoch(learner, batches(3, 8))
+    assert learner.heads is learner.bare
+    line = next(line for line in caplog.messages if "torch.compile" in line)
+    assert "torch.compile failed, so it goes on without (" in line
+    assert "\n" not in line
+
+
+def test_clock_is_read_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rehearsal, "_compile", lambda *_: pytest.fail("decided already"))
+    learner = undecided()
+    learner.undecided = False
+    for step in range(3):
+        CompileChoice(learner).consider(batches(1, 8)[0], step=step, steps_left=10**6)
+
+
+@pytest.mark.parametrize(
+    ("device", "choice", "open_"),
+    [(GPU, "auto", True), (GPU, "off", False), (torch.device("cpu"), "auto", False)],
+    ids=str,
+)
+def test_only_a_gpu_leaves_it_open_and_has_its_memory_tried(device: torch.device, choice: Any, open_: bool) -> None:
+    settings = Recipe(**{**tiny.PLAIN, "compile": choice})
+    with fake_gpu():
+        process = Process(0, 1, device)
+        learner = make_learner(tiny.model(), settings, num_classes=3, process=process, preprocessing=tiny.PREPROCESSING)
+    assert learner.undecided is open_
+    assert learner.fitted is (device.type == "cpu")
+    assert learner.heads is learner.bare
