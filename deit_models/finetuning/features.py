@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TrainingError
 from ..hub.fetch import atomic_write
 from ..models.layers import ImageClassifier
-from ..training.datasets import EvalSamples
 from ..training.distributed import Process
 from ..training.evaluation import preprocessing_of
 from ..training.learner import autocast
 from ..training.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..training.recipe import Precision
 from ..training.records import ImageRecords
+from ..training.samplers import EvalSamples
 from ..training.state import digest_of_numbers
 from ..transforms import EvalTransform
 
@@ -98,7 +98,7 @@ def extract_features(
             damage.add(shard["failures"])
     samples = EvalSamples(records, EvalTransform(preprocessing_of(model)))
     # all shards but the last hold whole batches, so none of the batches belongs to two
-    loader = make_loader(samples, order, batch_size=_BATCH, workers=workers, device=process.device)  # type: ignore[arg-type]
+    loader = make_loader(samples, order, batch_size=_BATCH, workers=workers, device=process.device)
     batches = iter(watch(loader, len(loader)))
     with _head_inputs(model.to(process.device)) as taken, explained_worker_failure(workers):
         for start in missing:

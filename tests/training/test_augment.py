@@ -16,9 +16,9 @@ from deit_models.training.augment import (
     ColorJitter,
     ThreeAugment,
     TrainTransform,
-    covering,
     train_transform,
 )
+from deit_models.training.crops import covering
 from deit_models.training.levels import ErasingBox, Levels, ToInput
 from deit_models.training.randaugment import ENHANCE
 from deit_models.training.recipe import Recipe
