@@ -141,13 +141,17 @@ class ToInput:
     def _erase(self, images: Tensor, hit: Tensor, boxes: Tensor) -> None:
         """In place: noise in the boxes (K, 5) of the images `hit` (K,)."""
         self._noise.manual_seed(int(boxes[0, 4]))
-        where, boxes = to_device(hit, self.device), to_device(boxes, self.device)
         noise = torch.randn(len(hit), *images.shape[1:], generator=self._noise, device=self.device)
-        top, left, height, width, _ = boxes[:, :, None].unbind(1)
-        down, across = (torch.arange(side, device=self.device) for side in images.shape[2:])
-        rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)
-        inside = (rows[:, :, None] & columns[:, None, :])[:, None]
-        images.index_copy_(0, where, torch.where(inside, noise, images[where]))
+        paste(noise, images, to_device(hit, self.device), to_device(boxes, self.device))
+
+
+def paste(noise: Tensor, images: Tensor, where: Tensor, boxes: Tensor) -> None:
+    """In place: (K, 3, H, W) noise in the `boxes` (K, 5) of those `images` whose numbers are in `where` (K,)."""
+    top, left, height, width, _ = boxes[:, :, None].unbind(1)
+    down, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    images.index_copy_(0, where, torch.where(inside, noise, images[where]))
 
 
 class EvalInput:
