@@ -13,10 +13,10 @@ its prefetcher, its scripts' default, which sends bytes to the main process and 
 deit-models runs as it does by itself, "in memory": small images are decoded once, before the clock starts; "from files"
 decodes each time, as timm does; "cut where the model is" needs no loading process: what the main process does is all.
 
-Each side has a process of its own and one loading process, each with one thread; it reads one epoch to warm up and
-as many as take two seconds of CPU time for the clock; the sides take turns, and ratios are taken within a round. The figure is CPU time, which a busy
-machine disturbs least: that of the loading process, which there are many of, and that of the main process, of which
-there is one.
+Each side has a process of its own and one loading process, each with one thread; it reads one epoch to warm up and as
+many as take two seconds of CPU time for the clock; the sides take turns, and ratios are taken within a round. The
+figure is CPU time, which a busy machine disturbs least: that of the loading process, which there are many of, and that
+of the main process, of which there is one.
 """
 
 from __future__ import annotations

@@ -414,3 +414,35 @@ def test_pixels_leave_a_worker_as_bytes_and_numbers_without_a_tensor(monkeypatch
     assert values.is_shared()
     assert not labels.is_shared()
     assert not failed.is_shared()
+
+
+class Stream:
+    """Stands for a stream of a GPU."""
+
+    def __init__(self, *_: object) -> None:
+        self.waits: list[Stream] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits.append(other)
+
+
+def test_next_batch_is_on_its_way_before_this_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, recorded = Stream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    samples, batches = numbered(monkeypatch)
+    read = batches._ahead()
+    images, labels, _ = next(read)
+    assert labels.tolist() == list(range(7))
+    assert max(samples.asked[-1]) == 13  # the second batch, whole
+    assert len(current.waits) == 1  # this one's copy, before it is used
+    assert recorded[-1][0] is images
+    assert recorded[-1][1] is current
+    assert [labels.tolist()[0] for _, labels, _ in read] == [7, 14]
+    assert len(recorded) == 3
