@@ -1,16 +1,22 @@
-"""How many augmented training images a second a loader gives: deit-models beside timm, from the same photographs.
+"""How many augmented training images a second one loading process gives: deit-models beside timm, from the same files.
 
-    python benchmarks/data_pipeline.py PHOTOS [--images 1000] [--workers 2] [--rounds 7]
+    python benchmarks/data_pipeline.py PHOTOS [--sizes 32 64 224] [--images 4096] [--rounds 5]
                                        [--write benchmarks/results/data_pipeline.md]
 
-PHOTOS is a folder of image files, repeated until there are enough. Both sides decode, crop to 224 pixels (bicubic),
-flip, apply rand-m9-mstd0.5-inc1, normalise and erase (pixel, 0.25), and give float32 batches; mixing is left out. timm
-runs as its plain loader and with its prefetcher, which sends bytes to the main process and normalises and erases there.
-deit-models runs as it is and with Pillow's resize, which makes of every crop the picture timm makes of it.
+PHOTOS is a folder of image files. For 224 pixels they are read as they are, repeated until there are enough; for 32 and
+64 pixels, small JPEG files are made of random squares of them first. Both sides decode, crop, flip, apply
+rand-m9-mstd0.5-inc1 or nothing, normalise and erase (pixel, 0.25), and give float32 batches; mixing is left out. The
+crop is a random resized one (bicubic) at 224 pixels; at 32 and 64 the image is padded by an eighth and cut, for which
+timm gets torchvision's RandomCrop in the place of its first transform, as the DeiT authors' script does. timm runs with
+its prefetcher, its scripts' default, which sends bytes to the main process and normalises and erases there.
 
-Each side has a process of its own, reads one epoch to warm up and another for the clock; the sides take turns, and
-ratios are taken within a round. CPU time, of the workers and the main process together, is what a busy machine disturbs
-least.
+deit-models runs as it does by itself, "in memory": small images are decoded once, before the clock starts; "from files"
+decodes each time, as timm does; "cut where the model is" needs no loading process: what the main process does is all.
+
+Each side has a process of its own and one loading process, each with one thread; it reads one epoch to warm up and as
+many as take two seconds of CPU time for the clock; the sides take turns, and ratios are taken within a round. The
+figure is CPU time, which a busy machine disturbs least: that of the loading process, which there are many of, and that
+of the main process, of which there is one.
 """
 
 from __future__ import annotations
@@ -19,6 +25,7 @@ import argparse
 import json
 import os
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -29,137 +36,191 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-PEERS = ("deit-models", "deit-models, Pillow resize", "timm", "timm, prefetcher")
+SMALL = ("deit-models, in memory", "deit-models, from files", "timm")
+PEERS = {32: SMALL, 64: SMALL, 224: ("deit-models, from files", "timm")}
+THERE = "deit-models, cut where the model is"
+AUGMENTS = ("none", "rand-m9-mstd0.5-inc1")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
+CORES = 16
+ENOUGH_S = 2.0
+"""CPU time to measure: the kernel counts it in hundredths."""
 
 
-def lay_out(photos: Path, images: int, folder: Path) -> None:
-    """A train/ folder of `images` links to the photos, each photo a class."""
+def lay_out(photos: Path, images: int, size: int, folder: Path) -> None:
+    """A train/ folder of `images` files of each photo's class: links, or small squares of them saved as JPEG."""
+    from PIL import Image
+
     files = sorted(path.resolve() for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)
     if len(files) < 2:
         raise SystemExit(f"{photos}: {len(files)} images; expected a folder of at least two")
+    dice = random.Random(0)
+    decoded = {} if size == 224 else {file: Image.open(file).convert("RGB") for file in files}
     for i in range(images):
         file = files[i % len(files)]
-        link = folder / "train" / file.stem / f"{i}{file.suffix}"
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.symlink_to(file)
+        target = folder / "train" / file.stem / (f"{i}{file.suffix}" if size == 224 else f"{i}.jpg")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if size == 224:
+            target.symlink_to(file)
+            continue
+        photo = decoded[file]
+        side = dice.randint(min(photo.size) // 2, min(photo.size))
+        left, top = dice.randint(0, photo.width - side), dice.randint(0, photo.height - side)
+        photo.resize((size, size), box=(left, top, left + side, top + side)).save(target, quality=90)
 
 
-def our_loader(folder: str, batch: int, workers: int, *, pillow_resize: bool) -> Any:
-    """The loader that `deit_models.training` trains with."""
+def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -> Any:
+    """The batches that `deit_models.train` trains with."""
     import torch
 
     from deit_models.hub.manifest import Preprocessing
     from deit_models.training.augment import train_transform
-    from deit_models.training.datasets import TrainingSamples, open_dataset
-    from deit_models.training.levels import InputBatches, ToInput
-    from deit_models.training.loading import make_loader
+    from deit_models.training.cache import keep_in_memory
+    from deit_models.training.datasets import open_dataset
+    from deit_models.training.feeding import InputBatches, training_batches
+    from deit_models.training.levels import ToInput
     from deit_models.training.recipe import Recipe
-    from deit_models.training.samplers import TrainSampler
+    from deit_models.training.samplers import TrainingSamples, TrainSampler
 
     records = open_dataset(folder, "train")
-    preprocessing = Preprocessing(resize=256, crop=(224, 224))
-    transform = train_transform(Recipe(), preprocessing, (224, 224), pillow_resize=pillow_resize)
+    if not peer.endswith("files"):
+        records = keep_in_memory(records, "ram", workers=1)
+    preprocessing = Preprocessing(resize=size, crop=(size, size))
+    crop = "random_resized" if size == 224 else "pad"
+    recipe = Recipe(crop=crop, augment=augment, color_jitter=0.0, erase=0.25)
+    transform, to_input = (
+        train_transform(recipe, preprocessing, (size, size)),
+        ToInput(preprocessing, torch.device("cpu")),
+    )
     sampler = TrainSampler(len(records), batch_size=batch)
-    device = torch.device("cpu")
-    loader = make_loader(TrainingSamples(records, transform), sampler, batch_size=batch, workers=workers, device=device)
-    return InputBatches(loader, ToInput(preprocessing, device))
+    if peer == THERE:
+        return training_batches(records, transform, sampler, to_input, batch_size=batch, workers=1)
+    samples = TrainingSamples(records, transform)
+    return InputBatches(
+        samples, sampler, to_input, batch_size=batch, workers=1, device=to_input.device, size=(size, size)
+    )
 
 
-def timm_loader(folder: str, batch: int, workers: int, *, prefetcher: bool) -> Any:
+def timm_loader(folder: str, size: int, augment: str, batch: int) -> Any:
     """The loader timm's training script makes, with the same augmentation."""
     import torch
     from PIL import Image, ImageOps
     from timm.data import ImageDataset, auto_augment, create_loader
+    from torchvision.transforms import RandomCrop
 
     def posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
         return ImageOps.posterize(image, bits) if bits else Image.new(image.mode, image.size)
 
     # With Pillow 13 timm 1.0.31 stops at the first image posterised to 0 bits, about one in 700
     auto_augment.NAME_TO_OP["PosterizeIncreasing"] = posterize
-    return create_loader(
-        ImageDataset(str(Path(folder, "train"))),
-        224,
+    dataset = ImageDataset(str(Path(folder, "train")))
+    loader = create_loader(
+        dataset,
+        size,
         batch,
         is_training=True,
-        auto_augment="rand-m9-mstd0.5-inc1",
+        auto_augment=None if augment == "none" else augment,
+        color_jitter=0.0,
         interpolation="bicubic",
         re_prob=0.25,
         re_mode="pixel",
-        num_workers=workers,
+        num_workers=1,
         device=torch.device("cpu"),
-        use_prefetcher=prefetcher,
     )
+    if size != 224:
+        dataset.transform.transforms[0] = RandomCrop(size, padding=size // 8)
+    return loader
 
 
-def cpu_seconds(processes: Iterable[int]) -> float:
-    """User and system time of some processes so far."""
-    ticks = 0
-    for process in processes:
-        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])
-    return ticks / os.sysconf("SC_CLK_TCK")
+def cpu_seconds(process: int) -> float:
+    """User and system time of a process so far."""
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def child(peer: str, folder: str, batch: int, workers: int) -> None:
+def child(peer: str, folder: str, size: int, augment: str, batch: int) -> None:
     """One measurement; prints a JSON row."""
     import torch
 
     torch.set_num_threads(1)
-    if peer.startswith("timm"):
-        loader = timm_loader(folder, batch, workers, prefetcher=peer.endswith("prefetcher"))
-    else:
-        loader = our_loader(folder, batch, workers, pillow_resize=peer.endswith("resize"))
+    loader = timm_loader(folder, size, augment, batch) if peer == "timm" else our_loader(
+        folder, size, augment, batch, peer=peer
+    )  # fmt: skip
     for _ in loader:
         pass
     inner = getattr(loader, "loader", loader)  # timm's prefetcher and our batches wrap a DataLoader
-    processes = [os.getpid(), *(worker.pid for worker in inner._iterator._workers)]
-    count, cpu, start = 0, cpu_seconds(processes), time.perf_counter()
-    for images, *_ in loader:
-        if images.shape[1:] != (3, 224, 224) or images.dtype != torch.float32:
-            raise SystemExit(f"{peer} gave {images.dtype} of shape {tuple(images.shape)}")
-        count += len(images)
+    workers = [worker.pid for worker in getattr(inner._iterator, "_workers", ())]
+    count, start, before = 0, time.perf_counter(), busy(workers)
+    while sum(busy(workers)) - sum(before) < ENOUGH_S:
+        for images, *_ in loader:
+            if images.shape[1:] != (3, size, size) or images.dtype != torch.float32:
+                raise SystemExit(f"{peer} gave {images.dtype} of shape {tuple(images.shape)}")
+            count += len(images)
     wall = time.perf_counter() - start
-    print(json.dumps({"images_per_s": count / wall, "cpu_ms": (cpu_seconds(processes) - cpu) / count * 1e3}))
+    worker_us, main_us = ((b - a) / count * 1e6 for a, b in zip(before, busy(workers), strict=True))
+    print(json.dumps({"worker_us": worker_us, "main_us": main_us, "wall_per_s": count / wall}))
 
 
-def measure(photos: Path, images: int, batch: int, workers: int, rounds: int) -> dict[str, list[dict[str, float]]]:
-    """The rows of each peer, round by round."""
-    rows: dict[str, list[dict[str, float]]] = {peer: [] for peer in PEERS}
+def busy(workers: list[int]) -> tuple[float, float]:
+    """CPU seconds so far of the loading processes and of this one."""
+    return sum(map(cpu_seconds, workers)), cpu_seconds(os.getpid())
+
+
+Rows = dict[tuple[int, str, str], list[dict[str, float]]]
+
+
+def measure(photos: Path, sizes: Iterable[int], counts: dict[bool, int], batch: int, rounds: int) -> Rows:
+    """The rows of each size, augmentation and peer, round by round."""
+    rows: Rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        lay_out(photos, images, Path(folder))
-        for i in range(rounds):
-            for peer in (PEERS[(i + k) % len(PEERS)] for k in range(len(PEERS))):
-                command = [sys.executable, __file__, "--child", peer, folder, str(batch), str(workers)]
-                done = subprocess.run(command, capture_output=True, text=True, check=False)
-                if done.returncode:
-                    raise SystemExit(f"{peer} failed:\n{done.stderr}")
-                rows[peer].append(json.loads(done.stdout.splitlines()[-1]))
+        for size in sizes:
+            lay_out(photos, counts[size == 224], size, Path(folder, str(size)))
+        for number in range(rounds):
+            for size in sizes:
+                for augment in AUGMENTS:
+                    peers = [*PEERS[size], *[THERE] * (size != 224 and augment == "none")]
+                    for peer in peers[number % len(peers) :] + peers[: number % len(peers)]:
+                        given = [peer, str(Path(folder, str(size))), str(size), augment, str(batch)]
+                        done = subprocess.run(
+                            [sys.executable, __file__, "--child", *given], capture_output=True, text=True, check=False
+                        )
+                        if done.returncode:
+                            raise SystemExit(f"{peer} failed:\n{done.stderr}")
+                        rows.setdefault((size, augment, peer), []).append(json.loads(done.stdout.splitlines()[-1]))
     return rows
 
 
-def report(rows: dict[str, list[dict[str, float]]], images: int, batch: int, workers: int) -> str:
+def per_core(row: dict[str, float]) -> float:
+    """Images a second of CPU time, of the loading process, or of the main one where it does everything."""
+    return 1e6 / (row["worker_us"] or row["main_us"])
+
+
+def report(rows: Rows, counts: dict[bool, int], batch: int) -> str:
     """A Markdown table; the ratios are medians of the rounds' own."""
-    rounds = len(rows["timm"])
+    rounds = len(next(iter(rows.values())))
     lines = [
-        "# Augmented training images a second, from photographs on disk",
+        "# Augmented training images a second of one core",
         "",
-        f"{machine()}. {images} images of 224 pixels an epoch, batches of {batch}, {workers} workers; medians of "
-        f"{rounds} interleaved rounds, one process each; `python benchmarks/data_pipeline.py PHOTOS`.",
+        f"{machine()}. One loading process with one thread; {counts[False]} small images or {counts[True]} photographs "
+        f"an epoch, batches of {batch}; medians of {rounds} interleaved rounds, one process each; "
+        "`python benchmarks/data_pipeline.py PHOTOS`.",
         "",
-        "| | images/s | over timm | over timm, prefetcher | CPU ms an image | timm's over it | timm, prefetcher's |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "Images/s are those of a second of CPU time of the loading process. The last column is "
+        f"{CORES} times as many, an extrapolation and no measurement: it holds as long as the memory's speed allows, "
+        "and the main process, whose time for an image stands in the column before, keeps up.",
+        "",
+        "| pixels | augmentation | | images/s a core | over timm | images/s by the clock | main process, us an image "
+        f"| {CORES} cores, extrapolated |",
+        "| ---: | --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for peer in PEERS:
-        cells = []
-        for name, upside in (("images_per_s", True), ("cpu_ms", False)):
-            mine = [row[name] for row in rows[peer]]
-            cells.append(f"{statistics.median(mine):.0f}" if upside else f"{statistics.median(mine):.2f}")
-            for other in PEERS[2:]:
-                theirs = [row[name] for row in rows[other]]
-                ratios = [a / b if upside else b / a for a, b in zip(mine, theirs, strict=True)]
-                cells.append(f"{statistics.median(ratios):.2f}")
-        lines.append(f"| {peer} | {' | '.join(cells)} |")
+    for (size, augment, peer), mine in rows.items():
+        theirs = rows[size, augment, "timm"]
+        speed = statistics.median(map(per_core, mine))
+        ratio = statistics.median(per_core(a) / per_core(b) for a, b in zip(mine, theirs, strict=True))
+        wall, main = (statistics.median(row[name] for row in mine) for name in ("wall_per_s", "main_us"))
+        most = "" if peer == THERE else f"{CORES * speed:,.0f}"
+        lines.append(
+            f"| {size} | {augment} | {peer} | {speed:,.0f} | {ratio:.2f} | {wall:,.0f} | {main:.0f} | {most} |"
+        )
     return "\n".join(lines) + "\n"
 
 
@@ -177,20 +238,22 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, nargs="?", help="folder of photographs, not of class folders")
-    parser.add_argument("--images", type=int, default=1000, help="an epoch's, by repeating the photographs")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sizes", type=int, nargs="+", default=list(PEERS), choices=PEERS)
+    parser.add_argument("--images", type=int, default=4096, help="an epoch's small images")
+    parser.add_argument("--photos-an-epoch", type=int, default=512, help="by repeating the photographs")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--write", type=Path, help="also write the table there")
-    parser.add_argument("--child", nargs=4, metavar=("PEER", "FOLDER", "BATCH", "WORKERS"), help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs=5, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
-        child(args.child[0], args.child[1], int(args.child[2]), int(args.child[3]))
+        peer, folder, size, augment, batch = args.child
+        child(peer, folder, int(size), augment, int(batch))
         return
     if args.photos is None:
         parser.error("PHOTOS is needed: a folder of photographs")
-    settings = {"images": args.images, "batch": args.batch, "workers": args.workers}
-    table = report(measure(args.photos, rounds=args.rounds, **settings), **settings)
+    counts = {False: args.images, True: args.photos_an_epoch}
+    table = report(measure(args.photos, args.sizes, counts, args.batch, args.rounds), counts, args.batch)
     print(table)
     if args.write:
         args.write.write_text(table, encoding="utf-8")

@@ -25,8 +25,9 @@ from loading import machine
 
 import deit_models
 from deit_models.finetuning.split import labels_of, parts, stratified_split
-from deit_models.training.datasets import EvalSamples, open_dataset
+from deit_models.training.datasets import open_dataset
 from deit_models.training.records import ArrayRecords, ImageRecords
+from deit_models.training.samplers import EvalSamples
 
 SIDES = ("head on features", "frozen loop")
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from .arguments import add_data, add_loading, add_workers, chosen_model, command, loading, open_data
 from .progress import TrainingDisplay, watch_features
 from .recipes import add_recipe, chosen_recipe, recipe_changes
-from .runs import add_folder, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
+from .runs import add_folder, add_image_cache, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
 
 if TYPE_CHECKING:
     from ..finetuning.run import FinetuneResult
@@ -51,6 +51,7 @@ def add_finetune(commands: Any) -> None:
     add_teacher(parser, required=False)
     add_loading(parser)
     add_workers(parser)
+    add_image_cache(parser)
     text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
@@ -126,6 +127,7 @@ def _finetune(
         layout=args.layout,
         device=process.device,
         workers=args.workers,
+        cache=args.cache,
         watch=watch_features if args.mode == "head" else display.watch,
         on_epoch=display.show_epoch,
     )

@@ -36,6 +36,15 @@ def check_fresh(args: argparse.Namespace) -> None:
         )
 
 
+def add_image_cache(parser: argparse.ArgumentParser) -> None:
+    """The option `--cache`, for commands that train."""
+    text = (
+        "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or never; "
+        "default auto"
+    )
+    parser.add_argument("--cache", choices=["auto", "ram", "none"], default="auto", help=text)
+
+
 def add_teacher(parser: argparse.ArgumentParser, *, required: bool) -> None:
     """The options for a teacher; `given_teacher` reads them."""
     text = (

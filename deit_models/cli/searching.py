@@ -11,7 +11,7 @@ from ..errors import ConfigError
 from .arguments import EXIT_OK, add_data, add_json, add_workers, at_least, command, open_data
 from .progress import TrainingDisplay, process_number, watch_images
 from .recipes import add_recipe, chosen_recipe
-from .runs import add_folder, check_fresh, run_to_end, say
+from .runs import add_folder, add_image_cache, check_fresh, run_to_end, say
 
 if TYPE_CHECKING:
     from ..nas.evolution import Scored
@@ -54,6 +54,7 @@ def add_search(commands: Any) -> None:
         if trains:
             add_recipe(parser, _RECIPE, by_data=True)
             _add_sampling(parser)
+            add_image_cache(parser)
         _add_common(parser)
         if searches:
             _add_evolution(parser, trains=trains)
@@ -179,6 +180,7 @@ def _train(
         sampling=Sampling(images=args.images_per_network, warmup_epochs=warmup),
         device=process.device,
         workers=args.workers,
+        cache=args.cache,
         watch=display.watch,
         on_epoch=display.show_epoch,
     )

@@ -9,7 +9,7 @@ from ..errors import ConfigError, DataError
 from .arguments import add_data, add_loading, add_workers, command, loading, open_data
 from .progress import TrainingDisplay
 from .recipes import add_recipe, chosen_recipe
-from .runs import add_folder, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
+from .runs import add_folder, add_image_cache, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
 
 if TYPE_CHECKING:
     from ..models.layers import ImageClassifier
@@ -63,6 +63,7 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
     add_loading(parser)
     add_workers(parser)
+    add_image_cache(parser)
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files into --out")
@@ -111,6 +112,7 @@ def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -
             teacher=teacher,
             device=process.device,
             workers=args.workers,
+            cache=args.cache,
             shard=args.shard,
             tensorboard=args.tensorboard,
             watch=display.watch,

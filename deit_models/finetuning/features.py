@@ -19,13 +19,14 @@ from torch import Tensor, nn
 from ..errors import ConfigError, TrainingError
 from ..hub.fetch import atomic_write
 from ..models.layers import ImageClassifier
-from ..training.datasets import EvalSamples
 from ..training.distributed import Process
 from ..training.evaluation import preprocessing_of
 from ..training.learner import autocast
+from ..training.levels import EvalInput
 from ..training.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..training.recipe import Precision
 from ..training.records import ImageRecords
+from ..training.samplers import EvalSamples
 from ..training.state import digest_of_numbers
 from ..transforms import EvalTransform
 
@@ -96,14 +97,18 @@ def extract_features(
     for shard in shards.values():
         if shard is not None:
             damage.add(shard["failures"])
-    samples = EvalSamples(records, EvalTransform(preprocessing_of(model)))
+    preprocessing = preprocessing_of(model)
+    samples, to_input = (
+        EvalSamples(records, EvalTransform(preprocessing).levels),
+        EvalInput(preprocessing, process.device),
+    )
     # all shards but the last hold whole batches, so none of the batches belongs to two
-    loader = make_loader(samples, order, batch_size=_BATCH, workers=workers, device=process.device)  # type: ignore[arg-type]
+    loader = make_loader(samples, order, batch_size=_BATCH, workers=workers, device=process.device)
     batches = iter(watch(loader, len(loader)))
     with _head_inputs(model.to(process.device)) as taken, explained_worker_failure(workers):
         for start in missing:
             size = min(_SHARD, len(records) - start)
-            shards[start] = shard = _next_shard(model, batches, taken, size, process, precision, damage)
+            shards[start] = shard = _next_shard(model, batches, to_input, taken, size, precision, damage)
             with atomic_write(_file(folder, start)) as temporary:
                 save_file(shard, temporary)
     found = [shard for shard in shards.values() if shard is not None]
@@ -114,9 +119,9 @@ def extract_features(
 def _next_shard(
     model: ImageClassifier,
     batches: Iterator[tuple[Tensor, Tensor, Tensor]],
+    to_input: EvalInput,
     taken: dict[str, Tensor],
     size: int,
-    process: Process,
     precision: Precision,
     damage: DamageCount,
 ) -> dict[str, Tensor]:
@@ -124,8 +129,8 @@ def _next_shard(
     for _ in range(-(-size // _BATCH)):
         images, labels, failures = next(batches)
         damage.add(failures)
-        with autocast(process.device, precision):
-            model.forward_heads(images.to(process.device, non_blocking=True))
+        with autocast(to_input.device, precision):
+            model.forward_heads(to_input(images))
         for name, rows in {**taken, "labels": labels, "failures": failures}.items():
             columns.setdefault(name, []).append(rows.float().cpu() if name in taken else rows)
     return {name: torch.cat(rows).contiguous() for name, rows in columns.items()}

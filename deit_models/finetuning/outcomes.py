@@ -123,7 +123,7 @@ def collect_outcomes(
             damage.add(failures)
             index = torch.tensor([next(share) for _ in range(len(labels))])
             with autocast(process.device, precision):
-                heads: Iterable[Tensor | None] = model.forward_heads(images.to(process.device, non_blocking=True))
+                heads: Iterable[Tensor | None] = model.forward_heads(images)
             logits = mean_logits([head.float() for head in heads if head is not None])
             parts.append(outcomes_of(logits, labels.to(process.device), index))
     damage.meet(process)

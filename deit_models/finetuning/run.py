@@ -14,6 +14,7 @@ import torch
 from ..errors import ConfigError
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier, Layout
+from ..training.cache import Cache
 from ..training.datasets import has_validation
 from ..training.distributed import join_processes
 from ..training.loading import Watch, default_workers, open_images, plain_watch
@@ -64,6 +65,7 @@ def finetune(
     layout: Layout = "native",
     device: str | torch.device | None = None,
     workers: int | None = None,
+    cache: Cache = "auto",
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -91,6 +93,7 @@ def finetune(
         layout: of what is pushed.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes.
+        cache: whether to keep the images decoded in memory, see `train`; mode "head" reads each but once.
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
         watch: wraps batches, for a progress bar.
         on_epoch: called with each finished epoch's row of the log.
@@ -120,6 +123,7 @@ def finetune(
             recipe=recipe,
             process=process,
             workers=default_workers(process.device) if workers is None else workers,
+            cache=cache,
             corrupt_limit=corrupt_limit,
             watch=watch,
             fraction=val_fraction,

@@ -11,6 +11,7 @@ from ..errors import ConfigError
 from ..hub.fetch import atomic_write
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
+from ..training.cache import Cache
 from ..training.distributed import Process
 from ..training.loading import Watch
 from ..training.recipe import Recipe
@@ -47,6 +48,7 @@ class Setting:
     recipe: Recipe
     process: Process
     workers: int
+    cache: Cache
     corrupt_limit: float
     watch: Watch
     fraction: float
@@ -95,6 +97,7 @@ def by_training(
             teacher=teacher,
             device=process.device,
             workers=setting.workers,
+            cache=setting.cache,
             corrupt_limit=setting.corrupt_limit,
             watch=setting.watch,
             on_epoch=on_epoch,

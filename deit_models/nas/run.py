@@ -18,6 +18,7 @@ from ..hub.load import from_pretrained
 from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import ViTResNAS
 from ..registry import Origin, default_preprocessing
+from ..training.cache import Cache
 from ..training.distributed import join_processes
 from ..training.export import export_model
 from ..training.loading import Watch, default_workers, open_images, plain_watch
@@ -77,6 +78,7 @@ def train_supernet(
     sampling: Sampling | None = None,
     device: str | torch.device | None = None,
     workers: int | None = None,
+    cache: Cache = "auto",
     watch: Watch = plain_watch,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
 ) -> TrainResult:
@@ -91,6 +93,7 @@ def train_supernet(
         sampling: how candidates are drawn; default: the paper's numbers.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes.
+        cache: whether to keep the images decoded in memory, see `training.run.train`.
         watch: wraps each epoch's batches, for a progress bar.
         on_epoch: called with each finished epoch's row of the log.
 
@@ -112,6 +115,7 @@ def train_supernet(
         out=out,
         device=device,
         workers=workers,
+        cache=cache,
         watch=watch,
         on_epoch=on_epoch,
     )

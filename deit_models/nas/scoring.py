@@ -11,14 +11,13 @@ from torch import Tensor
 from ..errors import DataError
 from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import ViTResNAS
-from ..training.datasets import EvalSamples
 from ..training.distributed import Process
 from ..training.learner import autocast
 from ..training.levels import Levels, ToInput
 from ..training.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..training.recipe import Precision
 from ..training.records import ImageRecords
-from ..training.samplers import ShardSampler
+from ..training.samplers import EvalSamples, ShardSampler
 from ..transforms import EvalTransform
 from .ledger import Ledger
 from .space import Candidate, SearchSpace

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from random import Random
 
 import torch
 from PIL import Image, ImageFilter, ImageOps
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
+from torch import Tensor
 
 from ..errors import ConfigError
 from ..hub.manifest import Preprocessing
-from .levels import ErasingBox, Levels, box_sides
+from .crops import EvalCrop, PaddedCrop, RandomResizedCrop, Resize
+from .levels import ErasingBox, Frame, Levels, Plan, cut, to_device
 from .randaugment import ENHANCE, RandAugment, Resampling
 from .recipe import Recipe
 
@@ -55,11 +54,12 @@ class TrainTransform:
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
         self.erase = ErasingBox(recipe.erase)
+        self.size = size
 
-    def __call__(self, image: Image.Image) -> Levels:
-        """An RGB PIL image to levels of (3, H, W), and the box to erase."""
+    def __call__(self, image: Image.Image, rng: Random | None = None) -> Levels:
+        """An RGB PIL image to levels of (3, H, W), and the box to erase; by default torch's generator seeds it."""
         # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
-        rng = Random(int(torch.randint(2**62, ())))
+        rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
         image = self.crop(image, rng)
         if rng.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -70,9 +70,69 @@ class TrainTransform:
         values = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
         return Levels(values, self.erase(image.height, image.width, rng))
 
+    def cuts(self, height: int, width: int) -> bool:
+        """Whether images of this size are cut as they are, so that `cut_batch` can do it for many at once."""
+        return isinstance(self.crop, (PaddedCrop, EvalCrop)) and self.crop.fits(height, width)
+
+    def cut_batch(self, images: Tensor, rows: Sequence[int], seeds: Sequence[int]) -> Levels:
+        """Levels of some images of a set in memory, bit for bit those that each image gives with its `sample_rng`.
+
+        Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, 3, H, W), (B, 5).
+        """
+        rngs = [sample_rng(seed) for seed in seeds]
+        values = cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs), self._frame())
+        if self.changes:
+            values = self._changed(values, rngs)
+        return Levels(values, self._boxes(rngs))
+
+    def plan(self, size: tuple[int, int], rows: Sequence[int], seeds: Sequence[int]) -> Plan:
+        """What `cut_batch` would do to images of a size, where it does no more than cut, flip and erase."""
+        rngs = [sample_rng(seed) for seed in seeds]
+        return Plan(self._cuts(size, rows, rngs), self._boxes(rngs))
+
+    def carry_out(self, images: Tensor, plan: Plan) -> Levels:
+        """The levels of a `plan`, made on the device where the images are."""
+        return Levels(cut(images, to_device(plan.cuts, images.device), self._frame()), plan.erase)
+
+    def _frame(self) -> Frame:
+        padding, mode = (
+            (self.crop.padding, self.crop.mode) if isinstance(self.crop, PaddedCrop) else ((0, 0), "constant")
+        )
+        return Frame(self.size, padding, mode)
+
+    def _cuts(self, size: tuple[int, int], rows: Sequence[int], rngs: Sequence[Random]) -> Tensor:
+        crop = self.crop
+        if not isinstance(crop, (PaddedCrop, EvalCrop)):
+            raise ConfigError(f"{crop} resizes every image, so it cannot cut many at once")
+        return torch.tensor(
+            [(row, *crop.place(*size, rng), rng.random() < self.hflip) for row, rng in zip(rows, rngs, strict=True)]
+        )
+
+    def _boxes(self, rngs: Sequence[Random]) -> Tensor:
+        return torch.tensor([self.erase.numbers(*self.size, rng) for rng in rngs])
+
+    def _changed(self, values: Tensor, rngs: Sequence[Random]) -> Tensor:
+        """Each image as a picture of Pillow's, changed, and back."""
+        height, width = self.size
+        pixels = values.permute(0, 2, 3, 1).contiguous()
+        memory, length = pixels.numpy().data.cast("B"), 3 * height * width
+        for number, rng in enumerate(rngs):
+            part = memory[number * length : (number + 1) * length]
+            before = image = Image.frombytes("RGB", (width, height), part)
+            for change in self.changes:
+                image = change(image, rng)
+            if image is not before:
+                part[:] = image.tobytes()
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
     def __repr__(self) -> str:
         parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.erase]
         return f"TrainTransform({', '.join(str(part) for part in parts)})"
+
+
+def sample_rng(seed: int) -> Random:
+    """The generator of one sample: the one that a transform makes itself after `torch.manual_seed(seed)`."""
+    return Random(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))))
 
 
 def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Change:
@@ -97,107 +157,6 @@ def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[Change]:
         raise ConfigError(f"augment={recipe.augment!r}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
     fill = tuple(min(255, round(255 * value)) for value in preprocessing.mean)
     return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
-
-
-class Resize:
-    """Antialiased resize, with one of some interpolations drawn for each image.
-
-    Differs from Pillow's by default: torch's integer kernel, which takes a quarter to a half of the time. About 0.3 %
-    of the levels (of 255) come out different by 1, hardly any by 2; Pillow 13, which began to resize tall crops column
-    by column first, differs more from the Pillow 11 before it.
-    """
-
-    def __init__(self, interpolations: tuple[Resampling, ...], *, pillow: bool = False) -> None:
-        self.interpolations, self.pillow = interpolations, pillow
-
-    def __call__(self, image: Image.Image, size: tuple[int, int], rng: Random) -> Image.Image:
-        """An RGB image at `size`, (height, width) in pixels."""
-        interpolation = rng.choice(self.interpolations)
-        if (image.height, image.width) == size:
-            return image
-        height, width = size
-        if self.pillow:
-            return image.resize((width, height), interpolation)
-        # Four bytes a pixel are what Pillow stores and what torch's kernel computes with: no repacking.
-        # interpolate itself, because torchvision's wrappers around it cost as much again
-        pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
-        planes = pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
-        planes = torch.nn.functional.interpolate(planes, size, mode=interpolation.name.lower(), antialias=True)
-        return Image.frombytes("RGB", (width, height), planes.permute(0, 2, 3, 1).numpy().tobytes(), "raw", "RGBX")
-
-
-class RandomResizedCrop:
-    """A box of random area and aspect, resized to `size`, (height, width) in pixels.
-
-    The rule is torchvision's and timm's: area uniform from `scale` to 1, aspect log-uniform from 3/4 to 4/3, ten tries,
-    then the centre with the nearest aspect allowed.
-    """
-
-    def __init__(self, size: tuple[int, int], scale: float, resize: Resize) -> None:
-        if not 0 < scale <= 1:
-            raise ConfigError(f"crop_scale={scale:g}; expected above 0 and at most 1")
-        self.size, self.scale, self.resize = size, scale, resize
-
-    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
-        top, left, height, width = self.draw(image.height, image.width, rng)
-        return self.resize(image.crop((left, top, left + width, top + height)), self.size, rng)
-
-    def draw(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int]:
-        """The next box of an image of this size, as (top, left, height, width)."""
-        for _ in range(10):
-            area = rng.uniform(self.scale, 1) * height * width
-            rows, columns = box_sides(area, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
-            if 0 < rows <= height and 0 < columns <= width:
-                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
-        rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
-        return (height - rows) // 2, (width - columns) // 2, rows, columns
-
-    def __repr__(self) -> str:
-        return f"random resized crop {self.size[0]}x{self.size[1]}, area {self.scale:g} to 1"
-
-
-class PaddedCrop:
-    """The image resized to cover `size`, padded, and cut at a random place: CIFAR's crop, and DeiT III's simple one.
-
-    An image that has the size already is not resized.
-    """
-
-    def __init__(self, size: tuple[int, int], padding: tuple[int, int], mode: str, resize: Resize) -> None:
-        self.size, self.padding, self.mode, self.resize = size, padding, mode, resize
-
-    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
-        image = self.resize(image, covering(self.size, image), rng)
-        vertical, horizontal = self.padding
-        image = TF.pad(image, [horizontal, vertical], padding_mode=self.mode)
-        height, width = self.size
-        top, left = rng.randint(0, image.height - height), rng.randint(0, image.width - width)
-        return image.crop((left, top, left + width, top + height))
-
-    def __repr__(self) -> str:
-        return f"pad {self.padding[0]} pixels ({self.mode}), random crop {self.size[0]}x{self.size[1]}"
-
-
-def covering(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
-    """The smallest (height, width) of the image's aspect that covers `size`; the longer side is rounded down."""
-    (height, width), (rows, columns) = size, (image.height, image.width)
-    if columns * height <= rows * width:
-        return max(height, width * rows // columns), width
-    return height, max(width, height * columns // rows)
-
-
-class EvalCrop:
-    """The evaluation transform's crop, at any size: nothing random."""
-
-    def __init__(self, preprocessing: Preprocessing, size: tuple[int, int]) -> None:
-        self.spec = preprocessing if preprocessing.crop == size else preprocessing.at_size(size)
-
-    def __call__(self, image: Image.Image, _: Random) -> Image.Image:
-        resize = [self.spec.resize] if isinstance(self.spec.resize, int) else list(self.spec.resize)
-        image = TF.resize(image, resize, interpolation=InterpolationMode(self.spec.interpolation))
-        return TF.center_crop(image, list(self.spec.crop))
-
-    def __repr__(self) -> str:
-        return str(self.spec)
 
 
 class ThreeAugment:

@@ -1,32 +1,26 @@
-"""What images there are: class folders, data sets known by name, and any torch Dataset; and how a loader reads them."""
+"""What images there are: class folders, data sets known by name, and any torch Dataset."""
 
 from __future__ import annotations
 
 import os
-import random
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from operator import index as whole_number
 from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
-import torch
-from torch.utils.data import Dataset, Subset, get_worker_info
+from torch.utils.data import Subset
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
 from ..decoding import load_image
-from ..errors import ConfigError, DataError, ImageError
+from ..errors import ConfigError, DataError
 from .named_datasets import DATASETS, open_named
 from .records import FileRecords, ImageRecords, read_class_folders, some, subfolders
 
-__all__ = ["EvalSamples", "ImageRecords", "TrainingSamples", "open_dataset", "wrap"]
+__all__ = ["ImageRecords", "open_dataset", "wrap"]
 
 Split = Literal["train", "val"]
-Transform = Callable[[PIL.Image.Image], Any]
-"""From an RGB image to a tensor or, in training, to `levels.Levels`."""
 
 _FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 """Names of a split's folder, in the order they are looked for."""
@@ -195,82 +189,3 @@ def _own_classes(dataset: Any) -> Sequence[Any] | None:
         parts = getattr(dataset, "datasets", None) or [None]
         dataset = getattr(dataset, "dataset", parts[0])
     return None
-
-
-class TrainingSamples(Dataset[tuple[Any, int, int]]):
-    """What a training loader's workers read: (index, seed) -> (transformed image, label, failed index or -1).
-
-    All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
-    that cannot be read is replaced by the next one that can; the third value is its index then, for the loop to report.
-    """
-
-    def __init__(self, records: ImageRecords, transform: Transform, *, substitutes: int = 5) -> None:
-        """Join images and augmentation; `substitutes` is how many others are tried for one that cannot be read."""
-        self.records = records
-        self.transform = transform
-        self.substitutes = substitutes
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
-        """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
-        index, seed = key
-        with _seeded(seed):
-            for attempt in range(self.substitutes + 1):
-                try:
-                    image, label = self.records[(index + attempt) % len(self.records)]
-                except (ImageError, OSError) as error:
-                    last = error
-                else:
-                    return self.transform(image), label, -1 if attempt == 0 else index
-        raise DataError(
-            f"{self.records.describe(index)} and the {self.substitutes} images after it cannot be read; last: {last}"
-        ) from last
-
-
-class EvalSamples(Dataset[tuple[Any, int, int]]):
-    """What an evaluation loader's workers read: index -> (tensor, label, failed index or -1).
-
-    An image that cannot be read comes as zeros with label -1, to be counted as skipped and never scored.
-    """
-
-    def __init__(self, records: ImageRecords, transform: Transform) -> None:
-        """Join images and evaluation transform."""
-        self.records = records
-        self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.records)
-
-    def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        try:
-            image, label = self.records[index]
-        except (ImageError, OSError):
-            return torch.zeros_like(self.transform(PIL.Image.new("RGB", (64, 64)))), -1, index
-        return self.transform(image), label, -1
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's CPU generator, `random` and a loaded numpy; the main process gets its states back afterwards.
-
-    torch.manual_seed would seed the accelerators too, which takes longer and is none of a loader's business.
-    """
-    numpy = sys.modules.get("numpy")
-    in_worker = get_worker_info() is not None
-    if not in_worker:
-        torch_state, random_state = torch.default_generator.get_state(), random.getstate()
-        numpy_state = numpy.random.get_state() if numpy else None
-    torch.default_generator.manual_seed(seed)
-    random.seed(seed)
-    if numpy:
-        numpy.random.seed(seed & 0xFFFFFFFF)
-    try:
-        yield
-    finally:
-        if not in_worker:
-            torch.default_generator.set_state(torch_state)
-            random.setstate(random_state)
-            if numpy:
-                numpy.random.set_state(numpy_state)

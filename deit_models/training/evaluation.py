@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 
 from ..errors import ConfigError, DataError
 from ..hub.manifest import Preprocessing
 from ..models.layers import ImageClassifier, TrainingLogits
 from ..transforms import EvalTransform
-from .datasets import EvalSamples
 from .distributed import Process, join_processes
+from .feeding import InputBatches
 from .learner import Heads, autocast
+from .levels import EvalInput
 from .loading import (
     FINE,
     PADDING,
@@ -27,13 +27,12 @@ from .loading import (
     Watch,
     default_workers,
     explained_worker_failure,
-    make_loader,
     open_images,
     plain_watch,
 )
 from .recipe import Precision
 from .records import ImageRecords
-from .samplers import ShardSampler
+from .samplers import EvalSamples, ShardSampler
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +56,6 @@ class Evaluation:
     heads: dict[str, float] = field(default_factory=dict)
 
 
-@torch.inference_mode()
 def score(
     heads: nn.Module,
     batches: Iterable[Batch],
@@ -67,33 +65,60 @@ def score(
     damage: DamageCount,
     rounds: int | None = None,
 ) -> Evaluation:
-    """Score a model on batches; every process brings its share, and all get the same result.
+    """Score a model on batches: `score_each` for one."""
+    versions = {"": heads}
+    return score_each(versions, batches, process, precision=precision, damage=damage, rounds=rounds)[""]
+
+
+@torch.inference_mode()
+def score_each(
+    versions: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    process: Process,
+    *,
+    precision: Precision,
+    damage: DamageCount,
+    rounds: int | None = None,
+) -> dict[str, Evaluation]:
+    """Score several models in one pass; every process brings its share, and all get the same result.
 
     Args:
-        heads: gives `TrainingLogits`; the mode of each of its modules is left as found.
+        versions: each gives `TrainingLogits`; the mode of each of its modules is left as found.
         batches: this process's share of the images.
         process: this one.
         precision: of the forward pass.
         damage: counts images that could not be read.
         rounds: batches that each process must run, for models whose parameters are divided between processes.
 
+    Sums stay on the device; they are read once, at the end.
     Raises: DataError: more classes than logits, or too many images that cannot be read.
     """
-    classes = len(damage.records.classes)
-    sums, has_dist = torch.zeros(_SUMS, dtype=torch.float64, device=process.device), False
-    with _evaluating(heads):
+    classes, device = len(damage.records.classes), process.device
+    sums = torch.zeros(len(versions), _SUMS, dtype=torch.float64, device=device)
+    two_heads: set[str] = set()
+    with ExitStack() as modes:
+        for heads in versions.values():
+            modes.enter_context(_evaluating(heads))
         for images, labels, failures in batches if rounds is None else _padded(batches, rounds):
             damage.add(failures)
-            with autocast(process.device, precision):
-                logits = heads(images.to(process.device, non_blocking=True))
-            if logits.cls.shape[1] < classes:
-                raise DataError(f"{damage.records.name} has {classes} classes, the model {logits.cls.shape[1]}")
-            has_dist |= logits.dist is not None
-            sums += _score_batch(logits, labels.to(process.device), failures.to(process.device))
+            images, labels, failures = (part.to(device, non_blocking=True) for part in (images, labels, failures))
+            for row, (name, heads) in zip(sums, versions.items(), strict=True):
+                with autocast(device, precision):
+                    logits = heads(images)
+                if logits.cls.shape[1] < classes:
+                    raise DataError(f"{damage.records.name} has {classes} classes, the model {logits.cls.shape[1]}")
+                if logits.dist is not None:
+                    two_heads.add(name)
+                row += _score_batch(logits, labels, failures)
     damage.meet(process)
-    count, skipped, right, right5, loss, right_cls, right_dist = process.total(sums).tolist()
+    figures = dict(zip(versions, process.total(sums).tolist(), strict=True))
+    return {name: _evaluation(row, two_heads=name in two_heads) for name, row in figures.items()}
+
+
+def _evaluation(sums: Sequence[float], *, two_heads: bool) -> Evaluation:
+    count, skipped, right, right5, loss, right_cls, right_dist = sums
     of = 100 / max(count, 1)
-    each = {"class": right_cls * of, "distillation": right_dist * of} if has_dist else {}
+    each = {"class": right_cls * of, "distillation": right_dist * of} if two_heads else {}
     return Evaluation(right * of, right5 * of, loss / max(count, 1), int(count), int(skipped), each)
 
 
@@ -115,19 +140,21 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 def _score_batch(logits: TrainingLogits, labels: Tensor, failures: Tensor) -> Tensor:
     """What one batch adds: images, skipped, top-1, top-5, loss, top-1 of the class head, of the distillation head."""
     fine, skipped = failures == FINE, failures >= 0
-    cls, labels = logits.cls.float()[fine], labels[fine]
-    dist = cls if logits.dist is None else logits.dist.float()[fine]
+    # images that do not count are passed over by a factor: choosing the others would wait for their number
+    cls, labels = logits.cls.float(), labels.where(fine, 0)
+    dist = cls if logits.dist is None else logits.dist.float()
     mean = (cls + dist) / 2  # what an evaluated model returns
-    ranked = mean.topk(min(5, mean.shape[1]), dim=1).indices == labels[:, None]
+    ranked = (mean.topk(min(5, mean.shape[1]), dim=1).indices == labels[:, None]) & fine[:, None]
+    losses = F.cross_entropy(mean, labels, reduction="none").where(fine, 0.0)
     return torch.stack(
         [
             fine.sum(),
             skipped.sum(),
             ranked[:, 0].sum(),
             ranked.sum(),
-            F.cross_entropy(mean, labels, reduction="sum"),
-            (cls.argmax(1) == labels).sum(),
-            (dist.argmax(1) == labels).sum(),
+            losses.double().sum(),
+            ((cls.argmax(1) == labels) & fine).sum(),
+            ((dist.argmax(1) == labels) & fine).sum(),
         ]
     ).double()
 
@@ -189,9 +216,25 @@ def preprocessing_of(model: nn.Module) -> Preprocessing:
 
 
 def eval_batches(
-    records: ImageRecords, transform: EvalTransform, process: Process, *, batch_size: int, workers: int
-) -> DataLoader[Batch]:
-    """This process's share of an evaluation."""
-    sampler = ShardSampler(len(records), rank=process.rank, world=process.world)
-    samples = EvalSamples(records, transform)
-    return make_loader(samples, sampler, batch_size=batch_size, workers=workers, device=process.device)
+    records: ImageRecords,
+    transform: EvalTransform,
+    process: Process,
+    *,
+    batch_size: int,
+    workers: int,
+    keep: bool = False,
+) -> InputBatches:
+    """This process's share of an evaluation, as the model's input; with `keep`, decoded the first time alone.
+
+    Bytes travel; they are normalised where the model is.
+    """
+    return InputBatches(
+        EvalSamples(records, transform.levels),
+        ShardSampler(len(records), rank=process.rank, world=process.world),
+        EvalInput(transform.preprocessing, process.device, normalise=transform.normalise),
+        batch_size=batch_size,
+        workers=workers,
+        device=process.device,
+        size=transform.preprocessing.crop,
+        keep=keep,
+    )

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import os
 from array import array
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import PIL.Image
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..decoding import load_image
-from ..errors import DataError
+from ..errors import DataError, ImageError
 
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp")
 """Files with these extensions, in any case, are images: torchvision's list."""
@@ -108,6 +109,47 @@ class ArrayRecords(ImageRecords):
         return self._labels[index]
 
 
+class CachedRecords(ImageRecords):
+    """A set whose images have one size and are decoded already; its names and messages are the set's own.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, perhaps shared with other processes.
+        labels: (N,) int64; without meaning where the image cannot be read.
+        broken: images that cannot be read, by index, and why.
+    """
+
+    def __init__(self, records: ImageRecords, images: Tensor, labels: Tensor, broken: Mapping[int, str]) -> None:
+        """Join a set and its pixels, which are taken as they are."""
+        self.name, self.classes = records.name, records.classes
+        self.images, self.labels, self.broken = images, labels, dict(broken)
+        self._records = records
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every image."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        index = range(len(self))[index]
+        if index in self.broken:
+            raise ImageError(self.broken[index])
+        height, width = self.size
+        pixels = self.images[index].permute(1, 2, 0).contiguous().numpy().tobytes()
+        return PIL.Image.frombytes("RGB", (width, height), pixels), int(self.labels[index])
+
+    def label(self, index: int) -> int:
+        return self._records.label(index)
+
+    def describe(self, index: int) -> str:
+        return self._records.describe(index)
+
+    def key(self, index: int) -> str:
+        return self._records.key(index)
+
+
 class SubsetRecords(ImageRecords):
     """Some of the images of another set, in a given order; perhaps of some of its classes only."""
 
@@ -141,6 +183,13 @@ class SubsetRecords(ImageRecords):
 
     def key(self, index: int) -> str:
         return self._records.key(self._indices[index])
+
+
+def always_the_same(records: ImageRecords) -> bool:
+    """Whether an image is the same each time it is read: it is in our own sets; others, and subclasses, may draw."""
+    if type(records) is SubsetRecords:
+        return always_the_same(records._records)
+    return type(records) in (FileRecords, ArrayRecords, CachedRecords)
 
 
 def subfolders(folder: str | Path) -> list[str]:

@@ -17,34 +17,20 @@ from ..hub.fetch import atomic_write
 from ..hub.manifest import Preprocessing
 from ..transforms import EvalTransform
 from .augment import train_transform
-from .datasets import TrainingSamples
+from .cache import Cache, keep_in_memory, keeps_pixels
 from .distributed import Shard, join_processes
 from .engine import train_epoch
-from .evaluation import eval_batches, preprocessing_of, score
+from .evaluation import eval_batches, preprocessing_of, score_each
 from .export import export_model
+from .feeding import InputBatches, training_batches
 from .learner import Heads, Learner, make_learner
-from .levels import InputBatches, ToInput
-from .loading import (
-    DamageCount,
-    Watch,
-    default_workers,
-    explained_worker_failure,
-    make_loader,
-    open_images,
-    plain_watch,
-)
+from .levels import ToInput
+from .loading import DamageCount, Watch, default_workers, explained_worker_failure, open_images, plain_watch
 from .logs import RunLog
 from .recipe import Recipe
 from .records import ImageRecords
 from .samplers import TrainSampler, sample_seed
-from .state import (
-    STATE_NAME,
-    Progress,
-    identity_of,
-    load_state,
-    remove_leftovers,
-    save_state,
-)
+from .state import STATE_NAME, Progress, identity_of, load_state, remove_leftovers, save_state
 from .teacher import Teacher, TeacherSpec
 
 RECIPE_NAME = "recipe.toml"
@@ -83,6 +69,7 @@ def train(
     workers: int | None = None,
     shard: Shard = "ddp",
     tensorboard: bool = False,
+    cache: Cache = "auto",
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
     on_epoch: Callable[[dict[str, Any]], None] | None = None,
@@ -103,6 +90,8 @@ def train(
         workers: loading processes; what comes out does not depend on them.
         shard: under torchrun, "ddp" (a copy in each process) or "fsdp" (parameters divided).
         tensorboard: also write event files.
+        cache: "auto" keeps small images decoded in memory where they fit in a quarter of what is free; "ram" always,
+            "none" never. What is learned is the same.
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
         watch: wraps each epoch's batches, for a progress bar.
         on_epoch: called with each finished epoch's row of the log.
@@ -137,6 +126,7 @@ def train(
             out=Path(out),
             preprocessing=preprocessing,
             workers=default_workers(process.device) if workers is None else workers,
+            cache=cache,
             corrupt_limit=corrupt_limit,
             watch=watch,
         )
@@ -154,17 +144,20 @@ class _Run:
     out: Path
     preprocessing: Preprocessing
     workers: int
+    cache: Cache
     corrupt_limit: float
     watch: Watch
+    val_batches: InputBatches | None = None
 
     def to_the_end(self, *, tensorboard: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> TrainResult:
         """All epochs from the last saved one on, then the final export."""
         recipe, process = self.learner.recipe, self.learner.process
-        sampler, batches = self._training_batches()
+        sampler = self._sampler()
         identity = identity_of(self.learner, self.records)
         progress = load_state(self.out, self.learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
+        batches = self._training_batches(sampler) if progress.epoch < recipe.total_epochs else None
         log = RunLog(self.out, first_epoch=progress.epoch, tensorboard=tensorboard, writes=process.is_main)
         if process.is_main:
             remove_leftovers(self.out)
@@ -173,7 +166,7 @@ class _Run:
         damage = DamageCount(self.records, self.corrupt_limit, failed=progress.unreadable)
         with closing(log):
             for epoch in range(progress.epoch, recipe.total_epochs):
-                if self._gives_up(progress):
+                if batches is None or self._gives_up(progress):
                     break
                 row = self._one_epoch(epoch, sampler, batches, damage)
                 if row.get("top1", -1.0) > progress.best_top1:
@@ -237,15 +230,14 @@ class _Run:
         evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
         return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
 
-    def _training_batches(self) -> tuple[TrainSampler, InputBatches]:
+    def _sampler(self) -> TrainSampler:
         recipe, process = self.learner.recipe, self.learner.process
-        part, rest = divmod(recipe.batch_size, process.world * recipe.accumulate)
-        if rest:
+        if recipe.batch_size % (process.world * recipe.accumulate):
             raise ConfigError(
                 f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
                 f"{recipe.accumulate} accumulation steps each"
             )
-        sampler = TrainSampler(
+        return TrainSampler(
             len(self.records),
             batch_size=recipe.batch_size,
             repeats=recipe.repeats,
@@ -253,9 +245,17 @@ class _Run:
             rank=process.rank,
             world=process.world,
         )
-        samples = TrainingSamples(self.records, train_transform(recipe, self.preprocessing, self.preprocessing.crop))
-        loader = make_loader(samples, sampler, batch_size=part, workers=self.workers, device=process.device)
-        return sampler, InputBatches(loader, ToInput(self.preprocessing, process.device))
+
+    def _training_batches(self, sampler: TrainSampler) -> InputBatches:
+        recipe, process = self.learner.recipe, self.learner.process
+        return training_batches(
+            keep_in_memory(self.records, self.cache, workers=self.workers, processes=process.world),
+            train_transform(recipe, self.preprocessing, self.preprocessing.crop),
+            sampler,
+            ToInput(self.preprocessing, process.device),
+            batch_size=recipe.batch_size // (process.world * recipe.accumulate),
+            workers=self.workers,
+        )
 
     def _evaluate(self) -> dict[str, Any]:
         """Validation figures of the weights and, under names that begin with ema_, of their average."""
@@ -266,22 +266,22 @@ class _Run:
         # where parameters are divided, every process must take part in every forward pass
         most = -(-len(self.val) // process.world)
         rounds = -(-most // size) if self.learner.divided else None
-        row: dict[str, Any] = {}
-        for prefix, heads in self.learner.versions().items():
-            batches = eval_batches(
-                self.val, EvalTransform(self.preprocessing), process, batch_size=size, workers=self.workers
+        if self.val_batches is None:
+            transform, keep = EvalTransform(self.preprocessing), keeps_pixels(self.val, self.preprocessing, self.cache)
+            self.val_batches = eval_batches(
+                self.val, transform, process, batch_size=size, workers=self.workers, keep=keep
             )
-            damage = DamageCount(self.val, self.corrupt_limit)
-            result = score(heads, batches, process, precision=recipe.precision, damage=damage, rounds=rounds)
+        damage, versions = DamageCount(self.val, self.corrupt_limit), self.learner.versions()
+        found = score_each(
+            versions, self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
+        )
+        row: dict[str, Any] = {}
+        for prefix, result in found.items():
             row |= {f"{prefix}top1": round(result.top1, 4), f"{prefix}top5": round(result.top5, 4)}
             row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
-            if not prefix:
-                row |= {
-                    "val_loss": round(result.loss, 6),
-                    "val_images": result.images,
-                    "val_unreadable": result.skipped,
-                }
-        return row
+        plain = found[""]
+        counts = {"val_images": plain.images, "val_unreadable": plain.skipped}
+        return row | {"val_loss": round(plain.loss, 6), **counts}
 
     def _export(self, name: str, heads: Heads, accuracy: dict[str, Any]) -> None:
         learner = self.learner

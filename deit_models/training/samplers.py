@@ -1,15 +1,31 @@
-"""Which images, in which order, with which seeds: the same for one process and for many."""
+"""Which images, in which order, with which seeds, and the samples made of them: the same for one process and many."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
+import PIL.Image
 import torch
-from torch.utils.data import Sampler
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError, ImageError
+from .augment import TrainTransform, sample_rng
+from .records import CachedRecords, ImageRecords, always_the_same
+
+Transform = Callable[[PIL.Image.Image], Any]
+"""From an RGB image to a tensor or, in training, to `levels.Levels`."""
+Keys = Sequence[tuple[int, int]]
+"""Indices of images, each with the seed of its augmentation."""
 
 _WORD = (1 << 64) - 1
+_ODD, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_AT_ONCE = 1 << 16
+"""Positions whose seeds are computed together."""
 _SELECTED_ROUND = 256
 """With repeats, an epoch's length is rounded down to a multiple of this, as the authors' sampler does."""
 
@@ -23,11 +39,33 @@ def sample_seed(seed: int, epoch: int, position: int) -> int:
     """
     word = 0
     for part in (seed, epoch, position):
-        word = (word + part + 0x9E3779B97F4A7C15) & _WORD
-        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & _WORD
-        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & _WORD
-        word ^= word >> 31
+        word = _mixed(word, part)
     return word >> 1
+
+
+def _mixed(word: int, part: int) -> int:
+    word = (word + part + _ODD) & _WORD
+    word = ((word ^ (word >> 30)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 27)) * _SECOND) & _WORD
+    return word ^ (word >> 31)
+
+
+def sample_seeds(seed: int, epoch: int, positions: Tensor) -> Tensor:
+    """`sample_seed` of many positions at once, (N,) int64: a hundredth of the time."""
+    word = positions + _signed((_mixed(_mixed(0, seed), epoch) + _ODD) & _WORD)
+    word = (word ^ _shifted(word, 30)) * _signed(_FIRST)
+    word = (word ^ _shifted(word, 27)) * _signed(_SECOND)
+    return _shifted(word ^ _shifted(word, 31), 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(word: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
 
 
 class TrainSampler(Sampler[tuple[int, int]]):
@@ -90,11 +128,15 @@ class TrainSampler(Sampler[tuple[int, int]]):
         seed, epoch = self.seed, self.epoch
         # position -1 is no sample's, so the order shares its seed with no augmentation
         generator = torch.Generator().manual_seed(sample_seed(seed, epoch, -1))
-        order = torch.randperm(self.length, generator=generator).tolist()
-        return (
-            (order[position // self.repeats % self.length], sample_seed(seed, epoch, position))
-            for position in self._positions
-        )
+        order = torch.randperm(self.length, generator=generator)
+        return self._drawn(order, seed, epoch)
+
+    def _drawn(self, order: Tensor, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self._positions), _AT_ONCE):
+            few = self._positions[start : start + _AT_ONCE]
+            positions = torch.arange(few.start, few.stop, few.step)
+            indices = order[positions // self.repeats % self.length]
+            yield from zip(indices.tolist(), sample_seeds(seed, epoch, positions).tolist(), strict=True)
 
     def __len__(self) -> int:
         """Samples of an epoch that this process draws."""
@@ -119,3 +161,139 @@ class ShardSampler(Sampler[int]):
 def _check_shard(length: int, rank: int, world: int) -> None:
     if length < 0 or world < 1 or not 0 <= rank < world:
         raise ConfigError(f"length={length}, rank={rank}, world={world}; expected 0 <= rank < world and no negative")
+
+
+class TrainingSamples(Dataset[tuple[Any, int, int]]):
+    """What a training loader's workers read: (index, seed) -> (transformed image, label, failed index or -1).
+
+    All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
+    that cannot be read is replaced by the next one that can; the third value is its index then, for the loop to report.
+    """
+
+    def __init__(self, records: ImageRecords, transform: Transform, *, substitutes: int = 5) -> None:
+        """Join images and augmentation; `substitutes` is how many others are tried for one that cannot be read."""
+        self.records = records
+        self.transform = transform
+        self.substitutes = substitutes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
+        """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
+        index, seed = key
+        if isinstance(self.transform, TrainTransform) and always_the_same(self.records):
+            # nothing draws from the global generators, so they need no seed: a sixth of the time of a small image
+            image, label, failed = self._read(index)
+            return self.transform(image, sample_rng(seed)), label, failed
+        with _seeded(seed):
+            image, label, failed = self._read(index)
+            return self.transform(image), label, failed
+
+    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
+        """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""
+        if (pair := self._cut_at_once()) is None:
+            samples: tuple[Any, Tensor, Tensor] = default_collate([self[key] for key in keys])
+            return samples
+        records, transform = pair
+        rows, labels, failed = self._rows(records, keys)
+        return transform.cut_batch(records.images, rows, [seed for _, seed in keys]), labels, failed
+
+    def _cut_at_once(self) -> tuple[CachedRecords, TrainTransform] | None:
+        """The set and the transform, where the one is in memory and the other need not resize it."""
+        records, transform = self.records, self.transform
+        if isinstance(records, CachedRecords) and isinstance(transform, TrainTransform):
+            return (records, transform) if transform.cuts(*records.size) else None
+        return None
+
+    def _rows(self, records: CachedRecords, keys: Keys) -> tuple[list[int], Tensor, Tensor]:
+        """Which image of the set each sample shows, with its label and the image it stands for."""
+        rows = [index for index, _ in keys]
+        failed = [-1] * len(rows)
+        if records.broken:
+            for place, index in enumerate(rows):
+                if index in records.broken:
+                    rows[place], failed[place] = self._substitute(records, index), index
+        return rows, records.labels[rows], torch.tensor(failed)
+
+    def _read(self, index: int) -> tuple[PIL.Image.Image, int, int]:
+        last: Exception | None = None
+        for attempt in range(self.substitutes + 1):
+            try:
+                image, label = self.records[(index + attempt) % len(self.records)]
+            except (ImageError, OSError) as error:
+                last = error
+            else:
+                return image, label, -1 if attempt == 0 else index
+        raise self._nothing_readable(index, last) from last
+
+    def _substitute(self, records: CachedRecords, index: int) -> int:
+        for attempt in range(1, self.substitutes + 1):
+            row = (index + attempt) % len(records)
+            if row not in records.broken:
+                return row
+        raise self._nothing_readable(index, records.broken[row])
+
+    def _nothing_readable(self, index: int, last: object) -> DataError:
+        return DataError(
+            f"{self.records.describe(index)} and the {self.substitutes} images after it cannot be read; last: {last}"
+        )
+
+
+class PlannedSamples(TrainingSamples):
+    """Samples of a set that lies where the model is: its pixels stay there, and a batch says where to cut them."""
+
+    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
+        """Where to cut, labels, failed indices."""
+        if (pair := self._cut_at_once()) is None:
+            raise ConfigError("only images that are in memory and need no resizing can be cut on the device")
+        records, transform = pair
+        rows, labels, failed = self._rows(records, keys)
+        return transform.plan(records.size, rows, [seed for _, seed in keys]), labels, failed
+
+
+class EvalSamples(Dataset[tuple[Any, int, int]]):
+    """What an evaluation loader's workers read: index -> (tensor, label, failed index or -1).
+
+    An image that cannot be read comes as zeros with label -1, to be counted as skipped and never scored.
+    """
+
+    def __init__(self, records: ImageRecords, transform: Transform) -> None:
+        """Join images and evaluation transform."""
+        self.records = records
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        try:
+            image, label = self.records[index]
+        except (ImageError, OSError):
+            return torch.zeros_like(self.transform(PIL.Image.new("RGB", (64, 64)))), -1, index
+        return self.transform(image), label, -1
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, `random` and a loaded numpy; the main process gets its states back afterwards.
+
+    torch.manual_seed would seed the accelerators too, which takes longer and is none of a loader's business.
+    """
+    numpy = sys.modules.get("numpy")
+    in_worker = get_worker_info() is not None
+    if not in_worker:
+        torch_state, random_state = torch.default_generator.get_state(), random.getstate()
+        numpy_state = numpy.random.get_state() if numpy else None
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        if not in_worker:
+            torch.default_generator.set_state(torch_state)
+            random.setstate(random_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)

@@ -16,10 +16,10 @@ from deit_models.training.augment import (
     ColorJitter,
     ThreeAugment,
     TrainTransform,
-    covering,
     train_transform,
 )
-from deit_models.training.levels import ErasingBox, Levels, ToInput
+from deit_models.training.crops import covering
+from deit_models.training.levels import ErasingBox, EvalInput, Levels, ToInput, paste
 from deit_models.training.randaugment import ENHANCE
 from deit_models.training.recipe import Recipe
 from deit_models.transforms import EvalTransform
@@ -368,6 +368,31 @@ def test_normalised_values_are_timms() -> None:
     image = picture(32, 32)
     ours = ToInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
     torch.testing.assert_close(ours[0], theirs(image), rtol=0, atol=1e-6)
+
+
+def test_evaluations_input_has_the_bits_of_its_transform() -> None:
+    transform, pictures = EvalTransform(PREPROCESSING), [picture(), picture(40, 90), picture(32, 32)]
+    levels = torch.stack([transform.levels(image) for image in pictures])
+    together = EvalInput(PREPROCESSING, torch.device("cpu"))(levels)
+    assert torch.equal(together, torch.stack([transform(image) for image in pictures]))
+    assert EvalInput(PREPROCESSING, torch.device("cpu"), normalise=False)(levels) is levels
+
+
+def test_noise_waits_for_no_device() -> None:
+    # tensors of the device "meta" have no values: whatever would have to read one back fails
+    images, noise = torch.empty(8, 3, 16, 16, device="meta"), torch.empty(2, 3, 16, 16, device="meta")
+    paste(noise, images, torch.empty(2, dtype=torch.int64, device="meta"), torch.zeros(2, 5, device="meta").long())
+
+
+def test_noise_fills_exactly_its_boxes() -> None:
+    images, noise = torch.zeros(4, 3, 6, 7), torch.arange(2 * 3 * 6 * 7.0).view(2, 3, 6, 7) + 1
+    boxes = [(0, 1, 2, 3), (3, 0, 3, 6)]
+    paste(noise, images, torch.tensor([1, 3]), torch.tensor([(*box, 9) for box in boxes]))
+    expected = torch.zeros(4, 3, 6, 7)
+    for image, source, (top, left, height, width) in zip((1, 3), noise, boxes, strict=True):
+        part = (..., slice(top, top + height), slice(left, left + width))
+        expected[image][part] = source[part]
+    assert torch.equal(images, expected)
 
 
 def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.models.layers import ImageClassifier
+from deit_models.models.layers import ImageClassifier, TrainingLogits
 from deit_models.training import evaluation
-from deit_models.training.evaluation import Evaluation, eval_batches, score
+from deit_models.training.evaluation import Evaluation, eval_batches, score, score_each
 from deit_models.training.learner import Heads
 from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure, make_loader
 from deit_models.transforms import EvalTransform
@@ -133,6 +133,37 @@ def test_padding_counts_for_nothing() -> None:
     assert results[0] == results[1] == results[2]
     assert results[0].images == 12
     DamageCount(pictures, 0.0).add(torch.full((8,), PADDING))
+
+
+def test_counting_waits_for_no_device() -> None:
+    # tensors of the device "meta" have no values: whatever would have to read one back fails
+    logits, labels = torch.empty(6, 3, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
+    assert evaluation._score_batch(TrainingLogits(logits, logits, None), labels, labels).shape == (7,)
+
+
+def test_several_models_are_scored_in_one_pass() -> None:
+    pictures = tiny.Pictures(41, classes=7, broken=(3,))
+    models = {"": sharp(distilled=True), "other_": sharp(seed=1)}
+    each = {
+        name: evaluate(model, pictures, batch_size=9, workers=0, corrupt_limit=0.1) for name, model in models.items()
+    }
+    pictures.read.clear()
+    transform = EvalTransform(models[""].origin.preprocessing)
+    batches = eval_batches(pictures, transform, tiny.ALONE, batch_size=9, workers=0)
+    heads, damage = {name: Heads(model) for name, model in models.items()}, DamageCount(pictures, 0.1)
+    found = score_each(heads, batches, tiny.ALONE, precision="float32", damage=damage)
+    assert found == each
+    assert found[""] != found["other_"]
+    assert pictures.read == list(range(41))
+
+
+def test_pixels_travel_as_bytes() -> None:
+    pictures, transform = tiny.Pictures(5), EvalTransform(tiny.PREPROCESSING)
+    batches = eval_batches(pictures, transform, tiny.ALONE, batch_size=5, workers=1)
+    ((values, _, _),) = batches.loader
+    assert values.dtype == torch.uint8
+    ((images, _, _),) = batches
+    assert torch.equal(images, torch.stack([transform(pictures[index][0]) for index in range(5)]))
 
 
 # ---- the model afterwards

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from deit_models.errors import ConfigError
-from deit_models.training.samplers import ShardSampler, TrainSampler, sample_seed
+from deit_models.training.samplers import ShardSampler, TrainSampler, sample_seed, sample_seeds
 
 
 def steps_of(sampler: TrainSampler, per_step: int) -> list[list[tuple[int, int]]]:
@@ -192,3 +192,17 @@ def test_impossible_sharing_is_refused(options: dict[str, int], message: str) ->
         TrainSampler(0, batch_size=4)
     with pytest.raises(ConfigError, match="rank=3, world=3"):
         ShardSampler(10, rank=3, world=3)
+
+
+def test_many_seeds_at_once_are_the_seeds_one_by_one() -> None:
+    positions = [*range(70), -1, (1 << 40) + 3, (1 << 62) + 12345]
+    for seed, epoch in ((0, 0), (7, 299), (-5, 1), ((1 << 63) - 1, 1 << 20)):
+        expected = [sample_seed(seed, epoch, position) for position in positions]
+        assert sample_seeds(seed, epoch, torch.tensor(positions)).tolist() == expected
+
+
+def test_long_epoch_is_drawn_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = TrainSampler(300, batch_size=20, repeats=3, seed=2, rank=1, world=4)
+    whole = list(sampler)
+    monkeypatch.setattr("deit_models.training.samplers._AT_ONCE", 7)
+    assert list(sampler) == whole

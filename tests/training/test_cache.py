@@ -1,0 +1,448 @@
+"""Images kept in memory: the same pixels, samples and runs as from files, however they are decoded and where cut."""
+
+import logging
+import multiprocessing
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as TF
+
+from deit_models.errors import ConfigError, DataError
+from deit_models.hub.manifest import Preprocessing
+from deit_models.training import cache, feeding
+from deit_models.training.augment import TrainTransform, train_transform
+from deit_models.training.cache import free_memory, keep_in_memory
+from deit_models.training.datasets import open_dataset, wrap
+from deit_models.training.feeding import InputBatches, training_batches
+from deit_models.training.levels import Levels, ToInput
+from deit_models.training.loading import explained_worker_failure
+from deit_models.training.recipe import Recipe
+from deit_models.training.records import ArrayRecords, CachedRecords, ImageRecords, SubsetRecords
+from deit_models.training.run import train
+from deit_models.training.samplers import PlannedSamples, TrainingSamples, TrainSampler
+
+CPU = torch.device("cpu")
+CUT_ONLY = {"augment": "none", "color_jitter": 0.0, "erase": 0.5}
+EVERYTHING = {"augment": "rand-m9-mstd0.5-inc1", "erase": 0.5}
+
+
+def picture(number: int, size: tuple[int, int]) -> PIL.Image.Image:
+    generator = torch.Generator().manual_seed(number)
+    return TF.to_pil_image(torch.randint(0, 256, (3, *size), generator=generator, dtype=torch.uint8))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images of 10 x 8 pixels in class folders, saved without loss."""
+    for number in range(12):
+        file = tmp_path / "train" / f"kind {number % 3}" / f"{number:02}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        picture(number, (8, 10)).save(file)
+    return tmp_path
+
+
+@pytest.fixture(params=["fork", "spawn"])
+def start_method(request: pytest.FixtureRequest) -> Iterator[str]:
+    before = multiprocessing.get_start_method()
+    multiprocessing.set_start_method(request.param, force=True)
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def in_memory(size: tuple[int, int] = (8, 10), *, broken: tuple[int, ...] = ()) -> CachedRecords:
+    records = ArrayRecords("noise", [], [number % 3 for number in range(12)], ["a", "b", "c"])
+    images = torch.stack([TF.pil_to_tensor(picture(number, size)) for number in range(12)])
+    labels = torch.tensor([number % 3 for number in range(12)])
+    return CachedRecords(records, images, labels, {index: f"{index} is broken" for index in broken})
+
+
+class Loose(ImageRecords):
+    """The images of another set, read one by one."""
+
+    def __init__(self, records: ImageRecords) -> None:
+        self.name, self.classes, self.records = records.name, records.classes, records
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        return self.records[index]
+
+
+# What is kept
+
+
+def test_decoded_set_has_the_pixels_labels_and_names_of_the_files(folder: Path, start_method: str) -> None:
+    records = open_dataset(folder, "train")
+    kept = keep_in_memory(records, "auto", workers=2)
+    assert isinstance(kept, CachedRecords), start_method
+    assert kept.images.is_shared()
+    assert (kept.size, kept.classes, kept.name, len(kept)) == ((8, 10), records.classes, records.name, 12)
+    for index in range(12):
+        (theirs, label), (ours, kept_label) = records[index], kept[index]
+        assert ours.tobytes() == theirs.tobytes()
+        assert label == kept_label == kept.label(index) == int(kept.labels[index])
+        assert (kept.key(index), kept.describe(index)) == (records.key(index), records.describe(index))
+    assert kept[-1][1] == 2
+    with pytest.raises(IndexError):
+        kept[12]
+
+
+def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = keep_in_memory(open_dataset(folder, "train"), "auto", workers=0)
+    monkeypatch.setattr("deit_models.training.records.load_image", lambda _: pytest.fail("read again"))
+    assert [kept[index][1] for index in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
+    assert keep_in_memory(kept, "ram", workers=0) is kept
+
+
+def test_what_is_kept_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files = open_dataset(folder, "train")
+    bytes_needed = 12 * 3 * 8 * 10
+    assert isinstance(keep_in_memory(SubsetRecords(files, [3, 4]), "auto", workers=0), CachedRecords)
+    assert keep_in_memory(files, "none", workers=0) is files
+    # a set that may draw at each reading, such as one of the user's, would stand still
+    for foreign in (wrap(Loose(files)), wrap([(picture(0, (8, 8)), 0)] * 9, classes=["a", "b"]), tiny.Pictures(9)):
+        assert keep_in_memory(foreign, "auto", workers=0) is foreign
+        assert isinstance(keep_in_memory(foreign, "ram", workers=0), CachedRecords)
+    monkeypatch.setattr(cache, "free_memory", lambda **_: 4 * bytes_needed)
+    assert isinstance(keep_in_memory(files, "auto", workers=0), CachedRecords)
+    assert keep_in_memory(files, "auto", workers=0, processes=2) is files
+    monkeypatch.setattr(cache, "free_memory", lambda **_: 4 * bytes_needed - 1)
+    assert keep_in_memory(files, "auto", workers=0) is files
+    assert isinstance(keep_in_memory(files, "ram", workers=0), CachedRecords)
+
+
+def test_choice_is_said_in_one_line_with_the_option_against_it(
+    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records = open_dataset(folder, "train")
+    keep_in_memory(records, "auto", workers=0)
+    assert caplog.records == []  # three kilobytes
+    monkeypatch.setattr(cache, "_WORTH_A_LINE", 1)
+    keep_in_memory(records, "auto", workers=0)
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "keeping the 12 images of" in record.getMessage()
+    assert "--cache none" in record.getMessage()
+    keep_in_memory(records, "ram", workers=0)
+    assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("odd", [0, 7, 11])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_of_several_sizes_are_not_kept_and_refused_by_name(folder: Path, odd: int, workers: int) -> None:
+    file = folder / "train" / f"kind {odd % 3}" / f"{odd:02}.png"
+    picture(0, (9, 10)).save(file)
+    records = open_dataset(folder, "train")
+    assert keep_in_memory(records, "auto", workers=workers) is records
+    with pytest.raises(DataError, match=r"\.png is 10x[89] pixels, others 10x[89]; .*cache='none'") as caught:
+        keep_in_memory(records, "ram", workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_odd_size_that_the_first_look_misses_is_found_while_decoding(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    picture(0, (9, 10)).save(folder / "train" / "kind 1" / "01.png")
+    monkeypatch.setattr(cache, "_PROBES", 1)
+    records = open_dataset(folder, "train")
+    assert keep_in_memory(records, "auto", workers=1) is records
+    with pytest.raises(DataError, match=r"01\.png is 10x9 pixels, others 10x8"), explained_worker_failure(1):
+        keep_in_memory(records, "ram", workers=1)
+
+
+def test_what_cannot_be_kept_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = open_dataset(folder, "train")
+    with pytest.raises(ConfigError, match="cache='disk'; expected one of auto, ram, none"):
+        keep_in_memory(records, "disk", workers=0)  # type: ignore[arg-type]
+    monkeypatch.setattr(cache, "free_memory", lambda **_: 100)
+    with pytest.raises(ConfigError, match=r"the 12 images of .* take 0 MB decoded, and 0 MB are free; .*cache='none'"):
+        keep_in_memory(records, "ram", workers=0)
+    broken = tiny.Pictures(40, broken=range(40))
+    with pytest.raises(DataError, match="noise: none of 16 images can be read"):
+        keep_in_memory(broken, "ram", workers=0)
+
+
+def test_free_memory_is_bounded_by_what_can_be_shared() -> None:
+    assert 0 < free_memory(shared=True) <= free_memory() + (256 << 20)  # others use it meanwhile
+
+
+# The samples that come of it
+
+
+def seeded_levels(transform: TrainTransform, image: PIL.Image.Image, seed: int) -> Levels:
+    """One sample as it always was: torch's generator seeded, then the transform."""
+    state = torch.get_rng_state()
+    torch.manual_seed(seed)
+    levels = transform(image)
+    torch.set_rng_state(state)
+    return levels
+
+
+@pytest.mark.parametrize("crop", ["pad", "simple", "none", "random_resized"])
+@pytest.mark.parametrize("changes", [CUT_ONLY, EVERYTHING, {"augment": "3-augment", "color_jitter": 0.3}])
+@pytest.mark.parametrize("size", [(8, 10), (8, 8), (16, 24)])
+def test_batches_from_memory_are_the_samples_one_by_one(
+    crop: str, changes: dict[str, Any], size: tuple[int, int]
+) -> None:
+    records = in_memory()
+    recipe = Recipe(crop=crop, crop_scale=0.3, interpolation="random", **changes)
+    transform = train_transform(recipe, Preprocessing(resize=8, crop=(8, 10)), size)
+    keys = [(number * 5 % 12, seed) for number, seed in enumerate(torch.randint(2**62, (60,)).tolist())]
+    levels, labels, failed = TrainingSamples(records, transform).batch(keys)
+    assert (
+        len(levels.values.flatten(1).unique(dim=0)) > 20
+    )  # 12 images and their mirror images, where nothing else is drawn
+    for number, (index, seed) in enumerate(keys):
+        one = seeded_levels(transform, picture(index, (8, 10)), seed)
+        assert torch.equal(levels.values[number], one.values)
+        assert torch.equal(levels.erase[number], one.erase)
+    assert labels.tolist() == [index % 3 for index, _ in keys]
+    assert failed.tolist() == [-1] * 60
+
+
+def test_padding_wider_than_an_image_is_left_to_pillow() -> None:
+    records = in_memory((4, 4))
+    transform = train_transform(Recipe(crop="simple", **CUT_ONLY), Preprocessing(resize=4, crop=(4, 4)), (4, 4))
+    assert not transform.cuts(4, 4)
+    levels, _, _ = TrainingSamples(records, transform).batch([(3, 9)])
+    assert torch.equal(levels.values[0], seeded_levels(transform, picture(3, (4, 4)), 9).values)
+
+
+def test_own_sets_leave_the_global_generators_alone() -> None:
+    transform = train_transform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
+    before = torch.get_rng_state(), random.getstate()
+    TrainingSamples(in_memory(), transform)[3, 5]
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert random.getstate() == before[1]
+
+
+def test_set_that_draws_is_seeded_as_before() -> None:
+    class Drawing(Loose):
+        def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+            return picture(int(torch.randint(100, ())) + random.randrange(100), (8, 10)), 0
+
+    transform = train_transform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
+    samples = TrainingSamples(Drawing(in_memory()), transform)
+    first, again, other = samples[0, 5][0], samples[0, 5][0], samples[0, 6][0]
+    assert torch.equal(first.values, again.values)
+    assert not torch.equal(first.values, other.values)
+
+
+@pytest.mark.parametrize("changes", [CUT_ONLY, EVERYTHING])
+def test_broken_images_are_replaced_and_reported_as_from_files(changes: dict[str, Any]) -> None:
+    records = in_memory(broken=(3, 4, 11))
+    transform = train_transform(Recipe(crop="pad", **changes), Preprocessing(resize=8, crop=(8, 10)), (8, 10))
+    keys = [(index, index + 7) for index in range(12)]
+    levels, labels, failed = TrainingSamples(records, transform).batch(keys)
+    for number, key in enumerate(keys):
+        one, label, index = TrainingSamples(Loose(records), transform)[key]
+        assert torch.equal(levels.values[number], one.values)
+        assert (int(labels[number]), int(failed[number])) == (label, index)
+    assert failed.tolist() == [-1, -1, -1, 3, 4, -1, -1, -1, -1, -1, -1, 11]
+    hopeless = in_memory(broken=tuple(range(2, 9)))
+    with pytest.raises(DataError, match="image 2 of noise and the 5 images after it cannot be read; last: 7 is broken"):
+        TrainingSamples(hopeless, transform).batch([(2, 0)])
+
+
+def test_broken_files_are_noted_while_decoding(folder: Path) -> None:
+    (folder / "train" / "kind 1" / "04.png").write_bytes(b"no image")
+    kept = keep_in_memory(open_dataset(folder, "train"), "ram", workers=1)
+    assert isinstance(kept, CachedRecords)
+    assert list(kept.broken) == [5]
+    assert "04.png" in kept.broken[5]
+    assert kept.label(5) == 1
+
+
+# On the device
+
+
+def batches_of(records: ImageRecords, recipe: Recipe, *, workers: int, batch_size: int = 8) -> InputBatches:
+    preprocessing = Preprocessing(resize=8, crop=(8, 10))
+    transform = train_transform(recipe, preprocessing, (8, 10))
+    sampler = TrainSampler(len(records), batch_size=batch_size, repeats=3, seed=4)
+    to_input = ToInput(preprocessing, CPU)
+    return training_batches(records, transform, sampler, to_input, batch_size=batch_size, workers=workers)
+
+
+@pytest.mark.parametrize("crop", ["pad", "simple", "none"])
+def test_device_cuts_what_the_workers_cut(crop: str) -> None:
+    recipe = Recipe(crop=crop, **CUT_ONLY)
+    there = batches_of(in_memory(broken=(5,)), recipe, workers=3)
+    assert isinstance(there.loader.dataset.samples, PlannedSamples)
+    assert there.loader.num_workers == 0
+    for workers in (0, 2):
+        for ours, theirs in zip(there, batches_of(Loose(in_memory(broken=(5,))), recipe, workers=workers), strict=True):
+            assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("changes", [EVERYTHING, {"augment": "none", "color_jitter": 0.2}, {"crop": "random_resized"}])
+def test_other_augmentation_stays_with_the_workers(changes: dict[str, Any]) -> None:
+    batches = batches_of(in_memory(), Recipe(**{"crop": "pad", **changes}), workers=1)
+    assert type(batches.loader.dataset.samples) is TrainingSamples
+    assert batches.loader.num_workers == 1
+
+
+def test_set_too_large_for_the_device_stays_with_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(feeding, "images_on", lambda *_: None)
+    batches = batches_of(in_memory(), Recipe(crop="pad", **CUT_ONLY), workers=1)
+    assert type(batches.loader.dataset.samples) is TrainingSamples
+
+
+def test_cutting_waits_for_no_device() -> None:
+    # tensors of the device "meta" have no values: whatever would have to read one back fails
+    records, recipe = in_memory(), Recipe(crop="pad", **CUT_ONLY)
+    transform = train_transform(recipe, Preprocessing(resize=8, crop=(8, 10)), (8, 10))
+    plan = transform.plan((8, 10), [0, 1], [2, 3])
+    assert transform.carry_out(records.images.to("meta"), plan).values.shape == (2, 3, 8, 10)
+
+
+# Whole runs
+
+
+@pytest.mark.parametrize("settings", [{**tiny.PLAIN, "crop": "pad", "hflip": 0.5, "erase": 0.5}, tiny.LIVELY])
+def test_run_is_the_same_with_and_without_a_cache(settings: dict[str, Any], tmp_path: Path) -> None:
+    rows = {}
+    for name, choice, workers in (("none", "none", 0), ("memory", "ram", 0), ("workers", "ram", 2)):
+        done = train(
+            tiny.model(),
+            recipe=tiny.recipe({**settings, "epochs": 2}),
+            train=tiny.Pictures(24, broken=(5,)),
+            val=tiny.Pictures(9, seed=1, broken=(2,)),
+            out=tmp_path / name,
+            cache=choice,
+            workers=workers,
+            corrupt_limit=0.2,
+            device="cpu",
+        )
+        rows[name] = [{**row, "seconds": 0, "images_per_second": 0} for row in done.log]
+    assert rows["none"] == rows["memory"] == rows["workers"]
+    tiny.same_bits(tiny.state(tmp_path / "none")["model"], tiny.state(tmp_path / "workers")["model"])
+
+
+def test_images_are_read_once_in_a_run_that_keeps_them(tmp_path: Path) -> None:
+    pictures, val = tiny.Pictures(20), tiny.Pictures(9, seed=1)
+    recipe = tiny.recipe(epochs=3, ema_decay=0.5)
+    train(tiny.model(), recipe=recipe, train=pictures, val=val, out=tmp_path, cache="ram", workers=0, device="cpu")
+    assert pictures.read[cache._PROBES :] == list(range(20))
+    assert val.read == list(range(9))
+
+
+def test_evaluation_reads_each_image_once_for_all_versions_of_the_weights(tmp_path: Path) -> None:
+    val = tiny.Pictures(9, seed=1)
+    recipe = tiny.recipe(epochs=2, ema_decay=0.5)
+    done = train(tiny.model(), recipe=recipe, train=tiny.Pictures(20), val=val, out=tmp_path, workers=0, device="cpu")
+    assert val.read == list(range(9)) * 2
+    assert done.log[-1]["top1"] >= 0 <= done.log[-1]["ema_top1"]
+
+
+def test_unknown_cache_is_refused_before_anything_is_written(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cache='disk'; expected one of auto, ram, none"):
+        train(
+            tiny.model(), recipe=tiny.recipe(), train=tiny.Pictures(9), out=tmp_path / "out", cache="disk", device="cpu"
+        )  # type: ignore[arg-type]
+    assert not (tmp_path / "out").exists()
+
+
+# Batches in parts
+
+
+class Numbers:
+    """Samples that are their own keys."""
+
+    def __init__(self) -> None:
+        self.asked: list[list[int]] = []
+
+    def batch(self, keys: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        self.asked.append(list(keys))
+        values = torch.tensor(keys, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
+        return values, torch.tensor(keys), torch.full((len(keys),), -1)
+
+
+def numbered(monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, keep: bool = False) -> tuple[Numbers, InputBatches]:
+    monkeypatch.setattr(feeding, "_PART_IMAGES", 3)
+    samples = Numbers()
+    batches = InputBatches(
+        samples,  # type: ignore[arg-type]
+        range(18),
+        torch.Tensor.float,
+        batch_size=7,
+        workers=workers,
+        device=CPU,
+        size=(2, 2),
+        keep=keep,
+    )
+    return samples, batches
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_are_made_in_parts_and_come_whole(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, batches = numbered(monkeypatch, workers=workers)
+    found = list(batches)
+    assert [labels.tolist() for _, labels, _ in found] == [
+        list(range(7)),
+        list(range(7, 14)),
+        list(range(14, 18)),
+    ]
+    assert all(torch.equal(images[:, 0, 0, 0].long(), labels) for images, labels, _ in found)
+    assert len(batches) == 3
+    if not workers:
+        assert [len(keys) for keys in samples.asked] == [3, 3, 1, 3, 3, 1, 3, 1]
+
+
+def test_kept_batches_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    samples, batches = numbered(monkeypatch, keep=True)
+    next(iter(batches))  # not read to its end: nothing is kept yet
+    first = list(batches)
+    asked = len(samples.asked)
+    again = list(batches)
+    assert len(samples.asked) == asked
+    assert all(torch.equal(*pair) for one, two in zip(first, again, strict=True) for pair in zip(one, two, strict=True))
+
+
+def test_pixels_leave_a_worker_as_bytes_and_numbers_without_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, batches = numbered(monkeypatch, workers=1)
+    values, labels, failed = next(iter(batches.loader))
+    assert values.dtype == torch.uint8
+    assert values.is_shared()
+    assert not labels.is_shared()
+    assert not failed.is_shared()
+
+
+class Stream:
+    """Stands for a stream of a GPU."""
+
+    def __init__(self, *_: object) -> None:
+        self.waits: list[Stream] = []
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def wait_stream(self, other: "Stream") -> None:
+        self.waits.append(other)
+
+
+def test_next_batch_is_on_its_way_before_this_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    current, recorded = Stream(), []
+    monkeypatch.setattr(torch.cuda, "Stream", Stream)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
+    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
+    samples, batches = numbered(monkeypatch)
+    read = batches._ahead()
+    images, labels, _ = next(read)
+    assert labels.tolist() == list(range(7))
+    assert max(samples.asked[-1]) == 13  # the second batch, whole
+    assert len(current.waits) == 1  # this one's copy, before it is used
+    assert recorded[-1][0] is images
+    assert recorded[-1][1] is current
+    assert [labels.tolist()[0] for _, labels, _ in read] == [7, 14]
+    assert len(recorded) == 3
