@@ -224,7 +224,7 @@ def cifar(run: Run) -> None:
     if run.toy:
         shipped(run, "cifar10", "cifar_small", (BRIEF, BRIEF), deit_micro_distilled_patch4_32=2)
         return
-    student = {"epochs": 300, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 10, "eval_every": 25}
+    student = {"epochs": 300, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 10, "eval_every": 25, "compile": "on"}
     seconds = {"deit_tiny_distilled_patch4_32": 240, "deit_micro_distilled_patch4_32": 90}
     shipped(run, "cifar10", "cifar_large", ({"epochs": 40, "eval_every": 10}, student), **seconds)
 
@@ -235,7 +235,7 @@ def tiny(run: Run) -> None:
         shipped(run, "tiny_imagenet", "cifar_small", (BRIEF, BRIEF), deit_tiny_distilled_patch8_64=2)
         return
     teacher = {"epochs": 25, "lr": 0.3, "label_smoothing": 0.1, "eval_every": 5}
-    student = {"epochs": 200, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 5, "eval_every": 25}
+    student = {"epochs": 200, "batch_size": 512, "lr": 2e-3, "warmup_epochs": 5, "eval_every": 25, "compile": "on"}
     shipped(run, "tiny_imagenet", "tiny_imagenet_large", (teacher, student), deit_tiny_distilled_patch8_64=240)
 
 

@@ -64,7 +64,12 @@ def parse_args() -> argparse.Namespace:
 def student_recipe(args: argparse.Namespace, **changes: object) -> Recipe:
     """What all students share: light augmentation, label smoothing, a short warm-up."""
     warmup = min(2, args.epochs - 1)
-    shared = {"epochs": args.epochs, "batch_size": args.batch_size, "seed": args.seed, "compile": args.compile}
+    shared = {
+        "epochs": args.epochs,
+        "batch_size": args.batch_size,
+        "seed": args.seed,
+        "compile": "on" if args.compile else "auto",
+    }
     shared |= {"eval_every": args.eval_every}
     return recipe_named("cifar_scratch", warmup_epochs=warmup, **shared, **changes)
 
