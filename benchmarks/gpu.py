@@ -506,6 +506,7 @@ STAGES: dict[str, Stage] = {
         table3,
         540,
         {
+            "teacher": "teacher",
             "seed": "seed",
             "epochs": "epochs",
             "training": "training",
