@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -116,11 +116,19 @@ def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float, *, eps: f
     A unit is a row of a matrix, a filter of a convolution, or a vector as a whole; norms below `eps` count as `eps`.
     Source: Brock et al. 2021, section 4.1; LeViT trains with a factor of 0.01.
     """
-    for parameter in parameters:
-        if parameter.grad is not None:
-            limit = _unit_norms(parameter.detach()).clamp(min=eps) * factor
-            norms = _unit_norms(parameter.grad)
-            parameter.grad.mul_((limit / norms.clamp(min=1e-6)).clamp(max=1.0))
+    learned = [parameter for parameter in parameters if parameter.grad is not None]
+    if not learned:
+        return
+    gradients = [cast(Tensor, parameter.grad) for parameter in learned]
+    # the norms are small and many: one call for all of them, or a GPU would wait for the calls
+    scales = [_unit_norms(parameter.detach()) for parameter in learned]
+    norms = [_unit_norms(gradient) for gradient in gradients]
+    torch._foreach_clamp_min_(scales, eps)
+    torch._foreach_mul_(scales, factor)
+    torch._foreach_clamp_min_(norms, 1e-6)
+    torch._foreach_div_(scales, norms)
+    torch._foreach_clamp_max_(scales, 1.0)
+    torch._foreach_mul_(gradients, scales)
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:

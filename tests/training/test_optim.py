@@ -418,3 +418,16 @@ def test_optimisers_move_divided_parameters(optimizer: str) -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_optimisers_are_fused(optimizer: str) -> None:
     assert make_optimizer(nn.Linear(3, 2), tiny.recipe(optimizer=optimizer)).defaults["fused"] is True
+
+
+def test_adaptive_clipping_makes_few_calls_for_each_parameter() -> None:
+    model = nn.Sequential(*(nn.Linear(3, 3) for _ in range(20)))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with Calls() as mode:
+        clip_adaptively(model.parameters(), 0.01)
+    assert mode.counts.total() <= 2 * 40 + 6
+
+
+def test_adaptive_clipping_of_no_gradients_does_nothing() -> None:
+    clip_adaptively(nn.Linear(2, 2).parameters(), 0.01)

@@ -222,8 +222,8 @@ def test_what_does_not_touch_the_weights_may_change(saved: Path) -> None:
 def test_states_are_saved_every_so_often_and_at_the_end(uninterrupted: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     with pytest.raises(StoppedError):
-        lively(out, save_every=3, stop_after=1)
-    assert not (out / "last.pt").exists()
+        lively(tmp_path / "early", save_every=3, stop_after=1)
+    assert not (tmp_path / "early" / "last.pt").exists()
     with pytest.raises(StoppedError):
         lively(out, save_every=2, stop_after=2)
     assert tiny.state(out)["progress"]["epoch"] == 2
