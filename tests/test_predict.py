@@ -5,6 +5,7 @@ import io
 import json
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import FrozenInstanceError, replace
 from multiprocessing import parent_process
@@ -341,6 +342,27 @@ def test_batches_that_do_not_fit_into_memory_are_halved_once_and_for_all(
     assert classifier([picture(0), picture(1)])[1].predictions == results[1].predictions
 
 
+def test_memory_is_given_back_before_a_smaller_batch_is_tried(
+    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    cleared: list[bool] = []
+
+    class Greedy(nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            activations = images * 2
+            held.append(weakref.ref(activations))
+            if len(images) > 2:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return activations.flatten(1)[:, :10]
+
+    monkeypatch.setattr(classifier, "model", Greedy())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(held[-1]() is None))
+    assert len(classifier([picture(seed) for seed in range(5)])) == 5
+    assert cleared == [True], "the batch that did not fit is still in memory"
+
+
 def test_an_image_that_does_not_fit_by_itself_is_one_clear_error(classifier: Classifier, tmp_path: Path) -> None:
     classifier.model = SmallMemory(classifier.model, room=0)
     with pytest.raises(DeitModelsError, match=r"not even one image fits.*or the CPU \(CUDA out of memory"):
@@ -361,7 +383,7 @@ def test_a_gpu_has_the_next_batch_before_the_last_is_read(
     launch, read = classifier._launch, classifier._predictions
     real = file_batches
     cpu = torch.device("cpu")
-    asked = iter([torch.device(device)])  # first for the order of things, then to compute on, which is here
+    asked = iter([torch.device(device)] * 2)  # first for the order of things, then to compute on, which is here
     monkeypatch.setattr(predict, "_device", lambda _: next(asked, cpu))
     monkeypatch.setattr(classifier, "_launch", lambda *a: seen.append("run") or launch(*a))
     monkeypatch.setattr(classifier, "_predictions", lambda *a: seen.append("read") or read(*a))
