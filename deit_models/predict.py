@@ -108,7 +108,8 @@ class Classifier:
         if not _is_sequence(images):
             return next(self._classify([self._prepared([("image", images)])], top_k))
         named = [(f"image {i}", image) for i, image in enumerate(images)]
-        chunks = (named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size))
+        size = self.batch_size  # which falls where memory is short
+        chunks = (named[i : i + size] for i in range(0, len(named), size))
         return list(self._classify(map(self._prepared, chunks), top_k))
 
     def classify_files(
