@@ -1,4 +1,7 @@
-"""From paths to batches of pixels: in order, by threads or processes, a few batches in memory at any time."""
+"""From paths to batches of pixels: in order, by threads or processes, a few batches in memory at any time.
+
+And what is found in a batch on its way back, so that a GPU is at work on the next one meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,42 @@ class Batch(NamedTuple):
     sources: list[str]
     errors: list[str | None]
     images: Tensor
+
+
+class TopClasses(NamedTuple):
+    """The likeliest classes of some images, perhaps still on their way from a GPU.
+
+    Attributes:
+        packed: probabilities and class numbers, (2, B, top_k) float32: one copy, and numbers up to 2**24 are exact.
+        copied: when `packed` is complete; None where reading it waits by itself.
+    """
+
+    packed: Tensor
+    copied: torch.cuda.Event | None
+
+    def read(self) -> list[list[tuple[float, int]]]:
+        """Probability and number of each class, likeliest first, a row an image."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        probabilities, numbers = self.packed.tolist()
+        pairs = zip(probabilities, numbers, strict=True)
+        return [[(p, int(number)) for p, number in zip(*row, strict=True)] for row in pairs]
+
+
+def top_classes(logits: Tensor, top_k: int) -> TopClasses:
+    """The likeliest classes by logits (B, num_classes); on a GPU without waiting for it."""
+    probabilities, numbers = logits.float().softmax(dim=-1).topk(top_k)
+    packed = torch.stack([probabilities, numbers.float()])
+    if packed.device.type != "cuda":
+        return TopClasses(packed, None)
+    packed = packed.to("cpu", non_blocking=True)  # into pinned memory, which torch takes for such a copy by itself
+    return TopClasses(packed, _event_after_all_work(logits.device))
+
+
+def _event_after_all_work(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def file_batches(

@@ -15,12 +15,12 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .batches import Batch, file_batches
+from .batches import Batch, TopClasses, file_batches, top_classes
 from .decoding import ImageSource
 from .errors import ConfigError, DeitModelsError, ImageError
 from .registry import DEFAULT_MODEL
 from .results import ImageResult, Prediction, Summary, write_results
-from .transforms import transform_for
+from .transforms import on_device, transform_for
 
 if TYPE_CHECKING:
     from .models.layers import ImageClassifier
@@ -36,9 +36,6 @@ IMAGE_SUFFIXES = frozenset(
     ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
 )
 """What `find_images` takes for an image, in upper or lower case."""
-
-_Top = tuple[Tensor, Tensor]
-"""Probabilities and numbers of the likeliest classes of some images, each (B, top_k)."""
 
 
 class Classifier:
@@ -107,10 +104,11 @@ class Classifier:
         """
         top_k = self._checked(top_k)
         if not _is_sequence(images):
-            return self._classify([("image", images)], top_k)[0]
+            return next(self._classify([self._prepared([("image", images)])], top_k))
         named = [(f"image {i}", image) for i, image in enumerate(images)]
-        chunks = (named[i : i + self.batch_size] for i in range(0, len(named), self.batch_size))
-        return [result for chunk in chunks for result in self._classify(chunk, top_k)]
+        size = self.batch_size  # which falls where memory is short
+        chunks = (named[i : i + size] for i in range(0, len(named), size))
+        return list(self._classify(map(self._prepared, chunks), top_k))
 
     def classify_files(
         self, paths: Iterable[str | PathLike[str]], *, top_k: int = 5, workers: int | None = None
@@ -135,11 +133,14 @@ class Classifier:
         return self._stream(paths, top_k, workers)
 
     def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int | None) -> Iterator[ImageResult]:
-        device = _device(self.model)
+        device, decode = _device(self.model), self.transform.levels
+        batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
+        yield from self._classify(batches, top_k)
+
+    def _classify(self, batches: Iterable[Batch], top_k: int) -> Iterator[ImageResult]:
         # A GPU is given the next batch before the answers for the last are waited for
-        ahead = 0 if device.type == "cpu" else 1
-        batches = file_batches(paths, self.transform.levels, batch_size=self.batch_size, workers=workers, device=device)
-        launched: deque[tuple[Batch, list[_Top]]] = deque()
+        ahead = 0 if _device(self.model).type == "cpu" else 1
+        launched: deque[tuple[Batch, list[TopClasses]]] = deque()
         for batch in batches:
             launched.append((batch, self._launch(batch.images, top_k)))
             if len(launched) > ahead:
@@ -147,7 +148,7 @@ class Classifier:
         for waiting in launched:
             yield from self._results(*waiting)
 
-    def _results(self, batch: Batch, tops: list[_Top]) -> Iterator[ImageResult]:
+    def _results(self, batch: Batch, tops: list[TopClasses]) -> Iterator[ImageResult]:
         found = iter(self._predictions(tops))
         for source, error in zip(batch.sources, batch.errors, strict=True):
             yield ImageResult(source, next(found) if error is None else (), error)
@@ -157,10 +158,9 @@ class Classifier:
             raise ConfigError(f"top_k={top_k}; expected 1 to {len(self.labels)}")
         return min(top_k, len(self.labels))
 
-    def _classify(self, named: list[tuple[str, ImageSource]], top_k: int) -> list[ImageResult]:
-        prepared = [self._prepare(name, image) for name, image in named]
-        found = self._predictions(self._launch(torch.stack([levels for _, levels in prepared]), top_k))
-        return [ImageResult(source, result) for (source, _), result in zip(prepared, found, strict=True)]
+    def _prepared(self, named: list[tuple[str, ImageSource]]) -> Batch:
+        found = [self._prepare(name, image) for name, image in named]
+        return Batch([name for name, _ in found], [None] * len(found), torch.stack([levels for _, levels in found]))
 
     def _prepare(self, name: str, image: ImageSource) -> tuple[str, Tensor]:
         if isinstance(image, (str, PathLike)):  # an error names the path by itself
@@ -170,9 +170,9 @@ class Classifier:
         except ImageError as error:
             raise ImageError(f"{name}: {error}") from error
 
-    def _launch(self, levels: Tensor, top_k: int) -> list[_Top]:
+    def _launch(self, levels: Tensor, top_k: int) -> list[TopClasses]:
         """The likeliest classes of a batch, in as many parts as memory asks for; a GPU may still be at work on them."""
-        tops: list[_Top] = []
+        tops: list[TopClasses] = []
         start = 0
         while start < len(levels):
             part = levels[start : start + self.batch_size]
@@ -182,7 +182,7 @@ class Classifier:
                 start += len(part)
         return tops
 
-    def _top_if_it_fits(self, levels: Tensor, top_k: int) -> _Top | None:
+    def _top_if_it_fits(self, levels: Tensor, top_k: int) -> TopClasses | None:
         """None, and a smaller `batch_size` from now on, where the device has too little memory for so many at once."""
         try:
             return self._top(levels, top_k)
@@ -192,23 +192,21 @@ class Classifier:
                     f"not even one image fits into the memory of this device beside the model; free some, "
                     f"or use a smaller model or the CPU ({str(error).partition('. ')[0]})"
                 ) from error
+        # the error is gone by now, and with it the tensors that its traceback held
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         self.batch_size = len(levels) // 2
         logger.warning("%d images at once do not fit into memory; going on with %d", len(levels), self.batch_size)
         return None
 
-    def _top(self, levels: Tensor, top_k: int) -> _Top:
+    def _top(self, levels: Tensor, top_k: int) -> TopClasses:
         with torch.inference_mode():
-            images = self.transform.to_input(levels.to(_device(self.model), non_blocking=True))
+            images = self.transform.to_input(on_device(levels, _device(self.model)))
             logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
-            values, classes = logits.float().softmax(dim=-1).topk(top_k)
-        return values, classes
+            return top_classes(logits, top_k)
 
-    def _predictions(self, tops: list[_Top]) -> list[tuple[Prediction, ...]]:
-        return [
-            tuple(Prediction(self.labels[i], p, i) for p, i in zip(*row, strict=True))
-            for values, classes in tops
-            for row in zip(values.tolist(), classes.tolist(), strict=True)
-        ]
+    def _predictions(self, tops: list[TopClasses]) -> list[tuple[Prediction, ...]]:
+        return [tuple(Prediction(self.labels[i], p, i) for p, i in row) for top in tops for row in top.read()]
 
 
 def _best_device() -> str:

@@ -39,8 +39,10 @@ class EvalTransform:
             fast_pixels: take pixels that are nearly the same in less time: JPEG files far larger than the input are
                 decoded at a fraction of their size, the others resized by torch and not Pillow.
 
-        Raises: ConfigError: an interpolation that does not exist.
+        Raises: ConfigError: an interpolation that does not exist, or a mean and deviation that cannot be.
         """
+        if len(preprocessing.mean) != len(preprocessing.std) or not all(preprocessing.std):
+            raise ConfigError(f"mean={preprocessing.mean}, std={preprocessing.std}; expected one each a channel, no 0")
         self.preprocessing = preprocessing
         self.normalise = normalise
         self.fast_pixels = fast_pixels
@@ -68,8 +70,10 @@ class EvalTransform:
         if not self.normalise:
             return levels
         spec = self.preprocessing
+        # in one copy to a GPU that is not waited for; torchvision's normalize waits for two
+        mean, std = on_device(torch.tensor([spec.mean, spec.std], dtype=torch.float32).view(2, -1, 1, 1), levels.device)
         # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
-        return TF.normalize(levels.to(torch.float32).div_(255), list(spec.mean), list(spec.std), inplace=True)
+        return levels.to(torch.float32).div_(255).sub_(mean).div_(std)
 
     def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
         if isinstance(image, (str, PathLike, bytes)):
@@ -93,6 +97,13 @@ class EvalTransform:
     def __repr__(self) -> str:
         spec = self.preprocessing
         return f"EvalTransform({spec}, mean {spec.mean}, std {spec.std})"
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor where it is needed. A GPU copies from pinned memory while the program goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def transform_for(

@@ -131,6 +131,12 @@ def test_unknown_interpolation_is_refused() -> None:
         EvalTransform(Preprocessing(resize=256, crop=(224, 224), interpolation="cubic"))
 
 
+@pytest.mark.parametrize("std", [(0.2, 0.0, 0.2), (0.2, 0.2)])
+def test_a_deviation_that_cannot_be_is_refused(std: tuple[float, ...]) -> None:
+    with pytest.raises(ConfigError, match=r"std=\(0.2, .*expected one each a channel, no 0"):
+        EvalTransform(Preprocessing(resize=256, crop=(224, 224), mean=MEAN, std=std))
+
+
 def test_eval_transform_says_what_it_does_and_can_be_pickled() -> None:
     transform = EvalTransform(Preprocessing(resize=256, crop=(224, 224)))
     assert "shorter side to 256 (bicubic), centre crop 224x224" in repr(transform)

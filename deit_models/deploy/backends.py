@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from .formats import FORMATS, Runner, extra_needed, openvino_model, quiet
+from .gpu import exactly, launched_at_once
 from .prepared import Prepared
 from .timing import has_bf16, has_int8_products
 
@@ -75,22 +76,34 @@ def _eager(job: Job) -> Runner:
         logits: Tensor = job.prepared(images)
         return logits
 
-    return _in_pieces(run, job)
+    return _on_gpu(run, job) if job.example.device.type == "cuda" else _in_pieces(run, job)
+
+
+def _on_gpu(run: Runner, job: Job) -> Runner:
+    """A CUDA graph for batches like the example, since kernels are too short to be launched one by one.
+
+    Other batches are computed by torch as it is. In float32 both are exact.
+    """
+    plain: Runner = job.prepared
+    if job.precision == "float32":
+        run, plain = exactly(run, job.example.device), exactly(plain, job.example.device)
+    return launched_at_once(run, job.example, plain=plain)
 
 
 def _inductor(job: Job) -> Runner:
+    # freezing packs the weights once, for the processor's matrix products
+    options: dict[str, Any] = {"freezing": True}
+    if job.example.device.type == "cuda":
+        return _on_gpu(_ordinary(torch.compile(job.prepared, dynamic=False, options=options)), job)
+    compiled = torch.compile(job.prepared, options=options)
     alone = len(job.example) == 1
-    # freezing packs the weights once, for the processor's matrix products; a graph launches all of a small batch's
-    # kernels at once, which are too short for a GPU to be kept busy by launching each
-    graphed = alone and job.example.device.type == "cuda"
-    compiled = torch.compile(job.prepared, options={"freezing": True, "triton.cudagraphs": graphed})
 
     def run(images: Tensor) -> Tensor:
         # always in the same mode and on an ordinary copy, or what was compiled would be compiled anew
         with torch.inference_mode(False), torch.no_grad():
             batch = images.clone(memory_format=torch.contiguous_format)
-            if alone:  # compiled for one image: more go one by one; a graph's next answer overwrites the last one
-                return torch.cat([compiled(image).clone() for image in torch.split(batch, 1)])
+            if alone:  # compiled for one image: more go one by one
+                return torch.cat([compiled(image) for image in torch.split(batch, 1)])
             # the compiler makes a case of its own of one image, and would take another minute for it
             batch = batch if len(images) > 1 else batch.repeat(2, 1, 1, 1)
             torch._dynamo.mark_dynamic(batch, 0)
@@ -98,6 +111,16 @@ def _inductor(job: Job) -> Runner:
             return logits[: len(images)]
 
     return run if alone else _in_pieces(run, job)
+
+
+def _ordinary(compiled: Runner) -> Runner:
+    """A compiled network in the same mode whoever calls it, or it would be compiled anew."""
+
+    def run(images: Tensor) -> Tensor:
+        with torch.inference_mode(False), torch.no_grad():
+            return compiled(images)
+
+    return run
 
 
 def _openvino(job: Job) -> Runner:

@@ -21,6 +21,7 @@ from .backends import BACKENDS, BackendName, Job, Precision, network_dtype, prec
 from .classifier import Agreement, Choice, OptimizedClassifier
 from .decisions import Timing, decision_key, keep, recall
 from .formats import Runner, quiet
+from .gpu import exact_float32
 from .merging import TokenMerging, merging_plan
 from .prepared import as_input, prepare
 from .timing import call_times
@@ -81,7 +82,8 @@ class _Trial:
         """How the merged network agrees with the model, None if nothing is. Raises: AgreementError: too little."""
         if not self.plan:
             return None
-        agreement = self._judge(prepare(self.model, pixels=self.pixels, fold=False))
+        with exact_float32(self.judges.device):
+            agreement = self._judge(prepare(self.model, pixels=self.pixels, fold=False))
         if agreement.top1 < self.min_agreement:
             raise AgreementError(
                 f"token_merging={','.join(map(str, self.plan))}: {agreement.top1:.1%} agree with the unmerged model on "
@@ -92,7 +94,8 @@ class _Trial:
     def _judge(self, run: Runner) -> Agreement:
         if self.expected is None:
             plain = prepare(self.model, pixels=self.pixels, fold=False, token_merging=self.plan)
-            self.expected = torch.cat([plain(batch) for batch in torch.split(self.judges, len(self.example))])
+            with exact_float32(self.judges.device):
+                self.expected = torch.cat([plain(batch) for batch in torch.split(self.judges, len(self.example))])
         found = torch.cat([run(batch) for batch in torch.split(self.judges, len(self.example))])
         if found.shape != self.expected.shape or not found.isfinite().all():
             return Agreement(0.0, float("inf"), len(self.judges))

@@ -17,14 +17,17 @@ _LIBRARIES = ("deit-models", "torch", "openvino", "onnxruntime", "nncf")
 
 
 def call_times(run: Runner, example: Tensor, *, seconds: float, warm_up: int = 1) -> list[float]:
-    """Seconds of each call, two at least, until they add up to `seconds`; the first `warm_up` calls are not counted."""
+    """Seconds of each call, two at least, until they add up to `seconds`; the first `warm_up` calls are not counted.
+
+    A call ends when its answer has reached the CPU, so that nothing of it is left to a GPU, nor of the calls before.
+    """
     times: list[float] = []
     with torch.no_grad():
         for _ in range(warm_up):
-            run(example)
+            run(example).cpu()
         while sum(times) < seconds or len(times) < 2:
             start = time.perf_counter()
-            run(example).cpu()  # which also waits for a GPU
+            run(example).cpu()
             times.append(time.perf_counter() - start)
     return times
 

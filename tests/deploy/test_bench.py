@@ -42,6 +42,41 @@ def test_rates_and_quantiles_come_from_the_timed_calls(monkeypatch: pytest.Monke
     assert 100 <= row.p95_ms <= 500
 
 
+def test_building_and_warming_up_do_not_count_as_peak_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[object] = []
+    monkeypatch.setattr(benching, "call_times", lambda *_, seconds, warm_up: steps.append((seconds, warm_up)) or [1, 1])
+    monkeypatch.setattr(benching, "_forget_peak", lambda _: steps.append("forget"))
+    monkeypatch.setattr(benching, "_peak_mb", lambda _: steps.append("read"))
+    measure(case())
+    assert steps == [(0, 3), "forget", (0.01, 0), "read"]
+    monkeypatch.undo()
+    called: list[str] = []
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
+    benching._forget_peak(torch.device("cpu"))
+    assert called == []
+    benching._forget_peak(torch.device("cuda"))
+    assert called == ["empty_cache", "reset_peak_memory_stats"]
+
+
+def test_a_call_is_timed_alone_and_to_its_end() -> None:
+    class Answer:
+        """Still being computed, until somebody waits for it."""
+
+        def cpu(self) -> None:
+            running.pop()
+
+    running: list[Answer] = []
+
+    def launch(_: torch.Tensor) -> Answer:
+        assert running == [], "the last call is still at work"
+        running.append(Answer())
+        return running[-1]
+
+    assert len(timing.call_times(launch, torch.zeros(1), seconds=0, warm_up=3)) == 2
+    assert running == []
+
+
 def test_each_case_has_a_process_of_its_own() -> None:
     (row,) = bench(MICRO, batch_sizes=(1,), backends=("model",), precision="float32", seconds=0.01)
     assert (row.backend, row.batch_size, row.error) == ("model", 1, None)
