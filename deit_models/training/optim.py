@@ -119,10 +119,10 @@ def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float, *, eps: f
     learned = [parameter for parameter in parameters if parameter.grad is not None]
     if not learned:
         return
-    gradients = [cast(Tensor, parameter.grad) for parameter in learned]
+    gradients = [_local(cast(Tensor, parameter.grad)) for parameter in learned]
     # the norms are small and many: one call for all of them, or a GPU would wait for the calls
     scales = [_unit_norms(parameter.detach()) for parameter in learned]
-    norms = [_unit_norms(gradient) for gradient in gradients]
+    norms = [_unit_norms(cast(Tensor, parameter.grad)) for parameter in learned]
     torch._foreach_clamp_min_(scales, eps)
     torch._foreach_mul_(scales, factor)
     torch._foreach_clamp_min_(norms, 1e-6)
@@ -132,8 +132,15 @@ def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float, *, eps: f
 
 
 def _unit_norms(tensor: Tensor) -> Tensor:
+    """The norm of each unit; of a divided tensor, of the units in this process. A vector has parts in all of them."""
     dims = tuple(range(1, tensor.ndim)) if tensor.ndim > 1 else None
-    return torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    norms = torch.linalg.vector_norm(tensor, dim=dims, keepdim=True)
+    return norms.full_tensor() if dims is None and isinstance(norms, DTensor) else _local(norms)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a divided tensor that is in this process; every other tensor is whole."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class WeightAverage(nn.Module):
@@ -165,5 +172,4 @@ class WeightAverage(nn.Module):
 
 def _local_state(model: nn.Module) -> Iterator[Tensor]:
     """Parameters and buffers, without gradient; of divided ones the part of this process."""
-    for tensor in chain(model.parameters(), model.buffers()):
-        yield tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    yield from map(_local, chain(model.parameters(), model.buffers()))
