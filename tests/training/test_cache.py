@@ -93,6 +93,9 @@ def test_decoded_set_has_the_pixels_labels_and_names_of_the_files(folder: Path, 
     assert kept[-1][1] == 2
     with pytest.raises(IndexError):
         kept[12]
+    recipe = Recipe(crop="pad", **EVERYTHING)
+    for ours, theirs in zip(batches_of(kept, recipe, workers=1), batches_of(records, recipe, workers=0), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
