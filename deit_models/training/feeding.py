@@ -21,6 +21,9 @@ _PART_BYTES, _PART_IMAGES = 8 << 20, 256
 """The most that a worker makes at once for `InputBatches`: small parts, and an epoch begins soon."""
 
 
+_PLANNERS = 4
+
+
 def training_batches(
     records: ImageRecords,
     transform: TrainTransform,
@@ -32,8 +35,8 @@ def training_batches(
 ) -> InputBatches:
     """Augmented batches of a set as the model's input, the same wherever and by however many processes they are made.
 
-    Of a set in memory that is only cut, flipped and erased, the device does all of it. Then no process loads, or beside
-    a GPU one, which draws random numbers ahead.
+    Of a set in memory that is only cut, flipped and erased, the device does all of it. Then no process loads; beside a
+    GPU a few draw the random numbers ahead, of which one process draws some 60,000 images' a second.
     """
     device = to_input.device
     samples = TrainingSamples(records, transform)
@@ -42,7 +45,7 @@ def training_batches(
         images = images_on(records, device)
         if images is not None:
             samples, make = PlannedSamples(records, transform), _CutThere(images, transform, to_input)
-            workers = min(workers, 1) if device.type == "cuda" else 0
+            workers = min(workers, _PLANNERS) if device.type == "cuda" else 0
     return InputBatches(
         samples, sampler, make, batch_size=batch_size, workers=workers, device=device, size=transform.size
     )

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import PIL.Image
 import pytest
 import torch
 from command_line import CLASSES, MODELS, ended, failure, run, save_class_folders, start
@@ -64,6 +65,22 @@ def test_run_leaves_the_resolved_recipe_and_models_that_know_their_classes(data,
         assert model.origin.class_names == CLASSES
         assert model.origin.name == PLAIN
     assert not model.config.distilled
+
+
+def test_cache_is_an_option(data, tmp_path, capsys):
+    train(capsys, data, tmp_path / "kept", "--model", PLAIN, "--cache", "ram")
+    train(capsys, data, tmp_path / "read", "--model", PLAIN, "--cache", "none")
+    assert torch.equal(head(tmp_path / "kept" / "model"), head(tmp_path / "read" / "model"))
+    PIL.Image.new("RGB", (9, 7)).save(data / "train" / "bee" / "1.png")
+    odd = ["train", str(data), "--out", str(tmp_path / "odd"), "--model", PLAIN, *QUICK, "--cache", "ram"]
+    assert main(odd) == 1
+    assert re.search(r"pixels, others .*; only images of one size are kept in memory", capsys.readouterr().err)
+    assert not (tmp_path / "odd").exists()
+    for command in ("train", "distill", "finetune", "search supernet", "search all"):
+        more = {"distill": ["--teacher=x"], "search supernet": ["--space=x"], "search all": ["--space=x", "--limit=1"]}
+        args = [*command.split(), "data", "--out=x", *more.get(command, [])]
+        assert build_parser().parse_args(args).cache == "auto"
+        assert build_parser().parse_args([*args, "--cache=none"]).cache == "none"
 
 
 def test_plot_draws_the_curves(data, tmp_path, capsys):

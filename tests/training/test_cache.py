@@ -93,6 +93,9 @@ def test_decoded_set_has_the_pixels_labels_and_names_of_the_files(folder: Path, 
     assert kept[-1][1] == 2
     with pytest.raises(IndexError):
         kept[12]
+    recipe = Recipe(crop="pad", **EVERYTHING)
+    for ours, theirs in zip(batches_of(kept, recipe, workers=1), batches_of(records, recipe, workers=0), strict=True):
+        assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
 def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,11 +267,13 @@ def test_broken_files_are_noted_while_decoding(folder: Path) -> None:
 # On the device
 
 
-def batches_of(records: ImageRecords, recipe: Recipe, *, workers: int, batch_size: int = 8) -> InputBatches:
+def batches_of(
+    records: ImageRecords, recipe: Recipe, *, workers: int, batch_size: int = 8, device: torch.device = CPU
+) -> InputBatches:
     preprocessing = Preprocessing(resize=8, crop=(8, 10))
     transform = train_transform(recipe, preprocessing, (8, 10))
     sampler = TrainSampler(len(records), batch_size=batch_size, repeats=3, seed=4)
-    to_input = ToInput(preprocessing, CPU)
+    to_input = ToInput(preprocessing, device)
     return training_batches(records, transform, sampler, to_input, batch_size=batch_size, workers=workers)
 
 
@@ -446,3 +451,31 @@ def test_next_batch_is_on_its_way_before_this_one_is_used(monkeypatch: pytest.Mo
     assert recorded[-1][1] is current
     assert [labels.tolist()[0] for _, labels, _ in read] == [7, 14]
     assert len(recorded) == 3
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kept", [True, False], ids=["cut there", "cut by workers"])
+@pytest.mark.parametrize("erase", [0.0, 0.5])
+def test_gpu_gets_the_batches_of_the_cpu_and_is_not_waited_for(kept: bool, erase: float) -> None:
+    recipe = Recipe(crop="pad", **{**CUT_ONLY, "erase": erase})
+    records = in_memory(broken=(5,)) if kept else Loose(in_memory(broken=(5,)))
+    expected = list(batches_of(records, recipe, workers=0))
+    batches = batches_of(records, recipe, workers=2, device=torch.device("cuda"))
+    found = list(batches)  # warm: streams and pinned memory are there
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = list(batches)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for ours, twice, theirs in zip(found, again, expected, strict=True):
+        assert ours[0].device.type == "cuda"
+        assert ours[1].is_pinned()
+        assert torch.equal(ours[0], twice[0])  # the noise too
+        assert torch.equal(ours[1], theirs[1])
+        assert torch.equal(ours[2], theirs[2])
+        if not erase:
+            torch.testing.assert_close(ours[0].cpu(), theirs[0], rtol=0, atol=1e-6)
