@@ -191,7 +191,7 @@ def run_worker(scenario: str, folder: Path, device: torch.device, *, torchrun: b
         },
         capture_output=True,
         text=True,
-        timeout=150,
+        timeout=300,
         check=False,
     )
     if done.returncode not in (0, -9):
