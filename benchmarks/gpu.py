@@ -4,9 +4,10 @@
     python benchmarks/gpu.py --toy --out FOLDER      (a rehearsal of every stage on a CPU, with tiny models)
 
 Each stage is a process of its own with a time limit. It writes `<stage>.json` and `<stage>.md` after every figure, so
-that a stage which is broken off leaves what it had. The data folder holds CIFAR-10 and Tiny ImageNet as archives
-(`cifar10_jpeg.tar.gz`, `tiny_imagenet_1.tar.gz` to `_3`), which are unpacked there, or unpacked already as
-`cifar10/` and `tiny_imagenet/` with `train/` and `test/` or `val/`; what is missing is said, its stages are skipped.
+that a stage which is broken off leaves what it had; the next call measures the rest, if it is on the same card. The
+data folder holds CIFAR-10 and Tiny ImageNet as archives (`cifar10_jpeg.tar.gz`, `tiny_imagenet_1.tar.gz` to `_3`),
+which are unpacked there, or unpacked already as `cifar10/` and `tiny_imagenet/` with `train/` and `test/` or `val/`;
+what is missing is said, its stages are skipped.
 """
 
 from __future__ import annotations
@@ -61,9 +62,15 @@ class Run:
     def __init__(self, stage: str, args: argparse.Namespace) -> None:
         self.stage, self.toy, self.data, self.out = stage, args.toy, args.data, args.out
         self.device = torch.device("cpu" if args.toy else "cuda")
-        self.rows: list[dict[str, Any]] = []
-        self.notes: list[str] = []
-        self.start = time.perf_counter()
+        before = {} if args.again else broken_off(stage, args.out) or broken_off(stage, RESULTS)
+        same = before.get("card") == card(self.device)  # a table is of one card
+        self.rows: list[dict[str, Any]] = before["rows"] if same else []
+        self.notes: list[str] = before["notes"] if same else []
+        self.start = time.perf_counter() - (before["seconds"] if same else 0)
+
+    def has(self, **values: Any) -> bool:
+        """Whether a row with these values is there, from a run that was broken off."""
+        return any(values.items() <= row.items() for row in self.rows)
 
     def add(self, **row: Any) -> None:
         """One more row, written at once; its keys are the stage's columns."""
@@ -246,6 +253,8 @@ def inference(run: Run) -> None:
     peak = matrix_peak(run.device)
     for batch in batches:  # the quickest cells come first, in case the time is up
         for name in models[:1] if run.toy else models:
+            if run.has(model=name, batch=batch, side=OURS):
+                continue
             inference_cell(run, name, batch, peak, rounds=rounds, seconds=seconds)
 
 
@@ -269,7 +278,7 @@ def inference_cell(run: Run, name: str, batch: int, peak: float, *, rounds: int,
             for side, call in calls.items():
                 times[side].append(statistics.median(timed(call, run.device, seconds=seconds)))
     medians = {side: statistics.median(values) for side, values in times.items()}
-    for side, latency in medians.items():
+    for side, latency in sorted(medians.items(), key=lambda item: item[0] == OURS):  # ours last: then a cell is whole
         peers = [value for other, value in medians.items() if other not in (side, OURS)]
         run.add(
             model=name,
@@ -341,12 +350,15 @@ def training(run: Run) -> None:
     peak = matrix_peak(run.device)
     for compiled in (True, False):
         for name, batch in cases.items():
+            if run.has(model=name, batch=batch, compiled=compiled, side="timm"):
+                continue
             rates = {side: training_rate(run, side, name, batch, compiled) for side in (OURS, "timm")}
             for side, (rate, memory) in rates.items():
                 ratio = rate / rates["timm"][0] if side == OURS else None
                 run.add(**training_row(name, side, compiled, batch, rate, peak, memory=memory, ratio=ratio))
     for name, batch, folder in loader_cases(run):
-        with_loader(run, name, batch, folder, peak)
+        if not run.has(model=name, images=folder.name):
+            with_loader(run, name, batch, folder, peak)
 
 
 def training_row(
@@ -434,6 +446,8 @@ def table3(run: Run) -> None:
     epochs, size = (2, 16) if run.toy else (100, 512)
     strong, weak = ("cifar_small", "resnet20") if run.toy else ("cifar_large", "resnet20")
     for teacher, seed in [(strong, 0)] if run.toy else [(strong, 0), (strong, 1), (strong, 2), (weak, 0)]:
+        if run.has(teacher=teacher, seed=seed):
+            continue
         work = run.out / "table3" / f"{teacher}_{seed}"
         options = ["--teacher", teacher, "--teacher-epochs", 2 if run.toy else 40, "--eval-every", max(epochs // 5, 1)]
         options += ["--out", work, "--seed", seed, "--epochs", epochs, "--batch-size", size]
@@ -579,6 +593,13 @@ def is_complete(stage: str, folder: Path) -> bool:
     return file.exists() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
 
 
+def broken_off(stage: str, folder: Path) -> dict[str, Any]:
+    """The result of a stage that was not finished; empty if there is none."""
+    file = folder / f"{stage}.json"
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"complete": True}
+    return {} if found["complete"] else found
+
+
 def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
     """One stage in a process of its own; gives whether it ended well."""
     lacking = [archive for name in STAGES[stage].data for archive in ARCHIVES[name] if archive in missing]
@@ -589,6 +610,7 @@ def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
         print(f"{stage}: skipped, its result is there; --again measures anew", flush=True)
         return True
     command = [sys.executable, __file__, "--child", stage, "--data", str(args.data), "--out", str(args.out)]
+    command += ["--again"] if args.again else []
     start = time.perf_counter()
     try:
         done = subprocess.run(
