@@ -1,7 +1,7 @@
 """Convnets that serve as teachers for small images: ResNet-20, and a wider network that trains in few epochs.
 
 On the command line: `deit-models distill ... --teacher examples/teachers.py:resnet20 --teacher-weights FILE`.
-Networks first, then the factories, which are called without arguments, then `train_teacher`.
+Networks first, then the factories, then `train_teacher`.
 """
 
 from __future__ import annotations
@@ -119,28 +119,28 @@ def _staged(widths: tuple[int, ...], extra: int, num_classes: int) -> StagedConv
     return StagedConvNet(widths, extra=extra, num_classes=num_classes).to(memory_format=torch.channels_last)
 
 
-def cifar_small() -> StagedConvNet:
+def cifar_small(num_classes: int = 10) -> StagedConvNet:
     """For CIFAR-10 on a CPU: 1.97 M parameters, 118 M MACs at 32 pixels."""
-    return _staged((64, 256, 256), 1, 10)
+    return _staged((64, 256, 256), 1, num_classes)
 
 
-def cifar_large() -> StagedConvNet:
+def cifar_large(num_classes: int = 10) -> StagedConvNet:
     """For CIFAR-10 on a GPU."""
-    return _staged((128, 384, 512), 2, 10)
+    return _staged((128, 384, 512), 2, num_classes)
 
 
-def tiny_imagenet_large() -> StagedConvNet:
+def tiny_imagenet_large(num_classes: int = 200) -> StagedConvNet:
     """For Tiny ImageNet's 200 classes at 64 pixels on a GPU."""
-    return _staged((128, 256, 512, 768), 2, 200)
+    return _staged((128, 256, 512, 768), 2, num_classes)
 
 
 def train_teacher(
-    factory: Callable[[], nn.Module], recipe: Recipe, train: ImageRecords, val: ImageRecords, **options: Any
+    factory: Callable[[int], nn.Module], recipe: Recipe, train: ImageRecords, val: ImageRecords, **options: Any
 ) -> tuple[nn.Module, TrainResult]:
     """A teacher trained as far as it is not there yet, with its averaged weights where the recipe averages.
 
     Args:
-        factory: makes the network; a `Whitening` in it is fitted to the first 5,000 training images.
+        factory: makes the network for a number of classes; a `Whitening` in it is fitted to 5,000 training images.
         recipe: of the training, and the seed of the weights.
         train: training images.
         val: images to score on.
@@ -149,7 +149,7 @@ def train_teacher(
     The averaged network's file is `out/ema/model.safetensors`, else `out/model/model.safetensors`.
     """
     torch.manual_seed(recipe.seed)
-    network = factory()
+    network = factory(len(train.classes))
     to_input = EvalTransform(options["preprocessing"])
     for module in network.modules():
         if isinstance(module, Whitening):

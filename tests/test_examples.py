@@ -272,7 +272,7 @@ def test_every_stage_of_the_gpu_benchmark_runs_and_writes_its_table(tmp_path: Pa
         assert all(list(row) == list(stage.columns) for row in found["rows"])
         table = (tmp_path / f"{name}.md").read_text()
         assert f"| {' | '.join(stage.columns.values())} |" in table
-        assert table.count("\n| ") == len(found["rows"]) + 1
+        assert table.count("\n| ") == len(found["rows"]) + 2
         assert "Incomplete" not in table
     check = json.loads((tmp_path / "check.json").read_text())["rows"][0]
     assert check["passed"] > 0
