@@ -199,6 +199,8 @@ def check(run: Run) -> None:
     run.out.mkdir(parents=True, exist_ok=True)
     (run.out / "check.log").write_text(text[-200_000:], encoding="utf-8")
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text[-300:])}
+    if not counts.get("passed"):
+        raise RuntimeError(f"no test passed: {text[-500:]}")
     for name in re.findall(r"^(?:FAILED|ERROR) (\S+)", text, flags=re.MULTILINE):
         run.notes.append(f"- failed: `{name}`")
     run.add(
