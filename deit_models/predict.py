@@ -224,6 +224,15 @@ def _dtype(model: ImageClassifier) -> torch.dtype:
     return next(types, torch.float32)
 
 
+def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
+    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
+    origin = model.origin
+    if origin is None:
+        return None
+    imagenet = origin.dataset == "ImageNet-1k" and model.num_classes == 1000
+    return class_labels(model) if origin.class_names is not None or imagenet else None
+
+
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
     """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
     origin, count = model.origin, model.num_classes

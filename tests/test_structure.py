@@ -40,7 +40,7 @@ BUDGETS = {
     "errors": 60,
     "config": 100,
     "architecture": 120,
-    "registry": 210,
+    "registry": 230,
     "models.layers": 250,
     "models": 450,
     "macs": 250,

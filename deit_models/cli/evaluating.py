@@ -8,7 +8,6 @@ import sys
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import DataError
 from .arguments import (
     EXIT_FAILED,
     EXIT_OK,
@@ -25,9 +24,7 @@ from .progress import process_number, watch_evaluation
 
 if TYPE_CHECKING:
     from ..models.layers import ImageClassifier
-    from ..training.distributed import Process
     from ..training.evaluation import Evaluation
-    from ..training.records import ImageRecords
 
 
 def add_evaluate(commands: Any) -> None:
@@ -59,7 +56,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     model = from_pretrained(args.source, model=args.model, **loading(args))
     transform = transform_for(model, style=args.style)
     with join_processes(args.device) as process:
-        records = _labelled(args, model, process)
+        records = open_data(args, args.data, args.split, process, own_folder=True)
         result = evaluate(
             model,
             records,
@@ -68,6 +65,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
             device=process.device,
             precision=args.precision,
             transform=transform,
+            ignore_class_names=args.ignore_class_names,
             watch=watch_evaluation,
         )
     if process_number() == 0:
@@ -76,29 +74,6 @@ def _run_evaluate(args: argparse.Namespace) -> int:
             total = result.images + result.skipped
             print(f"deit-models: {result.skipped} of {total} images could not be read", file=sys.stderr)
     return EXIT_FAILED if result.skipped else EXIT_OK
-
-
-def _labelled(args: argparse.Namespace, model: ImageClassifier, process: Process) -> ImageRecords:
-    """The data, its labels in the model's order. Raises: DataError: other classes than the model's."""
-    from .class_names import Relabelled, match_classes
-
-    records = open_data(args, args.data, args.split, process, own_folder=True)
-    if len(records.classes) != model.num_classes:
-        raise DataError(
-            f"{records.name} has {len(records.classes)} classes, {args.source} has {model.num_classes}; "
-            f"evaluate a model that was trained for these classes"
-        )
-    order, difference = match_classes(model, records)
-    if order is not None:
-        return records if list(order) == sorted(order) else Relabelled(records, order)
-    if difference and not args.ignore_class_names:
-        raise DataError(
-            f"{records.name} has other classes than {args.source}: {difference}; rename the folders, or pass "
-            f"--ignore-class-names if they are the same classes in the same order"
-        )
-    if not args.ignore_class_names and process.is_main:
-        print(f"deit-models: {args.source} does not name its classes: taken to be in the data's order", file=sys.stderr)
-    return records
 
 
 def _published(model: ImageClassifier) -> dict[str, Any] | None:

@@ -142,7 +142,7 @@ def _student(args: argparse.Namespace, recipe: Recipe, records: ImageRecords) ->
 
     from ..hub.load import from_pretrained
     from ..registry import create_model, list_models
-    from .class_names import match_classes
+    from ..training.class_names import match_classes
 
     changes: dict[str, Any] = {"num_classes": len(records.classes)}
     if recipe.img_size:

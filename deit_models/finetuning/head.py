@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..config import override
 from ..errors import ConfigError
 from ..hub.weights import meta_model
 from ..models.layers import ImageClassifier
-from ..predict import class_labels
+from ..predict import class_names_of
 
 
 def adapt_head(
@@ -56,24 +55,12 @@ def adapt_head(
     if img_size is not None:
         changes["img_size"] = img_size
     _rebuild(model, changes, rows=rows, new_heads=count is not None)
-    model.origin = replace(
-        origin,
-        preprocessing=origin.preprocessing.at_size(model.config.image_hw),
+    model.origin = origin.adapted(
+        origin.preprocessing.at_size(model.config.image_hw),
         class_names=origin.class_names if count is None else names,
-        top1=None,
-        top5=None,
-        notes=None,
+        new_heads=count is not None and len(rows) < count,
     )
     return model
-
-
-def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
-    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
-    origin = model.origin
-    if origin is None:
-        return None
-    imagenet = origin.dataset == "ImageNet-1k" and model.num_classes == 1000
-    return class_labels(model) if origin.class_names is not None or imagenet else None
 
 
 def _check_names(names: tuple[str, ...] | None, num_classes: int | None) -> None:

@@ -6,7 +6,7 @@ import csv
 import json
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -133,17 +133,7 @@ def _describe(
     model: ImageClassifier, story: Story, notes: str, *, top1: float | None = None, top5: float | None = None
 ) -> None:
     if model.origin is not None:
-        # the last three were true of the weights that it began with
-        model.origin = replace(
-            model.origin,
-            dataset=story.data,
-            notes=notes,
-            top1=top1,
-            top5=top5,
-            source=None,
-            revision=None,
-            sha256=None,
-        )
+        model.origin = model.origin.trained(story.data, notes=notes, top1=top1, top5=top5)
 
 
 def _write_layouts(model: ImageClassifier, out: Path, name: str) -> None:

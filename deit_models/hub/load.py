@@ -234,17 +234,13 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
         model.reset_heads()
     known = description.origin
     show_licence(located.source, known.licence)
-    model.origin = replace(
-        known,
-        preprocessing=known.preprocessing.at_size(model.config.image_hw),
-        class_names=None if remade else known.class_names,
-        top1=None if changes else known.top1,  # measured on the unchanged model
-        top5=None if changes else known.top5,
-        source=located.source,
-        revision=located.revision,
-        sha256=sha256,
-        notes=None if changes else known.notes,
-    )
+    model.origin = replace(known, source=located.source, revision=located.revision, sha256=sha256)
+    if changes:
+        model.origin = model.origin.adapted(
+            known.preprocessing.at_size(model.config.image_hw),
+            class_names=None if remade else known.class_names,
+            new_heads=remade,
+        )
     if located.reference_logits is not None and not changes:
         check_reference(model.float(), located.reference_logits)
     return model

@@ -15,6 +15,7 @@ from ..errors import ConfigError, DataError
 from ..hub.manifest import Preprocessing
 from ..models.layers import ImageClassifier, TrainingLogits
 from ..transforms import EvalTransform
+from .class_names import in_the_models_order
 from .distributed import Process, join_processes
 from .feeding import InputBatches
 from .learner import Heads, autocast
@@ -177,6 +178,7 @@ def evaluate(
     device: str | torch.device | None = None,
     precision: Precision = "float32",
     transform: EvalTransform | None = None,
+    ignore_class_names: bool = False,
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
 ) -> Evaluation:
@@ -184,20 +186,22 @@ def evaluate(
 
     Args:
         model: gives (B, K) logits; moved to the device, the mode of each of its modules is left as found.
-        data: a folder or the name of a data set, or a Dataset; the labels must count the model's classes.
+        data: a folder or the name of a data set, or a Dataset. Its classes are matched with the model's by name; by
+            number where the model does not name its own (which is logged), or is no model of this package.
         batch_size: images at once, in each process.
         workers: loading processes.
         device: where to compute; default: the GPU if there is one.
         precision: of the forward pass.
         transform: default: the one that belongs to the model's weights.
+        ignore_class_names: match by number although the names differ.
         corrupt_limit: fraction of the images that may be unreadable.
         watch: wraps the batches, for a progress bar.
 
-    Raises: DataError: images missing, more classes than logits, too many damaged. ConfigError: no transform known.
+    Raises: DataError: images missing or damaged, other classes than the model's. ConfigError: no transform known.
     """
     records = open_images(data, "val")
-    if isinstance(model, ImageClassifier) and model.num_classes != len(records.classes):
-        raise DataError(f"{records.name} has {len(records.classes)} classes, the model {model.num_classes}")
+    if isinstance(model, ImageClassifier):
+        records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
     transform = transform or EvalTransform(preprocessing_of(model))
     with join_processes(device) as process:
         workers = default_workers(process.device) if workers is None else workers

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,18 +49,8 @@ def export_model(
     state: dict[str, Any] = dict(get_model_state_dict(model, options=options)) if divided else model.state_dict()
     if process.is_main:
         if isinstance(model, ImageClassifier) and model.origin is not None:
-            # what a pretrained start said of its own weights is no longer true of these
-            model.origin = replace(
-                model.origin,
-                class_names=records.classes,
-                dataset=records.name,
-                top1=accuracy.get("top1"),
-                top5=accuracy.get("top5"),
-                source=None,
-                revision=None,
-                sha256=None,
-                notes=None,
-            )
+            known = {name: accuracy.get(name) for name in ("top1", "top5")}
+            model.origin = model.origin.trained(records.name, class_names=records.classes, **known)
             # the card of an earlier epoch, which save_pretrained would keep, tells that one's accuracy
             (folder / CARD_NAME).unlink(missing_ok=True)
             (_rebuilt(model, state) if divided else model).save_pretrained(folder)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models.cli import main
-from deit_models.cli.class_names import Match, Relabelled, match_classes
+from deit_models.training.class_names import Match, Relabelled, match_classes
 from deit_models.training.records import ImageRecords
 
 PLAIN, DISTILLED = MODELS
@@ -109,15 +109,15 @@ def test_split_and_folders_are_the_users_choice(saved, data, capsys):
     assert right_in_it["loss"] == whole["loss"]
 
 
-def test_bare_weights_file_takes_the_model_by_name(saved, data, tmp_path, capsys):
+def test_bare_weights_file_takes_the_model_by_name(saved, data, tmp_path, capsys, caplog):
     torch.save(deit_models.from_pretrained(saved).state_dict(), tmp_path / "bare.pth")
     cache = ["--cache-dir", tmp_path / "cache"]
     assert "say which model it is" in failure(capsys, "evaluate", tmp_path / "bare.pth", data, *QUICK, *cache)
     options = [*QUICK, *cache, "--model", DISTILLED, "--json"]
     assert main([*map(str, ["evaluate", tmp_path / "bare.pth", data, *options])]) == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert json.loads(out)["loss"] == pytest.approx(expected(saved, data / "val")["loss"], rel=1e-4)
-    assert "does not name its classes" in err
+    assert "does not name its classes" in caplog.text
 
 
 def test_style_and_precision_reach_the_evaluation(saved, data, capsys):
@@ -168,15 +168,15 @@ def test_another_number_of_classes_is_refused_whatever_they_are_called(saved, da
         (data / split / "more").rmdir()
     for more in ([], ["--ignore-class-names"]):
         line = failure(capsys, "evaluate", saved, data, *QUICK, *more)
-        assert f"{data.name} has 4 classes, {saved} has 3" in line
+        assert f"{data.name} has 4 classes, the model has 3" in line
 
 
-def test_model_without_class_names_is_said_to_have_none(data, tmp_path, capsys):
+def test_model_without_class_names_is_said_to_have_none(data, tmp_path, capsys, caplog):
     model = save(tmp_path / "model", class_names=None)
     assert main(["evaluate", str(model), str(data), "--json", *QUICK]) == 0
-    out, err = capsys.readouterr()
+    out = capsys.readouterr().out
     assert json.loads(out)["loss"] == pytest.approx(expected(model, data / "val")["loss"], rel=1e-4)
-    assert err == f"deit-models: {model} does not name its classes: taken to be in the data's order\n"
+    assert caplog.messages == ["the model does not name its classes: taken to be in the order of data"]
 
 
 class Named(ImageRecords):

@@ -48,10 +48,12 @@ def test_class_names_are_kept_in_the_config(tmp_path, layout):
 
 def test_accuracy_of_the_old_classes_is_forgotten():
     model = atom()
-    model.origin = replace(model.origin, top1=80.0, top5=95.0, notes="old", class_names=("a",) * 10)
+    old = {"top1": 80.0, "top5": 95.0, "notes": "old", "class_names": ("a",) * 10, "sha256": "0" * 64}
+    model.origin = replace(model.origin, dataset="ImageNet-1k", **old)
     deit_models.adapt_head(model, num_classes=3)
     origin = model.origin
     assert (origin.top1, origin.top5, origin.notes, origin.class_names) == (None, None, None, None)
+    assert (origin.sha256, origin.dataset) == (None, None)
 
 
 @pytest.mark.parametrize("distilled", [False, True])

@@ -1,5 +1,6 @@
 """Evaluation: every readable image once, the figures of a plain loop, the model left as it was; and dying workers."""
 
+import dataclasses
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from deit_models.training import evaluation
 from deit_models.training.evaluation import Evaluation, eval_batches, score, score_each
 from deit_models.training.learner import Heads
 from deit_models.training.loading import PADDING, DamageCount, explained_worker_failure, make_loader
+from deit_models.training.records import ArrayRecords
 from deit_models.transforms import EvalTransform
 
 evaluate = partial(evaluation.evaluate, device="cpu")
@@ -199,7 +201,7 @@ def test_dropout_is_off_whatever_the_mode() -> None:
 
 
 def test_other_classes_than_the_model_are_refused() -> None:
-    with pytest.raises(DataError, match="noise has 3 classes, the model 5"):
+    with pytest.raises(DataError, match="noise has 3 classes, the model has 5"):
         evaluate(tiny.model(num_classes=5), tiny.Pictures(9), workers=0)
     foreign = nn.Sequential(nn.Flatten(), nn.Linear(192, 2))
     with pytest.raises(DataError, match="noise has 3 classes, the model 2"):
@@ -335,3 +337,18 @@ def test_errors_of_the_training_process_pass_unchanged() -> None:
                 yield caught
 
     assert list(attempts()) == raised
+
+
+def test_classes_are_matched_by_name() -> None:
+    model, pictures = tiny.model(), tiny.Pictures(12)
+    model.origin = dataclasses.replace(model.origin, class_names=("cow", "ant", "bee"))
+    levels, labels = pictures.levels.numpy(), pictures.labels.tolist()
+    scores = []
+    for names in (("cow", "ant", "bee"), ("ant", "bee", "cow")):
+        numbers = [names.index(model.origin.class_names[label]) for label in labels]
+        scores.append(evaluate(model, ArrayRecords("farm", levels, numbers, names), workers=0))
+    assert scores[0] == scores[1]  # the same images, numbered otherwise
+    strangers = ArrayRecords("zoo", levels, labels, ("cow", "ant", "gnu"))
+    with pytest.raises(DataError, match=r"the model alone knows bee, the data alone has gnu; .*ignore_class_names"):
+        evaluate(model, strangers, workers=0)
+    assert evaluate(model, strangers, workers=0, ignore_class_names=True) == scores[0]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import PIL.Image
 
-from ..finetuning.head import class_names_of
+from ..errors import DataError
 from ..models.layers import ImageClassifier
-from ..training.records import ImageRecords, some
+from ..predict import class_names_of
+from .records import ImageRecords, some
+
+logger = logging.getLogger(__name__)
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -40,6 +44,31 @@ def match_classes(model: ImageClassifier, records: ImageRecords) -> Match:
     if len(as_they_are) == 1000 and (sorted_ids or records.name == "imagenet"):
         return Match(as_they_are)
     return Match(None, "" if names is None else _difference(names, records.classes))
+
+
+def in_the_models_order(
+    model: ImageClassifier, records: ImageRecords, *, ignore_class_names: bool = False
+) -> ImageRecords:
+    """The records with labels that count the model's logits: matched by name, by number only where it has no names.
+
+    Raises: DataError: another number of classes, or other names and not `ignore_class_names`.
+    """
+    if len(records.classes) != model.num_classes:
+        raise DataError(
+            f"{records.name} has {len(records.classes)} classes, the model has {model.num_classes}; evaluate a model "
+            f"that was trained for these classes"
+        )
+    order, difference = match_classes(model, records)
+    if order is not None:
+        return records if list(order) == sorted(order) else Relabelled(records, order)
+    if difference and not ignore_class_names:
+        raise DataError(
+            f"{records.name} has other classes than the model: {difference}; rename the folders, or pass "
+            f"ignore_class_names=True (--ignore-class-names) if they are the same classes in the same order"
+        )
+    if not ignore_class_names:
+        logger.warning("the model does not name its classes: taken to be in the order of %s", records.name)
+    return records
 
 
 def _difference(names: Sequence[str], classes: Sequence[str]) -> str:
