@@ -65,12 +65,10 @@ class Origin:
     sha256: str | None = None
     notes: str | None = None
 
-    def adapted(self, preprocessing: Preprocessing, *, class_names: tuple[str, ...] | None, new_heads: bool) -> Origin:
-        """Of weights fitted to another size or other classes: nothing that was measured on the old ones, no digest.
-
-        New heads have learned nothing, so there is no dataset either; `source` tells what the body was.
-        """
-        dataset = None if new_heads else self.dataset
+    def adapted(
+        self, preprocessing: Preprocessing, *, class_names: tuple[str, ...] | None, dataset: str | None
+    ) -> Origin:
+        """Of weights fitted to another size or other classes: nothing that was measured on the old ones, no digest."""
         kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
         return replace(kept, top1=None, top5=None, sha256=None, notes=None)
 

@@ -50,7 +50,7 @@ def adapt_head(
     count = num_classes if names is None else len(names)
     if count is None and img_size is None:
         raise ConfigError("nothing to adapt to; pass num_classes, class_names or img_size")
-    rows = _rows(old_names, names, warm_start=warm_start)
+    rows, old_count = _rows(old_names, names, warm_start=warm_start), model.num_classes
     changes: dict[str, Any] = {} if count is None else {"num_classes": count}
     if img_size is not None:
         changes["img_size"] = img_size
@@ -58,7 +58,8 @@ def adapt_head(
     model.origin = origin.adapted(
         origin.preprocessing.at_size(model.config.image_hw),
         class_names=origin.class_names if count is None else names,
-        new_heads=count is not None and len(rows) < count,
+        # as many logits that mean something else: by its dataset they would be taken for those of the old classes
+        dataset=None if count == old_count and len(rows) < old_count else origin.dataset,
     )
     return model
 

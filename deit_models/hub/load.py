@@ -239,7 +239,7 @@ def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageCl
         model.origin = model.origin.adapted(
             known.preprocessing.at_size(model.config.image_hw),
             class_names=None if remade else known.class_names,
-            new_heads=remade,
+            dataset=known.dataset,
         )
     if located.reference_logits is not None and not changes:
         check_reference(model.float(), located.reference_logits)

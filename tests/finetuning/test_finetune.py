@@ -360,6 +360,7 @@ def test_grey_cmyk_alpha_palette_and_16_bit_images_are_images(tmp_path, photos, 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_windows_and_non_ascii_names(tmp_path, mode):
+    pytest.importorskip("matplotlib", reason="the pictures need the extra [plot]")
     names = ("Ameisen & Käfer", r"C:\Bienen", "Лизун,\tтип", "夜の蛾 $x_1$")
     photos = save_folders(tmp_path / "Eigene Bilder" / "Фото (2)", names, 5)
     (photos / names[0] / "Thumbs.db").write_bytes(b"no image")

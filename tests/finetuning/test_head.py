@@ -8,7 +8,7 @@ from coloured import atom
 
 import deit_models
 from deit_models.errors import ConfigError
-from deit_models.finetuning.head import class_names_of
+from deit_models.predict import class_labels, class_names_of
 
 PETS = ("Pug", "tiger_cat", "ibex")
 
@@ -53,7 +53,15 @@ def test_accuracy_of_the_old_classes_is_forgotten():
     deit_models.adapt_head(model, num_classes=3)
     origin = model.origin
     assert (origin.top1, origin.top5, origin.notes, origin.class_names) == (None, None, None, None)
-    assert (origin.sha256, origin.dataset) == (None, None)
+    assert (origin.sha256, origin.dataset) == (None, "ImageNet-1k")
+
+
+def test_as_many_new_classes_are_not_called_by_the_old_names():
+    model = atom(num_classes=1000)
+    model.origin = replace(model.origin, dataset="ImageNet-1k")
+    assert class_labels(model)[0] == "tench"
+    deit_models.adapt_head(model, num_classes=1000)
+    assert class_labels(model)[0] == "class 0"
 
 
 @pytest.mark.parametrize("distilled", [False, True])
