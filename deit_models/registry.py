@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from .models.layers import ImageClassifier
 
-DEFAULT_MODEL = "deit_micro_patch4_32"
+DEFAULT_MODEL = "deit_micro_distilled_patch4_32"
 """The checkpoint that comes with the package."""
 
 
