@@ -174,7 +174,7 @@ def test_a_name_goes_through_from_pretrained(monkeypatch: pytest.MonkeyPatch) ->
     Classifier(device="cpu", dtype=torch.float16)
     assert calls == [
         ("some/repo", {"device": "chosen", "dtype": None, "revision": "v2"}),
-        ("deit_micro_patch4_32", {"device": "cpu", "dtype": torch.float16}),
+        (predict.DEFAULT_MODEL, {"device": "cpu", "dtype": torch.float16}),
     ]
 
 
