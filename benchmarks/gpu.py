@@ -22,12 +22,13 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import training as loops
+from loading import machine
 from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -62,7 +63,7 @@ class Run:
     def __init__(self, stage: str, args: argparse.Namespace) -> None:
         self.stage, self.toy, self.data, self.out = stage, args.toy, args.data, args.out
         self.device = torch.device("cpu" if args.toy else "cuda")
-        before = {} if args.again else broken_off(stage, args.out) or broken_off(stage, RESULTS)
+        before = {} if args.again else result_of(stage, args.out) or result_of(stage, RESULTS)
         same = before.get("card") == card(self.device)  # a table is of one card
         self.rows: list[dict[str, Any]] = before["rows"] if same else []
         self.notes: list[str] = before["notes"] if same else []
@@ -87,7 +88,7 @@ class Run:
             "stage": self.stage,
             "complete": complete,
             "card": card(self.device),
-            "versions": versions(),
+            "machine": machine(("torch", "torchvision", "timm", "transformers")),
             "command": f"{COMMAND} --stage {self.stage}{' --toy' if self.toy else ''}",
             "date": time.strftime("%Y-%m-%d"),
             "seconds": round(time.perf_counter() - self.start, 1),
@@ -112,22 +113,9 @@ class Run:
 
 def card(device: torch.device) -> str:
     """The name of the GPU, or of the processor in a rehearsal."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    from deit_models.deploy.timing import processor_name
+    from deit_models.deploy.timing import machine
 
-    return f"{processor_name()} (rehearsal)"
-
-
-def versions() -> dict[str, str]:
-    """What computes, and what it is compared with."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    found = {"python": sys.version.split()[0], "cores": str(os.cpu_count())}
-    for name in ("torch", "torchvision", "timm", "transformers"):
-        with suppress(PackageNotFoundError):
-            found[name] = version(name)
-    return found
+    return f"{machine(device)['device']}{' (rehearsal)' if device.type == 'cpu' else ''}"
 
 
 def as_markdown(found: dict[str, Any]) -> str:
@@ -136,8 +124,7 @@ def as_markdown(found: dict[str, Any]) -> str:
     lines = [
         f"# GPU: {found['stage']}",
         "",
-        f"{found['card']}, {', '.join(f'{name} {value}' for name, value in found['versions'].items())}. "
-        f"{found['date']}, {found['seconds']:.0f} s, `{found['command']}`.{state}",
+        f"{found['card']}; {found['machine']}. {found['date']}, {found['seconds']:.0f} s, `{found['command']}`.{state}",
         "",
         f"| {' | '.join(columns.values())} |",
         f"|{' --- |' * len(columns)}",
@@ -154,33 +141,6 @@ def as_text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
-
-
-def matrix_peak(device: torch.device) -> float:
-    """FLOP/s of a large bf16 product here, the best of several seconds' worth."""
-    side = 8192 if device.type == "cuda" else 512
-    left, right = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2 * side**3 / min(timed(lambda: left @ right, device, seconds=0.5))
-
-
-def timed(call: Callable[[], Any], device: torch.device, *, seconds: float, warm_up: int = 3) -> list[float]:
-    """Seconds of each call, finished on the device, until they add up to `seconds`; two at least."""
-    for _ in range(warm_up):
-        call()
-    times: list[float] = []
-    while sum(times) < seconds or len(times) < 2:
-        finish(device)
-        start = time.perf_counter()
-        call()
-        finish(device)
-        times.append(time.perf_counter() - start)
-    return times
-
-
-def finish(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 # Stages
@@ -252,7 +212,7 @@ def inference(run: Run) -> None:
     """DeiT-Ti/S/B in bf16 beside timm, timm compiled and transformers."""
     models = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
     batches, rounds, seconds = ((2,), 2, 0.05) if run.toy else ((1, 8, 256), 5, 0.5)
-    peak = matrix_peak(run.device)
+    peak = loops.matrix_peak(run.device)
     for batch in batches:  # the quickest cells come first, in case the time is up
         for name in models[:1] if run.toy else models:
             if run.has(model=name, batch=batch, side=OURS):
@@ -263,22 +223,23 @@ def inference(run: Run) -> None:
 def inference_cell(run: Run, name: str, batch: int, peak: float, *, rounds: int, seconds: float) -> None:
     """All sides of one model at one batch size, in turns."""
     import deit_models
+    from deit_models.deploy.timing import call_times
 
     images = torch.randn(batch, 3, 224, 224, device=run.device)
     times: dict[str, list[float]] = {}
-    calls: dict[str, Callable[[], Any]] = {}
+    calls: dict[str, Call] = {}
     with torch.inference_mode(), tempfile.TemporaryDirectory() as folder:
         for side, build in INFERENCE_SIDES.items():
             try:
                 call = build(run, name, images, Path(folder))
-                call()
+                call(images)
             except Exception as error:  # noqa: BLE001  a side that fails must not cost the others their figures
                 run.notes.append(f"- {name}, batch {batch}, {side}: {type(error).__name__}: {str(error)[:200]}")
                 continue
             calls[side], times[side] = call, []
         for _ in range(rounds):
             for side, call in calls.items():
-                times[side].append(statistics.median(timed(call, run.device, seconds=seconds)))
+                times[side].append(statistics.median(call_times(call, images, seconds=seconds, warm_up=3)))
     medians = {side: statistics.median(values) for side, values in times.items()}
     for side, latency in sorted(medians.items(), key=lambda item: item[0] == OURS):  # ours last: then a cell is whole
         peers = [value for other, value in medians.items() if other not in (side, OURS)]
@@ -296,45 +257,49 @@ def inference_cell(run: Run, name: str, batch: int, peak: float, *, rounds: int,
 
 
 OURS = "deit-models"
-Build = Callable[[Run, str, Tensor, Path], Callable[[], Any]]
+Call = Callable[[Tensor], Tensor]
+Build = Callable[[Run, str, Tensor, Path], Call]
+
+
+def _shape(run: Run) -> dict[str, int]:
+    """What a rehearsal changes of a model."""
+    return {"depth": 1} if run.toy else {}
 
 
 def _timm(run: Run, name: str) -> torch.nn.Module:
     import timm
 
-    shape = {"depth": 1} if run.toy else {}
-    return timm.create_model(name, **shape).eval().to(run.device, torch.bfloat16)  # type: ignore[no-any-return]
+    return timm.create_model(name, **_shape(run)).eval().to(run.device, torch.bfloat16)  # type: ignore[no-any-return]
 
 
-def _ours(run: Run, name: str, images: Tensor, folder: Path) -> Callable[[], Any]:
+def _ours(run: Run, name: str, images: Tensor, folder: Path) -> Call:
     import deit_models
 
-    model = deit_models.create_model(name, **({"depth": 1} if run.toy else {})).eval().to(run.device)
+    model = deit_models.create_model(name, **_shape(run)).eval().to(run.device)
     backend = "eager" if run.toy else "auto"
-    fast = deit_models.optimize(model, sample=images, backend=backend, cache_dir=folder, min_agreement=0.0)
-    return lambda: fast(images)
+    return deit_models.optimize(model, sample=images, backend=backend, cache_dir=folder, min_agreement=0.0)
 
 
-def _timm_eager(run: Run, name: str, images: Tensor, _: Path) -> Callable[[], Any]:
+def _timm_eager(run: Run, name: str, images: Tensor, _: Path) -> Call:
     model, half = _timm(run, name), images.bfloat16()
-    return lambda: model(half)
+    return lambda _: model(half)
 
 
-def _timm_compiled(run: Run, name: str, images: Tensor, _: Path) -> Callable[[], Any]:
+def _timm_compiled(run: Run, name: str, images: Tensor, _: Path) -> Call:
     options = {"backend": "eager"} if run.toy else {"mode": "max-autotune"}
     model, half = torch.compile(_timm(run, name), **options), images.bfloat16()  # type: ignore[call-overload]
-    return lambda: model(half)
+    return lambda _: model(half)
 
 
-def _transformers(run: Run, name: str, images: Tensor, folder: Path) -> Callable[[], Any]:
+def _transformers(run: Run, name: str, images: Tensor, folder: Path) -> Call:
     from transformers import AutoModelForImageClassification
 
     import deit_models
 
-    deit_models.create_model(name, **({"depth": 1} if run.toy else {})).save_pretrained(folder, layout="transformers")
+    deit_models.create_model(name, **_shape(run)).save_pretrained(folder, layout="transformers")
     model = AutoModelForImageClassification.from_pretrained(folder).eval().to(run.device, torch.bfloat16)
     half = images.bfloat16()
-    return lambda: model(half).logits
+    return lambda _: model(half).logits
 
 
 INFERENCE_SIDES: dict[str, Build] = {
@@ -349,8 +314,8 @@ def training(run: Run) -> None:
     """Whole training steps beside timm's model in the loop of its script; then with images from a loader."""
     models = {"deit_small_patch16_224": 512, "deit_base_patch16_224": 256, "deit_tiny_patch16_224": 1024}
     cases = {"deit_micro_patch4_32": 8} if run.toy else models
-    peak = matrix_peak(run.device)
-    for compiled in (True, False):
+    peak = loops.matrix_peak(run.device)
+    for compiled in (False,) if run.toy else (True, False):
         for name, batch in cases.items():
             if run.has(model=name, batch=batch, compiled=compiled, side="timm"):
                 continue
@@ -376,8 +341,6 @@ def training_row(
 
 def training_rate(run: Run, side: str, name: str, batch: int, compiled: bool) -> tuple[float, float | None]:
     """Images/s on batches that are on the device already, and the peak of the memory in GiB."""
-    import training as loops
-
     import deit_models
 
     config = deit_models.create_model(name, device="meta").config
@@ -385,10 +348,10 @@ def training_rate(run: Run, side: str, name: str, batch: int, compiled: bool) ->
     fine = torch.full((batch,), -1)
     images = torch.randn(batch, config.in_chans, *config.image_hw, device=run.device)
     labels = torch.randint(0, config.num_classes, (batch,))
-    train = (loops.ours if side == OURS else loops.theirs)(name, run.device, batch, compiled and not run.toy)
+    train = (loops.ours if side == OURS else loops.theirs)(name, run.device, batch, compiled)
 
-    def batches(count: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        return [(images.clone(), labels, fine) for _ in range(count)]  # type: ignore[return-value]
+    def batches(count: int) -> loops.Batches:
+        return [(images.clone(), labels, fine) for _ in range(count)]
 
     train(batches(3))
     if run.device.type == "cuda":
@@ -396,8 +359,9 @@ def training_rate(run: Run, side: str, name: str, batch: int, compiled: bool) ->
     rates = []
     for _ in range(rounds):
         ready = batches(steps)
-        (seconds, *_) = timed(lambda ready=ready: train(ready), run.device, seconds=0, warm_up=0)  # type: ignore[misc]
-        rates.append(batch * steps / seconds)
+        start = loops.finished(run.device)
+        train(ready)
+        rates.append(batch * steps / (loops.finished(run.device) - start))
     memory = torch.cuda.max_memory_allocated(run.device) / 2**30 if run.device.type == "cuda" else None
     torch._dynamo.reset()
     return statistics.median(rates), memory
@@ -433,14 +397,15 @@ def with_loader(run: Run, name: str, batch: int, folder: Path, peak: float) -> N
     epochs = 2 if run.toy or name.endswith("_32") else 4
     preset = "cifar_scratch" if name.endswith("_32") else "deit_300e"
     changes = {"augment": "rand-m9-mstd0.5-inc1", "erase": 0.25} if name.endswith("_32") else {"repeats": 1}
-    recipe = deit_models.recipe_named(preset, epochs=epochs, warmup_epochs=1, batch_size=batch, **changes)
+    changes |= {"epochs": epochs, "warmup_epochs": 1, "batch_size": batch, "compile": not run.toy}
+    recipe = deit_models.recipe_named(preset, **changes)
     with tempfile.TemporaryDirectory() as out:
         rows = deit_models.train(model, recipe=recipe, train=folder, out=out, device=run.device).log
     rate = rows[-1]["images_per_second"]
     ready = [row for row in run.rows if row["model"] == name and row["side"] == OURS and row["images"] == "ready"]
-    ready_rate = ready[0]["images_per_second"] if ready else training_rate(run, OURS, name, batch, True)[0]
+    ready_rate = ready[0]["images_per_second"] if ready else training_rate(run, OURS, name, batch, not run.toy)[0]
     wait = max(0.0, 1 - rate / ready_rate)
-    run.add(**training_row(name, OURS, True, batch, rate, peak, images=folder.name, wait=wait))
+    run.add(**training_row(name, OURS, not run.toy, batch, rate, peak, images=folder.name, wait=wait))
 
 
 def table3(run: Run) -> None:
@@ -473,15 +438,18 @@ def families(run: Run) -> None:
         run.add(**row)
 
 
-SCORES = {"top1": "top-1 (%)", "seconds": "seconds", "images_per_second": "images/s"}
+SHIPPED = {
+    "model": "model",
+    "epochs": "epochs",
+    "top1": "top-1 (%)",
+    "seconds": "seconds",
+    "images_per_second": "images/s",
+    "file": "file",
+    "file_top1": "top-1 of the file (%)",
+}
 STAGES: dict[str, Stage] = {
     "check": Stage(check, 300, {"passed": "passed", "failed": "failed", "skipped": "skipped", "seconds": "seconds"}),
-    "cifar": Stage(
-        cifar,
-        540,
-        {"model": "model", "epochs": "epochs", **SCORES, "file": "file", "file_top1": "top-1 of the file (%)"},
-        ("cifar10",),
-    ),
+    "cifar": Stage(cifar, 540, SHIPPED, ("cifar10",)),
     "inference": Stage(
         inference,
         540,
@@ -512,12 +480,7 @@ STAGES: dict[str, Stage] = {
         },
         ("cifar10",),
     ),
-    "tiny": Stage(
-        tiny,
-        540,
-        {"model": "model", "epochs": "epochs", **SCORES, "file": "file", "file_top1": "top-1 of the file (%)"},
-        ("tiny_imagenet",),
-    ),
+    "tiny": Stage(tiny, 540, SHIPPED, ("tiny_imagenet",)),
     "table3": Stage(
         table3,
         540,
@@ -589,17 +552,11 @@ def unpack(data: Path) -> list[str]:
     return missing
 
 
-def is_complete(stage: str, folder: Path) -> bool:
-    """Whether a folder holds the whole result of a stage."""
+def result_of(stage: str, folder: Path) -> dict[str, Any]:
+    """What a folder holds of a stage; empty if nothing."""
     file = folder / f"{stage}.json"
-    return file.exists() and bool(json.loads(file.read_text(encoding="utf-8"))["complete"])
-
-
-def broken_off(stage: str, folder: Path) -> dict[str, Any]:
-    """The result of a stage that was not finished; empty if there is none."""
-    file = folder / f"{stage}.json"
-    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {"complete": True}
-    return {} if found["complete"] else found
+    found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    return found
 
 
 def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
@@ -608,7 +565,8 @@ def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
     if lacking and not args.toy:
         print(f"{stage}: skipped, {args.data} lacks {', '.join(lacking)}", flush=True)
         return True
-    if not args.again and (is_complete(stage, args.out) or (not args.toy and is_complete(stage, RESULTS))):
+    places = [args.out] if args.toy else [args.out, RESULTS]
+    if not args.again and any(result_of(stage, place).get("complete") for place in places):
         print(f"{stage}: skipped, its result is there; --again measures anew", flush=True)
         return True
     command = [sys.executable, __file__, "--child", stage, "--data", str(args.data), "--out", str(args.out)]
@@ -627,7 +585,7 @@ def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
 
 def child(stage: str, args: argparse.Namespace) -> None:
     """Measure one stage in this process."""
-    sys.path[:0] = [str(ROOT), str(EXAMPLES)]
+    sys.path.insert(0, str(ROOT))
     run = Run(stage, args)
     STAGES[stage].run(run)
     run.save(complete=True)

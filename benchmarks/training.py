@@ -110,16 +110,18 @@ def child(side: str, name: str, args: argparse.Namespace) -> None:
             images = images.pin_memory()
         return [(images[i], labels[i], fine) for i in range(count)]
 
-    def finished() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
     run(batches(WARMUP))
     ready = batches(args.steps)
-    start = finished()
+    start = finished(device)
     run(ready)
-    print(json.dumps({"rate": size * args.steps / (finished() - start)}))
+    print(json.dumps({"rate": size * args.steps / (finished(device) - start)}))
+
+
+def finished(device: torch.device) -> float:
+    """The time when the device has done all that it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def matrix_peak(device: torch.device) -> float:

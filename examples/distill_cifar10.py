@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any
 
 import teachers
 import torch
@@ -28,7 +27,7 @@ from deit_models.training.plots import plot_curves
 from deit_models.training.recipe import Recipe, recipe_named
 from deit_models.training.records import ImageRecords
 from deit_models.training.run import train
-from deit_models.training.teacher import Teacher, load_teacher
+from deit_models.training.teacher import Teacher
 
 ARMS = {
     "none": ("deit_micro_patch4_32", {}),
@@ -109,29 +108,23 @@ def main() -> None:
     test = open_dataset(args.data, "val", classes=records.classes)
     preprocessing = default_preprocessing(ARMS["none"][0], (32, 32))
 
-    def options(name: str) -> dict[str, Any]:
-        def report(row: dict[str, object]) -> None:
-            print(json.dumps({"run": name, **row}), flush=True)
-
-        common = {"train": records, "val": test, "workers": args.workers, "device": args.device, "on_epoch": report}
-        return {**common, "out": args.out / name}
+    common = {"train": records, "val": test, "workers": args.workers, "device": args.device}
 
     def train_teacher() -> Teacher:
-        factory = getattr(teachers, args.teacher)
-        network, result = teachers.train_teacher(
-            factory, teacher_recipe(args), preprocessing=preprocessing, **options("teacher")
+        factory, options = getattr(teachers, args.teacher), teachers.run_options(args.out, "teacher")
+        teacher, result = teachers.train_teacher(
+            factory, teacher_recipe(args), preprocessing=preprocessing, **common, **options
         )
         print(f"teacher: {result.top1:.2f} % of {len(test)} test images", flush=True)
-        return load_teacher(
-            network, num_classes=len(records.classes), student=preprocessing, device=args.device, precision="bf16"
-        )
+        return teacher
 
     for arm in args.arms:
         name, changes = ARMS[arm]
         torch.manual_seed(args.seed)
         model = deit_models.create_model(name, num_classes=len(records.classes))
         teacher = None if arm == "none" else train_teacher()
-        result = train(model, recipe=student_recipe(args, **changes), teacher=teacher, **options(arm))
+        options = {**common, **teachers.run_options(args.out, arm)}
+        result = train(model, recipe=student_recipe(args, **changes), teacher=teacher, **options)
         print(f"{arm}: {result.top1:.2f} % of {len(test)} test images", flush=True)
         if arm == "token":
             likeness = json.dumps(token_likeness(model, test))

@@ -23,7 +23,6 @@ import deit_models
 from deit_models.deploy.timing import call_times
 from deit_models.training.datasets import open_dataset
 from deit_models.training.plots import find_matplotlib
-from deit_models.training.teacher import load_teacher
 
 MODELS = {
     "DeiT": "deit_micro_patch4_32",
@@ -54,13 +53,6 @@ def train_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
     test = open_dataset(args.data, "val", classes=train.classes)
     shared: dict[str, Any] = {"train": train, "val": test, "device": args.device}
 
-    def options(run: str) -> dict[str, Any]:
-        return {
-            **shared,
-            "out": args.out / run,
-            "on_epoch": lambda row: print(json.dumps({"run": run, **row}), flush=True),
-        }
-
     torch.manual_seed(args.seed)
     model = deit_models.create_model(MODELS[name], num_classes=len(train.classes))
     info = deit_models.model_info(MODELS[name])
@@ -68,17 +60,14 @@ def train_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
     teacher = None
     if name == "DeiT distilled":
         recipe = deit_models.recipe_named("cifar_teacher", **brief(args, 16), batch_size=min(512, args.batch_size * 4))
-        network, _ = teachers.train_teacher(
-            teachers.cifar_small, recipe, preprocessing=info.preprocessing, **options("teacher")
-        )
-        teacher = load_teacher(
-            network, num_classes=len(train.classes), student=info.preprocessing, device=args.device, precision="bf16"
-        )
+        options = {**shared, **teachers.run_options(args.out, "teacher")}
+        teacher, _ = teachers.train_teacher(teachers.cifar_small, recipe, preprocessing=info.preprocessing, **options)
         changes = {"distillation": "hard"}
     recipe = deit_models.recipe_named(
         "cifar_scratch", **brief(args, args.epochs), batch_size=args.batch_size, ema_decay=0.999, **changes
     )
-    rows = deit_models.train(model, recipe=recipe, teacher=teacher, **options(MODELS[name])).log
+    options = {**shared, **teachers.run_options(args.out, MODELS[name])}
+    rows = deit_models.train(model, recipe=recipe, teacher=teacher, **options).log
     return {
         "model": name,
         "params": info.params,

@@ -26,9 +26,8 @@ from torch import nn
 import deit_models
 from deit_models.registry import default_preprocessing
 from deit_models.training.datasets import open_dataset
-from deit_models.training.recipe import Recipe
-from deit_models.training.run import TrainResult
-from deit_models.training.teacher import load_teacher
+from deit_models.training.recipe import Recipe, read_recipe
+from deit_models.training.run import RECIPE_NAME, TrainResult
 
 
 def parse_args() -> argparse.Namespace:
@@ -99,22 +98,20 @@ def main() -> None:
     preprocessing = default_preprocessing(args.student, student.config.image_hw)
     shared: dict[str, Any] = {"train": train, "val": test, "device": args.device, "workers": args.workers}
 
-    def report(name: str) -> dict[str, Any]:
-        return {"out": args.out / name, "on_epoch": lambda row: print(json.dumps({"run": name, **row}), flush=True)}
-
     recipe = deit_models.recipe_named("cifar_teacher", **args.teacher_recipe)
-    network, teaching = teachers.train_teacher(
-        getattr(teachers, args.teacher), recipe, preprocessing=preprocessing, **shared, **report(args.teacher)
-    )
+    factory, options = getattr(teachers, args.teacher), {**shared, **teachers.run_options(args.out, args.teacher)}
+    teacher, teaching = teachers.train_teacher(factory, recipe, preprocessing=preprocessing, **options)
     recipe = deit_models.recipe_named("cifar_token", **args.student_recipe)
-    teacher = load_teacher(
-        network, num_classes=len(train.classes), student=preprocessing, device=args.device, precision=recipe.precision
-    )
-    if args.student_seconds and not (args.out / args.student).exists():
-        epochs = epochs_within(args.student_seconds, recipe, student, args.out, teacher=teacher, **shared)
-        recipe = replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs // 3))
-        print(f"{args.student}: {epochs} epochs", flush=True)
-    learning = deit_models.train(student, recipe=recipe, teacher=teacher, **shared, **report(args.student))
+    if args.student_seconds:
+        begun = args.out / args.student / RECIPE_NAME
+        if begun.exists():  # the length was settled when the run began
+            recipe = read_recipe(begun)
+        else:
+            epochs = epochs_within(args.student_seconds, recipe, student, args.out, teacher=teacher, **shared)
+            recipe = replace(recipe, epochs=epochs, warmup_epochs=min(recipe.warmup_epochs, epochs // 3))
+        print(f"{args.student}: {recipe.epochs} epochs", flush=True)
+    options = {**shared, **teachers.run_options(args.out, args.student)}
+    learning = deit_models.train(student, recipe=recipe, teacher=teacher, **options)
     half = deit_models.from_pretrained(args.out / args.student / "ema").half()
     half.save_pretrained(args.out / "half")
     shutil.copyfile(args.out / "half" / "model.safetensors", args.out / f"{args.student}.safetensors")

@@ -6,6 +6,7 @@ Networks first, then the factories, then `train_teacher`.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import deit_models
 from deit_models.training.recipe import Recipe
 from deit_models.training.records import ImageRecords
 from deit_models.training.run import TrainResult
+from deit_models.training.teacher import Teacher, load_teacher
 from deit_models.transforms import EvalTransform
 
 
@@ -136,8 +138,8 @@ def tiny_imagenet_large(num_classes: int = 200) -> StagedConvNet:
 
 def train_teacher(
     factory: Callable[[int], nn.Module], recipe: Recipe, train: ImageRecords, val: ImageRecords, **options: Any
-) -> tuple[nn.Module, TrainResult]:
-    """A teacher trained as far as it is not there yet, with its averaged weights where the recipe averages.
+) -> tuple[Teacher, TrainResult]:
+    """A teacher in bf16, trained as far as it is not there yet; its averaged weights where the recipe averages.
 
     Args:
         factory: makes the network for a number of classes; a `Whitening` in it is fitted to 5,000 training images.
@@ -157,4 +159,15 @@ def train_teacher(
     result = deit_models.train(network, recipe=recipe, train=train, val=val, **options)
     name = "ema" if recipe.ema_decay else "model"
     network.load_state_dict(load_file(Path(options["out"]) / name / "model.safetensors"))
-    return network, result
+    return load_teacher(
+        network,
+        num_classes=len(train.classes),
+        student=options["preprocessing"],
+        device=options.get("device"),
+        precision="bf16",
+    ), result
+
+
+def run_options(out: Path, name: str) -> dict[str, Any]:
+    """Options of `deit_models.train` for one of several runs: its folder in `out`, and a printed line an epoch."""
+    return {"out": out / name, "on_epoch": lambda row: print(json.dumps({"run": name, **row}), flush=True)}

@@ -258,7 +258,10 @@ def test_benchmarks_import_and_say_what_they_take(
     assert f"benchmarks/{script}" in capsys.readouterr().out
 
 
-def test_every_stage_of_the_gpu_benchmark_runs_and_writes_its_table(tmp_path: Path) -> None:
+def test_every_stage_of_the_gpu_benchmark_runs_and_writes_its_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     script = ROOT / "benchmarks" / "gpu.py"
     stages = runpy.run_path(str(script))["STAGES"]
     command = [sys.executable, str(script), "--toy", "--out", str(tmp_path)]
