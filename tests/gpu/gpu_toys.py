@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Iterator
-from os import environ
+from os import environ, pathsep
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from settings import PLAIN
 from torch import Tensor, nn
 
 import deit_models
@@ -144,32 +145,20 @@ def files(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.png"))
 
 
-PLAIN: dict[str, Any] = {
+STEADY: dict[str, Any] = {
+    **PLAIN,
     "epochs": 4,
     "batch_size": 12,
     "lr": 2e-3,
-    "lr_batch": 0,
     "warmup_epochs": 0,
     "schedule": "constant",
-    "ema_decay": 0.0,
-    "drop_path_rate": 0.0,
-    "crop": "none",
-    "augment": "none",
-    "color_jitter": 0.0,
-    "erase": 0.0,
-    "hflip": 0.0,
-    "repeats": 1,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "label_smoothing": 0.0,
-    "precision": "float32",
     "distillation": "none",
 }
 """Nothing random but the order of the images."""
 
 
 def recipe(**changes: Any) -> Recipe:
-    return deit_models.recipe_named("deit_300e", **{**PLAIN, **changes})
+    return deit_models.recipe_named("deit_300e", **{**STEADY, **changes})
 
 
 def run_worker(scenario: str, folder: Path, device: torch.device, *, torchrun: bool = False) -> int:
@@ -178,7 +167,7 @@ def run_worker(scenario: str, folder: Path, device: torch.device, *, torchrun: b
     Anything but success or a kill is an error that shows what it printed.
     """
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1"] if torchrun else []
-    root = str(Path(deit_models.__file__).parents[1])
+    root = pathsep.join([str(Path(deit_models.__file__).parents[1]), str(WORKER.parents[1])])
     done = subprocess.run(
         [sys.executable, *launcher, str(WORKER), scenario, str(folder), device.type],
         # one process needs no network, and finds none on some machines

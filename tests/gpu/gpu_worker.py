@@ -13,29 +13,14 @@ from typing import Any
 import gpu_toys
 import torch
 import torch.distributed as dist
+from settings import RANDOM
 
 import deit_models
 from deit_models.training import run
 from deit_models.training.distributed import Process
 from deit_models.training.run import TrainResult
 
-LIVELY: dict[str, Any] = {
-    "optimizer": "sgd",
-    "lr": 0.02,
-    "ema_decay": 0.8,
-    "drop_path_rate": 0.3,
-    "drop_rate": 0.1,
-    "crop": "random_resized",
-    "crop_scale": 0.5,
-    "augment": "rand-m9-mstd0.5-inc1",
-    "erase": 0.5,
-    "hflip": 0.5,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "label_smoothing": 0.1,
-    "accumulate": 2,
-    "clip_grad": 1.0,
-}
+LIVELY: dict[str, Any] = {**RANDOM, "optimizer": "sgd", "lr": 0.02}
 """Everything that draws random numbers or keeps a state. SGD, since AdamW makes whole steps of gradients that are 0."""
 
 

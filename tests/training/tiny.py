@@ -11,6 +11,7 @@ from typing import Any
 
 import PIL.Image
 import torch
+from settings import PLAIN, RANDOM
 from torch import Tensor, nn
 
 import deit_models
@@ -27,44 +28,7 @@ PREPROCESSING = Preprocessing(resize=SIZE, crop=(SIZE, SIZE), mean=(0.5, 0.4, 0.
 ALONE = Process(0, 1, torch.device("cpu"))
 WORKER = Path(__file__).with_name("worker.py")
 
-PLAIN: dict[str, Any] = {
-    "epochs": 3,
-    "batch_size": 8,
-    "lr": 0.01,
-    "lr_batch": 0,
-    "warmup_epochs": 1,
-    "schedule": "step",
-    "ema_decay": 0.0,
-    "drop_path_rate": 0.0,
-    "crop": "none",
-    "augment": "none",
-    "color_jitter": 0.0,
-    "erase": 0.0,
-    "hflip": 0.0,
-    "repeats": 1,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "label_smoothing": 0.0,
-    "precision": "float32",
-}
-"""Nothing random but the order of the images."""
-LIVELY: dict[str, Any] = {
-    **PLAIN,
-    "ema_decay": 0.8,
-    "drop_path_rate": 0.3,
-    "drop_rate": 0.1,
-    "crop": "random_resized",
-    "crop_scale": 0.5,
-    "augment": "rand-m9-mstd0.5-inc1",
-    "erase": 0.5,
-    "hflip": 0.5,
-    "repeats": 3,
-    "mixup": 0.8,
-    "cutmix": 1.0,
-    "label_smoothing": 0.1,
-    "accumulate": 2,
-    "clip_grad": 1.0,
-}
+LIVELY: dict[str, Any] = {**PLAIN, **RANDOM, "repeats": 3}
 """Everything that draws random numbers or keeps a state."""
 
 
@@ -142,7 +106,7 @@ def state(out: Path) -> dict[str, Any]:
 def start_worker(*arguments: Any, torchrun: int = 0, limit_s: float = 240) -> str:
     """Run `worker.py` in a process of its own, with one thread, and give its output; it must succeed."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={torchrun}"] if torchrun else []
-    root = str(Path(deit_models.__file__).parents[1])
+    root = os.pathsep.join([str(Path(deit_models.__file__).parents[1]), str(WORKER.parents[1])])
     done = subprocess.run(
         [sys.executable, *launcher, str(WORKER), *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": root, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
