@@ -17,9 +17,9 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
-from deit_models.deploy.backends import BACKENDS, BackendName
+from deit_models.data.transforms import transform_for
+from deit_models.deploy.runtimes import BACKENDS, BackendName
 from deit_models.models.layers import ImageClassifier
-from deit_models.transforms import transform_for
 
 BATCH = 100
 

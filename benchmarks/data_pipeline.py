@@ -72,14 +72,14 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     """The batches that `deit_models.train` trains with."""
     import torch
 
-    from deit_models.hub.manifest import Preprocessing
-    from deit_models.training.augment import train_transform
-    from deit_models.training.cache import keep_in_memory
-    from deit_models.training.datasets import open_dataset
-    from deit_models.training.feeding import InputBatches, training_batches
-    from deit_models.training.levels import ToInput
+    from deit_models.augmentation.augment import train_transform
+    from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
+    from deit_models.checkpoint import Preprocessing
+    from deit_models.data.datasets import open_dataset
+    from deit_models.data.inputs import InputBatches
+    from deit_models.data.levels import ToInput
+    from deit_models.data.memory import keep_in_memory
     from deit_models.training.recipe import Recipe
-    from deit_models.training.samplers import TrainingSamples, TrainSampler
 
     records = open_dataset(folder, "train")
     if not peer.endswith("files"):

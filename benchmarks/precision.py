@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 import deit_models
-from deit_models.decoding import decode_image
+from deit_models.data.decoding import decode_image
+from deit_models.data.transforms import transform_for
 from deit_models.models.layers import ImageClassifier
-from deit_models.transforms import transform_for
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}
 RESULTS = Path(__file__).parent / "results" / "precision.md"

@@ -22,9 +22,8 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
-from deit_models.deploy.backends import BACKENDS, BackendName, Job
-from deit_models.deploy.merging import TokenMerging, decreasing
-from deit_models.deploy.prepared import prepare
+from deit_models.deploy.network import TokenMerging, decreasing, prepare
+from deit_models.deploy.runtimes import BACKENDS, BackendName, Job
 from deit_models.models.layers import ImageClassifier
 
 SHIPPED = "deit_micro_patch4_32"

@@ -33,13 +33,13 @@ Batches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def ours(name: str, device: torch.device, batch_size: int, compiled: bool) -> Callable[[Batches], None]:
     """One call trains on the given batches with the package's own loop."""
     import deit_models
-    from deit_models.training.distributed import Process
+    from deit_models.data.loading import DamageCount
+    from deit_models.data.records import ArrayRecords
+    from deit_models.data.transforms import transform_for
+    from deit_models.distributed import Process
     from deit_models.training.engine import train_epoch
     from deit_models.training.learner import make_learner
-    from deit_models.training.loading import DamageCount
     from deit_models.training.recipe import recipe_named
-    from deit_models.training.records import ArrayRecords
-    from deit_models.transforms import transform_for
 
     model = deit_models.create_model(name)
     classes = [str(i) for i in range(model.num_classes)]

@@ -22,18 +22,19 @@ from .errors import (
 from .registry import create_model, list_models, model_info, register_model
 
 if TYPE_CHECKING:
+    from .data.transforms import transform_for
     from .deploy.export import export
     from .deploy.optimize import optimize
-    from .finetuning.head import adapt_head
+    from .evaluate import evaluate
+    from .finetuning.adapt import adapt_head
     from .finetuning.run import finetune
+    from .formats.publish import push_to_hub, save_pretrained
     from .hub.load import from_pretrained
-    from .hub.publish import push_to_hub, save_pretrained
     from .macs import count_macs
     from .predict import Classifier, attention_maps
-    from .training.evaluation import evaluate
     from .training.recipe import recipe_named
     from .training.run import train
-    from .transforms import transform_for
+
 
 __version__ = "0.1.0"
 
@@ -74,19 +75,19 @@ __all__ = [
 # Loaded when first used: each needs torch, torchvision or huggingface_hub, which listing models does not.
 _LAZY = {
     "Classifier": ".predict",
-    "adapt_head": ".finetuning.head",
+    "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
     "count_macs": ".macs",
-    "evaluate": ".training.evaluation",
+    "evaluate": ".evaluate",
     "export": ".deploy.export",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",
     "optimize": ".deploy.optimize",
-    "push_to_hub": ".hub.publish",
+    "push_to_hub": ".formats.publish",
     "recipe_named": ".training.recipe",
-    "save_pretrained": ".hub.publish",
+    "save_pretrained": ".formats.publish",
     "train": ".training.run",
-    "transform_for": ".transforms",
+    "transform_for": ".data.transforms",
 }
 
 

@@ -49,3 +49,8 @@ class MissingExtraError(DeitModelsError, ImportError):
 
 class AgreementError(DeitModelsError, ValueError):
     """A faster or exported form of a model does not give the model's own answers; it was not handed over."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's message, or its kind, on one line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -3,39 +3,30 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import islice
+from dataclasses import dataclass
 from os import PathLike, fspath
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from .batches import Batch, TopClasses, file_batches, top_classes
-from .decoding import ImageSource
+from .data.datasets import find_images
+from .data.decoding import ImageSource
+from .data.loading import FileBatch, file_batches
+from .data.transforms import on_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
 from .registry import DEFAULT_MODEL
-from .results import ImageResult, Prediction, Summary, write_results
-from .transforms import on_device, transform_for
 
 if TYPE_CHECKING:
     from .models.layers import ImageClassifier
 
-__all__ = [
-    "DEFAULT_MODEL", "IMAGE_SUFFIXES", "Classifier", "ImageResult", "Prediction", "Summary", "attention_maps",
-    "find_images", "write_results",
-]  # fmt: skip
+
+__all__ = ["DEFAULT_MODEL", "Classifier", "ImageResult", "Prediction", "attention_maps", "find_images"]
 
 logger = logging.getLogger(__name__)
-
-IMAGE_SUFFIXES = frozenset(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
-)
-"""What `find_images` takes for an image, in upper or lower case."""
 
 
 class Classifier:
@@ -137,10 +128,10 @@ class Classifier:
         batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
         yield from self._classify(batches, top_k)
 
-    def _classify(self, batches: Iterable[Batch], top_k: int) -> Iterator[ImageResult]:
+    def _classify(self, batches: Iterable[FileBatch], top_k: int) -> Iterator[ImageResult]:
         # A GPU is given the next batch before the answers for the last are waited for
         ahead = 0 if _device(self.model).type == "cpu" else 1
-        launched: deque[tuple[Batch, list[TopClasses]]] = deque()
+        launched: deque[tuple[FileBatch, list[TopClasses]]] = deque()
         for batch in batches:
             launched.append((batch, self._launch(batch.images, top_k)))
             if len(launched) > ahead:
@@ -148,7 +139,7 @@ class Classifier:
         for waiting in launched:
             yield from self._results(*waiting)
 
-    def _results(self, batch: Batch, tops: list[TopClasses]) -> Iterator[ImageResult]:
+    def _results(self, batch: FileBatch, tops: list[TopClasses]) -> Iterator[ImageResult]:
         found = iter(self._predictions(tops))
         for source, error in zip(batch.sources, batch.errors, strict=True):
             yield ImageResult(source, next(found) if error is None else (), error)
@@ -158,9 +149,9 @@ class Classifier:
             raise ConfigError(f"top_k={top_k}; expected 1 to {len(self.labels)}")
         return min(top_k, len(self.labels))
 
-    def _prepared(self, named: list[tuple[str, ImageSource]]) -> Batch:
+    def _prepared(self, named: list[tuple[str, ImageSource]]) -> FileBatch:
         found = [self._prepare(name, image) for name, image in named]
-        return Batch([name for name, _ in found], [None] * len(found), torch.stack([levels for _, levels in found]))
+        return FileBatch([name for name, _ in found], [None] * len(found), torch.stack([levels for _, levels in found]))
 
     def _prepare(self, name: str, image: ImageSource) -> tuple[str, Tensor]:
         if isinstance(image, (str, PathLike)):  # an error names the path by itself
@@ -254,26 +245,6 @@ def _is_sequence(images: Any) -> bool:
     return isinstance(images, Sequence) or getattr(images, "ndim", 0) == 4
 
 
-def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted: by suffix, see IMAGE_SUFFIXES; hidden files are left out.
-
-    Raises: ImageError: no such folder, or no image in it.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
-    found = [
-        Path(parent, name)
-        for parent, _, names in islice(os.walk(root), None if recursive else 1)
-        for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
-    ]
-    if not found:
-        where = "in it or below" if recursive else "directly in it"
-        raise ImageError(f"{root}: no image {where}; looked for {' '.join(sorted(IMAGE_SUFFIXES))}")
-    return sorted(found)
-
-
 def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
     """Attention probabilities of every block, in eval mode and without gradients; the model's mode is left as it was.
 
@@ -294,3 +265,62 @@ def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
     finally:
         for module in training:
             module.training = True
+
+
+class TopClasses(NamedTuple):
+    """The likeliest classes of some images, perhaps still on their way from a GPU.
+
+    Attributes:
+        packed: probabilities and class numbers, (2, B, top_k) float32: one copy, and numbers up to 2**24 are exact.
+        copied: when `packed` is complete; None where reading it waits by itself.
+    """
+
+    packed: Tensor
+    copied: torch.cuda.Event | None
+
+    def read(self) -> list[list[tuple[float, int]]]:
+        """Probability and number of each class, likeliest first, a row an image."""
+        if self.copied is not None:
+            self.copied.synchronize()
+        probabilities, numbers = self.packed.tolist()
+        pairs = zip(probabilities, numbers, strict=True)
+        return [[(p, int(number)) for p, number in zip(*row, strict=True)] for row in pairs]
+
+
+def top_classes(logits: Tensor, top_k: int) -> TopClasses:
+    """The likeliest classes by logits (B, num_classes); on a GPU without waiting for it."""
+    probabilities, numbers = logits.float().softmax(dim=-1).topk(top_k)
+    packed = torch.stack([probabilities, numbers.float()])
+    if packed.device.type != "cuda":
+        return TopClasses(packed, None)
+    packed = packed.to("cpu", non_blocking=True)  # into pinned memory, which torch takes for such a copy by itself
+    return TopClasses(packed, _event_after_all_work(logits.device))
+
+
+def _event_after_all_work(device: torch.device) -> torch.cuda.Event:
+    event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+class Prediction(NamedTuple):
+    """One class an image may belong to; `index` is its place among the logits."""
+
+    label: str
+    probability: float
+    index: int  # type: ignore[assignment]  # hides tuple.index
+
+
+@dataclass(frozen=True, slots=True)
+class ImageResult:
+    """What was found in one image.
+
+    Attributes:
+        source: the path, or a description such as "image 3", counted from 0 in the list that was given.
+        predictions: the likeliest classes, likeliest first; empty if the image could not be decoded.
+        error: why it could not be decoded, in one line.
+    """
+
+    source: str
+    predictions: tuple[Prediction, ...]
+    error: str | None = None

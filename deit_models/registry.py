@@ -7,15 +7,16 @@ import importlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from .architecture import SUFFIX, read_architecture
+from .checkpoint import Checkpoint, Origin, Preprocessing, load_manifest
 from .config import nearest, override
 from .errors import ConfigError, ManifestError, UnknownModelError
-from .hub.manifest import Checkpoint, Preprocessing, load_manifest
+from .formats.architecture import SUFFIX, read_architecture
 
 if TYPE_CHECKING:
     import torch
 
     from .models.layers import ImageClassifier
+
 
 DEFAULT_MODEL = "deit_micro_distilled_patch4_32"
 """The checkpoint that comes with the package."""
@@ -33,49 +34,6 @@ class ModelSpec:
     def family(self) -> str:
         """Name of the model family, as in the manifest."""
         return self.model_class.family
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What belongs to a model besides its tensors.
-
-    Attributes:
-        name: the registered model it is a variant of.
-        preprocessing: the evaluation transform of these weights.
-        class_names: a name for each logit, where the checkpoint brings them.
-        dataset: what the weights were trained on; None for random weights.
-        top1: accuracy of these very weights on that data's test images, in percent, where it is known.
-        top5: likewise.
-        licence: SPDX identifier of the weights.
-        source: where the weights came from; None for random weights.
-        revision: commit of the Hub repository they came from.
-        sha256: digest of the weights file, where it was computed.
-        notes: how these weights came to be, in Markdown, for the model card.
-    """
-
-    name: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None = None
-    dataset: str | None = None
-    top1: float | None = None
-    top5: float | None = None
-    licence: str | None = None
-    source: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    notes: str | None = None
-
-    def adapted(
-        self, preprocessing: Preprocessing, *, class_names: tuple[str, ...] | None, dataset: str | None
-    ) -> Origin:
-        """Of weights fitted to another size or other classes: nothing that was measured on the old ones, no digest."""
-        kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
-        return replace(kept, top1=None, top5=None, sha256=None, notes=None)
-
-    def trained(self, dataset: str, **known: Any) -> Origin:
-        """Of weights trained here on a dataset: what is `known` of them, and nothing of those that they began as."""
-        fresh = replace(self, top1=None, top5=None, notes=None, source=None, revision=None, sha256=None)
-        return replace(fresh, dataset=dataset, **known)
 
 
 _specs: dict[str, ModelSpec] = {}

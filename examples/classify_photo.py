@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 
 import deit_models
-from deit_models.predict import DEFAULT_MODEL
+from deit_models.registry import DEFAULT_MODEL
 
 
 def demo_photo() -> list[object]:

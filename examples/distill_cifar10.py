@@ -20,13 +20,12 @@ import torch
 from torch.nn import functional as F
 
 import deit_models
+from deit_models.data.datasets import open_dataset
+from deit_models.data.records import ImageRecords
 from deit_models.registry import default_preprocessing
-from deit_models.training.datasets import open_dataset
-from deit_models.training.logs import LOG_NAME, read_log
-from deit_models.training.plots import plot_curves
 from deit_models.training.recipe import Recipe, recipe_named
-from deit_models.training.records import ImageRecords
-from deit_models.training.run import train
+from deit_models.training.run import plot_curves, train
+from deit_models.training.state import LOG_NAME, read_log
 from deit_models.training.teacher import Teacher
 
 ARMS = {

@@ -20,9 +20,9 @@ import teachers
 import torch
 
 import deit_models
+from deit_models.data.datasets import open_dataset
 from deit_models.deploy.timing import call_times
-from deit_models.training.datasets import open_dataset
-from deit_models.training.plots import find_matplotlib
+from deit_models.training.run import find_matplotlib
 
 MODELS = {
     "DeiT": "deit_micro_patch4_32",

@@ -16,7 +16,7 @@ import json
 from pathlib import Path
 
 import deit_models
-from deit_models.training.datasets import open_dataset
+from deit_models.data.datasets import open_dataset
 from deit_models.training.recipe import recipe_from_toml
 
 

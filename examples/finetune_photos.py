@@ -13,7 +13,7 @@ import json
 from pathlib import Path
 
 import deit_models
-from deit_models.predict import DEFAULT_MODEL
+from deit_models.registry import DEFAULT_MODEL
 
 
 def main() -> None:

@@ -23,17 +23,15 @@ import torch
 
 import deit_models
 from deit_models import create_model, model_info
+from deit_models.data.datasets import open_dataset
+from deit_models.distributed import join_processes
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.costs import Macs
 from deit_models.nas.report import plot_candidates, read_candidates
 from deit_models.nas.run import SUPERNET_FOLDER, WINNER_NAME, search, split_images, train_supernet
 from deit_models.nas.scoring import HeldOut, Scorer
-from deit_models.nas.settings import Evolution, Sampling
-from deit_models.nas.space import Candidate, SearchSpace, candidate_from_key
-from deit_models.nas.spaces import read_space
+from deit_models.nas.space import Candidate, Evolution, Sampling, SearchSpace, candidate_from_key, read_space
 from deit_models.nas.supernet import SuperNetwork
-from deit_models.training.datasets import open_dataset
-from deit_models.training.distributed import join_processes
 from deit_models.training.recipe import recipe_named
 from deit_models.training.run import train
 

@@ -21,8 +21,8 @@ import torch
 from seed_table import write_table
 
 import deit_models
-from deit_models.training.datasets import open_dataset
-from deit_models.training.records import ImageRecords, SubsetRecords
+from deit_models.data.datasets import open_dataset
+from deit_models.data.records import ImageRecords, SubsetRecords
 
 MODEL = "deit_micro_patch4_32"
 KNOWN = 5

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deit_models import registry
-from deit_models.hub.manifest import load_manifest
+from deit_models.checkpoint import load_manifest
 
 # Models in tests are small, and two threads that share their cores with other work wait for each other: one is faster.
 torch.set_num_threads(1)

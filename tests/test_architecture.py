@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from deit_models import ConfigError, create_model, model_info
-from deit_models.architecture import Architecture, read_architecture
+from deit_models.formats.architecture import Architecture, read_architecture
 from deit_models.registry import model_spec
 
 FAMILIES = ("deit_tiny_distilled_patch16_224", "levit_128s", "t2t_vit_7", "vit_resnas_tiny")

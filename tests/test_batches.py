@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from deit_models import batches
-from deit_models.batches import file_batches
+from deit_models.data import loading as batches
+from deit_models.data.loading import file_batches
 from deit_models.errors import ImageError
 
 CPU = torch.device("cpu")

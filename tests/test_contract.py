@@ -17,16 +17,16 @@ from torch.nn import functional as F
 import deit_models
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
 from deit_models.config import override
-from deit_models.hub.families import FAMILIES
+from deit_models.data.loading import DamageCount
+from deit_models.data.records import ArrayRecords
+from deit_models.distributed import Process
+from deit_models.formats.layouts import FAMILIES
 from deit_models.models.layers import HeadLogits, ImageClassifier
 from deit_models.registry import model_spec
-from deit_models.training.distributed import Process
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
-from deit_models.training.loading import DamageCount
 from deit_models.training.optim import parameter_groups
 from deit_models.training.recipe import Recipe
-from deit_models.training.records import ArrayRecords
 
 NAMES = list_models()
 TINY: dict[str, dict[str, Any]] = {

@@ -16,7 +16,7 @@ import PIL.Image
 import pytest
 import torch
 
-from deit_models.decoding import _QUIET, MAX_IMAGE_PIXELS, Reduced, decode_image, decode_reduced, load_image
+from deit_models.data.decoding import _QUIET, MAX_IMAGE_PIXELS, Reduced, decode_image, decode_reduced, load_image
 from deit_models.errors import DeitModelsError, ImageError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
@@ -416,7 +416,7 @@ def test_decoding_smaller_refuses_the_same_files(tmp_path: Path, monkeypatch: py
         with pytest.raises(ImageError, match=rf"photo\.jpg: .*{reason}"):
             decode_reduced(store(tmp_path, "photo.jpg", data), side=32)
     # the limit is for the file's size and not for what is left of it
-    monkeypatch.setattr("deit_models.decoding.MAX_IMAGE_PIXELS", 512 * 512 - 1)
+    monkeypatch.setattr("deit_models.data.decoding.MAX_IMAGE_PIXELS", 512 * 512 - 1)
     with pytest.raises(ImageError, match="512x512 pixels"):
         decode_reduced(store(tmp_path, "photo.jpg", whole), side=32)
 

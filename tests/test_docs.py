@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 
 import deit_models
+from deit_models.checkpoint import load_manifest
 from deit_models.cli import build_parser
-from deit_models.deploy.backends import BACKENDS
-from deit_models.deploy.formats import FORMATS
-from deit_models.finetuning.presets import PRESET_OF
-from deit_models.hub.manifest import load_manifest
+from deit_models.data.datasets import DATASETS
+from deit_models.deploy.runtimes import BACKENDS, FORMATS
+from deit_models.finetuning.run import PRESET_OF
 from deit_models.nas.space import space_from_toml
-from deit_models.training.named_datasets import DATASETS
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import deit_models
-from deit_models.hub.manifest import load_manifest
+from deit_models.checkpoint import load_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = [name for name, c in load_manifest().items() if any(source.file for source in c.sources)]

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import deit_models
-from deit_models.hub.manifest import load_manifest, weights_dir
+from deit_models.checkpoint import load_manifest, weights_dir
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = {path.name for path in weights_dir().glob("*.safetensors")}

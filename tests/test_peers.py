@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
+from deit_models.formats.layouts import from_native, to_native
 from deit_models.hub.fetch import Access
-from deit_models.hub.layouts import from_native, to_native
 from deit_models.hub.load import load_source
 from deit_models.models.deit import DeiT
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_models import create_model, from_pretrained, model_info
-from deit_models.hub.publish import layout_tensors
+from deit_models.formats.publish import layout_tensors
 from deit_models.models.levit import LeViT
 
 # the smallest, and one whose widths are no powers of two; the others with -m slow

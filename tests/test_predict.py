@@ -18,13 +18,16 @@ import torch
 from torch import nn
 
 import deit_models
-from deit_models import batches, predict
-from deit_models.batches import file_batches
+from deit_models import predict
+from deit_models.cli.results import write_results
+from deit_models.data import loading as batches
+from deit_models.data.datasets import find_images
+from deit_models.data.loading import file_batches
+from deit_models.data.transforms import transform_for
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
-from deit_models.predict import Classifier, ImageResult, Prediction, attention_maps, find_images, write_results
-from deit_models.transforms import transform_for
+from deit_models.predict import Classifier, ImageResult, Prediction, attention_maps
 
 NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
 

@@ -19,7 +19,7 @@ from deit_models import (
     register_model,
     registry,
 )
-from deit_models.hub.manifest import Checkpoint, load_manifest, parse_manifest
+from deit_models.checkpoint import Checkpoint, load_manifest, parse_manifest
 from deit_models.models.deit import DeiT, DeiTConfig
 
 # Counted by the authors' published models.

@@ -5,7 +5,7 @@ import torch
 from cifar10 import first_images, needs_cifar10
 
 import deit_models
-from deit_models.hub.manifest import load_manifest, weights_dir
+from deit_models.checkpoint import load_manifest, weights_dir
 
 SHIPPED = [c.name for c in load_manifest().values() if any(source.file for source in c.sources)]
 MAX_BYTES = 12_000_000

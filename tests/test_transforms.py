@@ -11,11 +11,12 @@ import pytest
 import torch
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
 
-from deit_models import create_model, decoding
+from deit_models import create_model
+from deit_models.checkpoint import Preprocessing
+from deit_models.data import decoding
+from deit_models.data.transforms import EvalTransform, transform_for
 from deit_models.errors import ConfigError
-from deit_models.hub.manifest import Preprocessing
 from deit_models.models.deit import DeiT, DeiTConfig
-from deit_models.transforms import EvalTransform, transform_for
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"

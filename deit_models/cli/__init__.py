@@ -9,14 +9,10 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import DeitModelsError
-from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK
-from .caching import add_cache
-from .deploying import add_bench, add_export
-from .evaluating import add_evaluate
+from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, process_number
 from .finetuning import add_finetune
-from .models import add_convert, add_info, add_list
-from .predicting import add_predict
-from .progress import process_number
+from .inference import add_bench, add_evaluate, add_export, add_predict
+from .models import add_cache, add_convert, add_info, add_list
 from .searching import add_search
 from .training import add_distill, add_train
 

@@ -5,17 +5,27 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_data, add_loading, add_workers, chosen_model, command, loading, open_data
-from .progress import TrainingDisplay, watch_features
-from .recipes import add_recipe, chosen_recipe, recipe_changes
+from .arguments import (
+    TrainingDisplay,
+    add_data,
+    add_loading,
+    add_workers,
+    chosen_model,
+    command,
+    loading,
+    open_data,
+    watch_features,
+)
 from .runs import add_folder, add_image_cache, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
+from .training import add_recipe, chosen_recipe, recipe_changes
 
 if TYPE_CHECKING:
+    from ..data.records import ImageRecords
+    from ..distributed import Process
     from ..finetuning.run import FinetuneResult
     from ..models.layers import ImageClassifier
-    from ..training.distributed import Process
     from ..training.recipe import Recipe
-    from ..training.records import ImageRecords
+
 
 SPLIT = "split"
 
@@ -60,9 +70,9 @@ def add_finetune(commands: Any) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..distributed import join_processes
     from ..hub.load import from_pretrained
-    from ..training.distributed import join_processes
-    from ..training.plots import find_matplotlib
+    from ..training.run import find_matplotlib
 
     check_fresh(args)
     args.model = chosen_model(args)
@@ -84,7 +94,7 @@ def _run(args: argparse.Namespace) -> int:
 
 
 def _recipe(args: argparse.Namespace, model: ImageClassifier, records: ImageRecords) -> Recipe:
-    from ..finetuning.presets import recipe_for
+    from ..finetuning.run import recipe_for
 
     if args.recipe is not None:
         return chosen_recipe(args)
@@ -135,7 +145,7 @@ def _finetune(
 
 
 def _validation(args: argparse.Namespace, process: Process, records: ImageRecords) -> ImageRecords | None:
-    from ..training.datasets import has_validation
+    from ..data.datasets import has_validation
 
     if args.val_data not in (None, SPLIT):
         return open_data(args, args.val_data, "val", process, classes=records.classes, own_folder=True)

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from ..errors import ConfigError, TrainingError
-from .arguments import EXIT_INTERRUPTED, EXIT_OK
-from .progress import TrainingDisplay, process_number
+from .arguments import EXIT_INTERRUPTED, EXIT_OK, TrainingDisplay, process_number
 
 if TYPE_CHECKING:
     import torch
@@ -61,8 +60,8 @@ def given_teacher(
     args: argparse.Namespace, model: ImageClassifier, num_classes: int, device: torch.device
 ) -> Teacher | None:
     """The teacher of a command line, for a student. Raises: see `load_teacher`."""
+    from ..data.transforms import transform_for
     from ..training.teacher import load_teacher
-    from ..transforms import transform_for
 
     if args.teacher is None:
         return None

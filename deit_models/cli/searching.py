@@ -8,18 +8,28 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .arguments import EXIT_OK, add_data, add_json, add_workers, at_least, command, open_data
-from .progress import TrainingDisplay, process_number, watch_images
-from .recipes import add_recipe, chosen_recipe
+from .arguments import (
+    EXIT_OK,
+    TrainingDisplay,
+    add_data,
+    add_json,
+    add_workers,
+    at_least,
+    command,
+    open_data,
+    process_number,
+    watch_images,
+)
 from .runs import add_folder, add_image_cache, check_fresh, run_to_end, say
+from .training import add_recipe, chosen_recipe
 
 if TYPE_CHECKING:
+    from ..data.records import ImageRecords
+    from ..distributed import Process
     from ..nas.evolution import Scored
-    from ..nas.settings import Evolution
-    from ..nas.space import SearchSpace
-    from ..training.distributed import Process
+    from ..nas.space import Evolution, SearchSpace
     from ..training.recipe import Recipe
-    from ..training.records import ImageRecords
+
 
 _RECIPES = {"tiny": "supernet_tiny_120e", "small": "supernet_small_120e"}
 _RECIPE = "cifar_scratch"
@@ -83,7 +93,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
-    from ..nas.settings import Evolution
+    from ..nas.space import Evolution
 
     text = "the most a network may cost: multiply-accumulates, or milliseconds a batch"
     parser.add_argument("--limit", type=float, required=True, metavar="X", help=text)
@@ -109,9 +119,9 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
 
 
 def _run(args: argparse.Namespace) -> int:
+    from ..distributed import join_processes
     from ..nas.run import split_images
-    from ..nas.spaces import read_space
-    from ..training.distributed import join_processes
+    from ..nas.space import read_space
 
     space = read_space(args.space)
     evolution = _evolution(args) if args.searches else None
@@ -143,7 +153,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _evolution(args: argparse.Namespace) -> Evolution:
-    from ..nas.settings import Evolution
+    from ..nas.space import Evolution
 
     return Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
 
@@ -167,7 +177,7 @@ def _train(
     process: Process,
 ) -> None:
     from ..nas.run import SUPERNET_FOLDER, train_supernet
-    from ..nas.settings import Sampling
+    from ..nas.space import Sampling
 
     say(f"super-network of {args.space}: {len(images)} images to learn from, {len(held_out)} to score on")
     warmup = recipe.epochs // 4 if args.choice_warmup is None else args.choice_warmup

@@ -14,15 +14,13 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 
-from ..errors import ConfigError
-from ..hub.fetch import first_line
+from ..errors import ConfigError, first_line
 from ..macs import count_macs
 from ..models.layers import ImageClassifier
 from ..registry import create_model
-from .backends import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
-from .formats import Runner, quiet
-from .prepared import prepare
-from .timing import call_times, machine
+from .network import prepare
+from .runtimes import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
+from .timing import Runner, call_times, machine, quiet
 
 _WARM_UP = 3
 

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from ..config import nearest
 from ..errors import AgreementError, ConfigError
-from ..hub.fetch import atomic_write
+from ..files import atomic_write
 from ..models.layers import ImageClassifier
 from ..predict import class_labels
-from .formats import FORMATS, Format, FormatName, open_exported
-from .merging import TokenMerging, merging_plan
-from .prepared import Prepared, as_input, prepare
+from .network import Prepared, TokenMerging, as_input, merging_plan, prepare
+from .runtimes import FORMATS, Format, FormatName, open_exported
 
 TOLERANCE = 1e-4
 """By how much a logit may differ from the model's, in float32."""

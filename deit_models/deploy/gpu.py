@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..hub.fetch import first_line
-from .formats import Runner, quiet
+from ..errors import first_line
+from .timing import Runner, quiet
 
 logger = logging.getLogger(__name__)
 

@@ -1,32 +1,150 @@
 """One call that makes a model fast where it runs: try what is installed, check the answers, time it, keep the best."""
+# MERGED """What was found fastest on this machine, kept in the package's cache so that it is measured once."""
+# MERGED """What `optimize` gives: a model for inference that is called like any other, whatever computes it."""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
 from ..config import nearest
-from ..errors import AgreementError, ConfigError
-from ..hub.fetch import Access, first_line
-from ..models.layers import ImageClassifier
-from ..transforms import EvalTransform
-from .backends import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
-from .classifier import Agreement, Choice, OptimizedClassifier
-from .decisions import Timing, decision_key, keep, recall
-from .formats import Runner, quiet
+from ..data.transforms import EvalTransform
+from ..errors import AgreementError, ConfigError, FetchError, first_line
+from ..files import atomic_write
+from ..hub.fetch import Access, assets_dir
+from ..models.layers import HeadLogits, ImageClassifier
 from .gpu import exact_float32
-from .merging import TokenMerging, merging_plan
-from .prepared import as_input, prepare
-from .timing import call_times
+from .network import TokenMerging, as_input, merging_plan, prepare
+from .runtimes import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
+from .timing import Runner, call_times, machine, quiet
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Timing:
+    """How fast one way to compute was.
+
+    Attributes:
+        backend: what computed.
+        precision: in what.
+        images_per_second: over all timed calls.
+        latency_ms: the median of a call with one batch.
+    """
+
+    backend: BackendName
+    precision: Precision
+    images_per_second: float
+    latency_ms: float
+
+
+def decision_key(question: dict[str, Any], device: torch.device) -> str:
+    """A name for a question on this machine: it changes with the processor, the threads and the versions."""
+    text = json.dumps({**question, **machine(device)}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def recall(key: str, access: Access) -> list[Timing]:
+    """The kept timings, fastest first; empty if there are none that can be read."""
+    try:
+        rows = json.loads((assets_dir("deploy", access) / f"{key}.json").read_text(encoding="utf-8"))
+        return [Timing(**row) for row in rows]
+    except (OSError, ValueError, TypeError):
+        return []
+
+
+def keep(key: str, timings: list[Timing], access: Access) -> None:
+    """Write timings down; a cache that cannot be written costs a log line and the next measurement."""
+    try:
+        with atomic_write(assets_dir("deploy", access) / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
+    except FetchError as error:
+        logger.warning("the choice is not kept: %s", error)
+
+
+class Agreement(NamedTuple):
+    """How well a network's answers are those of the model in float32.
+
+    Attributes:
+        top1: share of the images with the same likeliest class.
+        max_abs_diff: the largest difference of a logit.
+        images: how many were compared.
+    """
+
+    top1: float
+    max_abs_diff: float
+    images: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Choice:
+    """What `optimize` chose.
+
+    Attributes:
+        backend: what computes.
+        precision: in what.
+        agreement: with the model in float32; if tokens are merged, with the merged network in torch's float32.
+        timings: all that was timed, fastest first.
+        token_merging: the tokens that each block merges; empty if none does.
+        merging_agreement: of the merged network, in torch's float32, with the model; None if nothing is merged.
+    """
+
+    backend: BackendName
+    precision: Precision
+    agreement: Agreement
+    timings: tuple[Timing, ...] = ()
+    token_merging: tuple[int, ...] = ()
+    merging_agreement: Agreement | None = None
+
+
+class OptimizedClassifier(ImageClassifier):
+    """A model for inference that another backend may compute; called as the model it was made from.
+
+    `choice` says what computes, `device` where, `takes_pixels` whether uint8 pixels are taken. `config`, `origin` and
+    `num_classes` are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or saved.
+    """
+
+    def __init__(
+        self, model: ImageClassifier, run: Runner, choice: Choice, *, device: torch.device, pixels: bool
+    ) -> None:
+        super().__init__(model.config)
+        self.origin, self.choice, self.takes_pixels = model.origin, choice, pixels
+        self._run, self.device = run, device
+        self.eval()
+
+    def forward_heads(self, x: Tensor) -> HeadLogits:
+        """The logits of x, (B, C, H, W) -> (B, num_classes) float32. Raises: ConfigError: x is no such batch."""
+        self.check_input(x)
+        if self.takes_pixels != (x.dtype == torch.uint8):
+            wanted = "uint8 pixels" if self.takes_pixels else "normalised floats"
+            raise ConfigError(f"input of type {x.dtype}; this model was optimised for {wanted}")
+        if not len(x):
+            return HeadLogits(torch.empty(0, self.num_classes, device=self.device), None)
+        with torch.no_grad():
+            return HeadLogits(self._run(x.to(self.device, None if self.takes_pixels else torch.float32)), None)
+
+    def train(self, mode: bool = True) -> OptimizedClassifier:
+        """Stay in eval mode. Raises: ConfigError: training an optimised model."""
+        if mode:
+            raise ConfigError("an optimised model cannot be trained; train the model it was made from")
+        super().train(False)
+        return self
+
+    def save_pretrained(self, *_: Any, **__: Any) -> NoReturn:
+        """Not possible. Raises: ConfigError: always."""
+        raise ConfigError("an optimised model cannot be saved; save the model it was made from, or use export")
+
+    push_to_hub = save_pretrained
+
 
 FLOAT32_TOLERANCE = 1e-4
 """By how much a logit of a float32 network may differ from the model's, or from the merged network's in torch."""

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import platform
 import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .formats import Runner
+from ..errors import MissingExtraError
 
 _LIBRARIES = ("deit-models", "torch", "openvino", "onnxruntime", "nncf")
 
@@ -78,3 +81,25 @@ def has_int8_products() -> bool:
     """Whether the processor sums products of 8-bit numbers in 32 bits at once, as OpenVINO's int8 wants it."""
     known = torch.cpu.get_capabilities()
     return any(known.get(name, False) for name in ("amx_int8", "avx512_vnni", "avx_vnni"))
+
+
+Runner = Callable[[Tensor], Tensor]
+"""Images (B, C, H, W) to logits (B, num_classes) in float32, for any B from 1."""
+
+
+@contextmanager
+def extra_needed(what: str) -> Iterator[None]:
+    """Import an optional library inside. Raises: MissingExtraError: it is not installed."""
+    try:
+        with quiet():
+            yield
+    except ImportError as error:
+        raise MissingExtraError(f"{what} needs {error.name or error}; pip install 'deit-models[export]'") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the warnings of other libraries from users, who can do nothing about them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,4 +1,6 @@
 """A whole fine-tuning: from a pretrained model and labelled images to a folder that can be shown and shared."""
+# MERGED """Which settings to fine-tune with: the facts for data sets known by name, a sound default for all others."""
+# MERGED """The two ways to fine-tune: on the training engine, and as a head on cached features."""
 
 from __future__ import annotations
 
@@ -11,22 +13,229 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import Layout
+from ..data.classes import Split, keep_split, labels_of, parts, stratified_split
+from ..data.datasets import has_validation, open_images
+from ..data.loading import Watch, default_workers, plain_watch
+from ..data.memory import Cache
+from ..data.records import ImageRecords
+from ..distributed import Process, join_processes
 from ..errors import ConfigError
+from ..evaluate import collect_outcomes
+from ..files import atomic_write
 from ..hub.load import from_pretrained
-from ..models.layers import ImageClassifier, Layout
-from ..training.cache import Cache
-from ..training.datasets import has_validation
-from ..training.distributed import join_processes
-from ..training.loading import Watch, default_workers, open_images, plain_watch
-from ..training.plots import find_matplotlib
+from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe, recipe_named
-from ..training.records import ImageRecords
+from ..training.run import RECIPE_NAME, find_matplotlib, train
 from ..training.teacher import Teacher, TeacherSpec
-from .freezing import first_trained_layer
-from .head import adapt_head
-from .presets import recipe_for
-from .report import Story, write_models, write_report
-from .ways import End, Setting, by_features, by_training
+from .adapt import adapt_head, first_trained_layer, only_from_layer
+from .probe import Features, extract_features, fit_heads, judge, linear_heads, put_heads
+from .report import Curve, Part, Scored, Story, write_models, write_report
+
+DEFAULT = "finetune"
+PRESET_OF = {
+    "cifar10": "finetune_sgd",
+    "cifar100": "finetune_sgd",
+    "stanford_cars": "finetune_sgd",
+    "flowers102": "finetune_sgd",
+    "inaturalist-2018": "finetune_inaturalist",
+    "inaturalist-2019": "finetune_inaturalist",
+    "inaturalist-2021": "finetune_inaturalist",
+    "imagenet": "deit_finetune_384",
+}
+"""A data set's name to the preset that is chosen for it."""
+_STEPS, _MOST_EPOCHS = 1500, 150
+_SMALL_SIDE = 32
+
+
+def preset_for(data: str) -> str:
+    """The preset for a data set's name, which may ask for coarser classes ("inaturalist-2018:genus")."""
+    return PRESET_OF.get(data.partition(":")[0], DEFAULT)
+
+
+def recipe_for(data: str, model: ImageClassifier, *, images: int, teacher: bool, **overrides: Any) -> Recipe:
+    """The recipe for a data set and a model, where none is chosen; `overrides` go before everything.
+
+    Args:
+        data: the data set's name.
+        model: at an input of 32 pixels or less images are padded and cut out rather than magnified, as the authors'
+            loader does.
+        images: for training; the default preset gives few of them more epochs, for about 1500 steps.
+        teacher: whether there is one, which speaks to the distillation head if the model has it.
+        **overrides: fields of the recipe.
+
+    Raises: ConfigError: an unknown field, or a value that cannot work.
+    """
+    preset = recipe_named(preset_for(data))
+    changes: dict[str, Any] = {}
+    if teacher:
+        distilled = getattr(model.config, "distilled", False)
+        changes = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
+    if max(model.config.image_hw) <= _SMALL_SIDE and not overrides.get("img_size", preset.img_size):
+        changes["crop"] = "pad"
+    if preset.preset == DEFAULT:
+        steps = max(images // overrides.get("batch_size", preset.batch_size), 1)
+        changes["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
+    if "epochs" in overrides:  # a short run has a short warm-up
+        changes["warmup_epochs"] = min(preset.warmup_epochs, max(overrides["epochs"] - 1, 0))
+    return recipe_named(preset.preset, **{**changes, **overrides})
+
+
+FEATURES_NAME = "features"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """What both ways begin with.
+
+    Attributes:
+        model: with its new heads.
+        records: the training images, of which some are set aside if `val` is None.
+        fraction: how many.
+        split_seed: which.
+    """
+
+    model: ImageClassifier
+    records: ImageRecords
+    val: ImageRecords | None
+    test: ImageRecords | None
+    out: Path
+    recipe: Recipe
+    process: Process
+    workers: int
+    cache: Cache
+    corrupt_limit: float
+    watch: Watch
+    fraction: float
+    split_seed: int
+
+    def divide(self, labels: list[int]) -> Split:
+        """Set images aside, and note which in `out`."""
+        split = stratified_split(labels, fraction=self.fraction, seed=self.split_seed)
+        if self.process.is_main:
+            keep_split(self.out, self.records, split)
+        return split
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class End:
+    """What both ways end with: the best model, the last one (perhaps the same), and what there is to tell."""
+
+    best: ImageClassifier
+    last: ImageClassifier
+    train_images: int
+    split: Split | None
+    scored: dict[Part, Scored]
+    details: dict[str, Any]
+    curve: Curve
+
+
+def by_training(
+    setting: Setting,
+    mode: str,
+    teacher: Teacher | TeacherSpec | None,
+    on_epoch: Callable[[dict[str, Any]], None] | None,
+) -> End:
+    """Train all of the model, or its last blocks, and score the best epoch's weights."""
+    recipe, process = setting.recipe, setting.process
+    split, chosen, val = None, setting.records, setting.val
+    if val is None:
+        split = setting.divide(labels_of(setting.records))
+        chosen, val = parts(setting.records, split)
+    with only_from_layer(setting.model, first_trained_layer(mode, setting.model)):
+        result = train(
+            setting.model,
+            recipe=recipe,
+            train=chosen,
+            val=val,
+            out=setting.out,
+            teacher=teacher,
+            device=process.device,
+            workers=setting.workers,
+            cache=setting.cache,
+            corrupt_limit=setting.corrupt_limit,
+            watch=setting.watch,
+            on_epoch=on_epoch,
+        )
+    best = from_pretrained(setting.out / "best", device=process.device)
+    scored: dict[Part, Scored] = {}
+    sets: dict[Part, ImageRecords | None] = {"val": val, "test": setting.test}
+    for part, records in sets.items():
+        if records is not None:
+            outcomes = collect_outcomes(
+                best,
+                records,
+                process,
+                precision=recipe.precision,
+                workers=setting.workers,
+                batch_size=max(recipe.batch_size * 3 // 2, 1),
+                corrupt_limit=setting.corrupt_limit,
+            )
+            scored[part] = Scored(records, outcomes)
+    return End(
+        best=best,
+        last=setting.model,
+        train_images=len(chosen),
+        split=split,
+        scored=scored,
+        details={
+            "epochs": len(result.log),
+            "best_epoch": result.best_epoch,
+            "last_val_top1": result.top1,
+            "training_seconds": round(sum(row["seconds"] for row in result.log), 2),
+        },
+        curve=Curve(log=result.log),
+    )
+
+
+def by_features(setting: Setting) -> End:
+    """Send each image through the backbone once, and fit the heads to what comes out.
+
+    Raises: ConfigError: several processes, for which there is nothing to do here.
+    """
+    process, model = setting.process, setting.model
+    if process.world > 1:
+        raise ConfigError("mode='head' takes one process, which is done in seconds once the features are there")
+    heads = linear_heads(model)
+    found, split = _features(setting, setting.records, "train"), None
+    val_records = setting.val
+    if val_records is None:
+        split = setting.divide(found.labels.tolist())
+        val_records = parts(setting.records, split)[1]
+        chosen, val = found.of(split.train), found.of(split.val)
+    else:
+        chosen, val = found, _features(setting, val_records, "val")
+    with atomic_write(setting.out / RECIPE_NAME) as temporary:
+        temporary.write_text(setting.recipe.to_toml(), encoding="utf-8")
+    fit = fit_heads(chosen.readable(), val.readable(), num_classes=model.num_classes, device=process.device)
+    put_heads(heads, fit)
+    model.eval()
+    scored: dict[Part, Scored] = {"val": Scored(val_records, judge(fit, val, device=process.device))}
+    if setting.test is not None:
+        outcomes = judge(fit, _features(setting, setting.test, "test"), device=process.device)
+        scored["test"] = Scored(setting.test, outcomes)
+    return End(
+        best=model,
+        last=model,
+        train_images=len(chosen.labels),
+        split=split,
+        scored=scored,
+        details={"penalty": fit.penalty, "tried": fit.tried},
+        curve=Curve(penalties=fit.tried),
+    )
+
+
+def _features(setting: Setting, records: ImageRecords, part: str) -> Features:
+    return extract_features(
+        setting.model,
+        records,
+        setting.out / FEATURES_NAME / part,
+        setting.process,
+        precision=setting.recipe.precision,
+        workers=setting.workers,
+        corrupt_limit=setting.corrupt_limit,
+        watch=setting.watch,
+    )
 
 
 @dataclass(frozen=True, slots=True)

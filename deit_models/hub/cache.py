@@ -11,13 +11,13 @@ from typing import Literal, NamedTuple
 from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
+from .. import files
+from ..checkpoint import find_repo, load_manifest
 from ..errors import DeitModelsError, FetchError, UnknownModelError
+from ..files import read_json
+from ..formats.configs import read_config
 from . import fetch
-from .configs import read_config
-from .descriptions import read_json
-from .download import file_name
-from .fetch import CONFIG_NAME, WEIGHTS_NAMES, Access
-from .manifest import find_repo, load_manifest
+from .fetch import CONFIG_NAME, WEIGHTS_NAMES, Access, file_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +147,7 @@ def _converted(access: Access) -> Iterator[CachedFile]:
 def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Verdict]:
     """Hash every cached weights file and compare; nothing is removed."""
     for file in cached_files(cache_dir):
-        sha256 = fetch.sha256_of(file.path)
+        sha256 = files.sha256_of(file.path)
         yield Verdict(file, ok=None if file.digest is None else sha256.startswith(file.digest), sha256=sha256)
 
 

@@ -1,24 +1,28 @@
-"""Bytes: a file of the Hub, cached and complete; what every file needs: digests, atomic writes, a cache folder."""
+"""Bytes: a plain download, such as the authors' `.pth` files, which the Hub client cannot do: cached, resumed."""
+# MERGED """Bytes: a file of the Hub, cached and complete; what every file needs: digests, atomic writes, a cache folder."""
 
 from __future__ import annotations
 
-import hashlib
+import http.client
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+import urllib.error
+import urllib.request
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from tempfile import NamedTemporaryFile
+from pathlib import Path, PurePosixPath
 from typing import TypeVar
+from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from safetensors import SafetensorError
+from huggingface_hub.utils._fixes import WeakFileLock
+from huggingface_hub.utils.tqdm import tqdm
 
-from ..errors import FetchError, IntegrityError
+from ..errors import FetchError, IntegrityError, first_line
+from ..files import CHUNK_BYTES, check_digest
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +36,6 @@ WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
 """Before the second attempt; doubled before the third."""
-CHUNK_BYTES = 1 << 20
 
 
 class NoSuchFileError(FetchError):
@@ -176,51 +179,74 @@ def assets_dir(namespace: str, access: Access) -> Path:
         raise FetchError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
 
 
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file as 64 hex digits."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
+TIMEOUT_S = 30.0
 
 
-def check_digest(path: Path, expected: str | None, *, name: str | None = None) -> str | None:
-    """Compare a file's SHA-256 with the known leading digits; gives the full digest, or None where none is known.
+def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
+    """A plain download, cached under its file name; a broken-off one is resumed by the next attempt.
 
-    Raises: IntegrityError: they differ.
+    Args:
+        url: http or https.
+        access: cache folder and offline flag.
+        digest: leading digits of the SHA-256, checked before the file gets its name.
+
+    Raises: FetchError: offline, or the server or the disk failed. IntegrityError: other bytes than announced.
     """
-    if expected is None:
-        return None
-    actual = sha256_of(path)
-    if not actual.startswith(expected):
-        raise IntegrityError(
-            f"{name or path}: SHA-256 is {actual[:16]}..., expected {expected[:16]}...; the file was changed"
-        )
-    return actual
+    path = assets_dir("downloads", access) / file_name(url)
+    if path.exists():
+        return path
+    if access.offline:
+        raise FetchError(f"{url} is not in the cache, and offline; load it once with network, or pass a path")
+    with WeakFileLock(path.with_suffix(".lock")):
+        if not path.exists():  # or another process fetched it while this one waited
+            with_retries(lambda: _download(url, path, digest))
+    return path
 
 
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it.
+def file_name(url: str) -> str:
+    """The name a download is cached under."""
+    return PurePosixPath(urlsplit(url).path).name
 
-    Raises: FetchError: no space, no permission; what was there is left as it was.
-    """
-    temporary = None
+
+def _download(url: str, path: Path, digest: str | None) -> None:
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+    if request.type not in ("http", "https"):
+        raise FetchError(f"{url}: only http and https addresses are fetched")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-        yield temporary
-        os.chmod(temporary, 0o644)  # temporary files are private by default, published ones are not
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise FetchError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
+        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+            resumed = response.status == 206
+            left = int(response.headers.get("Content-Length") or -1)
+            with part.open("ab" if resumed else "wb") as file:
+                got = _copy(response, file, total=left, name=path.name)
+    except urllib.error.HTTPError as error:
+        error.close()
+        if error.code == 416:  # nothing left to resume: the part is whole, or is not of this file
+            part.unlink()
+        kind = TransientError if error.code >= 500 or error.code in (416, 429) else FetchError
+        raise kind(f"{url}: the server answered {error.code}") from error
+    except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
+        raise TransientError(f"{url}: connection lost ({first_line(error)})") from error
+    except OSError as error:
+        raise FetchError(f"{url}: cannot write {part}: {first_line(error)}") from error
+    if left >= 0 and got < left:
+        raise TransientError(f"{url}: connection lost after {got} of {left} bytes")
+    try:
+        check_digest(part, digest, name=url)
+    except IntegrityError:
+        part.unlink()
+        raise
+    os.replace(part, path)
 
 
-def first_line(error: BaseException) -> str:
-    """An error's message, or its kind, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _copy(response: object, file: object, *, total: int, name: str) -> int:
+    got = 0
+    size = total if total > 0 else None
+    # disable=None: a bar on a terminal, none in a pipe
+    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:  # type: ignore[no-untyped-call]
+        while chunk := response.read(CHUNK_BYTES):  # type: ignore[attr-defined]  # urllib's responses have no public type
+            file.write(chunk)  # type: ignore[attr-defined]
+            got += len(chunk)
+            bar.update(len(chunk))
+    return got

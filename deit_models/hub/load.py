@@ -16,18 +16,17 @@ from typing import Any
 
 import torch
 
+from ..checkpoint import Checkpoint, Source, find_repo, load_manifest, weights_dir
 from ..config import override
 from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
+from ..files import read_json
+from ..formats.configs import read_config
+from ..formats.description import Description, describe_bare, describe_registered, show_licence
 from ..models.layers import ImageClassifier
 from ..registry import family_spec, unknown_model
 from . import fetch
-from .configs import read_config
-from .descriptions import Description, describe_bare, describe_registered, read_json, show_licence
-from .download import url_file
-from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access
-from .manifest import Checkpoint, Source, find_repo, load_manifest, weights_dir
-from .reference import check_reference
-from .weights import PICKLE_SUFFIXES, meta_model, native_tensors, read_tensors, verified_state
+from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access, url_file
+from .weights import PICKLE_SUFFIXES, check_reference, meta_model, native_tensors, read_tensors, verified_state
 
 logger = logging.getLogger(__name__)
 

@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..checkpoint import Checkpoint, Source, parse_manifest
 from ..config import nearest
 from ..errors import CheckpointError, DeitModelsError, ManifestError, UnknownModelError
-from .fetch import Access, atomic_write, sha256_of
+from ..files import atomic_write, sha256_of
+from .fetch import Access
 from .load import load_source
-from .manifest import Checkpoint, Source, parse_manifest
-from .reference import REFERENCE_TOLERANCE, reference_logits
+from .weights import REFERENCE_TOLERANCE, reference_logits
 
 NUM_LOGITS = 5
 

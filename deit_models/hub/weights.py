@@ -1,4 +1,5 @@
 """Bytes to tensors: a weights file read safely, and compared with the model it is said to be."""
+# MERGED """Recorded logits: a fixed input, and the comparison that vouches for weights no digest is known of."""
 
 from __future__ import annotations
 
@@ -19,12 +20,42 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import CheckpointError
+from .. import files
+from ..errors import CheckpointError, first_line
+from ..files import read_json
+from ..formats.layouts import Mapped, to_native
 from ..models.layers import ImageClassifier
 from . import fetch
-from .descriptions import read_json
 from .fetch import Access
-from .layouts import Mapped, to_native
+
+REFERENCE_TOLERANCE = 1e-3
+
+
+def reference_input(config: Any) -> Tensor:
+    """The fixed image batch recorded logits belong to: waves of different length per channel, (1, C, H, W) float32."""
+    height, width = config.image_hw
+    rows, columns = torch.arange(height).float()[:, None], torch.arange(width).float()[None, :]
+    return torch.stack([torch.sin(rows * (0.05 + 0.03 * c) + columns * 0.07 + c) for c in range(config.in_chans)])[None]
+
+
+@torch.inference_mode()
+def reference_logits(model: ImageClassifier, count: int) -> Tensor:
+    """The first `count` logits for `reference_input`, in eval mode; the model's mode is left as it was."""
+    training = model.training
+    logits: Tensor = model.eval()(reference_input(model.config).to(next(model.parameters())))[0, :count]
+    model.train(training)
+    return logits.float().cpu()
+
+
+def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None:
+    """Compare the first logits for `reference_input` with recorded ones.
+
+    Raises: CheckpointError: they differ by more than REFERENCE_TOLERANCE; the weights are not the published ones.
+    """
+    difference = float((reference_logits(model, len(expected)) - torch.tensor(expected)).abs().max())
+    if not difference <= REFERENCE_TOLERANCE:
+        raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")
+
 
 logger = logging.getLogger(__name__)
 _unpickling = threading.Lock()
@@ -67,12 +98,12 @@ def read_tensors(
         IntegrityError: the digest differs.
     """
     try:
-        actual = fetch.check_digest(path, digest, name=source)
+        actual = files.check_digest(path, digest, name=source)
     except CheckpointError:
         _forget(path, access)
         raise
     if path.suffix in PICKLE_SUFFIXES:
-        actual = actual or fetch.sha256_of(path)
+        actual = actual or files.sha256_of(path)
         return _read_pickle(path, access, source=source, digest=actual, payload=payload), actual
     return _read_safetensors(path), actual
 
@@ -92,15 +123,15 @@ def _read_pickle(path: Path, access: Access, *, source: str, digest: str, payloa
     record = converted.with_suffix(".json")
     if converted.is_file() and record.is_file():
         try:
-            fetch.check_digest(converted, read_json(record)["sha256"])
+            files.check_digest(converted, read_json(record)["sha256"])
             return _read_safetensors(converted)
         except (CheckpointError, LookupError, AttributeError, TypeError) as error:
             logger.warning("%s; converting %s again", error, path)
     tensors = unpickle_tensors(path, payload=payload)
-    with fetch.atomic_write(converted) as temporary:
+    with files.atomic_write(converted) as temporary:
         save_file(tensors, temporary, metadata={"format": "pt"})
-        facts = {"source": source, "source_sha256": digest, "sha256": fetch.sha256_of(temporary)}
-    with fetch.atomic_write(record) as temporary:
+        facts = {"source": source, "source_sha256": digest, "sha256": files.sha256_of(temporary)}
+    with files.atomic_write(record) as temporary:
         temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
     return _read_safetensors(converted)
 
@@ -123,7 +154,7 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
         what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
         raise CheckpointError(f"{path} is refused: {what}") from error
     except _UNPICKLING_ERRORS as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({fetch.first_line(error)})") from error
+        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error)})") from error
     keys = (payload,) if payload is not None else PAYLOAD_KEYS
     state = next((data[key] for key in keys if isinstance(data, dict) and isinstance(data.get(key), Mapping)), data)
     if not isinstance(state, Mapping) or (payload is not None and state is data):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoint import Layout
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
-    from ..registry import Origin
-
-Layout = Literal["native", "timm", "timm-conv", "transformers"]
-"""Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
+    from ..checkpoint import Origin
 
 
 class HeadLogits(NamedTuple):
@@ -134,7 +132,7 @@ class ImageClassifier(nn.Module):
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
         """Write config.json, model.safetensors and a model card; see `deit_models.hub.publish.save_pretrained`."""
-        from ..hub import publish
+        from ..formats import publish
 
         publish.save_pretrained(self, save_directory, layout=layout)
 
@@ -142,7 +140,7 @@ class ImageClassifier(nn.Module):
         self, repo_id: str, *, layout: Layout = "native", token: str | None = None, private: bool | None = None
     ) -> str:
         """Upload the folder `save_pretrained` writes; see `deit_models.hub.publish.push_to_hub`."""
-        from ..hub import publish
+        from ..formats import publish
 
         return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private)
 

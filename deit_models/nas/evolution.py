@@ -13,8 +13,7 @@ from random import Random
 
 from ..errors import ConfigError
 from .costs import Cost
-from .settings import Evolution
-from .space import BlockChoice, Candidate, SearchSpace, StageChoice, StageChoices, candidates_of
+from .space import BlockChoice, Candidate, Evolution, SearchSpace, StageChoice, StageChoices, candidates_of
 
 _TRIES = 1000
 """Draws that may come out too large, too small or known already before a search takes it that there is no other."""

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MissingExtraError, TrainingError
-from ..hub.fetch import atomic_write
-from ..training.logs import read_log
-from ..training.plots import find_matplotlib
+from ..files import atomic_write
+from ..training.run import find_matplotlib
+from ..training.state import read_log
 from .evolution import Scored
 
 if sys.version_info >= (3, 11):

@@ -10,30 +10,28 @@ from typing import Any
 
 import torch
 
-from ..architecture import Architecture, toml_lines
+from ..checkpoint import Origin, Preprocessing
+from ..data.classes import keep_split, labels_of, parts, stratified_split
+from ..data.datasets import open_images
+from ..data.loading import Watch, default_workers, plain_watch
+from ..data.memory import Cache
+from ..data.records import ImageRecords
+from ..distributed import join_processes
 from ..errors import ConfigError, TrainingError
-from ..finetuning.split import keep_split, labels_of, parts, stratified_split
-from ..hub.fetch import atomic_write
+from ..files import atomic_write, toml_lines
+from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
-from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import ViTResNAS
-from ..registry import Origin, default_preprocessing
-from ..training.cache import Cache
-from ..training.distributed import join_processes
-from ..training.export import export_model
-from ..training.loading import Watch, default_workers, open_images, plain_watch
+from ..registry import default_preprocessing
 from ..training.recipe import Precision, Recipe
-from ..training.records import ImageRecords
 from ..training.run import TrainResult, train
-from ..training.state import digest_of_numbers
+from ..training.state import digest_of_numbers, export_model
 from .costs import CostKind, make_cost
 from .evolution import Scored, evolve
 from .report import SETTINGS_NAME, write_report
 from .scoring import HeldOut, Scorer
-from .settings import Evolution, Sampling
-from .space import SearchSpace
-from .subnet import extract
-from .supernet import SuperNetwork
+from .space import Evolution, Sampling, SearchSpace
+from .supernet import SuperNetwork, extract
 
 SUPERNET_FOLDER, WINNER_FOLDER = "supernet", "winner"
 SPACE_NAME, WINNER_NAME = "space.toml", "winner.toml"

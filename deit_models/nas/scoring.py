@@ -8,20 +8,20 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..checkpoint import Preprocessing
+from ..data.inputs import EvalSamples, ShardSampler
+from ..data.levels import Levels, ToInput
+from ..data.loading import DamageCount, Watch, explained_worker_failure, make_loader
+from ..data.records import ImageRecords
+from ..data.transforms import EvalTransform
+from ..distributed import Process
 from ..errors import DataError
-from ..hub.manifest import Preprocessing
 from ..models.vit_resnas import ViTResNAS
-from ..training.distributed import Process
 from ..training.learner import autocast
-from ..training.levels import Levels, ToInput
-from ..training.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..training.recipe import Precision
-from ..training.records import ImageRecords
-from ..training.samplers import EvalSamples, ShardSampler
-from ..transforms import EvalTransform
-from .ledger import Ledger
+from .costs import Ledger
 from .space import Candidate, SearchSpace
-from .subnet import extract
+from .supernet import extract
 
 SCORES_NAME = "scores.jsonl"
 

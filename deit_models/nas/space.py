@@ -1,22 +1,125 @@
-"""What a search may choose from, and one choice of it: a candidate.
-
-A space is a stack of stages; each has some possible widths, and a number of block places, each with some possible
-numbers of heads and hidden widths, and some of which may stay empty. Source: section 4 of the ViT-ResNAS paper.
-"""
+"""The search spaces that come with the package, and those in files."""
+# MERGED """Networks in the authors' notation: nested tuples, read into stages."""
+# MERGED """The numbers of a search, which the command line shows without loading torch."""
+# MERGED """What a search may choose from, and one choice of it: a candidate. A space is a stack of stages; each has some possible widths, and a number of block places, each with some possible numbers of heads and hidden widths, and some of which may stay empty. Source: section 4 of the ViT-ResNAS paper. """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
+from os import PathLike
+from pathlib import Path
 from typing import Any
 
-from ..architecture import toml_lines
-from ..config import check_whole, nearest, override
+from ..checkpoint import Preprocessing
+from ..config import check_rates, check_whole, nearest, override
 from ..errors import ConfigError
-from ..hub.manifest import Preprocessing
+from ..files import toml_lines
 from ..models.vit_resnas import Stage, ViTResNASConfig
+
+
+def stages_of(network_def: Iterable[Sequence[Any]]) -> tuple[Stage, ...]:
+    """The stages of a network written the authors' way.
+
+    Args:
+        network_def: nested tuples, one an entry: (4, D) or (0, D) for the stem; (1, (D, heads, head_dim), (D, hidden),
+            kept) for a block, which is left out where `kept` is 0; (3, D, D') for a reduction; (2, D, classes) for the
+            head.
+
+    Raises: ConfigError: an entry of another kind, widths that do not meet, or stages with heads of several widths.
+    """
+    stages: list[Stage] = []
+    width, blocks = 0, list[tuple[int, int, int]]()
+    for entry in network_def:
+        kind = entry[0]
+        if kind in (0, 4):
+            width = entry[1]
+        elif kind == 1:
+            (block_width, heads, head_dim), (mlp_width, hidden), kept = entry[1:]
+            if not block_width == mlp_width == width:
+                raise ConfigError(f"network_def: the block {entry} follows tokens of width {width}")
+            blocks += [(heads, head_dim, hidden)] if kept else []
+        elif kind in (2, 3) and entry[1] == width:
+            stages.append(_closed_stage(width, blocks))
+            width, blocks = entry[2], []
+        else:
+            raise ConfigError(f"network_def: the entry {entry} is of no known kind, or follows tokens of width {width}")
+    return tuple(stages)
+
+
+def _closed_stage(width: int, blocks: list[tuple[int, int, int]]) -> Stage:
+    head_dims = {head_dim for _, head_dim, _ in blocks}
+    if len(head_dims) != 1:
+        raise ConfigError(
+            f"network_def: a stage of width {width} has heads of widths {sorted(head_dims)}; expected one"
+        )
+    return Stage(
+        embed_dim=width,
+        head_dim=head_dims.pop(),
+        num_heads=tuple(heads for heads, _, _ in blocks),
+        mlp_hidden=tuple(hidden for _, _, hidden in blocks),
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How candidates are drawn while the super-network trains; the defaults are the paper's.
+
+    Attributes:
+        images: images of a batch for each candidate; a batch of 128 trains two candidates with 64.
+        warmup_epochs: epochs until every choice may be drawn. At first all is at its largest; smaller choices join one
+            by one, and at the start of each of these epochs channels are sorted by importance.
+    """
+
+    images: int = 64
+    warmup_epochs: int = 30
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that cannot work."""
+        check_whole(self, "images")
+        if self.warmup_epochs < 0:
+            raise ConfigError(f"warmup_epochs={self.warmup_epochs}; expected 0 or more")
+
+    def enabled(self, choices: int, epoch: int) -> int:
+        """How many of an item's choices, the largest first, may be drawn in an epoch (from 0)."""
+        if epoch >= self.warmup_epochs:
+            return choices
+        return min(1 + epoch * (choices - 1) // self.warmup_epochs, choices)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evolution:
+    """The numbers of a search; the defaults are the paper's, 3,350 candidates in all.
+
+    Attributes:
+        population: candidates drawn at random to begin with.
+        generations: rounds, the random one counted.
+        parents: the best so far, from which a generation is made.
+        mutants: candidates of a generation that are varied parents.
+        crossovers: candidates of a generation that are crossed parents.
+        mutation: probability that a mutant draws an item anew.
+        crossover: probability that a crossed candidate takes an item from its second parent.
+        floor: smallest cost, as a fraction of the limit; larger networks are better, so smaller ones need no scoring.
+        seed: of all draws.
+    """
+
+    population: int = 500
+    generations: int = 20
+    parents: int = 75
+    mutants: int = 75
+    crossovers: int = 75
+    mutation: float = 0.3
+    crossover: float = 0.5
+    floor: float = 0.975
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for numbers that cannot work."""
+        check_whole(self, "population", "generations", "parents", "mutants", "crossovers")
+        check_rates(self, "mutation", "crossover", "floor")
+
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -247,3 +350,59 @@ def candidates_of(space: SearchSpace) -> Iterator[Candidate]:
         stages.append([StageChoice(width, blocks) for width in stage.embed_dim for blocks in product(*places)])
     for chosen in product(*stages):
         yield Candidate(chosen)
+
+
+def _paper_space(depth: int, unit: int, heads: tuple[tuple[int, ...], ...], widths: tuple[int, ...]) -> SearchSpace:
+    """One of the paper's spaces: stages twice as wide as the one before, MLPs in steps of `unit`."""
+    stages = (
+        StageChoices(
+            embed_dim=tuple(width * 2**i for width in widths),
+            head_dim=(32, 48, 64)[i],
+            num_heads=heads[i],
+            mlp_hidden=tuple(unit * 2**i * step for step in range(12, 5, -1)),
+            depth=depth,
+            removable=(1, 3, 5),
+        )
+        for i in range(3)
+    )
+    return SearchSpace(stages=tuple(stages), settings={"patch_head": True})
+
+
+SPACES: Mapping[str, SearchSpace] = {
+    "tiny": _paper_space(6, 64, ((6, 5, 4, 3), (12, 10, 8, 6), (12, 10, 8, 6)), (256, 224, 192, 176, 160)),
+    "small": _paper_space(7, 80, ((8, 7, 6, 5), (16, 14, 12, 10), (16, 14, 12, 10)), (320, 280, 240, 220, 200)),
+    "small32": SearchSpace(
+        stages=tuple(
+            StageChoices(
+                embed_dim=tuple(width * 2**i for width in (40, 36, 32, 28, 24)),
+                head_dim=16,
+                num_heads=tuple(heads * 2**i for heads in (3, 2, 1)),
+                mlp_hidden=tuple(hidden * 2**i for hidden in (128, 112, 96, 80, 64)),
+                depth=4,
+                removable=(1, 3),
+            )
+            for i in range(3)
+        ),
+        settings={"img_size": 32, "patch_size": 4, "stem_dim": 16, "num_classes": 10},
+        preprocessing=Preprocessing(
+            resize=32, crop=(32, 32), mean=(0.4914, 0.4822, 0.4465), std=(0.247, 0.2435, 0.2616)
+        ),
+    ),
+}
+"""The paper's two spaces for 224-pixel images, and a small one for 32-pixel images, which two CPU cores can search."""
+
+
+def read_space(source: str | PathLike[str]) -> SearchSpace:
+    """A space by its name in `SPACES`, or from a TOML file.
+
+    Raises: ConfigError: there is neither, or `space_from_toml` refuses the file.
+    """
+    if isinstance(source, str) and source in SPACES:
+        return SPACES[source]
+    path = Path(source)
+    if not path.is_file():
+        raise ConfigError(f"no search space {str(source)!r}{nearest(str(source), SPACES)}; or name a TOML file")
+    try:
+        return space_from_toml(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error

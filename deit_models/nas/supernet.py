@@ -1,26 +1,60 @@
-"""The super-network: the largest network of a space, trained so that every network inside it works too.
-
-In training each batch is divided between several candidates, drawn anew, whose missing channels are masked: all of them
-share one forward and one backward pass (multi-architectural sampling). In eval mode it is the largest network.
-Source: section 4 of the ViT-ResNAS paper; details as in the authors' code.
-"""
+"""One network of the space, alone: the shared weights cut down to a candidate's."""
+# MERGED """Important channels first: what a small network keeps is the front of each tensor, so the front should be the best."""
+# MERGED """The super-network: the largest network of a space, trained so that every network inside it works too. In training each batch is divided between several candidates, drawn anew, whose missing channels are masked: all of them share one forward and one backward pass (multi-architectural sampling). In eval mode it is the largest network. Source: section 4 of the ViT-ResNAS paper; details as in the authors' code. """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from os import PathLike
 from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
+from ..checkpoint import Layout
 from ..errors import ConfigError
-from ..models.layers import HeadLogits, ImageClassifier, Layout, TrainingLogits
-from ..models.transformer import Block
+from ..hub.weights import meta_model
+from ..models.layers import HeadLogits, ImageClassifier, TrainingLogits
+from ..models.transformer import Attention, Block, Mlp
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
-from .reorder import reorder_channels
-from .settings import Sampling
-from .space import BlockChoice, Candidate, SearchSpace, StageChoice
+from .space import BlockChoice, Candidate, Sampling, SearchSpace, StageChoice
+
+
+@torch.no_grad()
+def reorder_channels(blocks: Iterable[nn.Module]) -> None:
+    """Sort the hidden units and the heads of every block by importance, in place; what the network computes stays.
+
+    Importance is the sum of the magnitudes of all weights and biases of a unit or head. Stage widths are not sorted.
+    Source: the paper's channel re-ordering, as in the authors' code.
+    """
+    for block in blocks:
+        if isinstance(block, Block):
+            _reorder_hidden(block.mlp)
+            _reorder_heads(block.attn)
+
+
+def _reorder_hidden(mlp: Mlp) -> None:
+    weight = mlp.fc1.weight.abs().sum(1) + mlp.fc1.bias.abs() + mlp.fc2.weight.abs().sum(0)
+    order = weight.argsort(descending=True, stable=True)
+    for tensor in (mlp.fc1.weight, mlp.fc1.bias):
+        tensor.copy_(tensor[order])
+    mlp.fc2.weight.copy_(mlp.fc2.weight[:, order])
+
+
+def _reorder_heads(attention: Attention) -> None:
+    heads, out = attention.num_heads, attention.proj.weight
+    by_head = [_by_head(tensor, heads) for tensor in (attention.qkv.weight, attention.qkv.bias) if tensor is not None]
+    columns = out.view(len(out), heads, -1)
+    weight = sum((part.abs().sum((0, *range(2, part.ndim))) for part in by_head), columns.abs().sum((0, 2)))
+    order = torch.as_tensor(weight).argsort(descending=True, stable=True)
+    for part in by_head:
+        part.copy_(part[:, order])
+    columns.copy_(columns[:, order])
+
+
+def _by_head(tensor: Tensor, heads: int) -> Tensor:
+    """Rows of q, k and v as (3, heads, head_dim, ...), a view."""
+    return tensor.view(3, heads, -1, *tensor.shape[1:])
 
 
 class _BlockMask(NamedTuple):
@@ -186,3 +220,52 @@ def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) 
     x = x + block.drop_path(_masked(block.attn.project(mixed), width, mask.kept))
     hidden = _masked(block.mlp.hidden(_normed(block.norm2, x, width)), mask.hidden)
     return x + block.drop_path(_masked(block.mlp.project(hidden), width, mask.kept))
+
+
+def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViTResNAS:
+    """A candidate as a network of its own, in eval mode, with copies of the weights it shares.
+
+    A tensor's leading corner is what a smaller network shares of it; q, k and v have a corner each.
+
+    Args:
+        largest: the space's largest network, see `SearchSpace.largest`.
+        space: the space.
+        candidate: the choice.
+    """
+    config, shared = largest.config, largest.state_dict()
+    common = {
+        name: getattr(config, name)
+        for name in ("img_size", "in_chans", "num_classes", "distilled", "patch_head", "drop_rate", "drop_path_rate")
+    }
+    network = meta_model(ViTResNAS, space.config_of(candidate, **common))
+    sources = _source_names(candidate)
+    state = {}
+    for name, wanted in network.state_dict().items():
+        number, _, rest = name.removeprefix("blocks.").partition(".")
+        source = f"blocks.{sources[int(number)]}.{rest}" if name.startswith("blocks.") else name
+        state[name] = _corner(shared[source], wanted, fused=3 if ".qkv." in name else 1)
+    network.load_state_dict(state, assign=True)
+    return cast(ViTResNAS, network.eval())
+
+
+def _source_names(candidate: Candidate) -> list[int]:
+    """Which entry of the largest network's `blocks` each entry of the candidate's comes from."""
+    numbers, number = [], 0
+    for place, stage in enumerate(candidate.stages):
+        if place:  # the reduction in front of the stage
+            numbers.append(number)
+            number += 1
+        for block in stage.blocks:
+            if block.kept:
+                numbers.append(number)
+            number += 1
+    return numbers
+
+
+def _corner(tensor: Tensor, wanted: Tensor, *, fused: int) -> Tensor:
+    """The leading part of a tensor, or of each of the `fused` tensors that are stacked in it, as a copy."""
+    if wanted.ndim == 0:
+        return tensor.clone()
+    parts = tensor.reshape(fused, -1, *tensor.shape[1:])
+    shape = (fused, wanted.shape[0] // fused, *wanted.shape[1:])
+    return parts[tuple(slice(size) for size in shape)].reshape(wanted.shape).clone()

@@ -15,9 +15,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..architecture import toml_lines
 from ..config import nearest, override
 from ..errors import ConfigError
+from ..files import toml_lines
 from .presets import PRESETS
 
 if sys.version_info >= (3, 11):

@@ -3,21 +3,25 @@
 Random numbers need no saving: every epoch seeds its generators from (seed, epoch, process), and every sample from
 (seed, epoch, place in the epoch).
 """
+# MERGED """The record of a run: one JSON line an epoch, and the same figures for TensorBoard."""
+# MERGED """From a model in training to a folder anyone can load."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -27,13 +31,136 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
-from ..errors import TrainingError
-from ..hub.fetch import atomic_write, first_line
+from ..data.records import ImageRecords
+from ..distributed import Process
+from ..errors import FetchError, MissingExtraError, TrainingError, first_line
+from ..files import atomic_write
 from ..models.layers import ImageClassifier
-from .export import MODEL_FOLDERS, WEIGHTS_NAME
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
-from .records import ImageRecords
+
+LOG_NAME = "log.jsonl"
+
+
+class RunLog:
+    """Appends a row for each epoch to `log.jsonl` in a folder, and reads them back.
+
+    Args:
+        out: the folder.
+        first_epoch: rows of this epoch and later ones, left by an interrupted run, are dropped.
+        tensorboard: also write TensorBoard's event files, into `out/tensorboard`.
+        writes: whether this process writes at all.
+
+    Raises: MissingExtraError: TensorBoard is asked for and not installed. FetchError: no space or no permission.
+    """
+
+    def __init__(self, out: Path, *, first_epoch: int, tensorboard: bool, writes: bool) -> None:
+        self.path = out / LOG_NAME
+        self.rows = [row for row in read_log(self.path) if row["epoch"] < first_epoch]
+        self._writes = writes
+        self._board = _open_tensorboard(out / "tensorboard", first_epoch) if tensorboard and writes else None
+        if writes:
+            with atomic_write(self.path) as temporary:
+                temporary.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row; it has an `epoch`. Raises: FetchError: no space or no permission."""
+        self.rows.append(row)
+        if self._writes:
+            try:
+                with self.path.open("a", encoding="utf-8") as file:
+                    file.write(_line(row))
+            except OSError as error:
+                raise FetchError(f"cannot write {self.path}: {first_line(error)}") from error
+        if self._board is not None:
+            for name, value in row.items():
+                if isinstance(value, (int, float)):
+                    self._board.add_scalar(name, value, row["epoch"])
+            self._board.flush()
+
+    def close(self) -> None:
+        """Finish TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The complete rows of a log; a last line that a killed process left unfinished is passed over."""
+    rows = []
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                break
+    return rows
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row) + "\n"
+
+
+def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingExtraError("TensorBoard is not installed; pip install 'deit-models[train]'") from error
+    return SummaryWriter(str(folder), purge_step=first_epoch)
+
+
+WEIGHTS_NAME = "model.safetensors"
+CARD_NAME = "README.md"
+MODEL_FOLDERS = ("model", "best", "ema")
+"""Where a run puts its last weights, those of its best epoch, and the averaged ones."""
+
+
+def export_model(
+    model: nn.Module,
+    folder: Path,
+    process: Process,
+    *,
+    divided: bool,
+    records: ImageRecords,
+    accuracy: Mapping[str, float | None],
+) -> None:
+    """Write a model in training into `folder`; called by every process, written by the first.
+
+    Our models become what `from_pretrained` reads, with the class names, the data's name and the accuracy; of any other
+    module the state dict is written, as `model.safetensors`.
+
+    Args:
+        model: on any device.
+        folder: made if need be.
+        process: this one.
+        divided: whether each process holds but a part of the parameters.
+        records: the training set.
+        accuracy: `top1` and `top5` of these weights in percent, where they are known.
+
+    Raises: FetchError: no space or no permission.
+    """
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    state: dict[str, Any] = dict(get_model_state_dict(model, options=options)) if divided else model.state_dict()
+    if process.is_main:
+        if isinstance(model, ImageClassifier) and model.origin is not None:
+            known = {name: accuracy.get(name) for name in ("top1", "top5")}
+            model.origin = model.origin.trained(records.name, class_names=records.classes, **known)
+            # the card of an earlier epoch, which save_pretrained would keep, tells that one's accuracy
+            (folder / CARD_NAME).unlink(missing_ok=True)
+            (_rebuilt(model, state) if divided else model).save_pretrained(folder)
+        else:
+            with atomic_write(folder / WEIGHTS_NAME) as temporary:
+                # copies, because safetensors refuses weights that two layers share
+                save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, temporary)
+    process.wait_for_all()
+
+
+def _rebuilt(model: ImageClassifier, state: dict[str, Any]) -> ImageClassifier:
+    """An undivided copy of a model whose parameters are spread over processes."""
+    whole = type(model)(model.config)
+    whole.load_state_dict(state)
+    whole.origin = model.origin
+    return whole
+
 
 STATE_NAME = "last.pt"
 _FORMAT = 1

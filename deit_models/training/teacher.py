@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ..config import nearest
-from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError
-from ..hub.fetch import Access, first_line
-from ..hub.layouts import Mapped
+from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
+from ..formats.layouts import Mapped
+from ..hub.fetch import Access
 from ..hub.load import from_pretrained
-from ..hub.manifest import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ..hub.weights import PICKLE_SUFFIXES, read_tensors, unpickle_tensors, verified_state
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import list_models

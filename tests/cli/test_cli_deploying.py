@@ -10,7 +10,7 @@ from command_line import NAMES, failure, usage_error
 import deit_models
 from deit_models.cli import main
 from deit_models.deploy import bench as benching
-from deit_models.deploy.formats import open_exported, read_metadata
+from deit_models.deploy.runtimes import open_exported, read_metadata
 
 
 def test_export_writes_a_file_and_says_how_well_it_agrees(tiny, tmp_path, capsys):

@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models.cli import main
-from deit_models.training.class_names import Match, Relabelled, match_classes
-from deit_models.training.records import ImageRecords
+from deit_models.data.classes import Match, Relabelled, match_classes
+from deit_models.data.records import ImageRecords
 
 PLAIN, DISTILLED = MODELS
 QUICK = ["--workers", "0", "--device", "cpu"]

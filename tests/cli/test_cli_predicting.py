@@ -13,7 +13,8 @@ from command_line import NAMES, failure, save_pictures
 
 import deit_models
 from deit_models import predict
-from deit_models.cli import main, progress
+from deit_models.cli import arguments as progress
+from deit_models.cli import main
 
 
 def expected(tiny: Path, photo: Path) -> list[str]:

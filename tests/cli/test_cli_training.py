@@ -16,8 +16,7 @@ from command_line import CLASSES, MODELS, ended, failure, run, save_class_folder
 
 import deit_models
 from deit_models.cli import build_parser, main
-from deit_models.cli.arguments import open_data
-from deit_models.cli.progress import TrainingDisplay, epoch_line
+from deit_models.cli.arguments import TrainingDisplay, epoch_line, open_data
 from deit_models.training.recipe import read_recipe, recipe_named
 
 PLAIN, DISTILLED = MODELS
@@ -275,7 +274,7 @@ def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
 
 @pytest.mark.parametrize(("rank", "events"), [("0", ["open True", "wait"]), ("1", ["wait", "open False"])])
 def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, monkeypatch):
-    from deit_models.training import datasets
+    from deit_models.data import datasets
 
     seen = []
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from deit_models import ConfigError, UnknownModelError
-from deit_models.deploy import backends, timing
 from deit_models.deploy import bench as benching
-from deit_models.deploy.backends import BACKENDS, Job
+from deit_models.deploy import runtimes as backends
+from deit_models.deploy import timing
 from deit_models.deploy.bench import Case, Measurement, bench, measure, table
-from deit_models.deploy.formats import Runner
+from deit_models.deploy.runtimes import BACKENDS, Job
+from deit_models.deploy.timing import Runner
 
 MICRO = "deit_micro_patch4_32"
 

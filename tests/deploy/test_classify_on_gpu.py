@@ -8,7 +8,8 @@ from small_models import TINY, build
 from synchronisations import Waits, put_on_fake_gpu
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from deit_models import Classifier, batches
+from deit_models import Classifier
+from deit_models.data import loading as batches
 
 
 @pytest.mark.parametrize("kind", TINY)

@@ -16,12 +16,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deit_models
-from deit_models.deploy import backends, gpu
+from deit_models.deploy import gpu
 from deit_models.deploy import optimize as optimizing
-from deit_models.deploy.backends import Job
-from deit_models.deploy.formats import Runner
+from deit_models.deploy import runtimes as backends
 from deit_models.deploy.gpu import exact_float32, launched_at_once
-from deit_models.deploy.prepared import prepare
+from deit_models.deploy.network import prepare
+from deit_models.deploy.runtimes import Job
+from deit_models.deploy.timing import Runner
 
 SWITCHES = (
     torch.backends.cuda.matmul,

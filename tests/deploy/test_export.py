@@ -12,8 +12,8 @@ from small_models import TINY, build, normalised, pixels
 import deit_models
 from deit_models import AgreementError, ConfigError, FetchError, MissingExtraError
 from deit_models.deploy import export as exporting
-from deit_models.deploy import formats
-from deit_models.deploy.formats import FORMATS, open_exported, read_metadata
+from deit_models.deploy import runtimes as formats
+from deit_models.deploy.runtimes import FORMATS, open_exported, read_metadata
 from deit_models.models.deit import DeiT, DeiTConfig
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch-export": ()}

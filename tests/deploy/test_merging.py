@@ -11,17 +11,11 @@ from small_models import TINY, build, normalised, pixels
 
 import deit_models
 from deit_models import AgreementError, ConfigError
-from deit_models.deploy import backends
 from deit_models.deploy import optimize as optimizing
-from deit_models.deploy.formats import open_exported, quiet, read_metadata
-from deit_models.deploy.merging import (
-    MergingBlocks,
-    decreasing,
-    match_tokens,
-    merge_tokens,
-    merging_plan,
-)
-from deit_models.deploy.prepared import prepare
+from deit_models.deploy import runtimes as backends
+from deit_models.deploy.network import MergingBlocks, decreasing, match_tokens, merge_tokens, merging_plan, prepare
+from deit_models.deploy.runtimes import open_exported, read_metadata
+from deit_models.deploy.timing import quiet
 from deit_models.models.deit import DeiT, DeiTConfig
 from deit_models.models.layers import ImageClassifier
 

@@ -14,12 +14,12 @@ from torch import Tensor
 
 import deit_models
 from deit_models import AgreementError, ConfigError
-from deit_models.deploy import backends
 from deit_models.deploy import optimize as optimizing
-from deit_models.deploy.backends import BACKENDS, Backend, BackendName, Job
-from deit_models.deploy.decisions import decision_key
-from deit_models.deploy.formats import Runner, quiet
-from deit_models.deploy.prepared import prepare
+from deit_models.deploy import runtimes as backends
+from deit_models.deploy.network import prepare
+from deit_models.deploy.optimize import decision_key
+from deit_models.deploy.runtimes import BACKENDS, Backend, BackendName, Job
+from deit_models.deploy.timing import Runner, quiet
 from deit_models.models.layers import ImageClassifier
 
 

@@ -9,7 +9,7 @@ from small_models import TINY, build, normalised, pixels
 from torch import nn
 
 from deit_models import ConfigError
-from deit_models.deploy.prepared import PrefixBlock, prepare
+from deit_models.deploy.network import PrefixBlock, prepare
 from deit_models.models.deit import DeiT, DeiTConfig
 from deit_models.models.transformer import Block
 

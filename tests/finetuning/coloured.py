@@ -12,8 +12,8 @@ import torch
 from torch import nn
 
 import deit_models
+from deit_models.data.records import ArrayRecords
 from deit_models.models.layers import ImageClassifier
-from deit_models.training.records import ArrayRecords
 
 CLASSES = ("ant", "bee", "cow")
 QUICK: dict[str, Any] = {

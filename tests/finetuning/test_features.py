@@ -8,13 +8,12 @@ from coloured import Counted, Unlabelled, atom, recipe, save_folders
 from torch.nn import functional as F
 
 import deit_models
+from deit_models.data.datasets import open_dataset
+from deit_models.data.loading import plain_watch
+from deit_models.data.transforms import transform_for
+from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.finetuning.features import Features, extract_features
-from deit_models.finetuning.linear import STRENGTHS, fit_heads, judge
-from deit_models.training.datasets import open_dataset
-from deit_models.training.distributed import Process
-from deit_models.training.loading import plain_watch
-from deit_models.transforms import transform_for
+from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -76,8 +75,8 @@ def test_second_call_reads_nothing_and_gives_the_same_model(tmp_path, passes):
 
 
 def test_interrupted_extraction_goes_on_with_the_images_that_are_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("deit_models.finetuning.features._BATCH", 8)
-    monkeypatch.setattr("deit_models.finetuning.features._SHARD", 16)
+    monkeypatch.setattr("deit_models.finetuning.probe._BATCH", 8)
+    monkeypatch.setattr("deit_models.finetuning.probe._SHARD", 16)
     records = Counted(60)
 
     def interrupted(batches, _total):
@@ -201,7 +200,7 @@ def test_each_head_is_fitted_by_itself_and_judged_by_their_mean():
 def test_fit_in_small_pieces_is_the_same(monkeypatch):
     train, val = noise(100), noise(50, seed=1)
     whole = fit_heads(train, val, num_classes=4, device=ALONE.device)
-    monkeypatch.setattr("deit_models.finetuning.linear._CELLS", 28)  # seven images at a time
+    monkeypatch.setattr("deit_models.finetuning.probe._CELLS", 28)  # seven images at a time
     pieces = fit_heads(train, val, num_classes=4, device=ALONE.device)
     assert pieces.penalty == whole.penalty
     assert torch.allclose(pieces.weights["head"][0], whole.weights["head"][0], atol=1e-3)

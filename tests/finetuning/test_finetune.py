@@ -13,10 +13,11 @@ import torch
 from coloured import CLASSES, Counted, atom, pixels, recipe, save_folders
 
 import deit_models
+from deit_models.data.datasets import DATASETS
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.finetuning.presets import PRESET_OF, preset_for, recipe_for
-from deit_models.training.named_datasets import DATASETS
-from deit_models.training.recipe import PRESETS, read_recipe
+from deit_models.finetuning.run import PRESET_OF, preset_for, recipe_for
+from deit_models.training.presets import PRESETS
+from deit_models.training.recipe import read_recipe
 
 
 def finetune(out, *, model=None, mode="full", settings=None, **options):

@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 from coloured import Counted, Unlabelled, save_folders
 
+from deit_models.data.classes import keep_split, labels_of, parts, stratified_split
+from deit_models.data.datasets import open_dataset, wrap
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.finetuning.split import keep_split, labels_of, parts, stratified_split
-from deit_models.training.datasets import open_dataset, wrap
 
 
 def test_every_class_gives_its_share_and_no_image_is_lost():

@@ -16,8 +16,8 @@ import torch.distributed as dist
 from settings import RANDOM
 
 import deit_models
+from deit_models.distributed import Process
 from deit_models.training import run
-from deit_models.training.distributed import Process
 from deit_models.training.run import TrainResult
 
 LIVELY: dict[str, Any] = {**RANDOM, "optimizer": "sgd", "lr": 0.02}

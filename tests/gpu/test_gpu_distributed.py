@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import deit_models
-from deit_models.training.logs import read_log
+from deit_models.training.state import read_log
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ import deit_models
 from deit_models import Classifier, evaluate, optimize
 from deit_models.deploy.bench import Case, measure
 from deit_models.models.layers import ImageClassifier
-from deit_models.results import ImageResult
+from deit_models.predict import ImageResult
 
 pytestmark = pytest.mark.gpu
 

@@ -7,8 +7,7 @@ import torch
 from tiny_models import answer, assert_same_state, refusal, tiny_model
 
 from deit_models import CheckpointError, create_model
-from deit_models.hub.families import FAMILIES
-from deit_models.hub.layouts import from_native, to_native
+from deit_models.formats.layouts import FAMILIES, from_native, to_native
 from deit_models.models.deit import DeiTConfig
 
 PUBLISHED = [

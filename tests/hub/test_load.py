@@ -28,10 +28,11 @@ from deit_models import (
     register_model,
     registry,
 )
-from deit_models.hub import download as downloads
-from deit_models.hub import fetch, load, manifest
+from deit_models import checkpoint as manifest
+from deit_models.checkpoint import Checkpoint, Preprocessing, Source
+from deit_models.hub import fetch, load
+from deit_models.hub import fetch as downloads
 from deit_models.hub.fetch import Access
-from deit_models.hub.manifest import Checkpoint, Preprocessing, Source
 from deit_models.models.deit import DeiT
 
 REPO = "me/model"

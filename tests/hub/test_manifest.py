@@ -5,8 +5,8 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from deit_models import ConfigError, ManifestError
-from deit_models.hub import manifest
-from deit_models.hub.manifest import Preprocessing, Source, find_repo, load_manifest, parse_manifest, weights_dir
+from deit_models import checkpoint as manifest
+from deit_models.checkpoint import Preprocessing, Source, find_repo, load_manifest, parse_manifest, weights_dir
 
 GOOD = """
 schema = 1

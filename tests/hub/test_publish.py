@@ -12,8 +12,9 @@ from tiny_models import LAYOUTS, answer, assert_same_answer, assert_same_state, 
 from tiny_models import tiny_model as make
 
 from deit_models import ConfigError, FetchError, create_model, from_pretrained, transform_for
-from deit_models.hub import fetch, publish
-from deit_models.hub.manifest import Preprocessing
+from deit_models.checkpoint import Preprocessing
+from deit_models.formats import publish
+from deit_models.hub import fetch
 from deit_models.models.deit import DeiT, DeiTConfig
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")

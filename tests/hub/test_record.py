@@ -9,12 +9,12 @@ from tiny_models import answer, assert_same_answer, published_files, refusal, ti
 from toy_manifest import HEAD, put_in_force, register_toys, toy_table
 
 from deit_models import CheckpointError, FetchError, ManifestError, UnknownModelError, from_pretrained
+from deit_models.checkpoint import Source, parse_manifest
 from deit_models.cli import main
 from deit_models.hub.fetch import Access
 from deit_models.hub.load import load_source
-from deit_models.hub.manifest import Source, parse_manifest
 from deit_models.hub.record import Outcome, record, set_value
-from deit_models.hub.reference import REFERENCE_TOLERANCE
+from deit_models.hub.weights import REFERENCE_TOLERANCE
 
 TIMM, HF = "timm/toy", "facebook/toy"
 WEIGHTS = "model.safetensors"

@@ -12,8 +12,8 @@ from tiny_models import answer, assert_same_answer, assert_same_state, refusal, 
 from toy_manifest import put_checkpoints_in_force
 
 from deit_models import CheckpointError, ConfigError, from_pretrained, register_model
+from deit_models.checkpoint import Checkpoint, Preprocessing, Source, load_manifest
 from deit_models.hub import weights
-from deit_models.hub.manifest import Checkpoint, Preprocessing, Source, load_manifest
 from deit_models.models.layers import ImageClassifier
 
 SHAPE: dict[str, Any] = {"token_dim": 16, "img_size": 64, "num_classes": 7}

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_state, refusal, tiny_model
 
 from deit_models import CheckpointError, FetchError, IntegrityError
+from deit_models.formats.layouts import from_native
 from deit_models.hub import fetch
 from deit_models.hub.fetch import Access
-from deit_models.hub.layouts import from_native
 from deit_models.hub.weights import meta_model, native_tensors, read_tensors, unpickle_tensors, verified_state
 from deit_models.models.deit import DeiT
 

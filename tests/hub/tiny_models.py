@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import deit_models
-from deit_models.hub.reference import reference_input
+from deit_models.hub.weights import reference_input
 from deit_models.models.layers import ImageClassifier
 
 SHAPE = {"depth": 2, "embed_dim": 16, "num_heads": 2}

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 import deit_models
-from deit_models.hub.manifest import Checkpoint, load_manifest, parse_manifest
+from deit_models.checkpoint import Checkpoint, load_manifest, parse_manifest
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info, register_model
 from deit_models.models.layers import resize_pos_embed
 from deit_models.models.vit_resnas import SpatialReduction, Stage, ViTResNAS, ViTResNASConfig
-from deit_models.nas.network_def import stages_of
+from deit_models.nas.space import stages_of
 from deit_models.registry import model_spec
 
 # Parameters with and without the patch head, and multiply-accumulates, of the authors' estimator.

@@ -7,14 +7,11 @@ import torch
 from nas.toy import toy_space
 
 from deit_models import ConfigError
+from deit_models.distributed import Process
 from deit_models.models.vit_resnas import ViTResNAS
-from deit_models.nas.costs import Latency, Macs, make_cost
-from deit_models.nas.ledger import Ledger
-from deit_models.nas.settings import Sampling
-from deit_models.nas.space import Candidate
-from deit_models.nas.spaces import SPACES
+from deit_models.nas.costs import Latency, Ledger, Macs, make_cost
+from deit_models.nas.space import SPACES, Candidate, Sampling
 from deit_models.nas.supernet import SuperNetwork
-from deit_models.training.distributed import Process
 
 ALONE = Process(0, 1, torch.device("cpu"))
 

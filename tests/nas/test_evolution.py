@@ -8,9 +8,7 @@ from nas.toy import toy_space
 from deit_models import ConfigError
 from deit_models.nas.costs import Macs
 from deit_models.nas.evolution import Scored, _Hunt, check_limit, evolve
-from deit_models.nas.settings import Evolution
-from deit_models.nas.space import BlockChoice, Candidate, SearchSpace, StageChoices, candidates_of
-from deit_models.nas.spaces import SPACES
+from deit_models.nas.space import SPACES, BlockChoice, Candidate, Evolution, SearchSpace, StageChoices, candidates_of
 
 SPACE = toy_space()
 COST = Macs(SPACE, 3)

@@ -16,8 +16,8 @@ from deit_models import ConfigError, TrainingError, create_model, from_pretraine
 from deit_models.nas.costs import Macs
 from deit_models.nas.run import search, split_images, train_supernet
 from deit_models.nas.scoring import Scorer
-from deit_models.nas.settings import Evolution, Sampling
-from deit_models.nas.subnet import extract
+from deit_models.nas.space import Evolution, Sampling
+from deit_models.nas.supernet import extract
 from deit_models.training.recipe import Recipe
 from deit_models.training.run import train
 

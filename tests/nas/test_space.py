@@ -6,8 +6,15 @@ import pytest
 from nas.toy import toy_space
 
 from deit_models import ConfigError, create_model
-from deit_models.nas.space import SearchSpace, StageChoices, candidate_from_key, candidates_of, space_from_toml
-from deit_models.nas.spaces import SPACES, read_space
+from deit_models.nas.space import (
+    SPACES,
+    SearchSpace,
+    StageChoices,
+    candidate_from_key,
+    candidates_of,
+    read_space,
+    space_from_toml,
+)
 
 STAGE = {"embed_dim": (16, 8), "head_dim": 4, "num_heads": (2, 1), "mlp_hidden": (16, 8), "depth": 2}
 

@@ -11,12 +11,8 @@ from torch.nn import functional as F
 
 from deit_models import ConfigError
 from deit_models.models.vit_resnas import ViTResNAS
-from deit_models.nas.reorder import reorder_channels
-from deit_models.nas.settings import Sampling
-from deit_models.nas.space import SearchSpace
-from deit_models.nas.spaces import SPACES
-from deit_models.nas.subnet import extract
-from deit_models.nas.supernet import SuperNetwork, _normed
+from deit_models.nas.space import SPACES, Sampling, SearchSpace
+from deit_models.nas.supernet import SuperNetwork, _normed, extract, reorder_channels
 from deit_models.training.learner import Heads
 
 

@@ -5,12 +5,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deit_models.hub.manifest import Preprocessing
+from deit_models.checkpoint import Preprocessing
+from deit_models.data.records import ArrayRecords
 from deit_models.models.vit_resnas import ViTResNAS
-from deit_models.nas.settings import Sampling
-from deit_models.nas.space import SearchSpace, StageChoices
+from deit_models.nas.space import Sampling, SearchSpace, StageChoices
 from deit_models.nas.supernet import SuperNetwork
-from deit_models.training.records import ArrayRecords
 
 SETTINGS: dict[str, Any] = {"img_size": 16, "patch_size": 4, "stem_dim": 4, "num_classes": 3}
 

@@ -10,19 +10,13 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
+from deit_models.augmentation.augment import ColorJitter, ThreeAugment, TrainTransform, covering, train_transform
+from deit_models.augmentation.randaugment import ENHANCE
+from deit_models.checkpoint import Preprocessing
+from deit_models.data.levels import ErasingBox, EvalInput, Levels, ToInput, paste
+from deit_models.data.transforms import EvalTransform
 from deit_models.errors import ConfigError
-from deit_models.hub.manifest import Preprocessing
-from deit_models.training.augment import (
-    ColorJitter,
-    ThreeAugment,
-    TrainTransform,
-    train_transform,
-)
-from deit_models.training.crops import covering
-from deit_models.training.levels import ErasingBox, EvalInput, Levels, ToInput, paste
-from deit_models.training.randaugment import ENHANCE
 from deit_models.training.recipe import Recipe
-from deit_models.transforms import EvalTransform
 
 PREPROCESSING = Preprocessing(resize=36, crop=(32, 32))
 PLAIN = {"augment": "none", "color_jitter": 0.0, "hflip": 0.0, "erase": 0.0}

@@ -17,9 +17,11 @@ from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms.v2 import functional as TF
 
+from deit_models.augmentation.samples import TrainingSamples, TrainSampler
+from deit_models.data.datasets import open_dataset, wrap
+from deit_models.data.inputs import EvalSamples
+from deit_models.data.records import ImageRecords
 from deit_models.errors import ConfigError, DataError, ImageError
-from deit_models.training.datasets import ImageRecords, open_dataset, wrap
-from deit_models.training.samplers import EvalSamples, TrainingSamples, TrainSampler
 
 
 def write_image(path: Path, colour: tuple[int, int, int] = (200, 30, 90), size: tuple[int, int] = (8, 6)) -> None:

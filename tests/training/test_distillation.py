@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deit_models import DeitModelsError
+from deit_models.checkpoint import Preprocessing
 from deit_models.errors import TrainingError
-from deit_models.hub.manifest import Preprocessing
 from deit_models.models.layers import HeadLogits
-from deit_models.training.distillation import (
+from deit_models.training.losses import (
     DistillationLoss,
     binary_cross_entropy,
     hard_distillation,

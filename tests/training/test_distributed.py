@@ -12,10 +12,10 @@ import worker
 from torch import nn
 
 import deit_models
+from deit_models import distributed
+from deit_models.distributed import join_processes
 from deit_models.errors import ConfigError
-from deit_models.training import distributed
-from deit_models.training.distributed import join_processes
-from deit_models.training.logs import read_log
+from deit_models.training.state import read_log
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
 

@@ -10,13 +10,13 @@ import tiny
 import torch
 from torch import Tensor, nn
 
+from deit_models.augmentation.mixing import Mix
+from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.errors import ConfigError, DataError, TrainingError
+from deit_models.evaluate import evaluate
 from deit_models.training import engine
 from deit_models.training.engine import train_epoch
-from deit_models.training.evaluation import evaluate
 from deit_models.training.learner import Learner
-from deit_models.training.loading import FINE, Batch, DamageCount
-from deit_models.training.mixing import Mix
 from deit_models.training.run import train
 
 DAMAGE = DamageCount(tiny.Pictures(1), 0.01)

@@ -14,19 +14,20 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from deit_models.augmentation.augment import TrainTransform, train_transform
+from deit_models.augmentation.samples import PlannedSamples, TrainingSamples, TrainSampler, training_batches
+from deit_models.checkpoint import Preprocessing
+from deit_models.data import inputs as feeding
+from deit_models.data import memory as cache
+from deit_models.data.datasets import open_dataset, wrap
+from deit_models.data.inputs import InputBatches
+from deit_models.data.levels import Levels, ToInput
+from deit_models.data.loading import explained_worker_failure
+from deit_models.data.memory import free_memory, keep_in_memory
+from deit_models.data.records import ArrayRecords, CachedRecords, ImageRecords, SubsetRecords
 from deit_models.errors import ConfigError, DataError
-from deit_models.hub.manifest import Preprocessing
-from deit_models.training import cache, feeding
-from deit_models.training.augment import TrainTransform, train_transform
-from deit_models.training.cache import free_memory, keep_in_memory
-from deit_models.training.datasets import open_dataset, wrap
-from deit_models.training.feeding import InputBatches, training_batches
-from deit_models.training.levels import Levels, ToInput
-from deit_models.training.loading import explained_worker_failure
 from deit_models.training.recipe import Recipe
-from deit_models.training.records import ArrayRecords, CachedRecords, ImageRecords, SubsetRecords
 from deit_models.training.run import train
-from deit_models.training.samplers import PlannedSamples, TrainingSamples, TrainSampler
 
 CPU = torch.device("cpu")
 CUT_ONLY = {"augment": "none", "color_jitter": 0.0, "erase": 0.5}
@@ -100,7 +101,7 @@ def test_decoded_set_has_the_pixels_labels_and_names_of_the_files(folder: Path, 
 
 def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kept = keep_in_memory(open_dataset(folder, "train"), "auto", workers=0)
-    monkeypatch.setattr("deit_models.training.records.load_image", lambda _: pytest.fail("read again"))
+    monkeypatch.setattr("deit_models.data.records.load_image", lambda _: pytest.fail("read again"))
     assert [kept[index][1] for index in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
     assert keep_in_memory(kept, "ram", workers=0) is kept
 

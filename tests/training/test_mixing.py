@@ -6,8 +6,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from deit_models.augmentation.mixing import Mix, Mixing, cutmix_box, mix_images, mix_targets, smooth_one_hot
 from deit_models.errors import ConfigError, DataError
-from deit_models.training.mixing import Mix, Mixing, cutmix_box, mix_images, mix_targets, smooth_one_hot
 from deit_models.training.recipe import Recipe
 
 BOTH = Recipe()

@@ -13,8 +13,8 @@ import pytest
 import torch
 from torchvision import datasets
 
+from deit_models.data.datasets import open_dataset
 from deit_models.errors import ConfigError, DataError, MissingExtraError
-from deit_models.training.datasets import open_dataset
 
 
 def write_image(path: Path, grey: int = 0) -> None:

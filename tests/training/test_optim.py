@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import deit_models
+from deit_models.distributed import shard_parameters
 from deit_models.errors import ConfigError
 from deit_models.registry import list_models, model_spec
-from deit_models.training.distributed import shard_parameters
 from deit_models.training.optim import (
     WeightAverage,
     clip_adaptively,

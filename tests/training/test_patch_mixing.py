@@ -8,15 +8,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deit_models import ConfigError, DataError, create_model
+from deit_models.data.loading import DamageCount
+from deit_models.data.records import ArrayRecords
+from deit_models.distributed import Process
 from deit_models.models.layers import TrainingLogits
-from deit_models.training.distillation import DistillationLoss
-from deit_models.training.distributed import Process
+from deit_models.nas.patches import PatchMixing, Targets, make_mixing
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import _has_idle_head, make_learner
-from deit_models.training.loading import DamageCount
-from deit_models.training.patch_mixing import PatchMixing, Targets, make_mixing
+from deit_models.training.losses import DistillationLoss
 from deit_models.training.recipe import Recipe
-from deit_models.training.records import ArrayRecords
 
 K, SIDE = 5, 4
 STAGES = (

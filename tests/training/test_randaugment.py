@@ -11,8 +11,8 @@ import torch
 from PIL import Image, ImageOps
 from test_augment import coordinates, kolmogorov, levels, limit, picture
 
+from deit_models.augmentation.randaugment import OPERATIONS, RandAugment, apply_operation
 from deit_models.errors import ConfigError
-from deit_models.training.randaugment import OPERATIONS, RandAugment, apply_operation
 
 TEXT = "rand-m9-mstd0.5-inc1"
 BICUBIC, BILINEAR = Image.Resampling.BICUBIC, Image.Resampling.BILINEAR

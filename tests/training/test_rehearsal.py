@@ -13,15 +13,15 @@ from fake_gpu import GPU, fake_gpu
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
+from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.distributed import Process
 from deit_models.errors import TrainingError
+from deit_models.training import engine as rehearsal
 from deit_models.training import learner as learners
-from deit_models.training import rehearsal, run
-from deit_models.training.distributed import Process
-from deit_models.training.engine import EpochLoss, train_epoch
+from deit_models.training import run
+from deit_models.training.engine import CompileChoice, EpochLoss, fit_into_memory, pays, train_epoch
 from deit_models.training.learner import Learner, make_learner
-from deit_models.training.loading import FINE, Batch, DamageCount
 from deit_models.training.recipe import Recipe
-from deit_models.training.rehearsal import CompileChoice, fit_into_memory, pays
 from deit_models.training.run import TrainResult, train
 
 

@@ -21,9 +21,8 @@ from deit_models.errors import FetchError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training import state
 from deit_models.training.learner import Learner
-from deit_models.training.logs import read_log
 from deit_models.training.run import TrainResult, train
-from deit_models.training.state import Progress, load_state, save_state
+from deit_models.training.state import Progress, load_state, read_log, save_state
 from deit_models.training.teacher import Teacher
 
 RUN = {"model": "m", "data": "d"}

@@ -13,14 +13,14 @@ from safetensors.torch import load_file
 from torch import nn
 
 import deit_models
+from deit_models.augmentation.samples import TrainSampler
 from deit_models.errors import ConfigError, DataError, FetchError, MissingExtraError, TrainingError
+from deit_models.evaluate import evaluate
 from deit_models.models.layers import ImageClassifier
-from deit_models.training import logs
-from deit_models.training.evaluation import evaluate
-from deit_models.training.logs import read_log
+from deit_models.training import state as logs
 from deit_models.training.recipe import read_recipe
 from deit_models.training.run import TrainResult, train
-from deit_models.training.samplers import TrainSampler
+from deit_models.training.state import read_log
 
 
 def run(out: Path, network: nn.Module | None = None, /, **options: Any) -> TrainResult:

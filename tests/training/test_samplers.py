@@ -7,8 +7,9 @@ from collections.abc import Iterable
 import pytest
 import torch
 
+from deit_models.augmentation.samples import TrainSampler, sample_seed, sample_seeds
+from deit_models.data.inputs import ShardSampler
 from deit_models.errors import ConfigError
-from deit_models.training.samplers import ShardSampler, TrainSampler, sample_seed, sample_seeds
 
 
 def steps_of(sampler: TrainSampler, per_step: int) -> list[list[tuple[int, int]]]:
@@ -204,5 +205,5 @@ def test_many_seeds_at_once_are_the_seeds_one_by_one() -> None:
 def test_long_epoch_is_drawn_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
     sampler = TrainSampler(300, batch_size=20, repeats=3, seed=2, rank=1, world=4)
     whole = list(sampler)
-    monkeypatch.setattr("deit_models.training.samplers._AT_ONCE", 7)
+    monkeypatch.setattr("deit_models.augmentation.samples._AT_ONCE", 7)
     assert list(sampler) == whole

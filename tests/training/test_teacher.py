@@ -15,10 +15,10 @@ from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
 from deit_models import CheckpointError, ConfigError, FetchError, UnknownModelError, create_model
+from deit_models.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from deit_models.errors import TrainingError
-from deit_models.hub.manifest import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from deit_models.models.layers import HeadLogits
-from deit_models.training.distillation import soft_distillation
+from deit_models.training.losses import soft_distillation
 from deit_models.training.teacher import Teacher, load_teacher
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.5)

@@ -12,11 +12,11 @@ from nas.toy import supernet, toy_space
 from torch import nn
 
 import deit_models
+from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.distributed import Process
 from deit_models.training import engine
-from deit_models.training.distributed import Process
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
-from deit_models.training.loading import FINE, Batch, DamageCount
 
 LIVELY = {**tiny.LIVELY, "precision": "bf16", "accumulate": 1, "compile": "off"}
 SMALL_LEVIT = {"embed_dim": (16, 16), "depth": (1, 1), "num_heads": (2, 2), "key_dim": 8}

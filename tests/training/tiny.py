@@ -15,13 +15,13 @@ from settings import PLAIN, RANDOM
 from torch import Tensor, nn
 
 import deit_models
+from deit_models.checkpoint import Preprocessing
+from deit_models.data.records import ArrayRecords
+from deit_models.distributed import Process
 from deit_models.errors import ImageError
-from deit_models.hub.manifest import Preprocessing
 from deit_models.models.layers import ImageClassifier
-from deit_models.training.distributed import Process
 from deit_models.training.learner import Learner, make_learner
 from deit_models.training.recipe import Recipe
-from deit_models.training.records import ArrayRecords
 
 SIZE = 8
 PREPROCESSING = Preprocessing(resize=SIZE, crop=(SIZE, SIZE), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -24,17 +24,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.data.transforms import EvalTransform
+from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
-from deit_models.hub import fetch, publish
+from deit_models.evaluate import evaluate
+from deit_models.formats import publish
+from deit_models.hub import fetch
 from deit_models.training import run, state
-from deit_models.training.distributed import Process, join_processes
 from deit_models.training.engine import train_epoch
-from deit_models.training.evaluation import evaluate
 from deit_models.training.learner import Learner
-from deit_models.training.loading import FINE, Batch, DamageCount
-from deit_models.training.logs import read_log
 from deit_models.training.run import train
-from deit_models.transforms import EvalTransform
+from deit_models.training.state import read_log
 
 
 def fork(work: Callable[[], object]) -> int:

@@ -1,0 +1,1 @@
+"""Training images: drawn, cropped, changed at random, mixed."""

@@ -1,0 +1,337 @@
+"""From a training photograph to the levels a model learns from: crop, flip, augment, and which part to erase."""
+# MERGED """Which part of a training image is taken, and at what size: random boxes, padded crops, the evaluation transform's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from random import Random
+
+import torch
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from ..checkpoint import Preprocessing
+from ..data.levels import ErasingBox, Frame, Levels, Plan, box_sides, cut, to_device
+from ..errors import ConfigError
+from ..training.recipe import Recipe
+from .randaugment import ENHANCE, RandAugment, Resampling
+
+
+class Resize:
+    """Antialiased resize, with one of some interpolations drawn for each image.
+
+    Differs from Pillow's by default: torch's integer kernel, which takes a quarter to a half of the time. About 0.3 %
+    of the levels (of 255) come out different by 1, hardly any by 2; Pillow 13, which began to resize tall crops column
+    by column first, differs more from the Pillow 11 before it.
+    """
+
+    def __init__(self, interpolations: tuple[Resampling, ...], *, pillow: bool = False) -> None:
+        self.interpolations, self.pillow = interpolations, pillow
+
+    def __call__(self, image: Image.Image, size: tuple[int, int], rng: Random) -> Image.Image:
+        """An RGB image at `size`, (height, width) in pixels."""
+        interpolation = self.draw(rng)
+        if (image.height, image.width) == size:
+            return image
+        height, width = size
+        if self.pillow:
+            return image.resize((width, height), interpolation)
+        # Four bytes a pixel are what Pillow stores and what torch's kernel computes with: no repacking.
+        # interpolate itself, because torchvision's wrappers around it cost as much again
+        pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
+        planes = pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
+        planes = torch.nn.functional.interpolate(planes, size, mode=interpolation.name.lower(), antialias=True)
+        return Image.frombytes("RGB", (width, height), planes.permute(0, 2, 3, 1).numpy().tobytes(), "raw", "RGBX")
+
+    def draw(self, rng: Random) -> Resampling:
+        """The interpolation of the next image; drawn whether or not it is resized."""
+        return rng.choice(self.interpolations)
+
+
+class RandomResizedCrop:
+    """A box of random area and aspect, resized to `size`, (height, width) in pixels.
+
+    The rule is torchvision's and timm's: area uniform from `scale` to 1, aspect log-uniform from 3/4 to 4/3, ten tries,
+    then the centre with the nearest aspect allowed.
+    """
+
+    def __init__(self, size: tuple[int, int], scale: float, resize: Resize) -> None:
+        if not 0 < scale <= 1:
+            raise ConfigError(f"crop_scale={scale:g}; expected above 0 and at most 1")
+        self.size, self.scale, self.resize = size, scale, resize
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        top, left, height, width = self.draw(image.height, image.width, rng)
+        return self.resize(image.crop((left, top, left + width, top + height)), self.size, rng)
+
+    def draw(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int]:
+        """The next box of an image of this size, as (top, left, height, width)."""
+        for _ in range(10):
+            area = rng.uniform(self.scale, 1) * height * width
+            rows, columns = box_sides(area, math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3))))
+            if 0 < rows <= height and 0 < columns <= width:
+                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
+        rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
+        return (height - rows) // 2, (width - columns) // 2, rows, columns
+
+    def __repr__(self) -> str:
+        return f"random resized crop {self.size[0]}x{self.size[1]}, area {self.scale:g} to 1"
+
+
+class PaddedCrop:
+    """The image resized to cover `size`, padded, and cut at a random place: CIFAR's crop, and DeiT III's simple one.
+
+    An image that has the size already is not resized.
+    """
+
+    def __init__(self, size: tuple[int, int], padding: tuple[int, int], mode: str, resize: Resize) -> None:
+        self.size, self.padding, self.mode, self.resize = size, padding, mode, resize
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        image = self.resize(image, covering(self.size, image), rng)
+        top, left = self._place(image.height, image.width, rng)
+        vertical, horizontal = self.padding
+        image = TF.pad(image, [horizontal, vertical], padding_mode=self.mode)
+        height, width = self.size
+        return image.crop((left, top, left + width, top + height))
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an image of this size is not resized, and large enough to be mirrored at its border."""
+        vertical, horizontal = self.padding
+        return _covering(self.size, height, width) == (height, width) and height > vertical and width > horizontal
+
+    def place(self, height: int, width: int, rng: Random) -> tuple[int, int]:
+        """The next crop of an image that `fits`, as (top, left) in the padded image."""
+        self.resize.draw(rng)
+        return self._place(height, width, rng)
+
+    def _place(self, height: int, width: int, rng: Random) -> tuple[int, int]:
+        vertical, horizontal = self.padding
+        return (
+            rng.randint(0, height + 2 * vertical - self.size[0]),
+            rng.randint(0, width + 2 * horizontal - self.size[1]),
+        )
+
+    def __repr__(self) -> str:
+        return f"pad {self.padding[0]} pixels ({self.mode}), random crop {self.size[0]}x{self.size[1]}"
+
+
+def covering(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
+    """The smallest (height, width) of the image's aspect that covers `size`; the longer side is rounded down."""
+    return _covering(size, image.height, image.width)
+
+
+def _covering(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+    height, width = size
+    if columns * height <= rows * width:
+        return max(height, width * rows // columns), width
+    return height, max(width, height * columns // rows)
+
+
+class EvalCrop:
+    """The evaluation transform's crop, at any size: nothing random."""
+
+    def __init__(self, preprocessing: Preprocessing, size: tuple[int, int]) -> None:
+        self.spec = preprocessing if preprocessing.crop == size else preprocessing.at_size(size)
+
+    def __call__(self, image: Image.Image, _: Random) -> Image.Image:
+        resize = [self.spec.resize] if isinstance(self.spec.resize, int) else list(self.spec.resize)
+        image = TF.resize(image, resize, interpolation=InterpolationMode(self.spec.interpolation))
+        return TF.center_crop(image, list(self.spec.crop))
+
+    def fits(self, height: int, width: int) -> bool:
+        """Whether an image of this size comes out unchanged."""
+        resized = self.spec.resize if isinstance(self.spec.resize, tuple) else (height, width)
+        shorter = min(height, width) if isinstance(self.spec.resize, tuple) else self.spec.resize
+        return (height, width) == self.spec.crop == resized and min(height, width) == shorter
+
+    def place(self, height: int, width: int, _: Random) -> tuple[int, int]:  # noqa: ARG002
+        """The whole image, as (top, left)."""
+        return 0, 0
+
+    def __repr__(self) -> str:
+        return str(self.spec)
+
+
+Change = Callable[[Image.Image, Random], Image.Image]
+_INTERPOLATIONS = {
+    "bicubic": (Resampling.BICUBIC,),
+    "bilinear": (Resampling.BILINEAR,),
+    "random": (Resampling.BILINEAR, Resampling.BICUBIC),
+}
+
+
+def train_transform(
+    recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
+) -> TrainTransform:
+    """How a recipe changes an RGB PIL image: crop, flip, augment, in this order; `levels.ToInput` does the rest.
+
+    All randomness follows from torch's global generator: the same seed gives the same levels and box to erase.
+
+    Args:
+        recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
+        preprocessing: its resize and crop serve `crop="none"`, its mean fills what geometric operations leave empty.
+        size: (height, width) of the input in pixels.
+        pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
+
+    Shape: an RGB PIL image of any size -> `Levels` of (3, height, width).
+    Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
+    Source: DeiT, table 9; DeiT III (arXiv:2204.07118) for 3-Augment and the simple crop.
+    """
+    return TrainTransform(recipe, preprocessing, size, pillow_resize=pillow_resize)
+
+
+class TrainTransform:
+    """The transform of `train_transform`; its parts are attributes, for a look or an exchange."""
+
+    def __init__(
+        self, recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
+    ) -> None:
+        self.crop = _crop(recipe, preprocessing, size, pillow_resize=pillow_resize)
+        self.hflip = recipe.hflip
+        self.changes = _changes(recipe, preprocessing)
+        self.erase = ErasingBox(recipe.erase)
+        self.size = size
+
+    def __call__(self, image: Image.Image, rng: Random | None = None) -> Levels:
+        """An RGB PIL image to levels of (3, H, W), and the box to erase; by default torch's generator seeds it."""
+        # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
+        rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
+        image = self.crop(image, rng)
+        if rng.random() < self.hflip:
+            image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        for change in self.changes:
+            image = change(image, rng)
+        # Plane by plane as Pillow can: half the time of bringing the channels forward in torch
+        planes = bytearray(b"".join([band.tobytes() for band in image.split()]))
+        values = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
+        return Levels(values, self.erase(image.height, image.width, rng))
+
+    def cuts(self, height: int, width: int) -> bool:
+        """Whether images of this size are cut as they are, so that `cut_batch` can do it for many at once."""
+        return isinstance(self.crop, (PaddedCrop, EvalCrop)) and self.crop.fits(height, width)
+
+    def cut_batch(self, images: Tensor, rows: Sequence[int], seeds: Sequence[int]) -> Levels:
+        """Levels of some images of a set in memory, bit for bit those that each image gives with its `sample_rng`.
+
+        Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, 3, H, W), (B, 5).
+        """
+        rngs = [sample_rng(seed) for seed in seeds]
+        values = cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs), self._frame())
+        if self.changes:
+            values = self._changed(values, rngs)
+        return Levels(values, self._boxes(rngs))
+
+    def plan(self, size: tuple[int, int], rows: Sequence[int], seeds: Sequence[int]) -> Plan:
+        """What `cut_batch` would do to images of a size, where it does no more than cut, flip and erase."""
+        rngs = [sample_rng(seed) for seed in seeds]
+        return Plan(self._cuts(size, rows, rngs), self._boxes(rngs))
+
+    def carry_out(self, images: Tensor, plan: Plan) -> Levels:
+        """The levels of a `plan`, made on the device where the images are."""
+        return Levels(cut(images, to_device(plan.cuts, images.device), self._frame()), plan.erase)
+
+    def _frame(self) -> Frame:
+        padding, mode = (
+            (self.crop.padding, self.crop.mode) if isinstance(self.crop, PaddedCrop) else ((0, 0), "constant")
+        )
+        return Frame(self.size, padding, mode)
+
+    def _cuts(self, size: tuple[int, int], rows: Sequence[int], rngs: Sequence[Random]) -> Tensor:
+        crop = self.crop
+        if not isinstance(crop, (PaddedCrop, EvalCrop)):
+            raise ConfigError(f"{crop} resizes every image, so it cannot cut many at once")
+        return torch.tensor(
+            [(row, *crop.place(*size, rng), rng.random() < self.hflip) for row, rng in zip(rows, rngs, strict=True)]
+        )
+
+    def _boxes(self, rngs: Sequence[Random]) -> Tensor:
+        return torch.tensor([self.erase.numbers(*self.size, rng) for rng in rngs])
+
+    def _changed(self, values: Tensor, rngs: Sequence[Random]) -> Tensor:
+        """Each image as a picture of Pillow's, changed, and back."""
+        height, width = self.size
+        pixels = values.permute(0, 2, 3, 1).contiguous()
+        memory, length = pixels.numpy().data.cast("B"), 3 * height * width
+        for number, rng in enumerate(rngs):
+            part = memory[number * length : (number + 1) * length]
+            before = image = Image.frombytes("RGB", (width, height), part)
+            for change in self.changes:
+                image = change(image, rng)
+            if image is not before:
+                part[:] = image.tobytes()
+        return pixels.permute(0, 3, 1, 2).contiguous()
+
+    def __repr__(self) -> str:
+        parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.erase]
+        return f"TrainTransform({', '.join(str(part) for part in parts)})"
+
+
+def sample_rng(seed: int) -> Random:
+    """The generator of one sample: the one that a transform makes itself after `torch.manual_seed(seed)`."""
+    return Random(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))))
+
+
+def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Change:
+    if recipe.crop == "none":
+        return EvalCrop(preprocessing, size)
+    change = Resize(_INTERPOLATIONS[recipe.interpolation], pillow=pillow_resize)
+    if recipe.crop == "random_resized":
+        return RandomResizedCrop(size, recipe.crop_scale, change)
+    if recipe.crop == "pad":
+        return PaddedCrop(size, (size[0] // 8, size[1] // 8), "constant", change)
+    return PaddedCrop(size, (4, 4), "reflect", change)
+
+
+def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[Change]:
+    """What happens between the crop and the tensor."""
+    jitter: list[Change] = [ColorJitter(recipe.color_jitter)] if recipe.color_jitter else []
+    if recipe.augment == "none":
+        return jitter
+    if recipe.augment == "3-augment":
+        return [ThreeAugment(), *jitter]
+    if not recipe.augment.startswith("rand-"):
+        raise ConfigError(f"augment={recipe.augment!r}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
+    fill = tuple(min(255, round(255 * value)) for value in preprocessing.mean)
+    return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
+
+
+class ThreeAugment:
+    """One of greyscale, solarising at half the brightness, and a Gaussian blur of 0.1 to 2 pixels, equally often.
+
+    Source: DeiT III (arXiv:2204.07118), with the figures of the authors' code.
+    """
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        """An RGB image, changed."""
+        which = rng.randrange(3)
+        if which == 0:
+            return image.convert("L").convert("RGB")
+        if which == 1:
+            return ImageOps.solarize(image, 128)
+        return image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0)))
+
+    def __repr__(self) -> str:
+        return "3-augment"
+
+
+class ColorJitter:
+    """Brightness, contrast and saturation, in random order, each by a factor from 1 - `amount` to 1 + `amount`.
+
+    The same rule and pictures as torchvision's ColorJitter without hue.
+    """
+
+    def __init__(self, amount: float) -> None:
+        self.amount = amount
+
+    def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
+        """An RGB image, changed."""
+        for name in rng.sample(("Brightness", "Contrast", "Color"), 3):
+            image = ENHANCE[name](image, rng.uniform(max(0.0, 1 - self.amount), 1 + self.amount))
+        return image
+
+    def __repr__(self) -> str:
+        return f"color jitter {self.amount:g}"

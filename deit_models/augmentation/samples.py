@@ -1,0 +1,305 @@
+"""Which images, in which order, with which seeds, and the samples made of them: the same for one process and many."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
+
+from ..data.inputs import InputBatches, Transform, _check_shard
+from ..data.levels import Plan, ToInput
+from ..data.memory import images_on
+from ..data.records import CachedRecords, ImageRecords, always_the_same
+from ..errors import ConfigError, DataError, ImageError
+from .augment import TrainTransform, sample_rng
+
+Keys = Sequence[tuple[int, int]]
+"""Indices of images, each with the seed of its augmentation."""
+
+_WORD = (1 << 64) - 1
+_ODD, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_AT_ONCE = 1 << 16
+"""Positions whose seeds are computed together."""
+_SELECTED_ROUND = 256
+"""With repeats, an epoch's length is rounded down to a multiple of this, as the authors' sampler does."""
+
+
+def sample_seed(seed: int, epoch: int, position: int) -> int:
+    """The seed of one sample's augmentation: 63 bits, all well mixed, from nothing but the three numbers.
+
+    Within one seed and epoch, no two positions share their 64-bit word before it is shortened.
+    Source: the finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014),
+    applied once for each number.
+    """
+    word = 0
+    for part in (seed, epoch, position):
+        word = _mixed(word, part)
+    return word >> 1
+
+
+def _mixed(word: int, part: int) -> int:
+    word = (word + part + _ODD) & _WORD
+    word = ((word ^ (word >> 30)) * _FIRST) & _WORD
+    word = ((word ^ (word >> 27)) * _SECOND) & _WORD
+    return word ^ (word >> 31)
+
+
+def sample_seeds(seed: int, epoch: int, positions: Tensor) -> Tensor:
+    """`sample_seed` of many positions at once, (N,) int64: a hundredth of the time."""
+    word = positions + _signed((_mixed(_mixed(0, seed), epoch) + _ODD) & _WORD)
+    word = (word ^ _shifted(word, 30)) * _signed(_FIRST)
+    word = (word ^ _shifted(word, 27)) * _signed(_SECOND)
+    return _shifted(word ^ _shifted(word, 31), 1)
+
+
+def _signed(word: int) -> int:
+    """The int64 with the same bits."""
+    return word - (1 << 64) if word >> 63 else word
+
+
+def _shifted(word: Tensor, bits: int) -> Tensor:
+    """To the right, zeros coming in."""
+    return (word >> bits) & ((1 << (64 - bits)) - 1)
+
+
+class TrainSampler(Sampler[tuple[int, int]]):
+    """One epoch's (index, augmentation seed) pairs for one process.
+
+    The epoch is one list of positions, the same whatever the number of processes; optimiser step t owns the positions
+    t * batch_size to (t + 1) * batch_size - 1, and process r takes every world-th of them from the r-th. What is left
+    over at the end of an epoch is dropped; a set smaller than one batch fills that batch by starting over.
+
+    With repeats R, neighbouring positions hold the same image R times, each with a seed of its own, so the copies fall
+    on different processes where there are R or more; an epoch keeps its usual length (rounded down to a multiple of 256
+    for sets of 256 images and more), so it meets about 1/R of the images.
+    Source: DeiT, section 6; the authors' sampler.
+
+    Differs from the authors' code:
+    - repeats are honoured when one process trains alone too; their script then draws without repeats;
+    - `seed` enters the order, theirs hangs on the epoch alone;
+    - sets smaller than 256 images are not cut to nothing.
+    """
+
+    def __init__(
+        self, length: int, *, batch_size: int, repeats: int = 1, seed: int = 0, rank: int = 0, world: int = 1
+    ) -> None:
+        """Plan the epochs.
+
+        Args:
+            length: images in the training set.
+            batch_size: images of one optimiser step, over all processes and accumulation steps.
+            repeats: times each image stands in its epoch's list.
+            seed: of order and augmentation.
+            rank: this process, from 0.
+            world: number of processes.
+
+        Raises: ConfigError: no images, a batch that the processes cannot share evenly, or a rank out of range.
+        """
+        _check_shard(length, rank, world)
+        if repeats < 1:
+            raise ConfigError(f"repeats={repeats}; expected 1 or more")
+        if length < 1:
+            raise ConfigError("a training set without images")
+        if batch_size < 1 or batch_size % world:
+            raise ConfigError(f"batch_size={batch_size} cannot be shared evenly by {world} processes; use a multiple")
+        selected = length
+        if repeats > 1 and length >= _SELECTED_ROUND:
+            selected -= length % _SELECTED_ROUND
+        self.length = length
+        self.repeats = repeats
+        self.seed = seed
+        self.rank = rank
+        self.world = world
+        self.epoch = 0
+        self.steps = max(1, selected // batch_size)
+        self._positions = range(rank, self.steps * batch_size, world)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that the next iteration gives; one begun earlier is not touched."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        seed, epoch = self.seed, self.epoch
+        # position -1 is no sample's, so the order shares its seed with no augmentation
+        generator = torch.Generator().manual_seed(sample_seed(seed, epoch, -1))
+        order = torch.randperm(self.length, generator=generator)
+        return self._drawn(order, seed, epoch)
+
+    def _drawn(self, order: Tensor, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
+        for start in range(0, len(self._positions), _AT_ONCE):
+            few = self._positions[start : start + _AT_ONCE]
+            positions = torch.arange(few.start, few.stop, few.step)
+            indices = order[positions // self.repeats % self.length]
+            yield from zip(indices.tolist(), sample_seeds(seed, epoch, positions).tolist(), strict=True)
+
+    def __len__(self) -> int:
+        """Samples of an epoch that this process draws."""
+        return len(self._positions)
+
+
+class TrainingSamples(Dataset[tuple[Any, int, int]]):
+    """What a training loader's workers read: (index, seed) -> (transformed image, label, failed index or -1).
+
+    All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
+    that cannot be read is replaced by the next one that can; the third value is its index then, for the loop to report.
+    """
+
+    def __init__(self, records: ImageRecords, transform: Transform, *, substitutes: int = 5) -> None:
+        """Join images and augmentation; `substitutes` is how many others are tried for one that cannot be read."""
+        self.records = records
+        self.transform = transform
+        self.substitutes = substitutes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
+        """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
+        index, seed = key
+        if isinstance(self.transform, TrainTransform) and always_the_same(self.records):
+            # nothing draws from the global generators, so they need no seed: a sixth of the time of a small image
+            image, label, failed = self._read(index)
+            return self.transform(image, sample_rng(seed)), label, failed
+        with _seeded(seed):
+            image, label, failed = self._read(index)
+            return self.transform(image), label, failed
+
+    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
+        """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""
+        if (pair := self._cut_at_once()) is None:
+            samples: tuple[Any, Tensor, Tensor] = default_collate([self[key] for key in keys])
+            return samples
+        records, transform = pair
+        rows, labels, failed = self._rows(records, keys)
+        return transform.cut_batch(records.images, rows, [seed for _, seed in keys]), labels, failed
+
+    def _cut_at_once(self) -> tuple[CachedRecords, TrainTransform] | None:
+        """The set and the transform, where the one is in memory and the other need not resize it."""
+        records, transform = self.records, self.transform
+        if isinstance(records, CachedRecords) and isinstance(transform, TrainTransform):
+            return (records, transform) if transform.cuts(*records.size) else None
+        return None
+
+    def _rows(self, records: CachedRecords, keys: Keys) -> tuple[list[int], Tensor, Tensor]:
+        """Which image of the set each sample shows, with its label and the image it stands for."""
+        rows = [index for index, _ in keys]
+        failed = [-1] * len(rows)
+        if records.broken:
+            for place, index in enumerate(rows):
+                if index in records.broken:
+                    rows[place], failed[place] = self._substitute(records, index), index
+        return rows, records.labels[rows], torch.tensor(failed)
+
+    def _read(self, index: int) -> tuple[PIL.Image.Image, int, int]:
+        last: Exception | None = None
+        for attempt in range(self.substitutes + 1):
+            try:
+                image, label = self.records[(index + attempt) % len(self.records)]
+            except (ImageError, OSError) as error:
+                last = error
+            else:
+                return image, label, -1 if attempt == 0 else index
+        raise self._nothing_readable(index, last) from last
+
+    def _substitute(self, records: CachedRecords, index: int) -> int:
+        for attempt in range(1, self.substitutes + 1):
+            row = (index + attempt) % len(records)
+            if row not in records.broken:
+                return row
+        raise self._nothing_readable(index, records.broken[row])
+
+    def _nothing_readable(self, index: int, last: object) -> DataError:
+        return DataError(
+            f"{self.records.describe(index)} and the {self.substitutes} images after it cannot be read; last: {last}"
+        )
+
+
+class PlannedSamples(TrainingSamples):
+    """Samples of a set that lies where the model is: its pixels stay there, and a batch says where to cut them."""
+
+    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
+        """Where to cut, labels, failed indices."""
+        if (pair := self._cut_at_once()) is None:
+            raise ConfigError("only images that are in memory and need no resizing can be cut on the device")
+        records, transform = pair
+        rows, labels, failed = self._rows(records, keys)
+        return transform.plan(records.size, rows, [seed for _, seed in keys]), labels, failed
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed torch's CPU generator, `random` and a loaded numpy; the main process gets its states back afterwards.
+
+    torch.manual_seed would seed the accelerators too, which takes longer and is none of a loader's business.
+    """
+    numpy = sys.modules.get("numpy")
+    in_worker = get_worker_info() is not None
+    if not in_worker:
+        torch_state, random_state = torch.default_generator.get_state(), random.getstate()
+        numpy_state = numpy.random.get_state() if numpy else None
+    torch.default_generator.manual_seed(seed)
+    random.seed(seed)
+    if numpy:
+        numpy.random.seed(seed & 0xFFFFFFFF)
+    try:
+        yield
+    finally:
+        if not in_worker:
+            torch.default_generator.set_state(torch_state)
+            random.setstate(random_state)
+            if numpy:
+                numpy.random.set_state(numpy_state)
+
+
+_PLANNERS = 4
+
+
+def training_batches(
+    records: ImageRecords,
+    transform: TrainTransform,
+    sampler: Sampler[tuple[int, int]],
+    to_input: ToInput,
+    *,
+    batch_size: int,
+    workers: int,
+) -> InputBatches:
+    """Augmented batches of a set as the model's input, the same wherever and by however many processes they are made.
+
+    Of a set in memory that is only cut, flipped and erased, the device does all of it. Then no process loads; beside a
+    GPU a few draw the random numbers ahead, of which one process draws some 60,000 images' a second.
+    """
+    device = to_input.device
+    samples = TrainingSamples(records, transform)
+    make: Callable[[Any], Tensor] = to_input
+    if isinstance(records, CachedRecords) and transform.cuts(*records.size) and not transform.changes:
+        images = images_on(records, device)
+        if images is not None:
+            samples, make = PlannedSamples(records, transform), _CutThere(images, transform, to_input)
+            workers = min(workers, _PLANNERS) if device.type == "cuda" else 0
+    return InputBatches(
+        samples,
+        sampler,
+        make,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        size=transform.size,
+        keep_workers=True,
+    )
+
+
+class _CutThere:
+    """From a plan to the model's input, on the device where the set lies."""
+
+    def __init__(self, images: Tensor, transform: TrainTransform, to_input: ToInput) -> None:
+        self.images, self.transform, self.to_input = images, transform, to_input
+
+    def __call__(self, plan: Plan) -> Tensor:
+        return self.to_input(self.transform.carry_out(self.images, plan))

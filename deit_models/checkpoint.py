@@ -1,0 +1,266 @@
+"""What is published: `weights/manifest.toml`, one table a model, read once and checked. Needs no torch."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from .errors import ConfigError, ManifestError
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+SCHEMA = 1
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Crop ratios that published checkpoints were evaluated with.
+_USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Preprocessing:
+    """How an image becomes the input of a checkpoint; `transforms.EvalTransform` carries it out.
+
+    Attributes:
+        resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up.
+        crop: (height, width) of the centre crop in pixels.
+        interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
+        mean, std: per channel, on values from 0 to 1.
+    """
+
+    resize: int | tuple[int, int]
+    crop: tuple[int, int]
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
+        """The inverse of `to_dict`; a list becomes a tuple. Raises: ConfigError: an unknown or missing field."""
+        known = {field.name for field in fields(cls)}
+        if not {"resize", "crop"} <= set(data) <= known:
+            raise ConfigError(f"preprocessing has fields {sorted(data)}; expected some of {sorted(known)}")
+        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
+            for field in fields(self)
+        }
+
+    def __str__(self) -> str:
+        resize = f"shorter side to {self.resize}" if isinstance(self.resize, int) else "to {}x{}".format(*self.resize)
+        return f"resize {resize} ({self.interpolation}), centre crop {self.crop[0]}x{self.crop[1]}"
+
+    def at_size(self, crop: tuple[int, int]) -> Preprocessing:
+        """The same preprocessing for another input size, keeping the ratio of crop to resize.
+
+        The shorter side is rounded down, as the authors do: 224 -> 256, 384 -> 438 at a ratio of 0.875.
+        """
+        if crop == self.crop:
+            return self
+        if isinstance(self.resize, int):
+            return replace(self, crop=crop, resize=int(max(crop) / self._ratio()))
+        height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
+        return replace(self, crop=crop, resize=(height, width))
+
+    def _ratio(self) -> float:
+        """Crop to shorter side. That side was rounded down, from one of the usual ratios if one fits."""
+        crop = max(self.crop)
+        return next(
+            (ratio for ratio in _USUAL_RATIOS if int(crop / ratio) == self.resize), crop / cast("int", self.resize)
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """One place a checkpoint is published: exactly one of `file`, `repo`, `url` is set.
+
+    Attributes:
+        file: a file shipped in `weights/`.
+        repo: a Hub repository, with `revision` the commit to use (a branch until a commit is recorded).
+        url: a plain download.
+        layout: tensor names, "native" (the authors'), "timm" or "transformers".
+        payload: key of the state dict inside a `.pth`.
+        sha256: full digest of the weights file, once recorded.
+        sha256_prefix: leading digits known from the authors' file name.
+    """
+
+    layout: Literal["native", "timm", "transformers"]
+    file: str | None = None
+    repo: str | None = None
+    url: str | None = None
+    revision: str = "main"
+    payload: str | None = None
+    sha256: str | None = None
+    sha256_prefix: str | None = None
+
+    def __str__(self) -> str:
+        if self.repo is not None:
+            return self.repo
+        return self.url if self.url is not None else f"weights/{self.file}"
+
+    @property
+    def digest(self) -> str | None:
+        """What is known of the file's SHA-256: all of it, its first digits, or nothing."""
+        return self.sha256 or self.sha256_prefix
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """One registered model and, where `sources` is not empty, its published weights.
+
+    Attributes:
+        name: registered model name.
+        family: file under `models/` that defines it.
+        params: number of parameters, heads included.
+        macs: multiply-accumulates of one image through matrix products and convolutions, all heads.
+        input_size: side of the input in pixels.
+        num_classes: logits.
+        dataset: what the weights were trained on, and `top1`/`top5` (percent) measured on.
+        preprocessing: the authors' evaluation transform.
+        timm_crop_pct: the crop ratio timm evaluates the same weights with.
+        licence: SPDX identifier of the weights.
+        paper: where the model was published.
+        class_names: where they are not those of ImageNet-1k.
+        reference_logits: first logits for `reference.reference_input`, once recorded.
+        sources: where the weights are, in the order they are tried.
+    """
+
+    name: str
+    family: str
+    params: int
+    macs: int
+    input_size: int
+    num_classes: int
+    preprocessing: Preprocessing
+    distilled: bool = False
+    dataset: str | None = None
+    top1: float | None = None
+    top5: float | None = None
+    timm_crop_pct: float | None = None
+    licence: str | None = None
+    paper: str | None = None
+    note: str | None = None
+    class_names: tuple[str, ...] | None = None
+    reference_logits: tuple[float, ...] | None = None
+    sources: tuple[Source, ...] = ()
+
+
+@cache
+def weights_dir() -> Path:
+    """The folder of the manifest and the shipped weights.
+
+    In a wheel it lies inside the package, in a checkout (also one used by torch.hub) beside it.
+    Raises: ManifestError: neither place has a manifest.
+    """
+    package = Path(__file__).resolve().parent
+    for folder in (package / "weights", package.parent / "weights"):
+        if (folder / "manifest.toml").is_file():
+            return folder
+    raise ManifestError(
+        f"no weights/manifest.toml in or beside {package}; the installation is incomplete, reinstall it"
+    )
+
+
+@cache
+def load_manifest() -> Mapping[str, Checkpoint]:
+    """All tables of the manifest by model name. Raises: ManifestError: see `parse_manifest`."""
+    return parse_manifest((weights_dir() / "manifest.toml").read_text(encoding="utf-8"))
+
+
+def parse_manifest(text: str) -> dict[str, Checkpoint]:
+    """Read and check a manifest. Raises: ManifestError: not TOML, another schema, an unknown or missing field."""
+    try:
+        data = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ManifestError(f"manifest.toml is not valid TOML: {error}") from error
+    if data.get("schema") != SCHEMA:
+        raise ManifestError(f"manifest.toml has schema {data.get('schema')!r}; this version reads {SCHEMA}")
+    tables = data.get("model", {})
+    for name, table in tables.items():
+        if not isinstance(table, dict):
+            raise ManifestError(f"manifest.toml, model.{name}: expected a table")
+    return {name: _checkpoint(name, table) for name, table in tables.items()}
+
+
+def _checkpoint(name: str, table: dict[str, Any]) -> Checkpoint:
+    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    try:
+        sources = tuple(Source(**source) for source in table.pop("source", ()))
+        table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
+        checkpoint = Checkpoint(name=name, sources=sources, **table)
+    except (TypeError, KeyError, ConfigError) as error:
+        raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
+    for field in ("params", "macs", "input_size", "num_classes"):
+        if not isinstance(getattr(checkpoint, field), int):
+            raise ManifestError(f"manifest.toml, table model.{name}: {field} is not a whole number")
+    for source in sources:
+        if source.layout not in ("native", "timm", "transformers"):
+            raise ManifestError(f"manifest.toml, table model.{name}: unknown layout {source.layout!r}")
+        if sum(place is not None for place in (source.file, source.repo, source.url)) != 1:
+            raise ManifestError(f"manifest.toml, table model.{name}: a source needs exactly one of file, repo, url")
+    return checkpoint
+
+
+def find_repo(repo_id: str) -> tuple[Checkpoint, Source] | None:
+    """The checkpoint a Hub repository is a published copy of, if the manifest lists it."""
+    for checkpoint in load_manifest().values():
+        for source in checkpoint.sources:
+            if source.repo == repo_id:
+                return checkpoint, source
+    return None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """What belongs to a model besides its tensors.
+
+    Attributes:
+        name: the registered model it is a variant of.
+        preprocessing: the evaluation transform of these weights.
+        class_names: a name for each logit, where the checkpoint brings them.
+        dataset: what the weights were trained on; None for random weights.
+        top1: accuracy of these very weights on that data's test images, in percent, where it is known.
+        top5: likewise.
+        licence: SPDX identifier of the weights.
+        source: where the weights came from; None for random weights.
+        revision: commit of the Hub repository they came from.
+        sha256: digest of the weights file, where it was computed.
+        notes: how these weights came to be, in Markdown, for the model card.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    top1: float | None = None
+    top5: float | None = None
+    licence: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    notes: str | None = None
+
+    def adapted(
+        self, preprocessing: Preprocessing, *, class_names: tuple[str, ...] | None, dataset: str | None
+    ) -> Origin:
+        """Of weights fitted to another size or other classes: nothing that was measured on the old ones, no digest."""
+        kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
+        return replace(kept, top1=None, top5=None, sha256=None, notes=None)
+
+    def trained(self, dataset: str, **known: Any) -> Origin:
+        """Of weights trained here on a dataset: what is `known` of them, and nothing of those that they began as."""
+        fresh = replace(self, top1=None, top5=None, notes=None, source=None, revision=None, sha256=None)
+        return replace(fresh, dataset=dataset, **known)
+
+
+Layout = Literal["native", "timm", "timm-conv", "transformers"]
+"""Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""

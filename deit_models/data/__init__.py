@@ -1,0 +1,1 @@
+"""Labelled images: decoding, transforms, data sets, loading."""

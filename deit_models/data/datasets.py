@@ -1,0 +1,456 @@
+"""What images there are: class folders, data sets known by name, and any torch Dataset."""
+# MERGED """Data sets known by name, in the layouts that torchvision and the DeiT authors' scripts keep them in."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from itertools import islice
+from operator import index as whole_number
+from os import PathLike
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import PIL.Image
+from torch.utils.data import Subset
+from torchvision import datasets
+from torchvision.datasets import DatasetFolder
+
+from ..config import nearest
+from ..errors import ConfigError, DataError, ImageError, MissingExtraError
+from .decoding import load_image
+from .records import (
+    IMAGE_SUFFIXES,
+    ArrayRecords,
+    FileRecords,
+    ImageRecords,
+    check_classes,
+    read_class_folders,
+    some,
+    subfolders,
+)
+
+
+class _Wanted(NamedTuple):
+    name: str
+    """As the user wrote it: "inaturalist-2018:genus"."""
+    split: str
+    root: Path
+    download: bool
+    rank: str
+    """What stands behind the colon: "genus", or ""."""
+
+
+def open_named(
+    source: str, split: str, root: Path, *, download: bool, classes: Sequence[str] | None = None
+) -> ImageRecords:
+    """One split of a data set known by name; the arguments are those of `datasets.open_dataset`.
+
+    Raises: DataError: not there, damaged, or other classes than `classes`. ConfigError: coarser classes that it does
+        not have. MissingExtraError: ImageNet's archives are there, and scipy to read them is not.
+    """
+    name, _, rank = source.partition(":")
+    records = _OPENERS[name](_Wanted(source, split, root, download, rank))
+    if len(records.classes) < 2:
+        raise DataError(f"{source}: only one class, {', '.join(records.classes)}; a classifier needs two or more")
+    if classes is not None and tuple(classes) != records.classes:
+        check_classes(records.classes, classes, where=source)
+        raise DataError(f"{source}: the training set's classes stand in another order; use the same data set for both")
+    return records
+
+
+def _cifar(wanted: _Wanted, kind: type[Any]) -> ImageRecords:
+    _refuse_rank(wanted)
+    try:
+        with warnings.catch_warnings():
+            # The files were pickled long ago, in a way that NumPy 2.4 and later warn of
+            warnings.simplefilter("ignore")
+            found = kind(wanted.root, train=wanted.split == "train", download=wanted.download)
+    except (OSError, RuntimeError) as error:
+        raise DataError(_absent(wanted, kind.base_folder, error)) from error
+    return ArrayRecords(wanted.name, found.data, found.targets, found.classes)
+
+
+def _imagenet(wanted: _Wanted) -> ImageRecords:
+    _refuse_rank(wanted)
+    archives = "ILSVRC2012_devkit_t12.tar.gz and ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
+    advice = f"put {archives} from image-net.org there, or give the folder that holds train/ and val/ instead of a name"
+    if wanted.download:
+        raise DataError(f"{wanted.name} cannot be downloaded without an account; {advice}")
+    try:
+        found = datasets.ImageNet(wanted.root, split=wanted.split)
+    except (OSError, RuntimeError) as error:
+        raise DataError(f"{wanted.name} is not in {wanted.root} ({_first_line(error)}); {advice}") from error
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(
+            f"reading {archives.split()[0]} needs {error.name}: pip install {error.name}"
+        ) from error
+    labels = [", ".join(words) for words in found.classes]
+    count = Counter(labels)  # "crane" is a bird and a machine
+    classes = [
+        f"{label} ({wnid})" if count[label] > 1 else label for label, wnid in zip(labels, found.wnids, strict=True)
+    ]
+    return FileRecords(wanted.name, "", (file for file, _ in found.samples), found.targets, classes)
+
+
+def _flowers(wanted: _Wanted) -> ImageRecords:
+    """Oxford Flowers: trained on the official training and validation images together, scored on the test images."""
+    _refuse_rank(wanted)
+    splits = ("train", "val") if wanted.split == "train" else ("test",)
+    try:
+        parts = [datasets.Flowers102(wanted.root, split, download=wanted.download) for split in splits]
+    except ModuleNotFoundError as error:
+        raise _needs_scipy(wanted) from error
+    except (OSError, RuntimeError) as error:
+        raise DataError(_absent(wanted, "flowers-102", error)) from error
+    files = (str(file) for part in parts for file in part._image_files)
+    labels = [label for part in parts for label in part._labels]
+    return FileRecords(wanted.name, "", files, labels, parts[0].classes)
+
+
+def _cars(wanted: _Wanted) -> ImageRecords:
+    _refuse_rank(wanted)
+    folder = wanted.root / "stanford_cars"
+    names = "devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
+    try:
+        found = datasets.StanfordCars(wanted.root, split="train" if wanted.split == "train" else "test")
+    except (OSError, RuntimeError) as error:
+        if "scipy" in str(error):
+            raise _needs_scipy(wanted) from error
+        raise DataError(
+            f"{wanted.name}: {names} must lie in {folder} ({_first_line(error)}); its authors' address is gone, so it "
+            "is not downloaded for you"
+        ) from error
+    files, labels = zip(*found._samples, strict=True)
+    return FileRecords(wanted.name, "", files, map(int, labels), found.classes)
+
+
+def _needs_scipy(wanted: _Wanted) -> MissingExtraError:
+    return MissingExtraError(f"the labels of {wanted.name} are MATLAB files, which scipy reads: pip install scipy")
+
+
+_RANKS_2021 = ("kingdom", "phylum", "class", "order", "family", "genus")
+"""What a class folder's name gives after its number: 00000_Animalia_Annelida_Clitellata_Haplotaxida_..."""
+
+
+def _inaturalist_2021(wanted: _Wanted) -> ImageRecords:
+    if wanted.rank and wanted.rank not in _RANKS_2021:
+        raise ConfigError(f"{wanted.name}: no classes by {wanted.rank!r}{nearest(wanted.rank, _RANKS_2021)}")
+    version = "2021_train" if wanted.split == "train" else "2021_valid"
+    folder = wanted.root / version
+    try:
+        if wanted.download:
+            datasets.INaturalist(wanted.root, version, download=True)
+    except (OSError, RuntimeError) as error:
+        raise DataError(_absent(wanted, version, error)) from error
+    if not folder.is_dir():
+        raise DataError(_absent(wanted, version, None))
+    class_of = partial(_taxon, position=1 + _RANKS_2021.index(wanted.rank)) if wanted.rank else str
+    return read_class_folders(folder, name=wanted.name, class_of=class_of)
+
+
+def _taxon(folder: str, position: int) -> str:
+    parts = folder.split("_")
+    if len(parts) != 8:
+        raise DataError(f"class folder {folder}: expected a number and seven taxonomic names, joined by underscores")
+    return parts[position]
+
+
+def _inaturalist_json(wanted: _Wanted, year: int) -> ImageRecords:
+    """The competition's JSON files; classes are numbered as they appear in the training annotations.
+
+    Source: the class INatDataset of the authors' datasets.py.
+    """
+    names = [f"train{year}.json", "categories.json"] + [f"val{year}.json"] * (wanted.split == "val")
+    if wanted.download or not all((wanted.root / name).is_file() for name in names):
+        raise DataError(
+            f"{wanted.name}: {', '.join(names)} and the folder train_val{year} must lie in {wanted.root}; this set is "
+            "not downloaded for you, its addresses are at github.com/visipedia/inat_comp"
+        )
+    training, categories, *others = (_read_json(wanted.root / name) for name in names)
+    images = (others or [training])[0]
+    try:
+        class_of = _classes_of_categories(wanted, categories)
+        numbers: dict[str, int] = {}
+        for annotation in training["annotations"]:
+            numbers.setdefault(class_of[int(annotation["category_id"])], len(numbers))
+        files = [image["file_name"] for image in images["images"]]
+        # The folder's name, as the authors read it, is the category's number: train_val2018/Aves/2761/x.jpg
+        labels = [numbers[class_of[int(file.split("/")[2])]] for file in files]
+        place = _place_of_files(wanted, files)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, (ConfigError, DataError)):
+            raise
+        raise DataError(f"{wanted.root}: {names[-1]} is not the competition's layout ({error!r})") from error
+    return FileRecords(wanted.name, wanted.root, map(place, files), labels, numbers)
+
+
+def _classes_of_categories(wanted: _Wanted, categories: list[dict[str, Any]]) -> Mapping[int, str]:
+    rank = wanted.rank or "name"
+    ranks = [key for key, value in categories[0].items() if isinstance(value, str)]
+    if rank not in ranks:
+        raise ConfigError(f"{wanted.name}: no classes by {rank!r}{nearest(rank, ranks)}")
+    return {int(entry.get("id", position)): str(entry[rank]) for position, entry in enumerate(categories)}
+
+
+def _place_of_files(wanted: _Wanted, files: Sequence[str]) -> Callable[[str], str]:
+    """Where a listed file lies: as the archive has it, or without the super-category, as the authors moved them."""
+    if not files:
+        raise DataError(f"{wanted.name}: no images for {wanted.split!r}")
+    for place in (str, _without_supercategory):
+        if (wanted.root / place(files[0])).is_file():
+            return place
+    raise DataError(
+        f"{wanted.name}: {wanted.root / files[0]} is listed and not there, nor is it without its super-category's "
+        f"folder; unpack the images' archive in {wanted.root}"
+    )
+
+
+def _without_supercategory(file: str) -> str:
+    top, _, category, name = file.split("/")
+    return f"{top}/{category}/{name}"
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _refuse_rank(wanted: _Wanted) -> None:
+    if wanted.rank:
+        raise ConfigError(f"{wanted.name}: only the iNaturalist sets have coarser classes to choose after a colon")
+
+
+def _absent(wanted: _Wanted, folder: str, error: Exception | None) -> str:
+    if wanted.download:
+        return f"{wanted.name} could not be downloaded to {wanted.root}: {_first_line(error)}"
+    reason = "damaged or incomplete" if (wanted.root / folder).exists() else "not there"
+    return f"{wanted.name}: {wanted.root / folder} is {reason}; pass download=True (--download) or another root"
+
+
+def _first_line(error: Exception | None) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+_OPENERS: dict[str, Callable[[_Wanted], ImageRecords]] = {
+    "cifar10": partial(_cifar, kind=datasets.CIFAR10),
+    "cifar100": partial(_cifar, kind=datasets.CIFAR100),
+    "flowers102": _flowers,
+    "stanford_cars": _cars,
+    "imagenet": _imagenet,
+    "inaturalist-2018": partial(_inaturalist_json, year=2018),
+    "inaturalist-2019": partial(_inaturalist_json, year=2019),
+    "inaturalist-2021": _inaturalist_2021,
+}
+DATASETS = tuple(_OPENERS)
+"""The names."""
+
+
+Split = Literal["train", "val"]
+
+_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+"""Names of a split's folder, in the order they are looked for."""
+
+
+def open_dataset(
+    source: str | os.PathLike[str],
+    split: Split,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    classes: Sequence[str] | None = None,
+    own_folder: bool = False,
+) -> ImageRecords:
+    """The training or the validation images of a data set.
+
+    Args:
+        source: a folder with train/ and val/ (or validation/, valid/, test/), each with one folder of images a class; a
+            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
+            stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
+            "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
+            "./cifar10".
+        split: "train" or "val".
+        root: where a named data set lies, "data" by default; not for folders.
+        download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
+        classes: the training set's class names, which this set must have too; their order numbers the classes.
+        own_folder: the folder was named for this split, so class folders right in it are accepted for "val" too.
+
+    Raises:
+        DataError: no such folder or name, another layout, a class without images, fewer than two classes, classes other
+            than `classes`, a named data set that is not there. One line each, with what to do.
+        ConfigError: an unknown split; root or download with a folder.
+    """
+    if split not in _FOLDERS:
+        raise ConfigError(f"split={split!r}; expected 'train' or 'val'")
+    if isinstance(source, str) and source.partition(":")[0] in DATASETS:
+        where = Path("data" if root is None else root).expanduser()
+        return open_named(source, split, where, download=download, classes=classes)
+    if root is not None or download:
+        raise ConfigError(f"root and download belong to the data sets known by name ({', '.join(DATASETS)})")
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise DataError(_not_there(source, folder))
+    return _open_folder(folder, split, classes=classes, own_folder=own_folder)
+
+
+def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
+    if folder.exists():
+        return f"{folder}: not a folder; expected one with train/ and val/, or with a folder of images for each class"
+    if not isinstance(source, str) or os.path.dirname(source):
+        return f"{folder}: no such folder"
+    return f"{source}: neither a folder nor a data set known by name{nearest(source, DATASETS)}"
+
+
+def has_validation(source: str | os.PathLike[str]) -> bool:
+    """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
+    if isinstance(source, str) and source.partition(":")[0] in DATASETS:
+        return True
+    folder = Path(source).expanduser()
+    return folder.is_dir() and any(name in _FOLDERS["val"] for name in _split_folders(folder))
+
+
+def _split_folders(folder: Path) -> list[str]:
+    """The folders of splits in a folder; none where it holds class folders.
+
+    A set of vehicles may well have a class called "train": its folder holds images, a split's holds class folders.
+    Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val".
+    """
+    found = subfolders(folder)
+    present = [name for names in _FOLDERS.values() for name in names if name in found]
+    split = present and (len(present) == len(found) or any(subfolders(folder / name) for name in present))
+    return present if split else []
+
+
+def _open_folder(folder: Path, split: Split, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+    if present := _split_folders(folder):
+        for name in _FOLDERS[split]:
+            if name in present:
+                return read_class_folders(folder / name, name=folder.resolve().name, classes=classes)
+        raise DataError(f"{folder}: has {some(present)} but no {' or '.join(_FOLDERS[split])} folder")
+    if split == "val" and not own_folder:
+        raise DataError(
+            f"{folder}: class folders without a split, which are a training set; put the images for validation into "
+            f"{folder / 'val'} and the others into {folder / 'train'}, or name a folder for validation alone"
+        )
+    return read_class_folders(folder, classes=classes)
+
+
+def wrap(dataset: Any, classes: Sequence[str] | None = None) -> ImageRecords:
+    """Any Dataset of (image, label) pairs, as the training loop reads it.
+
+    Args:
+        dataset: has a length, and items of an image, in a form that `load_image` accepts (a PIL image, a path, an array
+            or tensor of uint8 or of floats 0..1, not yet normalised), and a whole number from 0.
+        classes: class names in the order of the labels; by default the data set's own `classes`, or those of the data
+            set that a Subset or ConcatDataset is made from.
+
+    Raises: DataError: no length or no images, no class names, fewer than two classes.
+    """
+    if isinstance(dataset, ImageRecords) and (classes is None or tuple(classes) == dataset.classes):
+        return dataset
+    return _WrappedRecords(dataset, classes)
+
+
+class _WrappedRecords(ImageRecords):
+    def __init__(self, dataset: Any, classes: Sequence[str] | None) -> None:
+        self.name = str(getattr(dataset, "name", type(dataset).__name__))
+        found = _own_classes(dataset) if classes is None else classes
+        if found is None:
+            raise DataError(f"{self.name} does not say its classes; pass wrap(dataset, classes=[...])")
+        self.classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in found)
+        if len(self.classes) < 2:
+            raise DataError(f"{self.name}: {len(self.classes)} class; a classifier needs two or more")
+        try:
+            self._length = len(dataset)
+        except TypeError as error:
+            raise DataError(f"{self.name} has no length; expected a Dataset with len() and items by index") from error
+        if self._length == 0:
+            raise DataError(f"{self.name}: no images")
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        item = self._dataset[index]
+        try:
+            image, label = item
+            number = whole_number(label)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"{self.describe(index)}: {error}; expected a pair of image and whole number") from error
+        if not 0 <= number < len(self.classes):
+            raise DataError(f"{self.describe(index)}: label {number}, expected 0 to {len(self.classes) - 1}")
+        return load_image(image), number
+
+    def describe(self, index: int) -> str:
+        dataset, inner = self._inner(index)
+        if isinstance(dataset, ImageRecords):
+            return dataset.describe(inner)
+        if isinstance(dataset, DatasetFolder):
+            return str(dataset.samples[inner][0])
+        return super().describe(index)
+
+    def label(self, index: int) -> int:
+        dataset, inner = self._inner(index)
+        if isinstance(dataset, ImageRecords):
+            return dataset.label(inner)
+        known = getattr(dataset, "targets", None)
+        if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
+            return super().label(index)
+        return int(known[inner])
+
+    def _inner(self, index: int) -> tuple[Any, int]:
+        """The data set that an image comes from, behind any Subsets, and its number there."""
+        dataset: Any = self._dataset
+        while isinstance(dataset, Subset):
+            dataset, index = dataset.dataset, dataset.indices[index]
+        return dataset, index
+
+
+def _own_classes(dataset: Any) -> Sequence[Any] | None:
+    """`classes` of a data set, or of what a Subset (.dataset) or ConcatDataset (.datasets) is made from."""
+    while dataset is not None:
+        if getattr(dataset, "classes", None) is not None:
+            return dataset.classes
+        parts = getattr(dataset, "datasets", None) or [None]
+        dataset = getattr(dataset, "dataset", parts[0])
+    return None
+
+
+def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
+    """The image files of a folder, sorted: by suffix, see IMAGE_SUFFIXES; hidden files are left out.
+
+    Raises: ImageError: no such folder, or no image in it.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
+    found = [
+        Path(parent, name)
+        for parent, _, names in islice(os.walk(root), None if recursive else 1)
+        for name in names
+        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    ]
+    if not found:
+        where = "in it or below" if recursive else "directly in it"
+        raise ImageError(f"{root}: no image {where}; looked for {' '.join(IMAGE_SUFFIXES)}")
+    return sorted(found)
+
+
+def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None) -> ImageRecords:
+    """Images in any of the accepted forms; with `classes`, numbered as those are."""
+    if isinstance(data, (str, PathLike)):
+        return open_dataset(data, split, classes=classes, own_folder=True)
+    records = wrap(data)
+    if classes is not None and records.classes != classes:
+        check_classes(records.classes, classes, where=records.name)
+        raise DataError(
+            f"{records.name}: the classes of the training set in another order, so labels would be mixed up"
+        )
+    return records

@@ -1,0 +1,173 @@
+"""From samples to the model's input on its device: parts joined, copied ahead of the model, kept if they come again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset, Sampler
+
+from ..errors import ConfigError, ImageError
+from .levels import to_device
+from .loading import Batch, each, make_loader
+from .records import ImageRecords
+
+_PART_BYTES, _PART_IMAGES = 8 << 20, 256
+"""The most that a worker makes at once for `InputBatches`: small parts, and an epoch begins soon."""
+
+
+class InputBatches:
+    """The batches of a sampler as the model's input; read it as often as the sampler.
+
+    On a GPU the next batch is copied and normalised while the model computes with this one. Labels and failures stay on
+    the host, pinned beside a GPU.
+    """
+
+    def __init__(
+        self,
+        samples: Dataset[Any],
+        sampler: Iterable[Any],
+        to_input: Callable[[Any], Tensor],
+        *,
+        batch_size: int,
+        workers: int,
+        device: torch.device,
+        size: tuple[int, int],
+        keep: bool = False,
+        keep_workers: bool = False,
+    ) -> None:
+        """Prepare a loader.
+
+        Args:
+            samples: what the workers make.
+            sampler: its keys.
+            to_input: from a batch of levels, plans or pixels to (B, 3, H, W) float32 on the device.
+            batch_size: of the model's input.
+            workers: loading processes.
+            device: where the model is.
+            size: (height, width) of an image.
+            keep: remember what the loader gave, for a sampler and samples that give the same each time.
+            keep_workers: from one reading to the next.
+        """
+        part = min(batch_size, _PART_IMAGES, max(_PART_BYTES // (3 * size[0] * size[1]), 1))
+        self.loader = make_loader(
+            samples,
+            sampler,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            part=part,
+            keep_workers=keep_workers,
+        )
+        self.to_input, self.device = to_input, device
+        self._images = len(sampler)  # type: ignore[arg-type]
+        self._batch_size, self._parts = batch_size, -(-batch_size // part)
+        self._keep, self._kept = keep, []  # type: tuple[bool, list[Any]]
+
+    def __len__(self) -> int:
+        return -(-self._images // self._batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        if self.device.type != "cuda":
+            return map(self._ready, self._batches())
+        return self._ahead()
+
+    def _batches(self) -> Iterator[list[Any]]:
+        """The parts of each batch."""
+        parts = iter(self._kept) if self._kept else self._read()
+        while batch := list(islice(parts, self._parts)):
+            yield batch
+
+    def _read(self) -> Iterator[Any]:
+        kept = []
+        for part in self.loader:
+            if self._keep:
+                kept.append(each(part, Tensor.clone))  # a mapping of shared memory holds a file open
+            yield part
+        self._kept = kept
+
+    def _ready(self, parts: list[Any]) -> Batch:
+        images, labels, failed = _joined(parts, self.device)
+        if self.device.type == "cuda":
+            labels, failed = labels.pin_memory(), failed.pin_memory()
+        return self.to_input(images), labels, failed
+
+    def _ahead(self) -> Iterator[Batch]:
+        """One batch ahead of the reader, on a stream of its own."""
+        stream, waiting = torch.cuda.Stream(self.device), None  # type: ignore[no-untyped-call]
+        for parts in self._batches():
+            with torch.cuda.stream(stream):
+                batch = self._ready(parts)
+            if waiting is not None:
+                yield _handed_over(waiting, stream)
+            waiting = batch
+        if waiting is not None:
+            yield _handed_over(waiting, stream)
+
+
+def _handed_over(batch: Batch, stream: torch.cuda.Stream) -> Batch:
+    """Before the reader's stream uses the images, it waits for them; their memory is not reused until it has."""
+    current = torch.cuda.current_stream(batch[0].device)
+    current.wait_stream(stream)
+    batch[0].record_stream(current)
+    return batch
+
+
+def _joined(parts: list[Any], device: torch.device) -> Any:
+    """Parts to a batch: pixels on the device, numbers on the host."""
+    first = parts[0]
+    if isinstance(first, Tensor):
+        moved = parts if first.dtype == torch.int64 else [to_device(part, device) for part in parts]
+        return moved[0] if len(parts) == 1 else torch.cat(moved)
+    columns = [_joined(list(column), device) for column in zip(*parts, strict=True)]
+    return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)
+
+
+Transform = Callable[[PIL.Image.Image], Any]
+"""From an RGB image to a tensor or, in training, to `levels.Levels`."""
+
+
+class ShardSampler(Sampler[int]):
+    """This process's share of an evaluation: every index belongs to exactly one process, none is padded."""
+
+    def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
+        """Take rank, rank + world, ... below length. Raises: ConfigError: a rank out of range."""
+        _check_shard(length, rank, world)
+        self._indices = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def _check_shard(length: int, rank: int, world: int) -> None:
+    if length < 0 or world < 1 or not 0 <= rank < world:
+        raise ConfigError(f"length={length}, rank={rank}, world={world}; expected 0 <= rank < world and no negative")
+
+
+class EvalSamples(Dataset[tuple[Any, int, int]]):
+    """What an evaluation loader's workers read: index -> (tensor, label, failed index or -1).
+
+    An image that cannot be read comes as zeros with label -1, to be counted as skipped and never scored.
+    """
+
+    def __init__(self, records: ImageRecords, transform: Transform) -> None:
+        """Join images and evaluation transform."""
+        self.records = records
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+        try:
+            image, label = self.records[index]
+        except (ImageError, OSError):
+            return torch.zeros_like(self.transform(PIL.Image.new("RGB", (64, 64)))), -1, index
+        return self.transform(image), label, -1

@@ -1,0 +1,181 @@
+"""Images on their way to the model: bytes until they are a batch where the model is, then its input.
+
+Normalising and erasing come last and are cheap in bulk. Left to the training process they leave a quarter of the bytes
+to pass through shared memory and to a GPU, and spare the workers, which are the bottleneck. Small sets may lie on the
+device from the beginning: then batches are cut from them there.
+"""
+
+from __future__ import annotations
+
+import math
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..checkpoint import Preprocessing
+
+
+class Levels(NamedTuple):
+    """Images before normalising, and what to erase of them; of one image as below, or with a batch axis in front.
+
+    Attributes:
+        values: (3, H, W) uint8.
+        erase: (5,) int64: top, left, height, width of the box, height 0 for none, and the seed of its noise.
+    """
+
+    values: Tensor
+    erase: Tensor
+
+
+class Plan(NamedTuple):
+    """What to make of images that lie in memory on the device; on the host, (B, 4) and (B, 5) int64.
+
+    Attributes:
+        cuts: row of the set, top and left of the crop in the padded image, 1 to mirror it.
+        erase: as in `Levels`.
+    """
+
+    cuts: Tensor
+    erase: Tensor
+
+
+class Frame(NamedTuple):
+    """The crops of a set of images: (height, width), padding above and beside them, "constant" or "reflect"."""
+
+    size: tuple[int, int]
+    padding: tuple[int, int]
+    mode: str
+
+
+def cut(images: Tensor, cuts: Tensor, frame: Frame) -> Tensor:
+    """Pad, crop and mirror a batch at once, with no copy of the padded images.
+
+    Shape: (N, 3, h, w) uint8 and (B, 4) int64 (see `Plan`), on one device -> (B, 3, H, W) uint8.
+    """
+    (_, _, height, width), (rows, columns) = images.shape, frame.size
+    index, top, left, mirrored = cuts[:, :, None].unbind(1)
+    down, across = torch.arange(rows, device=images.device), torch.arange(columns, device=images.device)
+    down = top + down - frame.padding[0]
+    across = left + torch.where(mirrored > 0, columns - 1 - across, across) - frame.padding[1]
+    if frame.mode == "reflect":
+        down, across = _mirrored_inside(down, height), _mirrored_inside(across, width)
+    places = down.clamp(0, height - 1)[:, :, None] * width + across.clamp(0, width - 1)[:, None, :]
+    pixels = images.flatten(2)[index[:, 0]].gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
+    values = pixels.view(len(cuts), 3, rows, columns)
+    if frame.mode == "reflect" or frame.padding == (0, 0):
+        return values
+    inside = ((down >= 0) & (down < height))[:, :, None] & ((across >= 0) & (across < width))[:, None, :]
+    return values.mul_(inside[:, None])
+
+
+def _mirrored_inside(places: Tensor, length: int) -> Tensor:
+    """Places outside 0 ... length - 1 reflected at the edge pixel, which is not repeated."""
+    return length - 1 - (length - 1 - places.abs()).abs()
+
+
+class ErasingBox:
+    """With some probability a box of an image to erase, to become noise.
+
+    Area 2 % to a third of the image's, aspect log-uniform from 0.3 to 1/0.3, ten tries; never the full width or height.
+
+    Source: random erasing (arXiv:1708.04896), timm's mode "pixel", which DeiT, table 9, trains with.
+    """
+
+    def __init__(self, prob: float = 0.25) -> None:
+        self.prob = prob
+
+    def __call__(self, height: int, width: int, rng: Random) -> Tensor:
+        """`Levels.erase` of an image of this size."""
+        return torch.tensor(self.numbers(height, width, rng))
+
+    def numbers(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int, int]:
+        """The same as plain numbers, to be joined with those of other images."""
+        box = self.draw(height, width, rng) if rng.random() < self.prob else None
+        return (0, 0, 0, 0, 0) if box is None else (*box, rng.getrandbits(62))
+
+    @staticmethod
+    def draw(height: int, width: int, rng: Random) -> tuple[int, int, int, int] | None:
+        """A box (top, left, height, width) of an image; None: none of ten fitted."""
+        for _ in range(10):
+            area = rng.uniform(0.02, 1 / 3) * height * width
+            rows, columns = box_sides(area, math.exp(rng.uniform(math.log(0.3), -math.log(0.3))))
+            if rows < height and columns < width:
+                return rng.randint(0, height - rows), rng.randint(0, width - columns), rows, columns
+        return None
+
+    def __repr__(self) -> str:
+        return f"erase {self.prob:g}"
+
+
+def box_sides(area: float, aspect: float) -> tuple[int, int]:
+    """Height and width in whole pixels of a box with this area and width / height."""
+    return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
+
+
+class ToInput:
+    """Turns a batch of levels into the model's input on a device: divided by 255, normalised, boxes made noise.
+
+    Noise is normal, pixel by pixel. The first box of a batch seeds it: the same for the same batch and kind of device.
+    Nothing waits for a GPU: which images have a box is read from `Levels.erase`, which stays on the host.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
+        scale = 255 * torch.tensor(preprocessing.std, dtype=torch.float64)
+        offset = -255 * torch.tensor(preprocessing.mean, dtype=torch.float64) / scale
+        self._factor = (1 / scale).float().view(3, 1, 1).to(device)
+        self._offset = offset.float().view(3, 1, 1).to(device)
+        self._noise = torch.Generator(device)
+        self.device = device
+
+    def __call__(self, levels: Levels) -> Tensor:
+        """(B, 3, H, W) float32 on the device."""
+        images = levels.values.to(self.device, non_blocking=True) * self._factor
+        images += self._offset
+        hit = levels.erase[:, 2].nonzero().flatten()
+        if len(hit):
+            self._erase(images, hit, levels.erase[hit])
+        return images
+
+    def _erase(self, images: Tensor, hit: Tensor, boxes: Tensor) -> None:
+        """In place: noise in the boxes (K, 5) of the images `hit` (K,)."""
+        self._noise.manual_seed(int(boxes[0, 4]))
+        noise = torch.randn(len(hit), *images.shape[1:], generator=self._noise, device=self.device)
+        paste(noise, images, to_device(hit, self.device), to_device(boxes, self.device))
+
+
+def paste(noise: Tensor, images: Tensor, where: Tensor, boxes: Tensor) -> None:
+    """In place: (K, 3, H, W) noise in the `boxes` (K, 5) of those `images` whose numbers are in `where` (K,)."""
+    top, left, height, width, _ = boxes[:, :, None].unbind(1)
+    down, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
+    rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)
+    inside = (rows[:, :, None] & columns[:, None, :])[:, None]
+    images.index_copy_(0, where, torch.where(inside, noise, images[where]))
+
+
+class EvalInput:
+    """Turns a batch of pixels into the model's input on a device, with the bits of `EvalTransform.to_input`.
+
+    Differs from `ToInput`: divides twice, as evaluation always has, instead of multiplying by one factor.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, normalise: bool = True) -> None:
+        values = ((255.0,), preprocessing.mean, preprocessing.std)
+        # tensors on the device: torch turns division by a number into multiplication there, and uploads lists anew
+        self._full, self._mean, self._std = (torch.tensor(value).view(-1, 1, 1).to(device) for value in values)
+        self.device, self.normalise = device, normalise
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8 to float32 on the device, or to the same there if nothing is to be normalised."""
+        if not self.normalise:
+            return values.to(self.device, non_blocking=True)
+        images = values.to(self.device, non_blocking=True).to(torch.float32)
+        return images.div_(self._full).sub_(self._mean).div_(self._std)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A host tensor on the device; a GPU takes it from pinned memory, without being waited for."""
+    if device.type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,0 +1,289 @@
+"""Images with labels: the interface that training and evaluation read, and the scan of a folder of class folders."""
+
+from __future__ import annotations
+
+import os
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from ..errors import DataError, ImageError
+from .decoding import load_image
+
+IMAGE_SUFFIXES = tuple(
+    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+)
+"""Files with these suffixes, in upper or lower case, are images."""
+
+
+class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
+    """Labelled images: item i is (RGB PIL image, label from 0 to len(classes) - 1).
+
+    A subclass sets `name` and `classes` and gives `__len__`, `__getitem__` and, where it can, `describe`; an image that
+    cannot be read raises ImageError or OSError, so that the run can go on without it.
+    """
+
+    name: str
+    """What messages call the set."""
+    classes: tuple[str, ...]
+    """Class names in the order of their labels."""
+
+    def __len__(self) -> int:
+        raise NotImplementedError(f"{type(self).__name__} does not define __len__")
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        raise NotImplementedError(f"{type(self).__name__} does not define __getitem__")
+
+    def describe(self, index: int) -> str:
+        """Where an image comes from, for messages: its file, or its number and the set's name."""
+        return f"image {index} of {self.name}"
+
+    def key(self, index: int) -> str:
+        """What an image is called within its set, wherever the set lies: its file below the root, or its number."""
+        return str(index)
+
+    def label(self, index: int) -> int:
+        """The label alone. Subclasses that know it give it without reading the image."""
+        return self[index][1]
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, {len(self)} images, {len(self.classes)} classes)"
+
+
+class FileRecords(ImageRecords):
+    """Images in files, decoded when read as `deit_models.decoding.load_image` does it."""
+
+    def __init__(
+        self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[int], classes: Iterable[str]
+    ) -> None:
+        """Note the files, relative to root, and their labels; nothing is opened."""
+        self.name = name
+        self.classes = tuple(classes)
+        self._root = os.fspath(root)
+        # Three blocks of memory instead of a million objects: workers that fork would copy those as soon as they count
+        # a reference to them, and workers that spawn would unpickle them one by one
+        encoded = [os.fsencode(file) for file in files]
+        self._names = b"".join(encoded)
+        self._ends = array("q", [0])
+        for entry in encoded:
+            self._ends.append(self._ends[-1] + len(entry))
+        self._labels = array("q", labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        return load_image(self.describe(index)), self._labels[index]
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+    def describe(self, index: int) -> str:
+        return os.path.join(self._root, self.key(index))
+
+    def key(self, index: int) -> str:
+        index = range(len(self))[index]
+        return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
+
+
+class ArrayRecords(ImageRecords):
+    """Images in memory: an (N, H, W, 3) uint8 array."""
+
+    def __init__(self, name: str, images: Any, labels: Iterable[int], classes: Iterable[str]) -> None:
+        """Keep the array as it is."""
+        self.name = name
+        self.classes = tuple(classes)
+        self._images = images
+        self._labels = array("q", labels)
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        return PIL.Image.fromarray(self._images[index]), self._labels[index]
+
+    def label(self, index: int) -> int:
+        return self._labels[index]
+
+
+class CachedRecords(ImageRecords):
+    """A set whose images have one size and are decoded already; its names and messages are the set's own.
+
+    Attributes:
+        images: (N, 3, H, W) uint8, perhaps shared with other processes.
+        labels: (N,) int64; without meaning where the image cannot be read.
+        broken: images that cannot be read, by index, and why.
+    """
+
+    def __init__(self, records: ImageRecords, images: Tensor, labels: Tensor, broken: Mapping[int, str]) -> None:
+        """Join a set and its pixels, which are taken as they are."""
+        self.name, self.classes = records.name, records.classes
+        self.images, self.labels, self.broken = images, labels, dict(broken)
+        self._records = records
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of every image."""
+        return self.images.shape[2], self.images.shape[3]
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        index = range(len(self))[index]
+        if index in self.broken:
+            raise ImageError(self.broken[index])
+        height, width = self.size
+        pixels = self.images[index].permute(1, 2, 0).contiguous().numpy().tobytes()
+        return PIL.Image.frombytes("RGB", (width, height), pixels), int(self.labels[index])
+
+    def label(self, index: int) -> int:
+        return self._records.label(index)
+
+    def describe(self, index: int) -> str:
+        return self._records.describe(index)
+
+    def key(self, index: int) -> str:
+        return self._records.key(index)
+
+
+class SubsetRecords(ImageRecords):
+    """Some of the images of another set, in a given order; perhaps of some of its classes only."""
+
+    def __init__(self, records: ImageRecords, indices: Iterable[int], *, classes: Sequence[str] | None = None) -> None:
+        """Note which images.
+
+        Args:
+            records: the whole set.
+            indices: of the wanted images.
+            classes: names that the images' labels are among, which number the labels anew; default: those of `records`.
+        """
+        self.name = records.name
+        self.classes = records.classes if classes is None else tuple(classes)
+        self._records = records
+        self._indices = array("q", indices)
+        wanted = {name: number for number, name in enumerate(self.classes)}
+        self._numbers = {number: wanted[name] for number, name in enumerate(records.classes) if name in wanted}
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        image, label = self._records[self._indices[index]]
+        return image, self._numbers[label]
+
+    def label(self, index: int) -> int:
+        return self._numbers[self._records.label(self._indices[index])]
+
+    def describe(self, index: int) -> str:
+        return self._records.describe(self._indices[index])
+
+    def key(self, index: int) -> str:
+        return self._records.key(self._indices[index])
+
+
+def always_the_same(records: ImageRecords) -> bool:
+    """Whether an image is the same each time it is read: it is in our own sets; others, and subclasses, may draw."""
+    if type(records) is SubsetRecords:
+        return always_the_same(records._records)
+    return type(records) in (FileRecords, ArrayRecords, CachedRecords)
+
+
+def subfolders(folder: str | Path) -> list[str]:
+    """Names of the folders in a folder, sorted, without hidden ones. Raises: DataError: it cannot be read."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+    except OSError as error:
+        raise DataError(f"{folder}: {error.strerror or error}; expected a folder") from error
+
+
+def read_class_folders(
+    folder: Path,
+    *,
+    name: str | None = None,
+    classes: Sequence[str] | None = None,
+    class_of: Callable[[str], str] = str,
+) -> FileRecords:
+    """A folder with one folder of images a class; classes are numbered in the order of their folders' names.
+
+    Args:
+        folder: holds the class folders.
+        name: what messages call the set; the folder's path by default.
+        classes: the names to expect, whose order then numbers the classes.
+        class_of: a folder's name to its class's, where several folders make one class.
+
+    Raises: DataError: fewer than two classes, a class without images, other classes than expected.
+    """
+    folders = subfolders(folder)
+    if not folders:
+        raise DataError(f"{folder}: no class folders; expected one folder of images for each class")
+    _check_spelling(folder, folders)
+    found = list(dict.fromkeys(map(class_of, folders)))
+    if classes is not None:
+        check_classes(found, classes, where=str(folder))
+    numbers = {label: number for number, label in enumerate(found if classes is None else classes)}
+    files: list[str] = []
+    labels = array("q")
+    empty = []
+    for entry in folders:
+        images = _images_in(folder / entry, f"{entry}/")
+        if not images:
+            empty.append(entry)
+        files += images
+        labels.extend([numbers[class_of(entry)]] * len(images))
+    if empty:
+        raise DataError(f"{folder}: no images in class folder {some(empty)}; expected {' '.join(IMAGE_SUFFIXES)} files")
+    if len(found) == 1:
+        raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders")
+    return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
+
+
+def _check_spelling(folder: Path, names: Sequence[str]) -> None:
+    """Class names are written into config.json. Raises: DataError: one is no Unicode text, as after a bad unzip."""
+    for name in names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"{folder}: class folder {os.fsencode(name)!r} is not named in UTF-8; rename it") from error
+
+
+def _images_in(folder: str | Path, prefix: str) -> list[str]:
+    """Image files in a folder and below it, sorted folder by folder, each after `prefix`, without hidden ones."""
+    files, folders = [], []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if entry.is_dir():
+                    folders.append(entry.name)
+                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    files.append(prefix + entry.name)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    files.sort()
+    for name in sorted(folders):
+        files += _images_in(os.path.join(folder, name), f"{prefix}{name}/")
+    return files
+
+
+def check_classes(found: Sequence[str], expected: Sequence[str], *, where: str) -> None:
+    """Raise DataError unless two sets have the same class names; the order may differ."""
+    here, there = set(found), set(expected)
+    missing = [name for name in expected if name not in here]
+    extra = [name for name in found if name not in there]
+    if missing or extra:
+        parts = [f"missing {some(missing)}"] * bool(missing) + [f"not in training {some(extra)}"] * bool(extra)
+        raise DataError(f"{where}: not the {len(expected)} classes of the training set: {'; '.join(parts)}")
+
+
+def some(names: Sequence[str]) -> str:
+    """At most three names of a list, and how many more there are."""
+    rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + rest

@@ -1,0 +1,136 @@
+"""From an image to the tensor a checkpoint expects: the evaluation transform that belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from os import PathLike
+from typing import TYPE_CHECKING, Literal
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as TF
+
+from ..checkpoint import Preprocessing, load_manifest
+from ..errors import ConfigError
+from .decoding import ImageSource, Reduced, decode_reduced, load_image
+
+if TYPE_CHECKING:
+    from ..models.layers import ImageClassifier
+
+
+_REDUCED_SIDES = 2
+"""How many times the side to resize to a reduced JPEG still has; below that it shows in the predictions."""
+_IN_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+
+
+class EvalTransform:
+    """The evaluation transform of a checkpoint: resize, centre crop, scale to 0..1, normalise.
+
+    Resizing is Pillow's, antialiased, since that is what the published accuracies were measured with.
+    """
+
+    def __init__(self, preprocessing: Preprocessing, *, normalise: bool = True, fast_pixels: bool = False) -> None:
+        """Take a checkpoint's preprocessing.
+
+        Args:
+            preprocessing: sizes, interpolation, mean and standard deviation.
+            normalise: off, what comes out is the uint8 pixels, cropped.
+            fast_pixels: take pixels that are nearly the same in less time: JPEG files far larger than the input are
+                decoded at a fraction of their size, the others resized by torch and not Pillow.
+
+        Raises: ConfigError: an interpolation that does not exist, or a mean and deviation that cannot be.
+        """
+        if len(preprocessing.mean) != len(preprocessing.std) or not all(preprocessing.std):
+            raise ConfigError(f"mean={preprocessing.mean}, std={preprocessing.std}; expected one each a channel, no 0")
+        self.preprocessing = preprocessing
+        self.normalise = normalise
+        self.fast_pixels = fast_pixels
+        try:
+            self._interpolation = InterpolationMode(preprocessing.interpolation)
+        except ValueError:
+            modes = ", ".join(mode.value for mode in InterpolationMode)
+            raise ConfigError(f"interpolation={preprocessing.interpolation!r}; expected one of {modes}") from None
+
+    def __call__(self, image: ImageSource) -> Tensor:
+        """One image, in any accepted form, to (3, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
+        return self.to_input(self.levels(image))
+
+    def levels(self, image: ImageSource) -> Tensor:
+        """The same before it is scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
+        spec = self.preprocessing
+        size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
+        if self.fast_pixels:
+            return TF.center_crop(self._resized_fast(image, size), list(spec.crop))
+        resized = TF.resize(load_image(image), size, interpolation=self._interpolation)
+        return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
+
+    def to_input(self, levels: Tensor) -> Tensor:
+        """Levels of one image or of a whole batch to what the model takes, to the same bits."""
+        if not self.normalise:
+            return levels
+        spec = self.preprocessing
+        # in one copy to a GPU that is not waited for; torchvision's normalize waits for two
+        mean, std = on_device(torch.tensor([spec.mean, spec.std], dtype=torch.float32).view(2, -1, 1, 1), levels.device)
+        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
+        return levels.to(torch.float32).div_(255).sub_(mean).div_(std)
+
+    def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
+        if isinstance(image, (str, PathLike, bytes)):
+            found = decode_reduced(image, side=_REDUCED_SIDES * max(size))
+        else:
+            found = load_image(image)
+        if isinstance(found, Reduced):
+            # Pillow's resize takes a box between pixels. Without one the picture lies up to a pixel aside, which costs
+            # more agreement than the reduction does
+            left, top, right, bottom = found.box
+            width, height = right - left, bottom - top
+            if len(size) == 1:
+                size = [int(size[0] * side / min(width, height)) for side in (height, width)]
+            resample = PIL.Image.Resampling[self._interpolation.name.partition("_")[0]]
+            return TF.pil_to_tensor(found.image.resize((size[1], size[0]), resample, found.box))
+        if self._interpolation in _IN_TORCH:
+            # as a batch of one with its channels last, in which the resize is vectorised
+            return TF.resize(TF.pil_to_tensor(found)[None], size, interpolation=self._interpolation)[0]
+        return TF.pil_to_tensor(TF.resize(found, size, interpolation=self._interpolation))
+
+    def __repr__(self) -> str:
+        spec = self.preprocessing
+        return f"EvalTransform({spec}, mean {spec.mean}, std {spec.std})"
+
+
+def on_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor where it is needed. A GPU copies from pinned memory while the program goes on."""
+    if device.type != "cuda" or tensor.device.type != "cpu":
+        return tensor.to(device)
+    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+
+
+def transform_for(
+    model: ImageClassifier, *, style: Literal["checkpoint", "timm", "transformers"] = "checkpoint"
+) -> EvalTransform:
+    """The evaluation transform that belongs to a model's weights.
+
+    Args:
+        model: from `create_model` or `from_pretrained`.
+        style: "checkpoint" is what the weights' publisher evaluated with: the authors' transform for the checkpoints of
+            the manifest, the repository's or folder's own otherwise. "timm" crops as timm evaluates the same weights
+            (0.9 of the resized side at 224, all of it at 384). "transformers" resizes to exactly 256x256 at 224, giving
+            up the aspect, as its image processor does by default; the mean and standard deviation stay the weights'.
+
+    Raises: ConfigError: a model built by hand, whose weights are unknown; an unknown style.
+    """
+    if model.origin is None:
+        raise ConfigError("this model was not made by create_model or from_pretrained; build an EvalTransform by hand")
+    spec = model.origin.preprocessing
+    if style == "timm":
+        known = load_manifest().get(model.origin.name)
+        crop_pct = known.timm_crop_pct if known is not None and known.timm_crop_pct is not None else 0.875
+        spec = replace(spec, resize=int(max(spec.crop) / crop_pct))
+    elif style == "transformers":
+        height, width = spec.crop
+        spec = replace(spec, resize=(int(height / 0.875), int(width / 0.875)))
+    elif style != "checkpoint":
+        raise ConfigError(f"style={style!r}; expected 'checkpoint', 'timm' or 'transformers'")
+    return EvalTransform(spec)

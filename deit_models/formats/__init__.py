@@ -1,0 +1,1 @@
+"""Models written down in the layouts of this package, timm and transformers."""

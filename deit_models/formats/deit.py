@@ -1,0 +1,177 @@
+"""DeiT elsewhere: timm kept the authors' names; transformers calls it DeiT with a distillation token, else ViT.
+
+DeiT III is in timm, under other names for the layer scale, and not in transformers.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ..checkpoint import load_manifest
+from ..config import override
+from ..errors import ConfigError
+from ..registry import model_spec
+from .family import FamilyLayouts, Naming, Rule
+
+_OUTER = (
+    Rule("cls_token", ("embeddings.cls_token",)),
+    Rule("dist_token", ("embeddings.distillation_token",)),
+    Rule("pos_embed", ("embeddings.position_embeddings",)),
+    Rule("patch_embed.proj.{w}", ("embeddings.patch_embeddings.projection.{w}",)),
+    Rule("norm.{w}", ("layernorm.{w}",)),
+)
+_CLASSIC = (
+    *_OUTER,
+    Rule("blocks.{i}.norm1.{w}", ("encoder.layer.{i}.layernorm_before.{w}",)),
+    Rule(
+        "blocks.{i}.attn.qkv.{w}",
+        tuple(f"encoder.layer.{{i}}.attention.attention.{part}.{{w}}" for part in ("query", "key", "value")),
+    ),
+    Rule("blocks.{i}.attn.proj.{w}", ("encoder.layer.{i}.attention.output.dense.{w}",)),
+    Rule("blocks.{i}.norm2.{w}", ("encoder.layer.{i}.layernorm_after.{w}",)),
+    Rule("blocks.{i}.mlp.fc1.{w}", ("encoder.layer.{i}.intermediate.dense.{w}",)),
+    Rule("blocks.{i}.mlp.fc2.{w}", ("encoder.layer.{i}.output.dense.{w}",)),
+)
+_V5 = (
+    *_OUTER,
+    Rule("blocks.{i}.norm1.{w}", ("layers.{i}.layernorm_before.{w}",)),
+    Rule("blocks.{i}.attn.qkv.{w}", tuple(f"layers.{{i}}.attention.{part}_proj.{{w}}" for part in "qkv")),
+    Rule("blocks.{i}.attn.proj.{w}", ("layers.{i}.attention.o_proj.{w}",)),
+    Rule("blocks.{i}.norm2.{w}", ("layers.{i}.layernorm_after.{w}",)),
+    Rule("blocks.{i}.mlp.fc1.{w}", ("layers.{i}.mlp.fc1.{w}",)),
+    Rule("blocks.{i}.mlp.fc2.{w}", ("layers.{i}.mlp.fc2.{w}",)),
+)
+_PLAIN_HEAD = (Rule("head.{w}", ("classifier.{w}",)),)
+_BOTH_HEADS = (Rule("head.{w}", ("cls_classifier.{w}",)), Rule("head_dist.{w}", ("distillation_classifier.{w}",)))
+_TABLES = {
+    ("transformers", False): _CLASSIC + _PLAIN_HEAD,
+    ("transformers", True): _CLASSIC + _BOTH_HEADS,
+    ("transformers-5", False): _V5 + _PLAIN_HEAD,
+    ("transformers-5", True): _V5 + _BOTH_HEADS,
+}
+
+# What timm tags and names: weights pre-trained on ImageNet-21k have a name of their own here.
+_TAG_21K, _SUFFIX_21K = "fb_in22k_ft_in1k", "_in21ft1k"
+
+# Our option: transformers' name of it.
+_FIELDS = {
+    "embed_dim": "hidden_size",
+    "depth": "num_hidden_layers",
+    "num_heads": "num_attention_heads",
+    "img_size": "image_size",
+    "patch_size": "patch_size",
+    "in_chans": "num_channels",
+    "qkv_bias": "qkv_bias",
+    "norm_eps": "layer_norm_eps",
+}
+
+
+class DeiTLayouts(FamilyLayouts):
+    """See the module docstring."""
+
+    family = "deit"
+    signs: ClassVar[Mapping[Naming, str]] = {
+        "timm": r"blocks\.0\.ls1\.gamma$",
+        "native": r"patch_embed\.proj\.weight$",
+        "transformers": r"encoder\.layer\.",
+        "transformers-5": r"embeddings\.cls_token$",
+    }
+    # transformers puts the body under the model type and leaves the heads bare.
+    body = r"(?:vit|deit)\.(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
+    # Parameters of a feature extractor that a classifier never uses.
+    ignored = r"pooler\."
+    timm_options = tuple(
+        "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias dynamic_img_size".split()
+    )
+    timm_ignored = FamilyLayouts.timm_ignored | {
+        *("attn_drop_rate", "proj_drop_rate", "pos_drop_rate", "patch_drop_rate")
+    }
+    timm_fixed: ClassVar[Mapping[str, Any]] = {"global_pool": "token"}
+    model_types = ("deit", "vit")
+
+    def body_prefix(self, naming: Naming, config: Any) -> str:
+        """After the class transformers would build."""
+        if not naming.startswith("transformers"):
+            return ""
+        return "deit." if config.distilled else "vit."
+
+    def rules(self, naming: Naming, config: Any) -> tuple[Rule, ...] | None:
+        """The tables of transformers; there the class head's name depends on whether there is another."""
+        return _TABLES.get((naming, config.distilled))
+
+    def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
+        """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`."""
+        if naming == "timm":
+            return (re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name),)
+        return super().other_names(name, naming, config)
+
+    def from_timm_name(self, architecture: str, tag: str | None) -> str:
+        """The same name, or that of the weights pre-trained on ImageNet-21k."""
+        return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
+
+    def timm_architecture(self, name: str, config: Any) -> str:
+        """A name timm has: it builds shapes it has no name for from a name it has and the options that differ."""
+        three = _is_three(config)
+        if three and config.distilled:
+            raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
+        known = load_manifest().get(name)
+        if known is not None and any(source.layout == "timm" for source in known.sources):
+            if _is_three(model_spec(name).config) == three:
+                return name.removesuffix(_SUFFIX_21K)
+        return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224"
+
+    def timm_facts(self, config: Any) -> dict[str, Any]:
+        """Its first layer and its heads."""
+        return {
+            "num_features": config.embed_dim,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if config.distilled else "head",
+        }
+
+    def read_transformers(self, data: Mapping[str, Any]) -> Any:
+        """Configs leave fields out that have transformers' default: base width."""
+        if "DeiTForImageClassification" in (data.get("architectures") or []):
+            raise ConfigError(
+                "DeiTForImageClassification has a distillation token but only one head; "
+                "save the model as DeiTForImageClassificationWithTeacher, or plain DeiT as ViTForImageClassification"
+            )
+        if data.get("hidden_act", "gelu") != "gelu":
+            raise ConfigError(f"config.json has hidden_act={data['hidden_act']!r}; these models use the exact 'gelu'")
+        defaults = {"image_size": 224, "layer_norm_eps": 1e-12}
+        found = {ours: ({**defaults, **data}).get(theirs) for ours, theirs in _FIELDS.items()}
+        overrides = {key: value for key, value in found.items() if value is not None}
+        spec = model_spec(
+            "deit_base_distilled_patch16_224" if data["model_type"] == "deit" else "deit_base_patch16_224"
+        )
+        overrides["mlp_ratio"] = data.get("intermediate_size", 3072) / overrides.get("embed_dim", 768)
+        return override(spec.config, overrides)
+
+    def write_transformers(self, config: Any) -> dict[str, Any]:
+        """A DeiT with teacher where there are two heads, else a ViT."""
+        if _is_three(config):
+            raise ConfigError("transformers has no DeiT III; save it with layout='native' or 'timm'")
+        return {
+            "architectures": [
+                "DeiTForImageClassificationWithTeacher" if config.distilled else "ViTForImageClassification"
+            ],
+            "model_type": "deit" if config.distilled else "vit",
+            "hidden_act": "gelu",
+            "intermediate_size": int(config.embed_dim * config.mlp_ratio),
+            **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
+        }
+
+
+def _is_three(config: Any) -> bool:
+    """Whether a config has the layer scale and the positions of DeiT III.
+
+    Raises: ConfigError: one without the other, which is nowhere but here.
+    """
+    if bool(config.layer_scale) == config.prefix_positions:
+        raise ConfigError(
+            f"layer_scale={config.layer_scale} with prefix_positions={config.prefix_positions} is neither DeiT nor "
+            f"DeiT III, which other libraries have; save it with layout='native'"
+        )
+    return bool(config.layer_scale)

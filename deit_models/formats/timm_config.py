@@ -1,0 +1,122 @@
+"""timm's config.json, read and written; what differs between families stands in `families/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Origin, Preprocessing, load_manifest
+from ..config import override
+from ..errors import ConfigError
+from ..models.layers import ImageClassifier
+from ..registry import model_spec, unknown_model
+from .description import Description, read_class_names, tuples
+from .layouts import FAMILIES, layouts_of
+
+
+def read(data: Mapping[str, Any]) -> Description:
+    """A model of timm's that is registered here, with the options it was built with.
+
+    Raises: UnknownModelError: not registered. ConfigError: an option this package does not have.
+    """
+    # Before 2023 timm wrote one flat table.
+    cfg = data.get("pretrained_cfg", data)
+    name = _registered(str(data["architecture"]), cfg.get("tag"))
+    spec = model_spec(name)
+    layouts = layouts_of(spec.family)
+    options = tuples(data.get("model_args") or {})
+    size = cfg.get("input_size")
+    if size is not None:
+        options.setdefault("in_chans", size[0])
+        options.setdefault("img_size", tuple(size[1:]))
+    if isinstance(options.get("img_size"), tuple) and len(set(options["img_size"])) == 1:
+        options["img_size"] = options["img_size"][0]  # timm writes squares as pairs
+    for key, fixed in layouts.timm_fixed.items():
+        if (value := options.pop(key, fixed)) != fixed:
+            raise ConfigError(f"config.json sets {key}={value!r}; {name} has {key}={fixed!r}")
+    unknown = set(options) - set(layouts.timm_options) - layouts.timm_ignored
+    if unknown:
+        raise ConfigError(f"config.json sets model_args {sorted(unknown)}, which {name} does not have here")
+    overrides = {key: value for key, value in options.items() if key in layouts.timm_options}
+    overrides["num_classes"] = data.get("num_classes", cfg.get("num_classes", 1000))
+    config = override(spec.config, overrides)
+    origin = Origin(
+        name=name,
+        preprocessing=_read_preprocessing(cfg, config.image_hw),
+        class_names=read_class_names(_labels(data, cfg)),
+        licence=cfg.get("license"),
+    )
+    return Description(config=config, origin=origin, family=spec.family, layout="timm")
+
+
+def write(model: ImageClassifier, origin: Origin, *, conv: bool = False) -> dict[str, Any]:
+    """The config.json from which `timm.create_model("local-dir:...")` builds a model.
+
+    Args:
+        model: the model.
+        origin: its origin.
+        conv: name timm's variant that has 1x1 convolutions in the place of linear layers.
+
+    Raises: ConfigError: timm has no such model.
+    """
+    config, spec, layouts = model.config, origin.preprocessing, layouts_of(model.family)
+    name = layouts.timm_architecture(origin.name, config)
+    reference = model_spec(_registered(name, None)).config
+    options = layouts.timm_options
+    differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
+    squash = not isinstance(spec.resize, int)
+    resized = spec.resize[0] if isinstance(spec.resize, tuple) else spec.resize
+    facts = layouts.timm_facts(config)
+    data: dict[str, Any] = {
+        "architecture": name.replace("_", "_conv_", 1) if conv else name,
+        "num_classes": config.num_classes,
+        "num_features": facts.pop("num_features"),
+        "pretrained_cfg": {
+            "tag": "deit_models",
+            "custom_load": False,
+            "input_size": [config.in_chans, *config.image_hw],
+            "fixed_input_size": True,
+            "interpolation": spec.interpolation,
+            "crop_pct": spec.crop[0] / resized if squash else max(spec.crop) / resized,
+            "crop_mode": "squash" if squash else "center",
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "num_classes": config.num_classes,
+            **facts,
+        },
+    }
+    if origin.licence is not None:
+        data["pretrained_cfg"]["license"] = origin.licence.lower()
+    if origin.class_names is not None:
+        data["label_names"] = list(origin.class_names)
+    return data | ({"model_args": differing} if differing else {})
+
+
+def _registered(architecture: str, tag: str | None) -> str:
+    """The registered name of a model of timm's."""
+    for layouts in FAMILIES.values():
+        name = layouts.from_timm_name(architecture, tag)
+        known = load_manifest().get(name)
+        if known is not None and known.family == layouts.family:
+            return name
+    raise unknown_model(architecture)
+
+
+def _labels(data: Mapping[str, Any], cfg: Mapping[str, Any]) -> Any:
+    names = data.get("label_names") or cfg.get("label_names")
+    descriptions = data.get("label_descriptions") or cfg.get("label_descriptions") or {}
+    if isinstance(names, Mapping):
+        return {index: descriptions.get(name, name) for index, name in names.items()}
+    return {index: descriptions.get(name, name) for index, name in enumerate(names)} if names else None
+
+
+def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
+    crop_pct = cfg.get("crop_pct") or 0.875
+    scaled = (int(image_hw[0] / crop_pct), int(image_hw[1] / crop_pct))
+    return Preprocessing(
+        resize=scaled if cfg.get("crop_mode") == "squash" else max(scaled),
+        crop=image_hw,
+        interpolation=cfg.get("interpolation") or "bicubic",
+        mean=tuple(cfg.get("mean") or IMAGENET_MEAN),
+        std=tuple(cfg.get("std") or IMAGENET_STD),
+    )

@@ -1,0 +1,121 @@
+"""transformers' config.json and preprocessor_config.json, read and written; families differ in `families/`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Origin, Preprocessing
+from ..errors import ConfigError
+from ..models.layers import ImageClassifier
+from ..registry import default_preprocessing
+from .description import Description, read_class_names, registered_name, tuples, write_class_names
+from .layouts import FAMILIES, layouts_of
+
+# Pillow's resampling filters by the numbers image processors store.
+_FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
+_HALF = (0.5, 0.5, 0.5)
+
+
+class _Processor(NamedTuple):
+    """What an image processor does where its file is silent, and how it takes a shorter side."""
+
+    size: Any
+    center_crop: bool
+    resample: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    enlarge: float = 1.0
+
+
+def read(data: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Description:
+    """A transformers config, and the transform of the processor beside it (without one, the authors').
+
+    Raises: ConfigError: a model_type of no family here, or values that cannot be built.
+    """
+    kind = data["model_type"]
+    layouts = next((layouts for layouts in FAMILIES.values() if kind in layouts.model_types), None)
+    if layouts is None:
+        known = ", ".join(repr(name) for layouts in FAMILIES.values() for name in layouts.model_types)
+        raise ConfigError(f"config.json is of model_type {kind!r}; deit-models loads {known}")
+    labels = data.get("id2label")
+    # Configs leave fields out that have transformers' default: two classes.
+    num_classes = len(labels) if labels else data.get("num_labels", 2)
+    config = replace(layouts.read_transformers(tuples(data)), num_classes=num_classes)
+    name = registered_name(config, layouts.family)
+    preprocessing = _read_processor(processor, config.image_hw) if processor is not None else None
+    origin = Origin(
+        name=name or kind,
+        preprocessing=preprocessing or default_preprocessing(name or "", config.image_hw),
+        class_names=read_class_names(labels),
+    )
+    return Description(config=config, origin=origin, family=layouts.family, layout="transformers")
+
+
+def write(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
+    """The config.json from which `AutoModelForImageClassification` builds a model.
+
+    Raises: ConfigError: transformers has no such model.
+    """
+    names = origin.class_names or tuple(f"LABEL_{index}" for index in range(model.config.num_classes))
+    return {
+        **layouts_of(model.family).write_transformers(model.config),
+        "id2label": write_class_names(names),
+        "label2id": {label: index for index, label in enumerate(names)},
+    }
+
+
+def _processor(data: Mapping[str, Any], image_hw: tuple[int, int]) -> _Processor:
+    kind = str(data.get("image_processor_type") or data.get("feature_extractor_type"))
+    if kind.startswith("DeiT"):
+        return _Processor(256, True, 3, _HALF, _HALF)
+    if kind.startswith("Levit"):
+        # its "shortest_edge" is that of the crop: the image is resized to int(256 / 224 * shortest_edge)
+        return _Processor({"shortest_edge": 224}, True, 3, IMAGENET_MEAN, IMAGENET_STD, enlarge=256 / 224)
+    return _Processor(image_hw, False, 2, _HALF, _HALF)
+
+
+def _read_processor(processor: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
+    """Read preprocessor_config.json, of which older ones give sizes as plain numbers, meaning squares."""
+    defaults = _processor(processor, image_hw)
+    size = processor.get("size") or defaults.size
+    if isinstance(size, Mapping):
+        edge = size.get("shortest_edge")
+        size = int(edge * defaults.enlarge) if edge else (size["height"], size["width"])
+    elif isinstance(size, int):
+        size = (size, size)
+    crop: Any = processor.get("crop_size") or image_hw
+    if isinstance(crop, Mapping):
+        crop = (crop["height"], crop["width"])
+    elif isinstance(crop, int):
+        crop = (crop, crop)
+    if not processor.get("do_center_crop", defaults.center_crop):
+        crop = (size, size) if isinstance(size, int) else size
+    return Preprocessing(
+        resize=size if isinstance(size, int) else tuple(size),
+        crop=tuple(crop),
+        interpolation=_FILTERS.get(processor.get("resample", defaults.resample), "bicubic"),
+        mean=tuple(processor.get("image_mean") or defaults.mean),
+        std=tuple(processor.get("image_std") or defaults.std),
+    )
+
+
+def write_processor(spec: Preprocessing) -> dict[str, Any]:
+    """The preprocessor_config.json from which `AutoImageProcessor` builds this transform."""
+    squash = not isinstance(spec.resize, int)
+    return {
+        "image_processor_type": "DeiTImageProcessor",
+        "do_resize": True,
+        "size": {"height": spec.resize[0], "width": spec.resize[1]}
+        if isinstance(spec.resize, tuple)
+        else {"shortest_edge": spec.resize},
+        "resample": next(number for number, name in _FILTERS.items() if name == spec.interpolation),
+        "do_center_crop": not squash or spec.resize != spec.crop,
+        "crop_size": {"height": spec.crop[0], "width": spec.crop[1]},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": list(spec.mean),
+        "image_std": list(spec.std),
+    }

@@ -1,0 +1,165 @@
+"""What a training step minimises: the labels' loss and, with a teacher, the teacher's.
+
+Source: DeiT, section 3 (losses) and the authors' script (normalisation of the soft form); DeiT III, section 3.3
+(binary cross-entropy). All losses are computed in float32, whatever the logits' type.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..errors import TrainingError
+from ..models.layers import TrainingLogits
+from ..nas.patches import Targets
+from .recipe import Recipe
+from .teacher import Teacher
+
+logger = logging.getLogger(__name__)
+
+
+def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy with a distribution as target, averaged over the batch: -(1/B) sum_bk y_bk log softmax(z_b)_k.
+
+    Shape: logits (B, K) float, targets (B, K) float with rows that sum to 1 -> scalar float32.
+    Source: the loss of DeiT's training on mixed and smoothed labels.
+    """
+    return F.cross_entropy(logits.float(), targets.float())
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """One yes-or-no question a class: every class in the mixture counts as present, averaged over all B * K entries.
+
+    Targets above 0 become 1, so that the weights of mixup and CutMix are forgotten; label smoothing must be off.
+
+    Shape: logits (B, K) float, targets (B, K) float -> scalar float32.
+    Source: DeiT III, section 3.3, after Wightman et al., ResNet strikes back, 2021.
+    """
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.gt(0).float())
+
+
+def soft_distillation(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
+    """Divergence of the student's softened distribution from the teacher's, KL(teacher || student).
+
+    tau^2 / (B * K) * sum_bk p_bk (log p_bk - log q_bk), p = softmax(teacher / tau), q = softmax(student / tau).
+    The authors divide by all B * K entries: this is 1/K of the usual mean over the batch, and alpha has to be read with
+    that in mind. No gradient reaches the teacher; a class the teacher rules out with -inf adds nothing.
+
+    Shape: both logits (B, K) float -> scalar float32.
+    Source: DeiT, equation 2; the normalisation is the authors' script's.
+    """
+    with torch.no_grad():
+        wanted = (teacher_logits.float() / tau).softmax(dim=-1)
+    given = (student_logits.float() / tau).log_softmax(dim=-1)
+    return F.kl_div(given, wanted, reduction="sum") * (tau**2 / student_logits.numel())
+
+
+def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """Cross-entropy with the teacher's decision as the label, neither smoothed nor mixed, averaged over the batch.
+
+    Shape: both logits (B, K) float -> scalar float32.
+    Source: DeiT, equation 3.
+    """
+    return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
+
+
+class DistillationLoss:
+    """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
+
+    The class head learns from the labels, and so does a patch head, with equal weight. The teacher speaks to the
+    distillation head (distill_on="token", the paper's choice) or to the class head as well (distill_on="class"). Where
+    there is no teacher, label_heads="both" has the second head learn from the labels too, each head by its own loss. A
+    second head that is not spoken to is ignored, as the authors do: it gets no gradient and stays untrained, and since
+    evaluation takes the mean of both heads the accuracy suffers. That is logged, once.
+
+    It holds no parameters and is no module, so that a teacher never ends up in a student's state dict.
+
+    Raises: TrainingError: the recipe distils and there is no teacher, or the other way round.
+    """
+
+    def __init__(self, recipe: Recipe, *, teacher: Teacher | None) -> None:
+        if recipe.distillation != "none" and teacher is None:
+            raise TrainingError(
+                f"distillation={recipe.distillation!r} needs a teacher; pass teacher=..., or distillation='none'"
+            )
+        if recipe.distillation == "none" and teacher is not None:
+            raise TrainingError("a teacher is given, but distillation='none'; pass distillation='hard' or 'soft'")
+        self.recipe = recipe
+        self.teacher = teacher
+        self._base = soft_target_cross_entropy if recipe.loss == "ce" else binary_cross_entropy
+        self._warned = False
+
+    def __call__(
+        self,
+        output: TrainingLogits | Tensor | tuple[Tensor, Tensor],
+        targets: Tensor | Targets,
+        teacher_logits: Tensor | None = None,
+    ) -> Tensor:
+        """The loss of one batch, a float32 scalar.
+
+        Args:
+            output: the student's logits: (B, K) of one head, or a pair of them, class head first; `forward_heads` gives
+                the pair in every mode, while calling a distilled model in eval mode gives the mean, which has no heads.
+            targets: the labels as distributions, (B, K), or with one for each patch.
+            teacher_logits: what the teacher says of the same images, (B, K); needed where the recipe distils.
+
+        Raises: TrainingError: logits and targets of different shapes, no teacher logits, or no distillation head.
+        """
+        cls, dist, *rest = (output, None) if isinstance(output, Tensor) else output
+        wanted = targets if isinstance(targets, Tensor) else targets.image
+        self._check_shape("targets", wanted, cls)
+        base = self._base(cls, wanted)
+        if rest and rest[0] is not None:
+            base = base + self._patch_loss(rest[0], targets)
+        if self.recipe.distillation == "none":
+            if dist is not None and self.recipe.label_heads == "both":
+                return (base + self._base(dist, wanted)) / 2
+            self._warn_untrained(dist)
+            return base
+        if teacher_logits is None:
+            raise TrainingError(f"distillation={self.recipe.distillation!r} needs the teacher's logits for each batch")
+        self._check_shape("teacher's logits", teacher_logits, cls)
+        taught = self._taught_head(cls, dist)
+        if self.recipe.distillation == "soft":
+            learned = soft_distillation(taught, teacher_logits, self.recipe.tau)
+        else:
+            learned = hard_distillation(taught, teacher_logits)
+        return (1 - self.recipe.alpha) * base + self.recipe.alpha * learned
+
+    def _patch_loss(self, logits: Tensor, targets: Tensor | Targets) -> Tensor:
+        """The labels' loss of a patch head, (B, P, K): a patch stands for its image unless it has its own target."""
+        wanted = targets[:, None].expand_as(logits) if isinstance(targets, Tensor) else targets.patches
+        return self._base(logits.flatten(0, 1), wanted.flatten(0, 1))
+
+    def _taught_head(self, cls: Tensor, dist: Tensor | None) -> Tensor:
+        if self.recipe.distill_on == "class":
+            self._warn_untrained(dist)
+            return cls
+        if dist is None:
+            raise TrainingError(
+                "distill_on='token' needs a distillation head, but the model gives one output; train a distilled "
+                "variant (distilled=True, or a name with 'distilled'), or pass distill_on='class'"
+            )
+        return dist
+
+    def _warn_untrained(self, dist: Tensor | None) -> None:
+        if dist is None or self._warned:
+            return
+        self._warned = True
+        logger.warning(
+            "the distillation head is not trained (distillation=%r, distill_on=%r), yet evaluation takes the mean of "
+            "both heads: train a variant without that token, distil on the token, or set label_heads='both'",
+            self.recipe.distillation,
+            self.recipe.distill_on,
+        )
+
+    @staticmethod
+    def _check_shape(what: str, given: Tensor, logits: Tensor) -> None:
+        if given.shape != logits.shape:
+            raise TrainingError(
+                f"the {what} have shape {tuple(given.shape)}, the student's logits {tuple(logits.shape)}; "
+                f"both must be (images, classes)"
+            )
