@@ -77,6 +77,24 @@ def plot_curves(runs: Mapping[str, Rows], path: str | PathLike[str], *, title: s
 RECIPE_NAME = "recipe.toml"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Computing:
+    """Where and with what help a run computes; none of it changes the result. The fields are explained at `train`."""
+
+    device: str | torch.device | None = None
+    workers: int | None = None
+    shard: Shard = "ddp"
+    tensorboard: bool = False
+    cache: Cache = "auto"
+    corrupt_limit: float = 0.01
+    watch: Watch = plain_watch
+    on_epoch: Callable[[dict[str, Any]], None] | None = None
+
+    def workers_beside(self, device: torch.device) -> int:
+        """The number of loading processes: as given, or the default for this device."""
+        return default_workers(device) if self.workers is None else self.workers
+
+
 @dataclass(frozen=True, slots=True)
 class TrainResult:
     """How a run ended.
@@ -143,12 +161,46 @@ def train(
         TrainingError: the loss is no number, the teacher does not fit, `out` holds another run, a worker died.
         FetchError: no space or no permission in `out`; the last complete state stays.
     """
+    computing = Computing(
+        device=device,
+        workers=workers,
+        shard=shard,
+        tensorboard=tensorboard,
+        cache=cache,
+        corrupt_limit=corrupt_limit,
+        watch=watch,
+        on_epoch=on_epoch,
+    )
+    return run_training(
+        model,
+        recipe=recipe,
+        train=train,
+        val=val,
+        out=Path(out),
+        teacher=teacher,
+        preprocessing=preprocessing,
+        computing=computing,
+    )
+
+
+def run_training(
+    model: nn.Module,
+    *,
+    recipe: Recipe,
+    train: Any,
+    val: Any,
+    out: Path,
+    computing: Computing,
+    teacher: Teacher | TeacherSpec | None = None,
+    preprocessing: Preprocessing | None = None,
+) -> TrainResult:
+    """As `train`, with the options of computing in one record; fine-tuning and the search call it too."""
     records = open_images(train, "train")
     val_records = None if val is None else open_images(val, "val", records.classes)
     if recipe.patience and val_records is None:
         raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
     preprocessing = preprocessing or preprocessing_of(model)
-    with join_processes(device) as process:
+    with join_processes(computing.device) as process:
         learner = make_learner(
             model,
             recipe,
@@ -156,7 +208,7 @@ def train(
             process=process,
             preprocessing=preprocessing,
             teacher=teacher,
-            shard=shard,
+            shard=computing.shard,
         )
         if learner.divided and val_records is not None and len(val_records) < process.world:
             raise DataError(f"{len(val_records)} images to evaluate on, fewer than the {process.world} processes")
@@ -164,15 +216,13 @@ def train(
             learner=learner,
             records=records,
             val=val_records,
-            out=Path(out),
+            out=out,
             preprocessing=preprocessing,
-            workers=default_workers(process.device) if workers is None else workers,
-            cache=cache,
-            corrupt_limit=corrupt_limit,
-            watch=watch,
+            computing=computing,
+            workers=computing.workers_beside(process.device),
         )
         with explained_worker_failure(run.workers):
-            return run.to_the_end(tensorboard=tensorboard, on_epoch=on_epoch)
+            return run.to_the_end()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -184,13 +234,11 @@ class _Run:
     val: ImageRecords | None
     out: Path
     preprocessing: Preprocessing
+    computing: Computing
     workers: int
-    cache: Cache
-    corrupt_limit: float
-    watch: Watch
     val_batches: InputBatches | None = None
 
-    def to_the_end(self, *, tensorboard: bool, on_epoch: Callable[[dict[str, Any]], None] | None) -> TrainResult:
+    def to_the_end(self) -> TrainResult:
         """All epochs from the last saved one on, then the final export."""
         recipe, process = self.learner.recipe, self.learner.process
         sampler = self._sampler()
@@ -199,12 +247,14 @@ class _Run:
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
         batches = self._training_batches(sampler) if progress.epoch < recipe.total_epochs else None
-        log = RunLog(self.out, first_epoch=progress.epoch, tensorboard=tensorboard, writes=process.is_main)
+        log = RunLog(
+            self.out, first_epoch=progress.epoch, tensorboard=self.computing.tensorboard, writes=process.is_main
+        )
         if process.is_main:
             remove_leftovers(self.out)
             with atomic_write(self.out / RECIPE_NAME) as temporary:
                 temporary.write_text(recipe.to_toml(), encoding="utf-8")
-        damage = DamageCount(self.records, self.corrupt_limit, failed=progress.unreadable)
+        damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
         with closing(log):
             for epoch in range(progress.epoch, recipe.total_epochs):
                 if batches is None or self._gives_up(progress):
@@ -217,8 +267,8 @@ class _Run:
                 log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
                 if self._is_saved(epoch) or self._gives_up(progress):
                     save_state(self.out, self.learner, progress, run=identity)
-                if on_epoch is not None and process.is_main:
-                    on_epoch(row)
+                if self.computing.on_epoch is not None and process.is_main:
+                    self.computing.on_epoch(row)
         last = log.rows[-1] if log.rows else {}
         self._export("model", self.learner.bare, last)
         if self.learner.average is not None:
@@ -246,7 +296,13 @@ class _Run:
         saved = next((before for before in reversed(range(epoch)) if self._is_saved(before)), None)
         kept = "" if saved is None else f"; the last good weights, of epoch {saved}, are in {self.out / STATE_NAME}"
         done = train_epoch(
-            self.learner, batches, steps=sampler.steps, epoch=epoch, damage=damage, watch=self.watch, kept=kept
+            self.learner,
+            batches,
+            steps=sampler.steps,
+            epoch=epoch,
+            damage=damage,
+            watch=self.computing.watch,
+            kept=kept,
         )
         row: dict[str, Any] = {
             "epoch": epoch,
@@ -290,7 +346,7 @@ class _Run:
     def _training_batches(self, sampler: TrainSampler) -> InputBatches:
         recipe, process = self.learner.recipe, self.learner.process
         return training_batches(
-            keep_in_memory(self.records, self.cache, workers=self.workers, processes=process.world),
+            keep_in_memory(self.records, self.computing.cache, workers=self.workers, processes=process.world),
             train_transform(recipe, self.preprocessing, self.preprocessing.crop),
             sampler,
             ToInput(self.preprocessing, process.device),
@@ -308,11 +364,14 @@ class _Run:
         most = -(-len(self.val) // process.world)
         rounds = -(-most // size) if self.learner.divided else None
         if self.val_batches is None:
-            transform, keep = EvalTransform(self.preprocessing), keeps_pixels(self.val, self.preprocessing, self.cache)
+            transform, keep = (
+                EvalTransform(self.preprocessing),
+                keeps_pixels(self.val, self.preprocessing, self.computing.cache),
+            )
             self.val_batches = eval_batches(
                 self.val, transform, process, batch_size=size, workers=self.workers, keep=keep
             )
-        damage, versions = DamageCount(self.val, self.corrupt_limit), self.learner.versions()
+        damage, versions = DamageCount(self.val, self.computing.corrupt_limit), self.learner.versions()
         found = score_each(
             versions, self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
         )
