@@ -1,14 +1,15 @@
-"""New heads for other classes, and positions for another size, on a model that is trained already."""
-# MERGED """Which part of a model learns."""
+"""New heads and another input size for a trained model, and the part of it that learns in each mode."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from ..config import override
 from ..errors import ConfigError
@@ -16,22 +17,19 @@ from ..hub.weights import meta_model
 from ..models.layers import ImageClassifier
 from ..predict import class_names_of
 
-_LAST = re.compile(r"last-(\d+)")
-
 
 def first_trained_layer(mode: str, model: ImageClassifier) -> int:
-    """The lowest layer, as `model.layer_of` counts them, that learns in a mode.
+    """Lowest layer that learns in a mode, numbered as by `model.layer_of`.
 
-    "full": all. "last-N": the last N blocks, the final norm and the heads; "last-0" trains the heads and the norm
-    before them alone, with augmentation. "head": the heads and nothing else, see `finetune`.
+    "full": everything learns. "last-N": the last N blocks, the final norm and the heads. "head": the heads alone.
 
-    Raises: ConfigError: an unknown mode, or more blocks than there are.
+    Raises: ConfigError: an unknown mode, or more blocks than the model has.
     """
     if mode == "full":
         return 0
     if mode == "head":
         return model.num_layers
-    match = _LAST.fullmatch(mode)
+    match = re.fullmatch(r"last-(\d+)", mode)
     if match is None:
         raise ConfigError(f"mode={mode!r}; expected 'full', 'head', or 'last-N' with a number of blocks")
     blocks = int(match[1])
@@ -42,11 +40,10 @@ def first_trained_layer(mode: str, model: ImageClassifier) -> int:
 
 @contextmanager
 def only_from_layer(model: ImageClassifier, layer: int) -> Iterator[None]:
-    """Freeze everything below a layer for a while."""
+    """Freeze the parameters below a layer inside the `with` block; parameters that were fixed before stay fixed."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            # what the model keeps fixed, as T2T-ViT its positions, stays so
             parameter.requires_grad_(before[name] and model.layer_of(name) >= layer)
         yield
     finally:
@@ -62,22 +59,21 @@ def adapt_head(
     img_size: int | tuple[int, int] | None = None,
     warm_start: bool = False,
 ) -> ImageClassifier:
-    """Fit a model to other classes, and perhaps another input size, in place; gives the model.
+    """Fit a model to other classes, and perhaps another input size, in place; returns the model.
 
-    Both heads of a distilled model are made anew. Where the model has the very same class names already, in whatever
-    order, its heads are kept, their rows in the new order. All parameters may become new objects: build an optimiser
-    afterwards.
+    Every head gets new weights. If the model has the same class names already, in any order, the heads keep their
+    weights, with the rows in the new order. Parameters may become new objects: build the optimiser afterwards.
 
     Args:
         model: from `create_model` or `from_pretrained`.
         num_classes: logits of each head; may be left out with `class_names`.
-        class_names: a name for each logit, kept in the model's config.json. Default: none, with `num_classes` given.
+        class_names: a name for each logit, kept in the model's config.json. Default: no names.
         img_size: another input size in pixels, one number or (height, width); positions are interpolated.
-        warm_start: begin the row of a class with that of the model's class of the same name. One of the synonyms is
-            enough ("tench" meets ImageNet's "tench, Tinca tinca"); case, hyphens and underscores do not count.
+        warm_start: copy the rows of classes whose name the model has already. One of several synonyms is enough
+            ("tench" matches ImageNet's "tench, Tinca tinca"); case, hyphens and underscores are ignored.
 
-    Raises: ConfigError: names and number that do not fit together, names twice, nothing known to start warm from, an
-        impossible size.
+    Raises: ConfigError: names that do not fit the number, a name twice, no names to start warm from, an impossible
+        size.
     """
     origin = model.origin
     if origin is None:
@@ -85,7 +81,7 @@ def adapt_head(
     old_names, names = class_names_of(model), None if class_names is None else tuple(class_names)
     _check_names(names, num_classes)
     if warm_start and (names is None or old_names is None):
-        raise ConfigError("warm_start goes by names: pass class_names, for a model that knows the names of its classes")
+        raise ConfigError("warm_start goes by names: pass class_names, for a model that has class names")
     count = num_classes if names is None else len(names)
     if count is None and img_size is None:
         raise ConfigError("nothing to adapt to; pass num_classes, class_names or img_size")
@@ -97,7 +93,7 @@ def adapt_head(
     model.origin = origin.adapted(
         origin.preprocessing.at_size(model.config.image_hw),
         class_names=origin.class_names if count is None else names,
-        # as many logits that mean something else: by its dataset they would be taken for those of the old classes
+        # with as many logits as before, the old dataset would give new classes the names of the old ones
         dataset=None if count == old_count and len(rows) < old_count else origin.dataset,
     )
     return model
@@ -114,7 +110,7 @@ def _check_names(names: tuple[str, ...] | None, num_classes: int | None) -> None
 
 
 def _rows(old: Sequence[str] | None, new: Sequence[str] | None, *, warm_start: bool) -> dict[int, int]:
-    """Which row of the new heads begins as which row of the old ones."""
+    """Number of each row of the new heads that is copied, to the number of the old row."""
     if old is None or new is None:
         return {}
     if len(set(old)) == len(old) and set(old) == set(new):
@@ -134,30 +130,32 @@ def _plain(name: str) -> str:
 
 
 def _rebuild(model: ImageClassifier, changes: dict[str, Any], *, rows: dict[int, int], new_heads: bool) -> None:
-    """In place: the config with `changes`, the tensors fitted to it, and heads that begin with `rows` of the old."""
-    before = model.config
-    fresh = meta_model(type(model), override(before, changes))
-    state = fresh.fit_state(model.state_dict(), before)
-    heads = {name: tensor for name, tensor in state.items() if name.partition(".")[0] in model.head_names}
-    if new_heads:
-        state = {name: tensor for name, tensor in state.items() if name not in heads}
-    fresh.load_state_dict(state, strict=not new_heads, assign=True)
+    """Change the config in place and fit the tensors to it; new heads begin with `rows` of the old ones."""
+    fresh = meta_model(type(model), override(model.config, changes))
+    state = fresh.fit_state(model.state_dict(), model.config)
     if new_heads:
         fresh.reset_heads()
+        state |= _new_heads(fresh, state, rows)
+    fresh.load_state_dict(state, assign=True)
     some = next(model.parameters())
     fresh.to(device=some.device, dtype=some.dtype).train(model.training)
-    if new_heads:
-        _copy_rows(fresh, heads, rows)
     model.config = fresh.config
-    # a module's contents are these three tables; the model itself stays the object that its owner holds
-    model._modules, model._parameters, model._buffers = fresh._modules, fresh._parameters, fresh._buffers
+    parts = (fresh.named_children(), fresh.named_parameters(recurse=False), fresh.named_buffers(recurse=False))
+    for name, part in chain.from_iterable(parts):
+        setattr(model, name, part)
 
 
 @torch.no_grad()
-def _copy_rows(model: ImageClassifier, old: dict[str, torch.Tensor], rows: dict[int, int]) -> None:
-    if rows:
-        targets = torch.tensor(list(rows))
-        sources = torch.tensor(list(rows.values()))
-        state = model.state_dict()
-        for name, tensor in old.items():
-            state[name][targets] = tensor[sources].to(state[name])
+def _new_heads(model: ImageClassifier, old: Mapping[str, Tensor], rows: dict[int, int]) -> dict[str, Tensor]:
+    """Tensors of the heads, by name in the state dict.
+
+    With `rows`, those rows of the linear layers come from the old heads; so does a BatchNorm before them, as in LeViT.
+    """
+    heads = {name: tensor for name, tensor in model.state_dict().items() if name.partition(".")[0] in model.head_names}
+    targets, sources = list(rows), list(rows.values())
+    for name, tensor in heads.items() if rows else ():
+        if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.Linear):
+            tensor[targets] = old[name][sources].to(tensor)
+        else:
+            tensor.copy_(old[name])
+    return heads

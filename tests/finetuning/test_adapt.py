@@ -78,6 +78,20 @@ def test_warm_rows_are_those_of_the_class_of_the_same_name(distilled):
     assert model.head.bias.tolist() == [0, 2, 1, 0]
 
 
+def test_batchnorm_inside_a_head_is_taken_over_with_the_warm_rows():
+    small = {"img_size": 32, "embed_dim": (16, 16, 16), "depth": (1, 1, 1), "num_heads": (1, 1, 1)}
+    model = named(deit_models.create_model("levit_128s", num_classes=2, **small), ["ant", "bee"])
+    with torch.no_grad():
+        model.head.bn.running_mean.fill_(3.0)
+    old = model.head.l.weight.clone()
+    deit_models.adapt_head(model, class_names=("cow", "bee"), warm_start=True)
+    assert torch.equal(model.head.l.weight[1], old[1])
+    assert not torch.isin(model.head.l.weight[0], old).any()
+    assert (model.head.bn.running_mean == 3).all()
+    deit_models.adapt_head(model, class_names=("ant", "cow"))
+    assert not model.head.bn.running_mean.any()
+
+
 def test_without_warm_start_no_row_is_taken_over():
     model = named(atom(num_classes=2), ["ant", "bee"])
     old = model.head.weight.clone()
