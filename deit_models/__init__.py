@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .data.transforms import transform_for
     from .deploy.export import export
     from .deploy.optimize import optimize
-    from .evaluate import evaluate
+    from .evaluation import evaluate
     from .finetuning.adapt import adapt_head
     from .finetuning.run import finetune
     from .formats.publish import push_to_hub, save_pretrained
@@ -78,7 +78,7 @@ _LAZY = {
     "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
     "count_macs": ".macs",
-    "evaluate": ".evaluate",
+    "evaluate": ".evaluation",
     "export": ".deploy.export",
     "finetune": ".finetuning.run",
     "from_pretrained": ".hub.load",

@@ -36,7 +36,7 @@ from .arguments import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..evaluate import Evaluation
+    from ..evaluation import Evaluation
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
     from .results import Written
@@ -166,7 +166,7 @@ def add_evaluate(commands: Any) -> None:
 def _run_evaluate(args: argparse.Namespace) -> int:
     from ..data.transforms import transform_for
     from ..distributed import join_processes
-    from ..evaluate import evaluate
+    from ..evaluation import evaluate
     from ..hub.load import from_pretrained
 
     model = from_pretrained(args.source, model=args.model, **loading(args))

@@ -25,7 +25,7 @@ from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluate import Outcomes, mean_logits, outcomes_of, preprocessing_of
+from ..evaluation import Outcomes, mean_logits, outcomes_of, preprocessing_of
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
 from ..training.learner import autocast

@@ -19,7 +19,7 @@ from ..checkpoint import Layout
 from ..data.classes import SPLIT_NAME, Split
 from ..data.records import ImageRecords
 from ..errors import ConfigError, ImageError
-from ..evaluate import Outcomes
+from ..evaluation import Outcomes
 from ..files import atomic_write
 from ..formats.configs import write_config
 from ..models.layers import ImageClassifier

@@ -21,7 +21,7 @@ from ..data.memory import Cache
 from ..data.records import ImageRecords
 from ..distributed import Process, join_processes
 from ..errors import ConfigError
-from ..evaluate import collect_outcomes
+from ..evaluation import collect_outcomes
 from ..files import atomic_write
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier

@@ -25,7 +25,7 @@ from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform
 from ..distributed import Shard, join_processes
 from ..errors import ConfigError, DataError, MissingExtraError, TrainingError
-from ..evaluate import eval_batches, preprocessing_of, score_each
+from ..evaluation import eval_batches, preprocessing_of, score_each
 from ..files import atomic_write
 from .engine import train_epoch
 from .learner import Heads, Learner, make_learner

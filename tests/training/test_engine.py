@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from deit_models.augmentation.mixing import Mix
 from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.evaluate import evaluate
+from deit_models.evaluation import evaluate
 from deit_models.training import engine
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner

@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
-from deit_models import evaluate as evaluation
+from deit_models import evaluation
 from deit_models.data.loading import PADDING, DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords
 from deit_models.data.transforms import EvalTransform
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.evaluate import Evaluation, eval_batches, score, score_each
+from deit_models.evaluation import Evaluation, eval_batches, score, score_each
 from deit_models.models.layers import ImageClassifier, TrainingLogits
 from deit_models.training.learner import Heads
 

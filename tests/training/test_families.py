@@ -8,7 +8,7 @@ import tiny
 import torch
 
 import deit_models
-from deit_models.evaluate import evaluate
+from deit_models.evaluation import evaluate
 from deit_models.models.layers import ImageClassifier
 from deit_models.training.run import train
 

@@ -28,7 +28,7 @@ from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.data.transforms import EvalTransform
 from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
-from deit_models.evaluate import evaluate
+from deit_models.evaluation import evaluate
 from deit_models.formats import publish
 from deit_models.hub import fetch
 from deit_models.training import run, state
