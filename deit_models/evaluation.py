@@ -1,44 +1,32 @@
-"""What a model said of each image: the basis of accuracies by class, of the confusion matrix, of the worst mistakes."""
-# MERGED """How well a model does on labelled images, each counted exactly once."""
+"""Accuracy and loss of models on labelled images; each image is counted exactly once, also by several processes."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field, fields
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import Preprocessing
 from .data.classes import in_the_models_order
 from .data.datasets import open_images
 from .data.inputs import EvalSamples, InputBatches, ShardSampler
-from .data.levels import EvalInput
-from .data.loading import (
-    FINE,
-    PADDING,
-    Batch,
-    DamageCount,
-    Watch,
-    default_workers,
-    explained_worker_failure,
-    plain_watch,
-)
+from .data.levels import EvalInput, to_device
+from .data.loading import Batch, DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from .data.records import ImageRecords
-from .data.transforms import EvalTransform
+from .data.transforms import EvalTransform, preprocessing_of
 from .distributed import Process, join_processes
-from .errors import ConfigError, DataError
+from .errors import DataError
 from .models.layers import ImageClassifier, TrainingLogits
-from .training.learner import Heads, autocast
 from .training.recipe import Precision
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """How well a model does on a labelled set.
+    """Accuracy and loss of a model on a labelled set.
 
     Attributes:
         top1: percent of images whose likeliest class is the label.
@@ -55,118 +43,6 @@ class Evaluation:
     images: int
     skipped: int
     heads: dict[str, float] = field(default_factory=dict)
-
-
-def score(
-    heads: nn.Module,
-    batches: Iterable[Batch],
-    process: Process,
-    *,
-    precision: Precision,
-    damage: DamageCount,
-    rounds: int | None = None,
-) -> Evaluation:
-    """Score a model on batches: `score_each` for one."""
-    versions = {"": heads}
-    return score_each(versions, batches, process, precision=precision, damage=damage, rounds=rounds)[""]
-
-
-@torch.inference_mode()
-def score_each(
-    versions: Mapping[str, nn.Module],
-    batches: Iterable[Batch],
-    process: Process,
-    *,
-    precision: Precision,
-    damage: DamageCount,
-    rounds: int | None = None,
-) -> dict[str, Evaluation]:
-    """Score several models in one pass; every process brings its share, and all get the same result.
-
-    Args:
-        versions: each gives `TrainingLogits`; the mode of each of its modules is left as found.
-        batches: this process's share of the images.
-        process: this one.
-        precision: of the forward pass.
-        damage: counts images that could not be read.
-        rounds: batches that each process must run, for models whose parameters are divided between processes.
-
-    Sums stay on the device; they are read once, at the end.
-    Raises: DataError: more classes than logits, or too many images that cannot be read.
-    """
-    classes, device = len(damage.records.classes), process.device
-    sums = torch.zeros(len(versions), _SUMS, dtype=torch.float64, device=device)
-    two_heads: set[str] = set()
-    with ExitStack() as modes:
-        for heads in versions.values():
-            modes.enter_context(_evaluating(heads))
-        for images, labels, failures in batches if rounds is None else _padded(batches, rounds):
-            damage.add(failures)
-            images, labels, failures = (part.to(device, non_blocking=True) for part in (images, labels, failures))
-            for row, (name, heads) in zip(sums, versions.items(), strict=True):
-                with autocast(device, precision):
-                    logits = heads(images)
-                if logits.cls.shape[1] < classes:
-                    raise DataError(f"{damage.records.name} has {classes} classes, the model {logits.cls.shape[1]}")
-                if logits.dist is not None:
-                    two_heads.add(name)
-                row += _score_batch(logits, labels, failures)
-    damage.meet(process)
-    figures = dict(zip(versions, process.total(sums).tolist(), strict=True))
-    return {name: _evaluation(row, two_heads=name in two_heads) for name, row in figures.items()}
-
-
-def _evaluation(sums: Sequence[float], *, two_heads: bool) -> Evaluation:
-    count, skipped, right, right5, loss, right_cls, right_dist = sums
-    of = 100 / max(count, 1)
-    each = {"class": right_cls * of, "distillation": right_dist * of} if two_heads else {}
-    return Evaluation(right * of, right5 * of, loss / max(count, 1), int(count), int(skipped), each)
-
-
-_SUMS = 7
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode for a while, then for each module the mode it had: a part may have been frozen on purpose."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-def _score_batch(logits: TrainingLogits, labels: Tensor, failures: Tensor) -> Tensor:
-    """What one batch adds: images, skipped, top-1, top-5, loss, top-1 of the class head, of the distillation head."""
-    fine, skipped = failures == FINE, failures >= 0
-    # images that do not count are passed over by a factor: choosing the others would wait for their number
-    cls, labels = logits.cls.float(), labels.where(fine, 0)
-    dist = cls if logits.dist is None else logits.dist.float()
-    mean = (cls + dist) / 2  # what an evaluated model returns
-    ranked = (mean.topk(min(5, mean.shape[1]), dim=1).indices == labels[:, None]) & fine[:, None]
-    losses = F.cross_entropy(mean, labels, reduction="none").where(fine, 0.0)
-    return torch.stack(
-        [
-            fine.sum(),
-            skipped.sum(),
-            ranked[:, 0].sum(),
-            ranked.sum(),
-            losses.double().sum(),
-            ((cls.argmax(1) == labels) & fine).sum(),
-            ((dist.argmax(1) == labels) & fine).sum(),
-        ]
-    ).double()
-
-
-def _padded(batches: Iterable[Batch], rounds: int) -> Iterator[Batch]:
-    """The batches, then the last one again as mere padding, `rounds` in all."""
-    for batch in batches:
-        rounds -= 1
-        yield batch
-    for _ in range(rounds):
-        yield batch[0], batch[1], torch.full_like(batch[2], PADDING)
 
 
 def evaluate(
@@ -187,7 +63,7 @@ def evaluate(
     Args:
         model: gives (B, K) logits; moved to the device, the mode of each of its modules is left as found.
         data: a folder or the name of a data set, or a Dataset. Its classes are matched with the model's by name; by
-            number where the model does not name its own (which is logged), or is no model of this package.
+            number where the model has no class names (which is logged), or is no model of this package.
         batch_size: images at once, in each process.
         workers: loading processes.
         device: where to compute; default: the GPU if there is one.
@@ -202,21 +78,42 @@ def evaluate(
     records = open_images(data, "val")
     if isinstance(model, ImageClassifier):
         records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
-    transform = transform or EvalTransform(preprocessing_of(model))
     with join_processes(device) as process:
-        workers = default_workers(process.device) if workers is None else workers
-        batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
-        damage = DamageCount(records, corrupt_limit)
-        with explained_worker_failure(workers):
-            heads = Heads(model.to(process.device))
-            return score(heads, watch(batches, len(batches)), process, precision=precision, damage=damage)
+        return collect_outcomes(
+            model,
+            records,
+            process,
+            transform=transform,
+            batch_size=batch_size,
+            workers=default_workers(process.device) if workers is None else workers,
+            precision=precision,
+            corrupt_limit=corrupt_limit,
+            watch=watch,
+        ).evaluation()
 
 
-def preprocessing_of(model: nn.Module) -> Preprocessing:
-    """What a model's input looks like. Raises: ConfigError: it does not say."""
-    if isinstance(model, ImageClassifier) and model.origin is not None:
-        return model.origin.preprocessing
-    raise ConfigError("this model does not say how its input is normalised; pass it along, as a Preprocessing")
+def collect_outcomes(
+    model: nn.Module,
+    records: ImageRecords,
+    process: Process,
+    *,
+    precision: Precision,
+    workers: int,
+    batch_size: int,
+    corrupt_limit: float,
+    transform: EvalTransform | None = None,
+    watch: Watch = plain_watch,
+) -> Outcomes:
+    """Score each image of a set; every process does its share, and all get the whole result.
+
+    The arguments are those of `evaluate`; labels of `records` are the numbers of the model's logits.
+    Raises: DataError: too many images cannot be read. ConfigError: no transform known.
+    """
+    transform = transform or EvalTransform(preprocessing_of(model))
+    heads, damage = Heads(model.to(process.device)), DamageCount(records, corrupt_limit)
+    batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
+    with explained_worker_failure(workers):
+        return score(heads, watch(batches, len(batches)), process, precision=precision, damage=damage)
 
 
 def eval_batches(
@@ -228,9 +125,9 @@ def eval_batches(
     workers: int,
     keep: bool = False,
 ) -> InputBatches:
-    """This process's share of an evaluation, as the model's input; with `keep`, decoded the first time alone.
+    """This process's share of an evaluation as the model's input; with `keep`, images are decoded the first time only.
 
-    Bytes travel; they are normalised where the model is.
+    Workers pass bytes on; these are normalised on the model's device.
     """
     return InputBatches(
         EvalSamples(records, transform.levels),
@@ -244,17 +141,114 @@ def eval_batches(
     )
 
 
+def score(
+    heads: nn.Module, batches: Iterable[Batch], process: Process, *, precision: Precision, damage: DamageCount
+) -> Outcomes:
+    """Score one model on batches; see `score_each`."""
+    return score_each({"": heads}, batches, process, precision=precision, damage=damage)[""]
+
+
+@torch.inference_mode()
+def score_each(
+    models: Mapping[str, nn.Module],
+    batches: Iterable[Batch],
+    process: Process,
+    *,
+    precision: Precision,
+    damage: DamageCount,
+    rounds: int | None = None,
+) -> dict[str, Outcomes]:
+    """Score several models in one pass; every process brings its share, and all get the same result.
+
+    Args:
+        models: each gives the logits of its heads, see `Heads`; the mode of each module is left as found.
+        batches: this process's share of the images, in the order of `ShardSampler`.
+        process: this one.
+        precision: of the forward pass.
+        damage: counts images that could not be read.
+        rounds: forward passes that each process must run, for models whose parameters are divided between processes.
+
+    Results stay on the device; they are read once, at the end.
+    Raises: DataError: more classes than logits, or too many images that cannot be read.
+    """
+    tallies, device, done = {name: Tally() for name in models}, process.device, 0
+    with ExitStack() as modes:
+        for model in models.values():
+            modes.enter_context(_evaluating(model))
+        for images, labels, failures in batches:
+            damage.add(failures)
+            images = images.to(device, non_blocking=True)
+            for name, model in models.items():
+                logits = _forward(model, images, precision)
+                if logits[0].shape[1] < len(damage.records.classes):
+                    raise DataError(
+                        f"{damage.records.name} has {len(damage.records.classes)} classes, the model "
+                        f"{logits[0].shape[1]}"
+                    )
+                tallies[name].add(logits, labels)
+            done += 1
+        for _ in range(done, rounds or 0):  # the other processes still have images
+            for model in models.values():
+                _forward(model, images, precision)
+    damage.meet(process)
+    return {name: tally.outcomes(process) for name, tally in tallies.items()}
+
+
+def _forward(heads: nn.Module, images: Tensor, precision: Precision) -> list[Tensor]:
+    """The logits of each head that is there, (B, K), without those of patches."""
+    with autocast(images.device, precision):
+        return [logits for logits in heads(images)[:2] if logits is not None]
+
+
+class Heads(nn.Module):
+    """A model whose forward gives the logits of each head, in training and in eval mode alike.
+
+    This module is what is compiled and distributed, because DDP and torch.compile go through `forward`.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> TrainingLogits:
+        """(B, 3, H, W) -> the heads' logits; a foreign network has one head."""
+        if isinstance(self.model, ImageClassifier):
+            return self.model.forward_training(x)
+        return TrainingLogits(self.model(x), None, None)
+
+
+def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
+    """Mixed precision on a device; nothing for float32."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode; afterwards each module gets its mode back: a part may have been frozen on purpose."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 @dataclass(frozen=True, slots=True)
 class Outcomes:
-    """One entry an image that could be read; all (N,).
+    """The result for each image that could be read, in the order of the set; tensors on the CPU, (N,).
 
     Attributes:
         index: its number in the set.
         label: its class.
         predicted: the likeliest class.
-        probability: how likely.
+        probability: of that class.
         in_top5: whether the label is among the five likeliest.
         losses: cross-entropy.
+        heads: for each head of a model with two, whether its own likeliest class is the label.
+        skipped: images that could not be read.
     """
 
     index: Tensor
@@ -263,34 +257,19 @@ class Outcomes:
     probability: Tensor
     in_top5: Tensor
     losses: Tensor
+    heads: dict[str, Tensor]
+    skipped: int
 
-    @classmethod
-    def join(cls, parts: Sequence[Outcomes]) -> Outcomes:
-        """Those of several batches, one or more, in the order of the images."""
-        columns = {item.name: torch.cat([getattr(part, item.name) for part in parts]) for item in fields(cls)}
-        order = columns["index"].argsort()
-        return cls(**{name: column[order] for name, column in columns.items()})
-
-    @property
-    def images(self) -> int:
-        return len(self.index)
-
-    @property
-    def top1(self) -> float:
-        """Percent of the images whose likeliest class is the label."""
-        return self._percent(self.predicted == self.label)
-
-    @property
-    def top5(self) -> float:
-        return self._percent(self.in_top5)
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return float(self.losses.double().mean()) if self.images else 0.0
+    def evaluation(self) -> Evaluation:
+        """The means over the images; 0 without images."""
+        top1, top5, *heads = (
+            100 * _mean(right) for right in (self.predicted == self.label, self.in_top5, *self.heads.values())
+        )
+        each = dict(zip(self.heads, heads, strict=True))
+        return Evaluation(top1, top5, _mean(self.losses), len(self.index), self.skipped, each)
 
     def by_class(self, num_classes: int) -> tuple[Tensor, Tensor]:
-        """For each class how many images there were, and how many of them were recognised."""
+        """The number of images of each class, and how many of them were recognised; (K,) each."""
         return (
             torch.bincount(self.label, minlength=num_classes),
             torch.bincount(self.label[self.predicted == self.label], minlength=num_classes),
@@ -302,53 +281,53 @@ class Outcomes:
         order = self.losses[wrong].argsort(descending=True, stable=True)
         return wrong[order][:count].tolist()
 
-    def _percent(self, right: Tensor) -> float:
-        return 100 * float(right.double().mean()) if self.images else 0.0
+
+def _mean(values: Tensor) -> float:
+    return float(values.double().mean()) if len(values) else 0.0
 
 
-def mean_logits(heads: Sequence[Tensor]) -> Tensor:
-    """What a model with these heads answers in eval mode."""
-    return torch.stack(list(heads)).mean(dim=0)
+class Tally:
+    """Collects the results of a pass over images; they stay on the model's device until `outcomes` reads them."""
 
+    def __init__(self) -> None:
+        self._labels: list[Tensor] = []
+        self._results: list[Tensor] = []
 
-def outcomes_of(logits: Tensor, labels: Tensor, index: Tensor) -> Outcomes:
-    """Judge a batch: (B, K) logits, (B,) labels of which those below 0 are left out, (B,) numbers of the images."""
-    fine = labels >= 0
-    logits, labels, index = logits.float()[fine], labels[fine], index.to(labels.device)[fine]
-    probability, predicted = logits.softmax(dim=1).max(dim=1)
-    ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels[:, None]
-    losses = F.cross_entropy(logits, labels, reduction="none")
-    columns = (index, labels, predicted, probability, ranked.any(dim=1), losses)
-    return Outcomes(*(column.cpu() for column in columns))
+    def add(self, heads: Sequence[Tensor], labels: Tensor) -> None:
+        """Note a batch.
 
+        Args:
+            heads: the logits of one or two heads, (B, K) each; their mean decides, as in eval mode.
+            labels: (B,) int64, beside the logits or on the CPU; below 0 for images that could not be read.
+        """
+        heads = [logits.float() for logits in heads]
+        mean = torch.stack(heads).mean(dim=0)
+        # unreadable images are left out at the end: to choose the others here would wait for their number
+        target = to_device(labels, mean.device).clamp(min=0)
+        likeliest = mean.topk(min(5, mean.shape[1]), dim=1).indices
+        rows = [
+            likeliest[:, 0],
+            mean.softmax(dim=1).amax(dim=1),
+            (likeliest == target[:, None]).any(dim=1),
+            F.cross_entropy(mean, target, reduction="none"),
+            *(logits.argmax(dim=1) == target for logits in heads),
+        ]
+        self._labels.append(labels)
+        self._results.append(torch.stack([row.float() for row in rows]))  # class numbers up to 2**24 are exact
 
-@torch.inference_mode()
-def collect_outcomes(
-    model: ImageClassifier,
-    records: ImageRecords,
-    process: Process,
-    *,
-    precision: Precision,
-    workers: int,
-    batch_size: int,
-    corrupt_limit: float,
-) -> Outcomes:
-    """What a model says of every image; each process brings its share, and all get the whole.
-
-    Raises: DataError: too many images cannot be read.
-    """
-    model.to(process.device).eval()
-    transform = EvalTransform(preprocessing_of(model))
-    batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
-    share = iter(ShardSampler(len(records), rank=process.rank, world=process.world))
-    damage, parts = DamageCount(records, corrupt_limit), []
-    with explained_worker_failure(workers):
-        for images, labels, failures in batches:
-            damage.add(failures)
-            index = torch.tensor([next(share) for _ in range(len(labels))])
-            with autocast(process.device, precision):
-                heads: Iterable[Tensor | None] = model.forward_heads(images)
-            logits = mean_logits([head.float() for head in heads if head is not None])
-            parts.append(outcomes_of(logits, labels.to(process.device), index))
-    damage.meet(process)
-    return Outcomes.join([part for share_of in process.gather(parts) for part in share_of])
+    def outcomes(self, process: Process | None = None) -> Outcomes:
+        """The results; with a process, those of all of them, of which each had every world-th image."""
+        labels, results = torch.empty(0, dtype=torch.int64), torch.empty(5, 0)
+        if self._labels:
+            labels, results = torch.cat(self._labels).cpu(), torch.cat(self._results, dim=1).cpu()
+        shares = [(labels, results)] if process is None else process.gather((labels, results))
+        index = torch.cat([torch.arange(len(share)) * len(shares) + rank for rank, (share, _) in enumerate(shares)])
+        labels = torch.cat([share for share, _ in shares])
+        results = torch.cat([share for _, share in shares if share.numel()] or [results], dim=1)
+        order = index.argsort()
+        order = order[labels[order] >= 0]
+        predicted, probability, in_top5, losses, *right = results[:, order]
+        heads = dict(zip(("class", "distillation"), (row.bool() for row in right), strict=True)) if right[1:] else {}
+        skipped = len(labels) - len(order)
+        index, label = index[order], labels[order]
+        return Outcomes(index, label, predicted.long(), probability, in_top5.bool(), losses, heads, skipped)

@@ -13,6 +13,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
+from .data.classes import class_labels
 from .data.datasets import find_images
 from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
@@ -213,30 +214,6 @@ def _device(model: ImageClassifier) -> torch.device:
 def _dtype(model: ImageClassifier) -> torch.dtype:
     types = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
     return next(types, torch.float32)
-
-
-def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
-    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
-    origin = model.origin
-    if origin is None:
-        return None
-    imagenet = origin.dataset == "ImageNet-1k" and model.num_classes == 1000
-    return class_labels(model) if origin.class_names is not None or imagenet else None
-
-
-def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
-    origin, count = model.origin, model.num_classes
-    labels = given if given is not None else origin.class_names if origin is not None else None
-    if labels is not None:
-        if len(labels) != count:
-            raise ConfigError(f"{len(labels)} labels given, {count} expected: one for each class of the model")
-        return tuple(labels)
-    if origin is not None and origin.dataset == "ImageNet-1k" and count == 1000:
-        from torchvision.models import get_weight
-
-        return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
-    return tuple(f"class {i}" for i in range(count))
 
 
 def _is_sequence(images: Any) -> bool:

@@ -19,7 +19,6 @@ import PIL.Image
 from ..errors import ConfigError, DataError, ImageError, TrainingError
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
-from ..predict import class_names_of
 from .records import ImageRecords, SubsetRecords, some
 
 logger = logging.getLogger(__name__)
@@ -105,6 +104,30 @@ class Relabelled(ImageRecords):
 
     def describe(self, index: int) -> str:
         return self._records.describe(index)
+
+
+def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
+    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
+    origin = model.origin
+    if origin is None:
+        return None
+    imagenet = origin.dataset == "ImageNet-1k" and model.num_classes == 1000
+    return class_labels(model) if origin.class_names is not None or imagenet else None
+
+
+def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
+    origin, count = model.origin, model.num_classes
+    labels = given if given is not None else origin.class_names if origin is not None else None
+    if labels is not None:
+        if len(labels) != count:
+            raise ConfigError(f"{len(labels)} labels given, {count} expected: one for each class of the model")
+        return tuple(labels)
+    if origin is not None and origin.dataset == "ImageNet-1k" and count == 1000:
+        from torchvision.models import get_weight
+
+        return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
+    return tuple(f"class {i}" for i in range(count))
 
 
 SPLIT_NAME = "split.json"

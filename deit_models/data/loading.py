@@ -29,9 +29,9 @@ from .records import ImageRecords
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, 3, H, W) float32, labels (B,), and for each sample FINE, PADDING, or the index of the image that could
-not be read."""
-FINE, PADDING = -1, -2
+"""Images (B, 3, H, W) float32, labels (B,), and for each sample FINE or the index of the image that could not be read;
+in evaluation the label of such an image is -1."""
+FINE = -1
 
 
 def default_workers(device: torch.device) -> int:

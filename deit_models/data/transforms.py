@@ -4,21 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 from os import PathLike
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import PIL.Image
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing, load_manifest
 from ..errors import ConfigError
+from ..models.layers import ImageClassifier
 from .decoding import ImageSource, Reduced, decode_reduced, load_image
-
-if TYPE_CHECKING:
-    from ..models.layers import ImageClassifier
-
 
 _REDUCED_SIDES = 2
 """How many times the side to resize to a reduced JPEG still has; below that it shows in the predictions."""
@@ -134,3 +131,10 @@ def transform_for(
     elif style != "checkpoint":
         raise ConfigError(f"style={style!r}; expected 'checkpoint', 'timm' or 'transformers'")
     return EvalTransform(spec)
+
+
+def preprocessing_of(model: nn.Module) -> Preprocessing:
+    """The input of a model. Raises: ConfigError: a network of another library, or one whose weights are unknown."""
+    if isinstance(model, ImageClassifier) and model.origin is not None:
+        return model.origin.preprocessing
+    raise ConfigError("this model does not say how its input is normalised; pass it along, as a Preprocessing")

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..config import nearest
+from ..data.classes import class_labels
 from ..errors import AgreementError, ConfigError
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
-from ..predict import class_labels
 from .network import Prepared, TokenMerging, as_input, merging_plan, prepare
 from .runtimes import FORMATS, Format, FormatName, open_exported
 

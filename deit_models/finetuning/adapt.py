@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..config import override
+from ..data.classes import class_names_of
 from ..errors import ConfigError
 from ..hub.weights import meta_model
 from ..models.layers import ImageClassifier
-from ..predict import class_names_of
 
 
 def first_trained_layer(mode: str, model: ImageClassifier) -> int:

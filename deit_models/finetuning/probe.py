@@ -22,13 +22,12 @@ from ..data.inputs import EvalSamples
 from ..data.levels import EvalInput
 from ..data.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..data.records import ImageRecords
-from ..data.transforms import EvalTransform
+from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluation import Outcomes, mean_logits, outcomes_of, preprocessing_of
+from ..evaluation import Outcomes, Tally, autocast
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
-from ..training.learner import autocast
 from ..training.recipe import Precision
 from ..training.state import digest_of_numbers
 
@@ -280,7 +279,7 @@ def fit_heads(train: Features, val: Features, *, num_classes: int, device: torch
         for name, rows in columns.items():
             weights[name] = _solve(rows.scaled, labels, weights[name], penalty)
         fit = LinearFit({name: columns[name].undo(*pair) for name, pair in weights.items()}, penalty, tried)
-        outcome = judge(fit, val, device=device)
+        outcome = judge(fit, val, device=device).evaluation()
         tried.append({"penalty": penalty, "top1": round(outcome.top1, 4), "loss": round(outcome.loss, 6)})
         key = (outcome.top1, -outcome.loss)
         idle = 0 if key > best_key or outcome.loss < lowest_loss else idle + 1
@@ -293,17 +292,15 @@ def fit_heads(train: Features, val: Features, *, num_classes: int, device: torch
 
 
 def judge(fit: LinearFit, features: Features, *, device: torch.device) -> Outcomes:
-    """How the mean of the heads does on images, each unreadable one skipped."""
-    parts, step = [], _rows_at_once(next(iter(fit.weights.values()))[0].shape[0])
+    """Score the mean of the heads on images; unreadable ones are skipped."""
+    tally, step = Tally(), _rows_at_once(next(iter(fit.weights.values()))[0].shape[0])
     for start in range(0, len(features.labels), step):
         logits = [
             F.linear(rows[start : start + step].to(device), *fit.weights[name])
             for name, rows in features.inputs.items()
         ]
-        labels = features.labels[start : start + step].to(device)
-        indices = torch.arange(start, start + len(labels))
-        parts.append(outcomes_of(mean_logits(logits), labels, indices))
-    return Outcomes.join(parts)
+        tally.add(logits, features.labels[start : start + step])
+    return tally.outcomes()
 
 
 def put_heads(heads: Mapping[str, nn.Linear], fit: LinearFit) -> None:

@@ -69,7 +69,9 @@ def draw_confusion(outcomes: Outcomes, classes: Sequence[str], path: Path) -> No
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class")
-    axes.set_title(f"{outcomes.top1:.2f} % of {outcomes.images} images" + _of_many(len(names), len(classes)))
+    axes.set_title(
+        f"{outcomes.evaluation().top1:.2f} % of {len(outcomes.index)} images" + _of_many(len(names), len(classes))
+    )
     for row, column in ((percents >= 0.5).nonzero()).tolist():
         value = float(percents[row, column])
         color = "white" if value > 50 else "black"
@@ -200,13 +202,13 @@ def write_report(out: Path, story: Story, *, plot: bool) -> dict[str, Any]:
 
 
 def _figures(scored: Scored) -> dict[str, Any]:
-    outcomes = scored.outcomes
-    there, right = outcomes.by_class(len(scored.records.classes))
+    found = scored.outcomes.evaluation()
+    there, right = scored.outcomes.by_class(len(scored.records.classes))
     met = there > 0
     return {
-        **{"top1": round(outcomes.top1, 4), "top5": round(outcomes.top5, 4), "loss": round(outcomes.loss, 6)},
+        **{"top1": round(found.top1, 4), "top5": round(found.top5, 4), "loss": round(found.loss, 6)},
         "mean_class_accuracy": round(100 * float((right[met] / there[met]).double().mean()), 4) if met.any() else 0.0,
-        **{"images": outcomes.images, "unreadable": len(scored.records) - outcomes.images},
+        **{"images": found.images, "unreadable": found.skipped},
     }
 
 
@@ -225,7 +227,7 @@ def write_models(out: Path, story: Story, *, best: ImageClassifier, last: ImageC
     The best one goes to out/best, out/timm/best and out/transformers/best, the last one to out/model and so on.
     Raises: FetchError: no space or no permission.
     """
-    scored = story.scored.get("test", story.scored["val"]).outcomes
+    scored = story.scored.get("test", story.scored["val"]).outcomes.evaluation()
     notes = _notes(story)
     if last is not best:
         _describe(last, story, f"{notes}\n\nThese are the last weights; the figures are those of the best epoch's.")

@@ -16,8 +16,8 @@ from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform
 from ..distributed import Process
 from ..errors import DataError
+from ..evaluation import autocast
 from ..models.vit_resnas import ViTResNAS
-from ..training.learner import autocast
 from ..training.recipe import Precision
 from .costs import Ledger
 from .space import Candidate, SearchSpace

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,8 @@ from ..checkpoint import Preprocessing
 from ..data.loading import Batch
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
-from ..models.layers import ImageClassifier, TrainingLogits
+from ..evaluation import Heads, autocast
+from ..models.layers import ImageClassifier
 from ..nas.patches import PatchMixing, make_mixing
 from .losses import DistillationLoss
 from .optim import WeightAverage, make_optimizer
@@ -74,30 +75,6 @@ def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: n
         loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
         learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
-
-
-def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Mixed precision as the recipe names it."""
-    if precision == "float32":
-        return nullcontext()
-    return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)
-
-
-class Heads(nn.Module):
-    """A model whose forward gives the logits of each head, in training and in eval mode alike.
-
-    What is compiled and what is distributed is this, because DDP and torch.compile go through `forward`.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, x: Tensor) -> TrainingLogits:
-        """(B, 3, H, W) -> the heads' logits; a foreign network has one head."""
-        if isinstance(self.model, ImageClassifier):
-            return self.model.forward_training(x)
-        return TrainingLogits(self.model(x), None, None)
 
 
 @dataclass(slots=True)

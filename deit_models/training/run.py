@@ -22,13 +22,13 @@ from ..data.levels import ToInput
 from ..data.loading import DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
-from ..data.transforms import EvalTransform
+from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
 from ..errors import ConfigError, DataError, MissingExtraError, TrainingError
-from ..evaluation import eval_batches, preprocessing_of, score_each
+from ..evaluation import Heads, eval_batches, score_each
 from ..files import atomic_write
 from .engine import train_epoch
-from .learner import Heads, Learner, make_learner
+from .learner import Learner, make_learner
 from .recipe import Recipe
 from .state import STATE_NAME, Progress, RunLog, export_model, identity_of, load_state, remove_leftovers, save_state
 from .teacher import Teacher, TeacherSpec
@@ -376,10 +376,11 @@ class _Run:
             versions, self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
         )
         row: dict[str, Any] = {}
-        for prefix, result in found.items():
+        for prefix, outcomes in found.items():
+            result = outcomes.evaluation()
             row |= {f"{prefix}top1": round(result.top1, 4), f"{prefix}top5": round(result.top5, 4)}
             row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
-        plain = found[""]
+        plain = found[""].evaluation()
         counts = {"val_images": plain.images, "val_unreadable": plain.skipped}
         return row | {"val_loss": round(plain.loss, 6), **counts}
 

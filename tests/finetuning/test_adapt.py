@@ -7,8 +7,8 @@ import torch
 from coloured import atom
 
 import deit_models
+from deit_models.data.classes import class_labels, class_names_of
 from deit_models.errors import ConfigError
-from deit_models.predict import class_labels, class_names_of
 
 PETS = ("Pug", "tiger_cat", "ibex")
 

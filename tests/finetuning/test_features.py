@@ -181,7 +181,7 @@ def test_penalty_is_the_one_with_the_best_validation_accuracy():
     best = max(fit.tried, key=lambda row: (row["top1"], -row["loss"]))
     assert fit.penalty == best["penalty"]
     assert 1 < len(fit.tried)
-    assert judge(fit, val, device=ALONE.device).top1 == pytest.approx(best["top1"], abs=1e-3)
+    assert judge(fit, val, device=ALONE.device).evaluation().top1 == pytest.approx(best["top1"], abs=1e-3)
 
 
 def test_each_head_is_fitted_by_itself_and_judged_by_their_mean():
@@ -194,7 +194,7 @@ def test_each_head_is_fitted_by_itself_and_judged_by_their_mean():
             assert torch.allclose(single.weights[name][0], fit.weights[name][0], atol=1e-4)
     logits = [F.linear(val.inputs[name], *fit.weights[name]) for name in both.inputs]
     right = 100 * float((sum(logits).argmax(1) == val.labels).double().mean())
-    assert judge(fit, val, device=ALONE.device).top1 == pytest.approx(right)
+    assert judge(fit, val, device=ALONE.device).evaluation().top1 == pytest.approx(right)
 
 
 def test_fit_in_small_pieces_is_the_same(monkeypatch):

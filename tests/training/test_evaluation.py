@@ -15,13 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 from deit_models import evaluation
-from deit_models.data.loading import PADDING, DamageCount, explained_worker_failure, make_loader
+from deit_models.data.loading import DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords
 from deit_models.data.transforms import EvalTransform
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.evaluation import Evaluation, eval_batches, score, score_each
-from deit_models.models.layers import ImageClassifier, TrainingLogits
-from deit_models.training.learner import Heads
+from deit_models.evaluation import Evaluation, Heads, Tally, eval_batches, score, score_each
+from deit_models.models.layers import ImageClassifier
 
 evaluate = partial(evaluation.evaluate, device="cpu")
 
@@ -119,7 +118,8 @@ def test_average_of_the_logits_counts_not_the_first_head() -> None:
 
     pictures = tiny.Pictures(20)
     batches = eval_batches(pictures, EvalTransform(tiny.PREPROCESSING), tiny.ALONE, batch_size=8, workers=0)
-    result = score(TwoHeads(), batches, tiny.ALONE, precision="float32", damage=DamageCount(pictures, 0.01))
+    damage = DamageCount(pictures, 0.01)
+    result = score(TwoHeads(), batches, tiny.ALONE, precision="float32", damage=damage).evaluation()
     share = [100 * float((pictures.labels == label).double().mean()) for label in range(3)]
     assert [result.top1, *result.heads.values()] == pytest.approx([share[2], share[0], share[2]])
 
@@ -130,17 +130,21 @@ def test_padding_counts_for_nothing() -> None:
     for rounds in (None, 3, 9):
         batches = eval_batches(pictures, EvalTransform(tiny.PREPROCESSING), tiny.ALONE, batch_size=5, workers=0)
         damage = DamageCount(pictures, 0.2)
-        results.append(score(model, batches, tiny.ALONE, precision="float32", damage=damage, rounds=rounds))
+        found = score_each({"": model}, batches, tiny.ALONE, precision="float32", damage=damage, rounds=rounds)
+        results.append(found[""].evaluation())
         assert damage.failed == {12}
     assert results[0] == results[1] == results[2]
     assert results[0].images == 12
-    DamageCount(pictures, 0.0).add(torch.full((8,), PADDING))
 
 
 def test_counting_waits_for_no_device() -> None:
     # tensors of the device "meta" have no values: whatever would have to read one back fails
     logits, labels = torch.empty(6, 3, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
-    assert evaluation._score_batch(TrainingLogits(logits, logits, None), labels, labels).shape == (7,)
+    tally = Tally()
+    for _ in range(2):
+        tally.add([logits, logits], labels)
+    with pytest.raises(NotImplementedError, match="meta"):
+        tally.outcomes()
 
 
 def test_several_models_are_scored_in_one_pass() -> None:
@@ -154,8 +158,8 @@ def test_several_models_are_scored_in_one_pass() -> None:
     batches = eval_batches(pictures, transform, tiny.ALONE, batch_size=9, workers=0)
     heads, damage = {name: Heads(model) for name, model in models.items()}, DamageCount(pictures, 0.1)
     found = score_each(heads, batches, tiny.ALONE, precision="float32", damage=damage)
-    assert found == each
-    assert found[""] != found["other_"]
+    assert {name: outcomes.evaluation() for name, outcomes in found.items()} == each
+    assert each[""] != each["other_"]
     assert pictures.read == list(range(41))
 
 
