@@ -43,6 +43,12 @@ class FakeGpu(TorchDispatchMode):
         if not any(_on_gpu(leaf) for leaf in tree_leaves((args, kwargs))):
             with unset_fake_temporarily():
                 return self._on_the_cpu(name, func, args, kwargs)
+        if (
+            torch.is_inference_mode_enabled() and func.namespace == "aten"
+        ):  # which leaves operators whole that otherwise come here in parts
+            with self:
+                if (out := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return out
         if name == "_fused_sgd_":
             return None  # works in place, and has no fake form
         try:
@@ -53,7 +59,7 @@ class FakeGpu(TorchDispatchMode):
         except DataDependentOutputException:
             self.waits.append(str(func))
             return True if args[0].dtype == torch.bool else 1.0 if args[0].is_floating_point() else 1
-        if name in ("_to_copy", "to", "copy_"):  # the second in inference mode
+        if name in ("_to_copy", "copy_"):
             self._note_copy(func, out, args, kwargs)
         return out
 

@@ -2,18 +2,16 @@
 
 import logging
 import threading
-from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import GPU, fake_gpu
 from imitated_cuda import Graph, imitate
 from small_models import TINY, build, normalised, pixels
-from synchronisations import Waits, put_on_fake_gpu
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import deit_models
 from deit_models.deploy import gpu
@@ -95,19 +93,18 @@ def test_other_types_and_layouts_of_images(graphs: type[Graph]) -> None:
 
 @pytest.mark.parametrize("token_merging", [0, 2])
 @pytest.mark.parametrize("kind", TINY)
-def test_prepared_networks_wait_for_nothing_so_that_they_can_be_recorded(kind: str, token_merging: int) -> None:
+def test_prepared_networks_wait_for_nothing_so_that_they_can_be_recorded(
+    kind: str, token_merging: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if token_merging and kind in ("levit", "vit_resnas", "token head"):
         pytest.skip("merges no tokens")
-    prepared, mode = (
-        prepare(build(kind), pixels=True, dtype=torch.bfloat16, token_merging=token_merging),
-        FakeTensorMode(),
-    )
-    put_on_fake_gpu(prepared, mode)
-    with mode, torch.no_grad():
-        images = torch.empty(4, 3, 64, 64, dtype=torch.uint8, device=CUDA)
-        with Waits() as waits:
-            assert prepared(images).device.type == "cuda"
-    assert (waits.found, waits.read_backs) == (Counter(), 0)
+    prepared = prepare(build(kind), pixels=True, dtype=torch.bfloat16, token_merging=token_merging)
+    with fake_gpu(monkeypatch) as gpu, torch.no_grad():
+        prepared.to(GPU)
+        gpu.waits.clear()
+        images = torch.empty(4, 3, 64, 64, dtype=torch.uint8, device=GPU)
+        assert prepared(images).device.type == "cuda"
+    assert (gpu.waits, gpu.read_backs) == ([], 0)
 
 
 def test_what_cannot_be_recorded_is_launched_one_by_one_with_one_line(

@@ -254,9 +254,11 @@ def test_clock_is_read_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None
     [(GPU, "auto", True), (GPU, "off", False), (torch.device("cpu"), "auto", False)],
     ids=str,
 )
-def test_only_a_gpu_leaves_it_open_and_has_its_memory_tried(device: torch.device, choice: Any, open_: bool) -> None:
+def test_only_a_gpu_leaves_it_open_and_has_its_memory_tried(
+    device: torch.device, choice: Any, open_: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = Recipe(**{**tiny.PLAIN, "compile": choice})
-    with fake_gpu():
+    with fake_gpu(monkeypatch):
         process = Process(0, 1, device)
         learner = make_learner(tiny.model(), settings, num_classes=3, process=process, preprocessing=tiny.PREPROCESSING)
     assert learner.undecided is open_

@@ -92,4 +92,8 @@ def test_no_step_waits_for_the_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -
 
 def test_loss_is_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "_LOOK_EVERY", 3)
-    assert [len(waits("deit", steps, monkeypatch)) - len(waits("deit", 2, monkeypatch)) for steps in (3, 4, 7)] == [0, 1, 2]
+    assert [len(waits("deit", steps, monkeypatch)) - len(waits("deit", 2, monkeypatch)) for steps in (3, 4, 7)] == [
+        0,
+        1,
+        2,
+    ]
