@@ -20,7 +20,7 @@ from .data.records import ImageRecords
 from .data.transforms import EvalTransform, preprocessing_of
 from .distributed import Process, join_processes
 from .errors import DataError
-from .models.layers import ImageClassifier, TrainingLogits
+from .models.layers import HeadLogits, ImageClassifier
 from .training.recipe import Precision
 
 
@@ -210,11 +210,11 @@ class Heads(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, x: Tensor) -> TrainingLogits:
+    def forward(self, x: Tensor) -> HeadLogits | tuple[Any, ...]:
         """(B, 3, H, W) -> the heads' logits; a foreign network has one head."""
-        if isinstance(self.model, ImageClassifier):
-            return self.model.forward_training(x)
-        return TrainingLogits(self.model(x), None, None)
+        return (
+            self.model.forward_heads(x) if isinstance(self.model, ImageClassifier) else HeadLogits(self.model(x), None)
+        )
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:

@@ -146,8 +146,9 @@ def test_mode_changes_the_result_only_for_two_heads(model: ImageClassifier) -> N
 def test_every_parameter_gets_a_gradient(model: ImageClassifier) -> None:
     model.train()
     labels = torch.tensor([1, 2, 3, 4])
-    cls, dist, patches = model.forward_training(images(model, batch=4))
-    each = [] if patches is None else list(patches.unbind(1))
+    forward = getattr(model, "forward_training", model.forward_heads)
+    cls, dist, *extra = forward(images(model, batch=4))
+    each = [logits for patches in extra if patches is not None for logits in patches.unbind(1)]
     sum(F.cross_entropy(logits, labels) for logits in (cls, dist, *each) if logits is not None).backward()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,22 +35,30 @@ class Mixing:
     Args:
         recipe: `mixup`, `cutmix`, `mix_prob`, `mix_switch` and `label_smoothing` are read.
         num_classes: K, the length of a target.
+        own: used instead of mixup and CutMix, on images and smoothed targets; it may give further targets.
 
     Raises: ConfigError: `num_classes` below 1.
     Source: mixup (arXiv:1710.09412), CutMix (arXiv:1905.04899), switched between as in DeiT, table 9.
     """
 
-    def __init__(self, recipe: Recipe, num_classes: int) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        num_classes: int,
+        *,
+        own: Callable[[Tensor, Tensor], tuple[Tensor, Any]] | None = None,
+    ) -> None:
         if num_classes < 1:
             raise ConfigError(f"num_classes={num_classes}; expected at least 1")
         self.num_classes = num_classes
+        self.own = own
         self.smoothing = recipe.label_smoothing
         self.prob = recipe.mix_prob if recipe.mixup or recipe.cutmix else 0.0
         self.switch = 0.0 if not recipe.cutmix else 1.0 if not recipe.mixup else recipe.mix_switch
         alphas = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
         self._laws = {name: Beta(alpha, alpha) for name, alpha in alphas.items() if alpha}
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         """The mixed batch and its targets; `images` is changed in place and returned.
 
         Shape: (B, 3, H, W) float and (B,) int64 -> the same (B, 3, H, W) and (B, K) float32, beside the images.
@@ -59,6 +68,8 @@ class Mixing:
         """
         check_batch(images, labels)
         targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
+        if self.own is not None:
+            return self.own(images, targets)
         mix = self.draw(images.shape[-2], images.shape[-1])
         if mix is None:
             return images, targets

@@ -168,7 +168,7 @@ def linear_heads(model: ImageClassifier) -> dict[str, nn.Linear]:
 
     Raises: ConfigError: a head has none, or several.
     """
-    names = [name for name in model.head_names if name not in model.training_head_names]
+    names = [name for name in model.head_names if name not in getattr(model, "extra_head_names", ())]
     heads = {name: getattr(model, name) for name in names if getattr(model, name) is not None}
     layers = {name: [part for part in head.modules() if isinstance(part, nn.Linear)] for name, head in heads.items()}
     for name, found in layers.items():

@@ -24,14 +24,6 @@ class HeadLogits(NamedTuple):
     dist: Tensor | None
 
 
-class TrainingLogits(NamedTuple):
-    """All that a loss may read: `HeadLogits`, and of a head that classifies patches (B, patches, num_classes)."""
-
-    cls: Tensor
-    dist: Tensor | None
-    patches: Tensor | None
-
-
 class LayerTokens(NamedTuple):
     """Tokens after one block: `prefix` (B, P, D) in the model's order, `patches` as a feature map (B, D, h, w)."""
 
@@ -50,8 +42,6 @@ class ImageClassifier(nn.Module):
     """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
     head_names: ClassVar[tuple[str, ...]]
     """Submodules that depend on `num_classes`: the only tensors a checkpoint may lack."""
-    training_head_names: ClassVar[tuple[str, ...]] = ()
-    """Those of them that answer in training mode alone."""
 
     origin: Origin | None = None
 
@@ -94,9 +84,6 @@ class ImageClassifier(nn.Module):
             return 1 + int(rest.partition(".")[0])
         return self.num_layers if top in ("norm", *self.head_names) else 0
 
-    def begin_epoch(self, epoch: int) -> None:
-        """Called in front of each training epoch, counted from 0; most models do nothing then."""
-
     def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
         """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
         raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")
@@ -113,10 +100,6 @@ class ImageClassifier(nn.Module):
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of each head, whatever the mode; x is (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")
-
-    def forward_training(self, x: Tensor) -> TrainingLogits:
-        """What training learns from; x is (B, C, H, W). A patch head answers in training mode alone."""
-        return TrainingLogits(*self.forward_heads(x), None)
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify x, (B, C, H, W) -> (B, num_classes).

@@ -29,12 +29,12 @@ from .layers import (
     HeadLogits,
     ImageClassifier,
     LayerTokens,
-    TrainingLogits,
     chosen_layers,
     init_vit_weights,
     patch_grid,
     resize_pos_embed,
 )
+from .patch_training import PatchLogits, PatchMixing, PatchTraining
 from .transformer import Block, drop_path_rates
 
 Stem = Literal["conv", "patch"]
@@ -273,7 +273,8 @@ class ViTResNAS(ImageClassifier):
 
     family: ClassVar[str] = "vit_resnas"
     head_names: ClassVar[tuple[str, ...]] = ("cls_head", "dst_head", "patch_head")
-    training_head_names: ClassVar[tuple[str, ...]] = ("patch_head",)
+    extra_head_names: ClassVar[tuple[str, ...]] = ("patch_head",)
+    """Heads that are used in training mode only."""
 
     def __init__(self, config: ViTResNASConfig) -> None:
         super().__init__(config)
@@ -318,15 +319,29 @@ class ViTResNAS(ImageClassifier):
         """Logits of both heads, whatever the mode; x is (B, C, H, W)."""
         return HeadLogits(*self.classify(self.forward_features(x))[:2])
 
-    def forward_training(self, x: Tensor) -> TrainingLogits:
+    def forward_training(self, x: Tensor) -> PatchLogits:
         """Logits of the heads, and in training mode of the patch head; x is (B, C, H, W)."""
         return self.classify(self.forward_features(x))
 
-    def classify(self, features: Tensor) -> TrainingLogits:
-        """What the heads say of `forward_features`."""
+    def classify(self, features: Tensor) -> PatchLogits:
+        """Logits of the heads from the result of `forward_features`."""
         prefix, head = self.config.num_prefix_tokens, self.patch_head if self.training else None
         dist = None if self.dst_head is None else self.dst_head(features[:, 1])
-        return TrainingLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
+        return PatchLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
+
+    def extra_heads(self, *, mix_mode: str, mixup: float, cutmix: float) -> PatchTraining | None:
+        """Mixing and loss for the patch head, see `training.losses.HasExtraHeads`; None: there is no patch head.
+
+        Raises: ConfigError: `mix_mode` is "patch", and the grid of patches is not square, or a rate is 0.
+        """
+        if self.patch_head is None:
+            return None
+        if mix_mode != "patch":
+            return PatchTraining(None)
+        height, width = self.config.grids[-1]
+        if height != width:
+            raise ConfigError(f"mix_mode='patch' needs a square image; this model's patches are {height}x{width}")
+        return PatchTraining(PatchMixing(height, mixup=mixup, cutmix=cutmix))
 
     def get_intermediate_layers(
         self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True

@@ -24,7 +24,7 @@ from ..hub.load import from_pretrained
 from ..models.vit_resnas import ViTResNAS
 from ..registry import default_preprocessing
 from ..training.recipe import Precision, Recipe
-from ..training.run import TrainResult, train
+from ..training.run import Computing, TrainResult, run_training
 from ..training.state import digest_of_numbers, export_model
 from .costs import CostKind, make_cost
 from .evolution import Scored, evolve
@@ -105,17 +105,15 @@ def train_supernet(
     torch.manual_seed(recipe.seed)
     network = ViTResNAS(space.config_of(space.largest(), num_classes=len(images.classes)))
     network.origin = Origin(name="supernet", preprocessing=_preprocessing(space))
-    return train(
-        SuperNetwork(network, space, sampling),
+    whole = SuperNetwork(network, space, sampling)
+    return run_training(
+        whole,
         recipe=recipe,
         train=images,
         val=val,
-        out=out,
-        device=device,
-        workers=workers,
-        cache=cache,
-        watch=watch,
-        on_epoch=on_epoch,
+        out=Path(out),
+        computing=Computing(device=device, workers=workers, cache=cache, watch=watch, on_epoch=on_epoch),
+        before_epoch=whole.begin_epoch,
     )
 
 

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from ..checkpoint import Layout
 from ..errors import ConfigError
 from ..hub.weights import meta_model
-from ..models.layers import HeadLogits, ImageClassifier, TrainingLogits
+from ..models.layers import HeadLogits, ImageClassifier
+from ..models.patch_training import PatchLogits, PatchTraining
 from ..models.transformer import Attention, Block, Mlp
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
 from .space import BlockChoice, Candidate, Sampling, SearchSpace, StageChoice
@@ -70,6 +71,7 @@ class SuperNetwork(ImageClassifier):
 
     family: ClassVar[str] = ViTResNAS.family
     head_names: ClassVar[tuple[str, ...]] = ()
+    extra_head_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: ViTResNAS, space: SearchSpace, sampling: Sampling) -> None:
         """Wrap a network. Raises: ConfigError: it is not the space's largest."""
@@ -116,11 +118,15 @@ class SuperNetwork(ImageClassifier):
         """The heads of `forward_training`."""
         return HeadLogits(*self.forward_training(x)[:2])
 
-    def forward_training(self, x: Tensor) -> TrainingLogits:
+    def forward_training(self, x: Tensor) -> PatchLogits:
         """Logits of the heads: in training of candidates drawn for this batch, in eval mode of the largest network."""
         if not self.training:
             return self.net.forward_training(x)
         return self._forward_kept(x, self._draw_kept(len(x), x.device))
+
+    def extra_heads(self, *, mix_mode: str, mixup: float, cutmix: float) -> PatchTraining | None:
+        """Mixing and loss for the patch head, as for the network inside."""
+        return self.net.extra_heads(mix_mode=mix_mode, mixup=mixup, cutmix=cutmix)
 
     # what is drawn must be no part of a compiled graph
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
@@ -129,11 +135,11 @@ class SuperNetwork(ImageClassifier):
         kept = _kept_of(self.space, self.draw(max(images // self.sampling.images, 1)))
         return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept.to(device)
 
-    def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> TrainingLogits:
+    def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> PatchLogits:
         """Logits of the heads, image i seen by candidate i modulo their number; x is (B, C, H, W)."""
         return self._forward_kept(x, _kept_of(self.space, candidates).to(x.device))
 
-    def _forward_kept(self, x: Tensor, kept: Tensor) -> TrainingLogits:
+    def _forward_kept(self, x: Tensor, kept: Tensor) -> PatchLogits:
         """`forward_masked` of candidates as `_kept_of` writes them: the same operators whichever they are."""
         owner = torch.arange(len(x), device=x.device) % len(kept)
         counts, layers = iter(kept[owner].unbind(1)), iter(self.net.blocks)

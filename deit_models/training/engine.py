@@ -15,7 +15,6 @@ from torch.distributed.tensor import DTensor
 
 from ..data.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import TrainingError, first_line
-from ..models.layers import ImageClassifier
 from .learner import Learner, compiled, forward_backward, in_parts
 from .optim import clip_gradients, learning_rate, set_learning_rate
 
@@ -175,8 +174,6 @@ def train_epoch(
     recipe, process = learner.recipe, learner.process
     learner.heads.train(recipe.train_mode)
     _rest_frozen_parts(learner.bare)
-    if isinstance(learner.bare.model, ImageClassifier):
-        learner.bare.model.begin_epoch(epoch)
     start, images, rate = time.perf_counter(), 0, 0.0
     total = torch.zeros((), device=process.device)
     # On a CPU nothing is lost by looking at every step

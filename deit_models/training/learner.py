@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,7 @@ from ..distributed import Process, Shard, copy_from_first, shard_parameters, spr
 from ..errors import ConfigError, DataError
 from ..evaluation import Heads, autocast
 from ..models.layers import ImageClassifier
-from ..nas.patches import PatchMixing, make_mixing
-from .losses import DistillationLoss
+from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
 from .optim import WeightAverage, make_optimizer
 from .recipe import Precision, Recipe
 from .teacher import Teacher, TeacherSpec, load_teacher
@@ -77,6 +76,14 @@ def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: n
     return loss.detach()
 
 
+class AllHeads(Heads):
+    """`Heads` with the logits of extra heads after the others."""
+
+    def forward(self, x: Tensor) -> tuple[Any, ...]:
+        """(B, 3, H, W) -> see `HasExtraHeads.forward_training`."""
+        return cast(HasExtraHeads, self.model).forward_training(x)
+
+
 @dataclass(slots=True)
 class Learner:
     """All that changes while training, and the functions it is trained with.
@@ -100,7 +107,7 @@ class Learner:
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     average: WeightAverage | None
-    mixing: Mixing | PatchMixing
+    mixing: Mixing
     loss: DistillationLoss
     teacher: Teacher | None = None
     parts: int = 1
@@ -137,10 +144,11 @@ def make_learner(
         teacher does not fit.
     """
     _check_fit(model, recipe, num_classes, preprocessing)
+    extra = extra_heads_of(model, recipe)
     if isinstance(model, ImageClassifier):
         _set_drop_rates(model, recipe)
     device = process.device
-    bare = Heads(model.to(device))
+    bare = Heads(model.to(device)) if extra is None else AllHeads(model.to(device))
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
     average = WeightAverage(bare, recipe.ema_decay) if recipe.ema_decay else None
     divided = shard == "fsdp" and process.world > 1
@@ -160,13 +168,23 @@ def make_learner(
         optimizer=make_optimizer(model, recipe),
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
         average=average,
-        mixing=make_mixing(recipe, num_classes, model),
-        loss=DistillationLoss(recipe, teacher=teacher),
+        mixing=Mixing(recipe, num_classes, own=None if extra is None else extra.mix),
+        loss=DistillationLoss(recipe, teacher=teacher, extra=extra),
         teacher=teacher,
         # parts of a divided model cannot be tried out by one process, nor are they compiled unless that is asked for
         fitted=device.type != "cuda" or divided,
         undecided=device.type == "cuda" and not divided and recipe.compile == "auto",
     )
+
+
+def extra_heads_of(model: nn.Module, recipe: Recipe) -> ExtraHeads | None:
+    """The model's own extra heads, if it has any. Raises: ConfigError: the recipe's `mix_mode` needs them, or more."""
+    extra = None
+    if isinstance(model, HasExtraHeads):
+        extra = model.extra_heads(mix_mode=recipe.mix_mode, mixup=recipe.mixup, cutmix=recipe.cutmix)
+    if recipe.mix_mode == "patch" and extra is None:
+        raise ConfigError("mix_mode='patch' needs a model with a patch head, such as vit_resnas_tiny; pass 'batch'")
+    return extra
 
 
 def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
@@ -185,10 +203,9 @@ def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
     """Whether the recipe's loss leaves out one of the model's heads."""
     config = getattr(model, "config", None)
     taught = recipe.distill_on == "token" if recipe.distillation != "none" else recipe.label_heads == "both"
-    # a patch head is silent in eval mode
-    return (getattr(config, "distilled", False) and not taught) or (
-        getattr(config, "patch_head", False) and not recipe.train_mode
-    )
+    # extra heads are used in training mode only
+    extra_idle = not recipe.train_mode and extra_heads_of(model, recipe) is not None
+    return (getattr(config, "distilled", False) and not taught) or extra_idle
 
 
 def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing) -> None:

@@ -7,14 +7,14 @@ Source: DeiT, section 3 (losses) and the authors' script (normalisation of the s
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..errors import TrainingError
-from ..models.layers import TrainingLogits
-from ..nas.patches import Targets
 from .recipe import Recipe
 from .teacher import Teacher
 
@@ -66,10 +66,34 @@ def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
 
 
+class ExtraHeads(Protocol):
+    """Heads that one model family alone has: their loss, and perhaps a way of their own to mix batches."""
+
+    @property
+    def mix(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]] | None:
+        """Mixes images (B, 3, H, W) and soft labels (B, K); gives both, labels first in a tuple. None: as usual."""
+
+    def loss(self, logits: Any, targets: Any, label_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Their loss, a scalar: from the result of `forward_training`, and the labels or the result of `mix`."""
+
+
+@runtime_checkable
+class HasExtraHeads(Protocol):
+    """A model that brings `ExtraHeads`."""
+
+    extra_head_names: ClassVar[tuple[str, ...]]
+
+    def forward_training(self, x: Tensor) -> tuple[Any, ...]:
+        """Logits of class head, distillation head or None, then of the extra heads, for training mode."""
+
+    def extra_heads(self, *, mix_mode: str, mixup: float, cutmix: float) -> ExtraHeads | None:
+        """The extra heads for a recipe with these settings; None: this model has none."""
+
+
 class DistillationLoss:
     """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
 
-    The class head learns from the labels, and so does a patch head, with equal weight. The teacher speaks to the
+    The class head learns from the labels, and so do extra heads, with equal weight. The teacher speaks to the
     distillation head (distill_on="token", the paper's choice) or to the class head as well (distill_on="class"). Where
     there is no teacher, label_heads="both" has the second head learn from the labels too, each head by its own loss. A
     second head that is not spoken to is ignored, as the authors do: it gets no gradient and stays untrained, and since
@@ -80,7 +104,7 @@ class DistillationLoss:
     Raises: TrainingError: the recipe distils and there is no teacher, or the other way round.
     """
 
-    def __init__(self, recipe: Recipe, *, teacher: Teacher | None) -> None:
+    def __init__(self, recipe: Recipe, *, teacher: Teacher | None, extra: ExtraHeads | None = None) -> None:
         if recipe.distillation != "none" and teacher is None:
             raise TrainingError(
                 f"distillation={recipe.distillation!r} needs a teacher; pass teacher=..., or distillation='none'"
@@ -89,13 +113,14 @@ class DistillationLoss:
             raise TrainingError("a teacher is given, but distillation='none'; pass distillation='hard' or 'soft'")
         self.recipe = recipe
         self.teacher = teacher
+        self.extra = extra
         self._base = soft_target_cross_entropy if recipe.loss == "ce" else binary_cross_entropy
         self._warned = False
 
     def __call__(
         self,
-        output: TrainingLogits | Tensor | tuple[Tensor, Tensor],
-        targets: Tensor | Targets,
+        output: Tensor | tuple[Any, ...],
+        targets: Tensor | tuple[Tensor, Any],
         teacher_logits: Tensor | None = None,
     ) -> Tensor:
         """The loss of one batch, a float32 scalar.
@@ -103,17 +128,18 @@ class DistillationLoss:
         Args:
             output: the student's logits: (B, K) of one head, or a pair of them, class head first; `forward_heads` gives
                 the pair in every mode, while calling a distilled model in eval mode gives the mean, which has no heads.
-            targets: the labels as distributions, (B, K), or with one for each patch.
+                Logits of extra heads follow.
+            targets: the labels as distributions, (B, K), or these and targets of the extra heads.
             teacher_logits: what the teacher says of the same images, (B, K); needed where the recipe distils.
 
         Raises: TrainingError: logits and targets of different shapes, no teacher logits, or no distillation head.
         """
-        cls, dist, *rest = (output, None) if isinstance(output, Tensor) else output
-        wanted = targets if isinstance(targets, Tensor) else targets.image
+        cls, dist, *_ = (output, None) if isinstance(output, Tensor) else output
+        wanted = targets if isinstance(targets, Tensor) else targets[0]
         self._check_shape("targets", wanted, cls)
         base = self._base(cls, wanted)
-        if rest and rest[0] is not None:
-            base = base + self._patch_loss(rest[0], targets)
+        if self.extra is not None:
+            base = base + self.extra.loss(output, targets, self._base)
         if self.recipe.distillation == "none":
             if dist is not None and self.recipe.label_heads == "both":
                 return (base + self._base(dist, wanted)) / 2
@@ -128,11 +154,6 @@ class DistillationLoss:
         else:
             learned = hard_distillation(taught, teacher_logits)
         return (1 - self.recipe.alpha) * base + self.recipe.alpha * learned
-
-    def _patch_loss(self, logits: Tensor, targets: Tensor | Targets) -> Tensor:
-        """The labels' loss of a patch head, (B, P, K): a patch stands for its image unless it has its own target."""
-        wanted = targets[:, None].expand_as(logits) if isinstance(targets, Tensor) else targets.patches
-        return self._base(logits.flatten(0, 1), wanted.flatten(0, 1))
 
     def _taught_head(self, cls: Tensor, dist: Tensor | None) -> Tensor:
         if self.recipe.distill_on == "class":

@@ -193,8 +193,12 @@ def run_training(
     computing: Computing,
     teacher: Teacher | TeacherSpec | None = None,
     preprocessing: Preprocessing | None = None,
+    before_epoch: Callable[[int], None] | None = None,
 ) -> TrainResult:
-    """As `train`, with the options of computing in one record; fine-tuning and the search call it too."""
+    """As `train`, with the options of computing in one record; fine-tuning and the search call it too.
+
+    `before_epoch` is called with the number of each epoch, from 0, before it begins, in every process.
+    """
     records = open_images(train, "train")
     val_records = None if val is None else open_images(val, "val", records.classes)
     if recipe.patience and val_records is None:
@@ -219,6 +223,7 @@ def run_training(
             out=out,
             preprocessing=preprocessing,
             computing=computing,
+            before_epoch=before_epoch,
             workers=computing.workers_beside(process.device),
         )
         with explained_worker_failure(run.workers):
@@ -236,6 +241,7 @@ class _Run:
     preprocessing: Preprocessing
     computing: Computing
     workers: int
+    before_epoch: Callable[[int], None] | None
     val_batches: InputBatches | None = None
 
     def to_the_end(self) -> TrainResult:
@@ -293,6 +299,8 @@ class _Run:
         sampler.set_epoch(epoch)
         # for mixing and stochastic depth; no epoch has 2**40 samples, so none shares its seed with these
         torch.manual_seed(sample_seed(recipe.seed, epoch, (1 << 40) + process.rank))
+        if self.before_epoch is not None:
+            self.before_epoch(epoch)
         saved = next((before for before in reversed(range(epoch)) if self._is_saved(before)), None)
         kept = "" if saved is None else f"; the last good weights, of epoch {saved}, are in {self.out / STATE_NAME}"
         done = train_epoch(

@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from deit_models import ConfigError, DataError, create_model
+from deit_models.augmentation.mixing import Mixing
 from deit_models.data.loading import DamageCount
 from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
-from deit_models.models.layers import TrainingLogits
-from deit_models.nas.patches import PatchMixing, Targets, make_mixing
+from deit_models.models.patch_training import PatchLogits, PatchMixing, PatchTargets, PatchTraining
 from deit_models.training.engine import train_epoch
-from deit_models.training.learner import _has_idle_head, make_learner
+from deit_models.training.learner import _has_idle_head, extra_heads_of, make_learner
 from deit_models.training.losses import DistillationLoss
 from deit_models.training.recipe import Recipe
 
@@ -29,8 +29,9 @@ def recipe(**changes: object) -> Recipe:
     return Recipe(**{"mix_mode": "patch", "epochs": 2, "warmup_epochs": 0, **changes})  # type: ignore[arg-type]
 
 
-def mixing(**changes: object) -> PatchMixing:
-    return PatchMixing(recipe(**{"label_smoothing": 0.0, **changes}), K, SIDE)
+def mixing(**changes: object) -> Mixing:
+    settings = recipe(**{"label_smoothing": 0.0, **changes})
+    return Mixing(settings, K, own=PatchMixing(SIDE, mixup=settings.mixup, cutmix=settings.cutmix))
 
 
 def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +43,7 @@ def batch(count: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 def test_boxes_lie_in_the_grid_and_follow_the_authors_rule(side: int) -> None:
     torch.manual_seed(0)
-    mix = PatchMixing(recipe(), K, side)
+    mix = PatchMixing(side, mixup=0.8, cutmix=1.0)
     sizes = set()
     for _ in range(500):
         top, bottom, left, right = mix.draw_box()
@@ -109,21 +110,21 @@ def test_what_cannot_be_mixed_is_refused() -> None:
     with pytest.raises(DataError, match="expected one label each"):
         mixing()(batch(4)[0], torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ConfigError, match="needs a model with a patch head"):
-        make_mixing(recipe(), K, create_model("deit_micro_patch4_32"))
+        extra_heads_of(create_model("deit_micro_patch4_32"), recipe())
     wide = create_model("vit_resnas_tiny", stages=STAGES, patch_size=4, img_size=(16, 24), device="meta")
     with pytest.raises(ConfigError, match="patches are 2x3"):
-        make_mixing(recipe(), K, wide)
+        extra_heads_of(wide, recipe())
 
 
 def test_patches_learn_from_their_own_targets_or_the_images() -> None:
     torch.manual_seed(5)
-    logits = TrainingLogits(torch.randn(2, K), None, torch.randn(2, 3, K))
+    logits = PatchLogits(torch.randn(2, K), None, torch.randn(2, 3, K))
     image, patches = torch.rand(2, K).softmax(1), torch.rand(2, 3, K).softmax(2)
-    loss = DistillationLoss(recipe(), teacher=None)
+    loss = DistillationLoss(recipe(), teacher=None, extra=PatchTraining(None))
     cls = F.cross_entropy(logits.cls, image)
     own = -(patches * logits.patches.log_softmax(2)).sum(2).mean()
     shared = -(image[:, None] * logits.patches.log_softmax(2)).sum(2).mean()
-    torch.testing.assert_close(loss(logits, Targets(image, patches)), cls + own)
+    torch.testing.assert_close(loss(logits, PatchTargets(image, patches)), cls + own)
     torch.testing.assert_close(loss(logits, image), cls + shared)
 
 
