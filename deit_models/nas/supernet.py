@@ -115,8 +115,11 @@ class SuperNetwork(ImageClassifier):
         return [choices[i % enabled] for i in order]
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """The heads of `forward_training`."""
-        return HeadLogits(*self.forward_training(x)[:2])
+        """The heads of `forward_training` that other models have too."""
+        if not self.training:
+            return self.net.forward_heads(x)
+        # not through forward_training: torch.compile breaks its graph at the draw, which must not be two calls down
+        return HeadLogits(*self._forward_kept(x, self._draw_kept(len(x), x.device))[:2])
 
     def forward_training(self, x: Tensor) -> PatchLogits:
         """Logits of the heads: in training of candidates drawn for this batch, in eval mode of the largest network."""

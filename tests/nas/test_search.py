@@ -10,16 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from nas.toy import coloured, toy_space
+from nas.toy import coloured, supernet, toy_space
 
 from deit_models import ConfigError, TrainingError, create_model, from_pretrained, recipe_named
+from deit_models.checkpoint import Origin
 from deit_models.nas.costs import Macs
 from deit_models.nas.run import search, split_images, train_supernet
 from deit_models.nas.scoring import Scorer
 from deit_models.nas.space import Evolution, Sampling
 from deit_models.nas.supernet import extract
 from deit_models.training.recipe import Recipe
-from deit_models.training.run import train
+from deit_models.training.run import Computing, run_training, train
 
 SPACE = toy_space()
 COST = Macs(SPACE, 3)
@@ -52,8 +53,8 @@ def train_toy(out: Path, **options: Any) -> Any:
 def search_toy(out: Path, **options: Any) -> Any:
     _, held_out = split_images(coloured(96), out, fraction=0.25, seed=0)
     settings = {"limit": LIMIT, "evolution": EVOLUTION, "precision": "float32", "batch_size": 16, **options}
-    supernet = settings.pop("supernet", out / "supernet" / "model")
-    return search(SPACE, supernet=supernet, images=held_out, out=out, workers=0, device="cpu", **settings)
+    source = settings.pop("supernet", out / "supernet" / "model")
+    return search(SPACE, supernet=source, images=held_out, out=out, workers=0, device="cpu", **settings)
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,30 @@ def test_training_broken_off_goes_on_to_the_same_weights(finished: Path, tmp_pat
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
+def test_super_network_is_prepared_for_each_epoch_also_when_training_goes_on(tmp_path: Path) -> None:
+    whole, begun = supernet(SPACE, images=4, warmup_epochs=5), []
+
+    def begin(epoch: int) -> None:
+        begun.append(epoch)
+        whole.begin_epoch(epoch)
+
+    def stop(row: dict[str, Any]) -> None:
+        if row["epoch"] == 0:
+            raise Stop
+
+    def go_on(on_epoch: Any) -> None:
+        computing = Computing(device="cpu", workers=0, on_epoch=on_epoch)
+        images = {"train": coloured(32), "val": None}
+        run_training(whole, recipe=recipe(), out=tmp_path, computing=computing, before_epoch=begin, **images)
+
+    whole.origin = Origin(name="toy", preprocessing=SPACE.preprocessing)
+    with pytest.raises(Stop):
+        go_on(stop)
+    assert (begun, whole.epoch) == ([0], 0)
+    go_on(None)
+    assert (begun, whole.epoch) == ([0, 1, 2], 2)
+
+
 @pytest.mark.parametrize("after", [0, 3, 7, 11])
 def test_search_broken_off_at_any_score_goes_on_to_the_same_result(
     finished: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
@@ -134,15 +159,15 @@ def test_search_broken_off_at_any_score_goes_on_to_the_same_result(
             raise Stop
         return original(self, candidate)
 
-    supernet = finished / "supernet" / "model"
+    source = finished / "supernet" / "model"
     total = len((finished / "candidates.jsonl").read_text().splitlines())
     with monkeypatch.context() as patch:
         patch.setattr(Scorer, "_top1", counted)
         with pytest.raises(Stop):
-            search_toy(tmp_path, supernet=supernet)
+            search_toy(tmp_path, supernet=source)
         assert not (tmp_path / "winner.toml").exists()
         count[0] = -1000
-        search_toy(tmp_path, supernet=supernet)
+        search_toy(tmp_path, supernet=source)
         assert count[0] == -1000 + total - after  # none was scored twice
     for name in ("candidates.jsonl", "winner.toml", "report.md"):
         assert (tmp_path / name).read_text() == (finished / name).read_text()
@@ -175,8 +200,8 @@ def test_moving_average_is_refused(tmp_path: Path) -> None:
 
 def test_latency_limits_a_search_too(finished: Path, tmp_path: Path) -> None:
     few = Evolution(population=3, generations=1, floor=0.0)
-    supernet = finished / "supernet" / "model"
-    result = search_toy(tmp_path, supernet=supernet, cost="latency", limit=1e4, evolution=few)
+    source = finished / "supernet" / "model"
+    result = search_toy(tmp_path, supernet=source, cost="latency", limit=1e4, evolution=few)
     assert len(result.scored) == 3
     assert all(0 < one.cost < 1e4 for one in result.scored)
 
