@@ -72,7 +72,7 @@ def add_finetune(commands: Any) -> None:
 def _run(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
     from ..hub.load import from_pretrained
-    from ..training.run import find_matplotlib
+    from ..training.state import find_matplotlib
 
     check_fresh(args)
     args.model = chosen_model(args)

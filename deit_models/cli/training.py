@@ -188,7 +188,8 @@ def _checked_recipe(args: argparse.Namespace) -> Recipe:
 
 def _train(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> None:
     from ..distributed import join_processes
-    from ..training.run import find_matplotlib, plot_curves, train
+    from ..training.run import train
+    from ..training.state import find_matplotlib, plot_curves
 
     if args.plot:
         find_matplotlib()  # before hours of training, not after

@@ -24,8 +24,7 @@ from ..files import atomic_write
 from ..formats.configs import write_config
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
-from ..training.run import find_matplotlib, plot_curves
-from ..training.state import CARD_NAME
+from ..training.state import CARD_NAME, find_matplotlib, plot_curves
 
 _MOST_CLASSES = 30
 _SHEET = (4, 6)

@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from ..errors import MissingExtraError, TrainingError
 from ..files import atomic_write
-from ..training.run import find_matplotlib
-from ..training.state import read_log
+from ..training.state import find_matplotlib, read_log
 from .evolution import Scored
 
 if sys.version_info >= (3, 11):

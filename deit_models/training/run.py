@@ -1,9 +1,8 @@
 """A whole run: from a model, a recipe and two sets of images to a folder with checkpoints, log and recipe."""
-# MERGED """The curves of one or several runs as a picture; needs the extra `[plot]`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
@@ -24,7 +23,7 @@ from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
-from ..errors import ConfigError, DataError, MissingExtraError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Heads, eval_batches, score_each
 from ..files import atomic_write
 from .engine import train_epoch
@@ -32,47 +31,6 @@ from .learner import Learner, make_learner
 from .recipe import Recipe
 from .state import STATE_NAME, Progress, RunLog, export_model, identity_of, load_state, remove_leftovers, save_state
 from .teacher import Teacher, TeacherSpec
-
-Rows = Sequence[Mapping[str, Any]]
-
-
-def find_matplotlib() -> Any:
-    """Matplotlib's Figure class. Raises: MissingExtraError: it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib; pip install 'deit-models[plot]'") from error
-    return Figure
-
-
-def plot_curves(runs: Mapping[str, Rows], path: str | PathLike[str], *, title: str = "") -> None:
-    """Draw training loss and validation accuracy by epoch, a line for each run, as PNG.
-
-    Args:
-        runs: name to the rows of its log.jsonl, see `read_log`.
-        path: the file to write; its folder is made.
-        title: stands above the picture.
-
-    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
-    """
-    figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, 2)
-    for axes, key, label in zip(panels, ("loss", "top1"), ("training loss", "validation top-1 (%)"), strict=True):
-        for name, rows in runs.items():
-            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            if points:
-                # a lone point has no line to see
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    with atomic_write(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-
 
 RECIPE_NAME = "recipe.toml"
 

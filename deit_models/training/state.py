@@ -1,10 +1,8 @@
-"""What a run must remember to go on after any interruption: written after an epoch, whole or not at all.
+"""The files of a run: log.jsonl and its curves, folders of exported models, and last.pt, the state to resume from.
 
-Random numbers need no saving: every epoch seeds its generators from (seed, epoch, process), and every sample from
-(seed, epoch, place in the epoch).
+Each is written whole or not at all. Random numbers need no saving: every epoch seeds its generators from (seed, epoch,
+process), and every sample from (seed, epoch, place in the epoch).
 """
-# MERGED """The record of a run: one JSON line an epoch, and the same figures for TensorBoard."""
-# MERGED """From a model in training to a folder anyone can load."""
 
 from __future__ import annotations
 
@@ -15,8 +13,9 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,9 @@ from ..models.layers import ImageClassifier
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
 
-LOG_NAME = "log.jsonl"
+LOG_NAME, STATE_NAME, WEIGHTS_NAME, CARD_NAME = "log.jsonl", "last.pt", "model.safetensors", "README.md"
+MODEL_FOLDERS = ("model", "best", "ema")
+"""The last weights of a run, those of its best epoch, and the averaged ones."""
 
 
 class RunLog:
@@ -85,7 +86,7 @@ class RunLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a log; a last line that a killed process left unfinished is passed over."""
+    """The complete rows of a log; a last line that a killed process left unfinished is dropped."""
     rows = []
     if path.exists():
         for line in path.read_text(encoding="utf-8").splitlines():
@@ -108,10 +109,49 @@ def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first_epoch)
 
 
-WEIGHTS_NAME = "model.safetensors"
-CARD_NAME = "README.md"
-MODEL_FOLDERS = ("model", "best", "ema")
-"""Where a run puts its last weights, those of its best epoch, and the averaged ones."""
+def find_matplotlib() -> Any:
+    """Matplotlib's Figure class. Raises: MissingExtraError: it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("plots need matplotlib; pip install 'deit-models[plot]'") from error
+    return Figure
+
+
+def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | PathLike[str], *, title: str = "") -> None:
+    """Draw training loss and validation accuracy by epoch, a line for each run, as PNG.
+
+    Args:
+        runs: name to the rows of its log.jsonl, see `read_log`.
+        path: the file to write; its folder is made.
+        title: stands above the picture.
+
+    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    """
+    figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(1, 2)
+    for axes, key, label in zip(panels, ("loss", "top1"), ("training loss", "validation top-1 (%)"), strict=True):
+        for name, rows in runs.items():
+            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            if points:  # a lone point has no line, so few points get markers
+                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.set_xlabel("epoch")
+        axes.set_ylabel(label)
+        axes.grid(alpha=0.3)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend()
+    with atomic_write(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+
+
+_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def _whole_state(model: nn.Module, *, divided: bool) -> dict[str, Any]:
+    """The state dict of a model; parameters that are divided between processes are joined, on the CPU."""
+    return dict(get_model_state_dict(model, options=_FULL)) if divided else model.state_dict()
 
 
 def export_model(
@@ -125,26 +165,25 @@ def export_model(
 ) -> None:
     """Write a model in training into `folder`; called by every process, written by the first.
 
-    Our models become what `from_pretrained` reads, with the class names, the data's name and the accuracy; of any other
-    module the state dict is written, as `model.safetensors`.
+    `from_pretrained` reads our models back, with the class names, the data's name and the accuracy. Of any other module
+    the state dict is written, as `model.safetensors`.
 
     Args:
         model: on any device.
         folder: made if need be.
         process: this one.
-        divided: whether each process holds but a part of the parameters.
+        divided: whether each process holds only a part of the parameters.
         records: the training set.
         accuracy: `top1` and `top5` of these weights in percent, where they are known.
 
     Raises: FetchError: no space or no permission.
     """
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = dict(get_model_state_dict(model, options=options)) if divided else model.state_dict()
+    state = _whole_state(model, divided=divided)
     if process.is_main:
         if isinstance(model, ImageClassifier) and model.origin is not None:
             known = {name: accuracy.get(name) for name in ("top1", "top5")}
             model.origin = model.origin.trained(records.name, class_names=records.classes, **known)
-            # the card of an earlier epoch, which save_pretrained would keep, tells that one's accuracy
+            # save_pretrained would keep the card of an earlier epoch, with its accuracy
             (folder / CARD_NAME).unlink(missing_ok=True)
             (_rebuilt(model, state) if divided else model).save_pretrained(folder)
         else:
@@ -155,23 +194,22 @@ def export_model(
 
 
 def _rebuilt(model: ImageClassifier, state: dict[str, Any]) -> ImageClassifier:
-    """An undivided copy of a model whose parameters are spread over processes."""
+    """An undivided copy of a model whose parameters are divided between processes."""
     whole = type(model)(model.config)
     whole.load_state_dict(state)
     whole.origin = model.origin
     return whole
 
 
-STATE_NAME = "last.pt"
 _FORMAT = 1
 _MAY_CHANGE = {"preset", "eval_every", "save_every", "compile", "accumulate"}
-"""Recipe fields that change the weights a run ends with by no more than rounding; and `accumulate`, which a machine
-with less memory may need, though it decides which images are mixed with each other."""
+"""Recipe fields that change the last weights of a run by no more than rounding; and `accumulate`, which a machine with
+less memory may need, although it decides which images are mixed with each other."""
 
 
 @dataclass(slots=True)
 class Progress:
-    """Where a run stands.
+    """Position of a run.
 
     Attributes:
         epoch: the next epoch to run, from 0.
@@ -186,34 +224,8 @@ class Progress:
     unreadable: list[int] = field(default_factory=list)
 
 
-def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
-    """Write the state of a run into `out`; called by every process, written by the first.
-
-    Args:
-        out: the run's folder.
-        learner: what is saved.
-        progress: where the run stands.
-        run: what must be the same when the run goes on: the model, the data, the teacher.
-
-    Raises: FetchError: no space or no permission; the previous state is left as it was.
-    """
-    state = {
-        "format": _FORMAT,
-        "recipe": learner.recipe.to_toml(),
-        "parts": learner.parts,
-        "run": run,
-        "progress": asdict(progress),
-        "scaler": learner.scaler.state_dict(),
-        **_gather(learner),
-    }
-    if learner.process.is_main:
-        with atomic_write(out / STATE_NAME) as temporary:
-            _write(state, temporary)
-    learner.process.wait_for_all()
-
-
 def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
-    """What a saved state must have been made with, besides the recipe: model, data, teacher, which part learns."""
+    """Fingerprint of a run; it must match to resume: model, data, teacher, trained parameters, sharding."""
     model, teacher, classes = learner.bare.model, learner.teacher, records.classes
     names = hashlib.sha256("\0".join(classes).encode()).hexdigest()[:8]
     identity = {
@@ -231,7 +243,7 @@ def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
 
 
 def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> str:
-    """Sixteen hex digits that differ where a parameter or buffer does; those of some children may be left out."""
+    """Sixteen hex digits of all parameters and buffers, except those of the children named in `without`."""
     digest = hashlib.sha256()
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         if name.partition(".")[0] in without:
@@ -241,15 +253,53 @@ def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> st
     return digest.hexdigest()[:16]
 
 
+def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
+    """Write the state of a run into `out`; called by every process, written by the first.
+
+    Args:
+        out: the run's folder.
+        learner: weights, average and optimiser.
+        progress: position of the run.
+        run: its fingerprint, see `identity_of`.
+
+    Raises: FetchError: no space or no permission; the previous state is left as it was.
+    """
+    models, divided = _models(learner), learner.divided
+    optimizer = (
+        get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)
+        if divided
+        else learner.optimizer.state_dict()
+    )
+    state = {
+        "format": _FORMAT,
+        "recipe": learner.recipe.to_toml(),
+        "parts": learner.parts,
+        "run": run,
+        "progress": asdict(progress),
+        "scaler": learner.scaler.state_dict(),
+        **{name: _whole_state(model, divided=divided) for name, model in models.items()},
+        "optimizer": optimizer,
+    }
+    if learner.process.is_main:
+        with atomic_write(out / STATE_NAME) as temporary:
+            _write(state, temporary)
+    learner.process.wait_for_all()
+
+
+def _models(learner: Learner) -> dict[str, nn.Module]:
+    """The models of a state: `model`, and `ema_model` where an average is kept."""
+    return {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+
+
 def _write(state: dict[str, Any], path: Path) -> None:
-    """torch.save, on the disk when this returns. Raises: OSError: it could not be written."""
+    """torch.save; the file is on the disk when this returns. Raises: OSError: it could not be written."""
     try:
         with path.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
     except RuntimeError as error:
-        # what torch makes of a full disk; the reason stands behind it
+        # torch's error for a full disk; the reason is in its context
         reason = error.__context__
         raise (reason if isinstance(reason, OSError) else OSError(first_line(error))) from error
 
@@ -271,14 +321,14 @@ def load_state(out: Path, learner: Learner, *, run: dict[str, str]) -> Progress 
     if not path.exists():
         return None
     try:
-        _check_bytes(path)
+        with zipfile.ZipFile(path) as archive:  # torch.load compares no checksums
+            if (name := archive.testzip()) is not None:
+                raise ValueError(f"the checksum of {name} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(state, dict):
             raise ValueError(f"it holds one {type(state).__name__}")
         _check_same_run(path, state, learner.recipe, run)
-        _scatter(learner, state)
-        learner.parts = _parts(state, learner)
-        learner.scaler.load_state_dict(state["scaler"])
+        _restore(learner, state)
         return Progress(**state["progress"])
     except _DAMAGES as error:
         if isinstance(error, TrainingError):
@@ -286,18 +336,11 @@ def load_state(out: Path, learner: Learner, *, run: dict[str, str]) -> Progress 
         raise TrainingError(f"{path} is damaged or not a state of this package: {first_line(error)}") from error
 
 
-def _check_bytes(path: Path) -> None:
-    """Compare the checksums of a file that torch.save wrote; torch.load does not. Raises: one of `_DAMAGES`."""
-    with zipfile.ZipFile(path) as archive:
-        if (name := archive.testzip()) is not None:
-            raise ValueError(f"the checksum of {name} is wrong")
-
-
 _DAMAGES = (
     *(RuntimeError, ValueError, TypeError, LookupError, AttributeError, AssertionError, OverflowError, MemoryError),
     *(OSError, EOFError, pickle.UnpicklingError, struct.error, zipfile.BadZipFile, zlib.error),
 )
-"""What reading a damaged archive of tensors can raise."""
+"""Errors raised by reading a damaged archive of tensors."""
 
 
 def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict[str, str]) -> None:
@@ -312,37 +355,22 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict
         raise TrainingError(f"{path} was saved with {settings}; use those settings, or train into a new folder")
 
 
-def _parts(state: dict[str, Any], learner: Learner) -> int:
-    """In how many parts a batch was done because of memory: the run goes on so, to mix the same images."""
-    recipe, parts = learner.recipe, int(state.get("parts", 1))
-    size = recipe.batch_size // (recipe.accumulate * learner.process.world)
-    same = recipe_from_toml(state["recipe"]).accumulate == recipe.accumulate and size % parts == 0
-    return parts if same else learner.parts
-
-
-_FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
-def _gather(learner: Learner) -> dict[str, Any]:
-    """The tensors to save: whole ones, also where each process holds but a part."""
-    models = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
-    if not learner.divided:
-        whole: dict[str, Any] = {name: model.state_dict() for name, model in models.items()}
-        return {**whole, "optimizer": learner.optimizer.state_dict()}
-    whole = {name: get_model_state_dict(model, options=_FULL) for name, model in models.items()}
-    return {**whole, "optimizer": get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)}
-
-
-def _scatter(learner: Learner, state: dict[str, Any]) -> None:
-    """Put saved tensors back; where they are divided, each process takes its part."""
-    models = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
-    if not learner.divided:
-        for name, model in models.items():
+def _restore(learner: Learner, state: dict[str, Any]) -> None:
+    """Put saved weights and optimiser back; where parameters are divided, each process takes its part."""
+    for name, model in _models(learner).items():
+        if learner.divided:
+            set_model_state_dict(model, state[name], options=_FULL)
+        else:
             model.load_state_dict(state[name])
+    if learner.divided:
+        # not strict: a head that is not trained has no state
+        options = replace(_FULL, strict=False)
+        set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=options)
+    else:
         learner.optimizer.load_state_dict(state["optimizer"])
-        return
-    for name, model in models.items():
-        set_model_state_dict(model, state[name], options=_FULL)
-    # not strict: a head that is not trained has no state
-    options = replace(_FULL, strict=False)
-    set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=options)
+    learner.scaler.load_state_dict(state["scaler"])
+    # a batch is done in as many parts as before, to mix the same images
+    parts, size = int(state.get("parts", 1)), learner.recipe.batch_size // learner.recipe.accumulate
+    same = recipe_from_toml(state["recipe"]).accumulate == learner.recipe.accumulate
+    if same and size // learner.process.world % parts == 0:
+        learner.parts = parts

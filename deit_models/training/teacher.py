@@ -1,6 +1,6 @@
-"""A teacher for distillation: any frozen network, shown the student's batch in its own normalisation.
+"""Teachers for distillation: any frozen network, given the student's batch in its own normalisation.
 
-Source: DeiT, section 3: the teacher labels the very batch the student sees, augmented and mixed.
+Source: DeiT, section 3: the teacher labels the same batch as the student gets, augmented and mixed.
 """
 
 from __future__ import annotations
@@ -42,16 +42,16 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Teacher(nn.Module):
-    """A network that only answers, without gradient; a module is, in place, frozen and put into eval mode for good.
+    """A network that is called without gradient; a module is frozen and stays in eval mode, in place.
 
     Args:
         network: takes (B, 3, H, W); gives (B, K) logits, or our heads (their mean is taken), or a record with `logits`.
-        student: how the student's input is normalised.
-        mean: what the network was trained with, per channel; the student's if not given.
+        student: normalisation of the student's input.
+        mean: the network's own, per channel; default: the student's.
         std: likewise.
         img_size: (height, width) to resize batches to; by default the size of a network that takes one size only.
-        precision: in bf16 and fp16, weights of convolutions and linear layers are stored so and autocast does the rest;
-            autocast alone would cast frozen weights again at every call.
+        precision: bf16 and fp16 store the weights of convolutions and linear layers in that type and use autocast for
+            the rest; autocast alone would cast frozen weights again at every call.
         channels_last: memory format of convolutions.
 
     Raises: ConfigError: mean and std that are not one number a channel, std above 0; an unknown precision.
@@ -97,14 +97,14 @@ class Teacher(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> Teacher:  # noqa: ARG002
-        """Eval mode, whatever is asked for: dropout stays off, running statistics stay as they are."""
+        """Eval mode in any case: dropout stays off, running statistics stay as they are."""
         return super().train(False)
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """Logits of a batch in the student's normalisation: (B, 3, H, W) -> (B, K) float32, without gradient.
 
-        Raises: TrainingError: the network gives something else than (B, K) logits.
+        Raises: TrainingError: the output of the network is not (B, K) logits.
         """
         x = x.float()
         if self.renormalises:
@@ -123,7 +123,7 @@ class Teacher(nn.Module):
 
 
 def _only_size(network: Network) -> tuple[int, int] | None:
-    """(height, width) of a network that is known to take one size only."""
+    """(height, width) for our models and torchvision's ViTs that take one size only; else None."""
     if isinstance(network, ImageClassifier) and not getattr(network.config, "dynamic_img_size", False):
         return tuple(network.config.image_hw)
     if isinstance(network, torchvision_models.VisionTransformer):
@@ -153,23 +153,24 @@ def load_teacher(
     precision: Precision = "float32",
     channels_last: bool = True,
 ) -> Teacher:
-    """A teacher from a name, a place or a network, tried out on a blank batch.
+    """A teacher from a name, a place or a network; tried out on a blank batch.
 
     Args:
         spec: looked up in this order: a registered name of this package (`list_models()`); a classification model of
             torchvision, "regnet_y_16gf" or "torchvision:regnet_y_16gf"; "package.module:factory" or
-            "path/to/file.py:factory", called without arguments, to give a module or callable (this runs that code with
-            all your rights: name only what you trust); a folder, file or Hub repository that `from_pretrained` reads.
-            Or a module, which is copied and not changed; any other callable; a `Teacher`, used as it is.
-        num_classes: logits the teacher must give.
-        student: how the student's input is normalised, and its size (`crop`).
-        weights: a file, for registered names, torchvision models and factories; a .pth is read without running code of
-            it. For torchvision also the name of published weights; by default the best.
-        mean: see `Teacher`; by default what our or torchvision's published weights were trained with, ImageNet's for
-            torchvision models from a file, the student's for everything else.
+            "path/to/file.py:factory", a function without arguments that returns a module or callable (this runs that
+            code with all your rights: name only what you trust); a folder, file or Hub repository for
+            `from_pretrained`. Or a module, which is copied and not changed; any other callable; a `Teacher`, used as
+            it is.
+        num_classes: number of logits the teacher must give.
+        student: normalisation of the student's input, and its size (`crop`).
+        weights: a file, for registered names, torchvision models and factories; no code in a .pth is run. For
+            torchvision also the name of published weights; by default the best.
+        mean: see `Teacher`; by default that of our or torchvision's published weights, ImageNet's for torchvision
+            models from a file, the student's for everything else.
         std: likewise.
         img_size: see `Teacher`.
-        device: where to put it.
+        device: of the teacher.
         precision: see `Teacher`.
         channels_last: see `Teacher`.
 
@@ -180,10 +181,9 @@ def load_teacher(
         # building it must not change which random numbers the student draws
         with torch.random.fork_rng(devices=[]):
             network, own_mean, own_std = _find(spec, weights, num_classes)
-        spec = Teacher(
-            network, student=student, mean=mean or own_mean, std=std or own_std, img_size=img_size, precision=precision,
-            channels_last=channels_last,
-        )  # fmt: skip
+        mean, std = mean or own_mean, std or own_std
+        options: dict[str, Any] = {"img_size": img_size, "precision": precision, "channels_last": channels_last}
+        spec = Teacher(network, student=student, mean=mean, std=std, **options)
     _try_out(spec.to(device), num_classes=num_classes, student=student)
     return spec
 
@@ -287,7 +287,7 @@ def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
         state = verified_state(mapped, cast(ImageClassifier, network))
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
-    # not load_state_dict, which some torchvision models let refuse tensors that do not tell their version
+    # not load_state_dict: some torchvision models refuse tensors without a version there
     for name, tensor in state.items():
         own[name].copy_(tensor)
     return network

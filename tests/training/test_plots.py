@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from deit_models.errors import MissingExtraError
-from deit_models.training.run import plot_curves
+from deit_models.training.state import plot_curves
 
 ROWS = [{"epoch": 0, "loss": 2.0, "top1": 30.0}, {"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.2, "top1": 50.0}]
 
