@@ -1,5 +1,4 @@
-"""What a finished fine-tuning leaves besides weights: figures, accuracies by class, the card's section."""
-# MERGED """Pictures of a fine-tuning: how it came about, which classes are taken for which, the worst mistakes."""
+"""The report of a finished fine-tuning: models with cards, figures, accuracies by class, pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +9,7 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -26,27 +25,170 @@ from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
 from ..training.state import CARD_NAME, find_matplotlib, plot_curves
 
+logger = logging.getLogger(__name__)
+
+METRICS_NAME = "metrics.json"
+Part = Literal["val", "test"]
+_PEERS: tuple[Layout, ...] = ("timm", "transformers")
 _MOST_CLASSES = 30
 _SHEET = (4, 6)
 _LONGEST = 22
 
 
-class Curve(NamedTuple):
-    """Either the rows of a log, or the validation figures of each penalty tried."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Learned:
+    """Result of the training, or of the fit of a head on features.
 
-    log: Sequence[dict[str, Any]] = ()
-    penalties: Sequence[dict[str, float]] = ()
+    Attributes:
+        best: model with the best weights.
+        last: model with the last weights; perhaps the same object.
+        train_images: number of images for training.
+        split: how the validation images were set aside; None if they were given.
+        scored: the images that the best model was scored on, with the outcomes.
+        details: figures of one mode only, for metrics.json.
+        curve: rows of the log; in mode "head", validation figures of each penalty tried.
+    """
+
+    best: ImageClassifier
+    last: ImageClassifier
+    train_images: int
+    split: Split | None
+    scored: Mapping[Part, tuple[ImageRecords, Outcomes]]
+    details: Mapping[str, Any]
+    curve: Sequence[Mapping[str, Any]]
 
 
-def draw_curve(curve: Curve, path: Path) -> None:
-    """Loss and accuracy by epoch; for a head on features, loss and accuracy by penalty."""
-    if curve.log:
-        plot_curves({"fine-tuning": curve.log}, path)
+def write_report(
+    out: Path, learned: Learned, *, recipe: Recipe, facts: Mapping[str, Any], seconds: float, plot: bool
+) -> dict[str, Any]:
+    """Write models, metrics.json, accuracies by class and, with `plot`, pictures; returns the contents of metrics.json.
+
+    Args:
+        out: the best model goes to best/, timm/best/ and transformers/best/ in this folder, the last one to model/ and
+            so on, each with a card.
+        learned: the origins of its models change in place.
+        recipe: the settings.
+        facts: first entries of metrics.json: started_from, mode, recipe and data.
+        seconds: duration of the run.
+        plot: whether to draw pictures.
+
+    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    """
+    split, classes = learned.split, learned.scored["val"][0].classes
+    metrics: dict[str, Any] = {
+        **facts,
+        "classes": len(classes),
+        "train_images": learned.train_images,
+        "split": None if split is None else {"seed": split.seed, "fraction": split.fraction},
+        **{part: _figures(outcomes, len(classes)) for part, (_, outcomes) in learned.scored.items()},
+        **learned.details,
+        "seconds": round(seconds, 2),
+    }
+    _write_models(out, learned, metrics, _card_section(metrics, recipe))
+    with atomic_write(out / METRICS_NAME) as temporary:
+        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    for part, (_, outcomes) in learned.scored.items():
+        _write_classes(out / f"per_class_{part}.csv", classes, outcomes)
+    if plot:
+        records, outcomes = learned.scored.get("test", learned.scored["val"])
+        draw_curve(learned.curve, out / "curves.png")
+        draw_confusion(outcomes, classes, out / "confusion.png")
+        draw_mistakes(outcomes, records, out / "mistakes.png")
+    return metrics
+
+
+def _figures(outcomes: Outcomes, num_classes: int) -> dict[str, Any]:
+    """Figures of a set, in percent."""
+    found, (images, right) = outcomes.evaluation(), outcomes.by_class(num_classes)
+    met = images > 0
+    return {
+        "top1": round(found.top1, 4),
+        "top5": round(found.top5, 4),
+        "loss": round(found.loss, 6),
+        "mean_class_accuracy": round(100 * float((right[met] / images[met]).double().mean()), 4) if met.any() else 0.0,
+        "images": found.images,
+        "unreadable": found.skipped,
+    }
+
+
+def _write_classes(path: Path, classes: Sequence[str], outcomes: Outcomes) -> None:
+    counts = (column.tolist() for column in outcomes.by_class(len(classes)))
+    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("class", "images", "correct", "accuracy"))
+        for name, images, correct in zip(classes, *counts, strict=True):
+            table.writerow((name, images, correct, f"{100 * correct / images:.2f}" if images else ""))
+
+
+def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes: str) -> None:
+    best, last, data = learned.best, learned.last, metrics["data"]
+    if last is not best:
+        late = f"{notes}\n\nThese are the last weights; the figures are those of the best epoch's."
+        _write_layouts(last, out, "model", data=data, notes=late)
+    figures = metrics.get("test", metrics["val"])
+    known = {"notes": notes, "top1": round(figures["top1"], 2), "top5": round(figures["top5"], 2)}
+    for name in ("best",) if last is not best else ("best", "model"):
+        _write_layouts(best, out, name, data=data, **known)
+
+
+def _write_layouts(model: ImageClassifier, out: Path, name: str, *, data: str, **known: Any) -> None:
+    """Write a model in each layout that its family has, trained on `data`, with what is known of its weights."""
+    if model.origin is not None:
+        model.origin = model.origin.trained(data, **known)
+    folders: dict[Layout, Path] = {"native": out / name} | {peer: out / peer / name for peer in _PEERS}
+    for layout, folder in folders.items():
+        try:
+            write_config(model, layout)
+        except ConfigError as error:
+            if layout == "native":
+                raise
+            logger.info("not written for %s: %s", layout, error)
+            continue
+        # save_pretrained would keep the card of an earlier epoch or call, with its figures
+        (folder / CARD_NAME).unlink(missing_ok=True)
+        model.save_pretrained(folder, layout=layout)
+
+
+def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
+    """Section of the model card, in Markdown."""
+    split, sets = metrics["split"], {part: metrics[part] for part in ("val", "test") if part in metrics}
+    counts = {part: found["images"] + found["unreadable"] for part, found in sets.items()}
+    aside = "" if split is None else f" (set aside by class with seed {split['seed']}, {SPLIT_NAME})"
+    tested = f", {counts['test']} for testing" if "test" in counts else ""
+    rows = {
+        "started from": metrics["started_from"],
+        "data": f"{metrics['data']}, {metrics['classes']} classes: {metrics['train_images']} images for training, "
+        f"{counts['val']} for validation{aside}{tested}",
+        "what learned": metrics["mode"],
+        "settings": _settings(metrics, recipe),
+    }
+    for part, found in sets.items():
+        rows[f"on the {'validation' if part == 'val' else 'test'} images"] = (
+            f"{found['top1']:.2f} % top-1, {found['top5']:.2f} % top-5, {found['mean_class_accuracy']:.2f} % "
+            f"as the mean over classes; {found['images']} images"
+        )
+    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    chosen = "The validation images also chose these weights, which flatters their figure."
+    return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
+
+
+def _settings(metrics: Mapping[str, Any], recipe: Recipe) -> str:
+    if metrics["mode"] == "head":
+        return f"logistic regression on the backbone's features, L2 penalty {metrics['penalty']:g}"
+    names = ("epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix", "seed")
+    parts = [f"{name} {getattr(recipe, name)}" for name in names]
+    return f"recipe {recipe.preset}: learning rate {recipe.peak_lr:g}, {', '.join(parts)}; the rest in recipe.toml"
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw loss and accuracy by epoch from rows of a log, or by penalty from those of a head on features."""
+    if not rows or "penalty" not in rows[0]:
+        plot_curves({"fine-tuning": rows}, path)
         return
     figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
     for axes, key, label in zip(panels, ("loss", "top1"), ("validation loss", "validation top-1 (%)"), strict=True):
-        axes.plot([row["penalty"] for row in curve.penalties], [row[key] for row in curve.penalties], marker="o")
+        axes.plot([row["penalty"] for row in rows], [row[key] for row in rows], marker="o")
         axes.set_xscale("log")
         axes.set_xlabel("L2 penalty")
         axes.set_ylabel(label)
@@ -55,7 +197,7 @@ def draw_curve(curve: Curve, path: Path) -> None:
 
 
 def draw_confusion(outcomes: Outcomes, classes: Sequence[str], path: Path) -> None:
-    """Which class was taken for which, each row in percent of its class; of many classes those with most mistakes."""
+    """Draw the confusion matrix, each row in percent of its class; of many classes, those with the most mistakes."""
     chosen, counts = _confused(outcomes, len(classes))
     totals = torch.bincount(outcomes.label, minlength=len(classes))[chosen].clamp(min=1)
     percents = 100 * counts.double() / totals[:, None]
@@ -68,10 +210,9 @@ def draw_confusion(outcomes: Outcomes, classes: Sequence[str], path: Path) -> No
     axes.set_yticks(range(len(names)), names, parse_math=False)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true class")
-    axes.set_title(
-        f"{outcomes.evaluation().top1:.2f} % of {len(outcomes.index)} images" + _of_many(len(names), len(classes))
-    )
-    for row, column in ((percents >= 0.5).nonzero()).tolist():
+    of_many = f"\nthe {len(names)} of {len(classes)} classes with most mistakes" if len(names) < len(classes) else ""
+    axes.set_title(f"{outcomes.evaluation().top1:.2f} % of {len(outcomes.index)} images{of_many}")
+    for row, column in (percents >= 0.5).nonzero().tolist():
         value = float(percents[row, column])
         color = "white" if value > 50 else "black"
         axes.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, size=7)
@@ -79,12 +220,8 @@ def draw_confusion(outcomes: Outcomes, classes: Sequence[str], path: Path) -> No
     _save(figure, path)
 
 
-def _of_many(shown: int, classes: int) -> str:
-    return "" if shown == classes else f"\nthe {shown} of {classes} classes with most mistakes"
-
-
 def _confused(outcomes: Outcomes, num_classes: int) -> tuple[Tensor, Tensor]:
-    """The classes to show, ascending, and the counts between them; never a table of all, which may have 10^8 cells."""
+    """Classes to show, ascending, and the counts between them, without a table of all, which may have 10^8 cells."""
     wrong = outcomes.predicted != outcomes.label
     mistakes = torch.bincount(outcomes.label[wrong], minlength=num_classes)
     mistakes += torch.bincount(outcomes.predicted[wrong], minlength=num_classes)
@@ -98,7 +235,7 @@ def _confused(outcomes: Outcomes, num_classes: int) -> tuple[Tensor, Tensor]:
 
 
 def draw_mistakes(outcomes: Outcomes, records: ImageRecords, path: Path) -> None:
-    """The wrong answers that were furthest from the label, each with what it is and what it was taken for."""
+    """Draw the mistakes with the highest loss, each with its class and the predicted one."""
     rows, columns = _SHEET
     worst = outcomes.worst(rows * columns)
     rows = max(-(-len(worst) // columns), 1)
@@ -124,167 +261,6 @@ def _short(name: str) -> str:
 
 def _save(figure: Any, path: Path) -> None:
     with atomic_write(path) as temporary, warnings.catch_warnings():
-        # a name in a script that the font lacks is drawn as boxes
+        # letters that the font lacks are drawn as boxes
         warnings.filterwarnings("ignore", message="Glyph .* missing from")
         figure.savefig(temporary, format="png", dpi=100)
-
-
-logger = logging.getLogger(__name__)
-
-METRICS_NAME = "metrics.json"
-Part = Literal["val", "test"]
-_PEERS: tuple[Layout, ...] = ("timm", "transformers")
-
-
-@dataclass(frozen=True, slots=True)
-class Scored:
-    """A set of images, and what the best model said of them."""
-
-    records: ImageRecords
-    outcomes: Outcomes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Story:
-    """What there is to tell of a run.
-
-    Attributes:
-        started_from: the weights it began with.
-        mode: which part learned.
-        recipe: the settings.
-        data: the data set's name.
-        train_images: how many.
-        split: how the validation images were set aside, if they were.
-        scored: the sets the best model was scored on.
-        seconds: how long this call took up to here.
-        details: figures that belong to a mode, for metrics.json.
-        curve: how it came about, for a picture.
-    """
-
-    started_from: str
-    mode: str
-    recipe: Recipe
-    data: str
-    train_images: int
-    split: Split | None
-    scored: Mapping[Part, Scored]
-    seconds: float
-    details: Mapping[str, Any]
-    curve: Curve
-
-
-def write_report(out: Path, story: Story, *, plot: bool) -> dict[str, Any]:
-    """Write metrics.json, a table of accuracies by class for each set of images, and with `plot` the pictures.
-
-    Gives what is in metrics.json. Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no
-    permission.
-    """
-    classes = story.scored["val"].records.classes
-    metrics: dict[str, Any] = {
-        **{"started_from": story.started_from, "mode": story.mode, "recipe": story.recipe.preset},
-        **{"data": story.data, "classes": len(classes), "train_images": story.train_images},
-        "split": None if story.split is None else {"seed": story.split.seed, "fraction": story.split.fraction},
-        **{part: _figures(scored) for part, scored in story.scored.items()},
-        **story.details,
-        "seconds": round(story.seconds, 2),
-    }
-    with atomic_write(out / METRICS_NAME) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    for part, scored in story.scored.items():
-        _write_classes(out / f"per_class_{part}.csv", scored)
-    if plot:
-        shown = story.scored.get("test", story.scored["val"])
-        draw_curve(story.curve, out / "curves.png")
-        draw_confusion(shown.outcomes, classes, out / "confusion.png")
-        draw_mistakes(shown.outcomes, shown.records, out / "mistakes.png")
-    return metrics
-
-
-def _figures(scored: Scored) -> dict[str, Any]:
-    found = scored.outcomes.evaluation()
-    there, right = scored.outcomes.by_class(len(scored.records.classes))
-    met = there > 0
-    return {
-        **{"top1": round(found.top1, 4), "top5": round(found.top5, 4), "loss": round(found.loss, 6)},
-        "mean_class_accuracy": round(100 * float((right[met] / there[met]).double().mean()), 4) if met.any() else 0.0,
-        **{"images": found.images, "unreadable": found.skipped},
-    }
-
-
-def _write_classes(path: Path, scored: Scored) -> None:
-    there, right = scored.outcomes.by_class(len(scored.records.classes))
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("class", "images", "correct", "accuracy"))
-        for name, images, correct in zip(scored.records.classes, there.tolist(), right.tolist(), strict=True):
-            table.writerow((name, images, correct, f"{100 * correct / images:.2f}" if images else ""))
-
-
-def write_models(out: Path, story: Story, *, best: ImageClassifier, last: ImageClassifier) -> None:
-    """Write each in every layout its family has, with a card that tells the story; their origins change in place.
-
-    The best one goes to out/best, out/timm/best and out/transformers/best, the last one to out/model and so on.
-    Raises: FetchError: no space or no permission.
-    """
-    scored = story.scored.get("test", story.scored["val"]).outcomes.evaluation()
-    notes = _notes(story)
-    if last is not best:
-        _describe(last, story, f"{notes}\n\nThese are the last weights; the figures are those of the best epoch's.")
-        _write_layouts(last, out, "model")
-    _describe(best, story, notes, top1=round(scored.top1, 2), top5=round(scored.top5, 2))
-    _write_layouts(best, out, "best")
-    if last is best:
-        _write_layouts(best, out, "model")
-
-
-def _describe(
-    model: ImageClassifier, story: Story, notes: str, *, top1: float | None = None, top5: float | None = None
-) -> None:
-    if model.origin is not None:
-        model.origin = model.origin.trained(story.data, notes=notes, top1=top1, top5=top5)
-
-
-def _write_layouts(model: ImageClassifier, out: Path, name: str) -> None:
-    layouts: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
-    for layout, folder in layouts:
-        try:
-            write_config(model, layout)
-        except ConfigError as error:
-            if layout == "native":
-                raise
-            logger.info("not written for %s: %s", layout, error)
-            continue
-        # the card of an earlier epoch or call, which save_pretrained would keep, tells that one's figures
-        (folder / CARD_NAME).unlink(missing_ok=True)
-        model.save_pretrained(folder, layout=layout)
-
-
-def _notes(story: Story) -> str:
-    """The section of the card, in Markdown."""
-    recipe, counts = story.recipe, {part: len(scored.records) for part, scored in story.scored.items()}
-    aside = "" if story.split is None else f" (set aside by class with seed {story.split.seed}, {SPLIT_NAME})"
-    tested = f", {counts['test']} for testing" if "test" in counts else ""
-    rows = {
-        "started from": story.started_from,
-        "data": f"{story.data}, {len(story.scored['val'].records.classes)} classes: {story.train_images} images for "
-        f"training, {counts['val']} for validation{aside}{tested}",
-        "what learned": story.mode,
-        "settings": _settings(story.mode, recipe, story.details),
-    }
-    for part, scored in story.scored.items():
-        figures = _figures(scored)
-        rows[f"on the {'validation' if part == 'val' else 'test'} images"] = (
-            f"{figures['top1']:.2f} % top-1, {figures['top5']:.2f} % top-5, {figures['mean_class_accuracy']:.2f} % "
-            f"as the mean over classes; {figures['images']} images"
-        )
-    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
-    chosen = "The validation images also chose these weights, which flatters their figure."
-    return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
-
-
-def _settings(mode: str, recipe: Recipe, details: Mapping[str, Any]) -> str:
-    if mode == "head":
-        return f"logistic regression on the backbone's features, L2 penalty {details['penalty']:g}"
-    names = ("epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix", "seed")
-    parts = [f"{name} {getattr(recipe, name)}" for name in names]
-    return f"recipe {recipe.preset}: learning rate {recipe.peak_lr:g}, {', '.join(parts)}; the rest in recipe.toml"

@@ -1,0 +1,344 @@
+"""A whole fine-tuning: from a pretrained model and labelled images to a folder of models and figures."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..checkpoint import Layout
+from ..config import override
+from ..data.classes import Split, keep_split, labels_of, parts, stratified_split
+from ..data.datasets import has_validation, open_images
+from ..data.loading import Watch, plain_watch
+from ..data.memory import Cache
+from ..data.records import ImageRecords
+from ..distributed import Process, join_processes
+from ..errors import ConfigError
+from ..evaluation import Outcomes, collect_outcomes
+from ..files import atomic_write
+from ..hub.load import from_pretrained
+from ..models.layers import ImageClassifier
+from ..training.recipe import Recipe, recipe_named
+from ..training.run import RECIPE_NAME, Computing, find_matplotlib, run_training
+from ..training.teacher import Teacher, TeacherSpec
+from .adapt import adapt_head, first_trained_layer, only_from_layer
+from .probe import Features, extract_features, fit_heads, judge, put_heads
+from .report import Learned, Part, write_report
+
+DEFAULT = "finetune"
+PRESET_OF = {
+    "cifar10": "finetune_sgd",
+    "cifar100": "finetune_sgd",
+    "stanford_cars": "finetune_sgd",
+    "flowers102": "finetune_sgd",
+    "inaturalist-2018": "finetune_inaturalist",
+    "inaturalist-2019": "finetune_inaturalist",
+    "inaturalist-2021": "finetune_inaturalist",
+    "imagenet": "deit_finetune_384",
+}
+"""Preset for the name of a data set."""
+_STEPS, _MOST_EPOCHS = 1500, 150
+_SMALL_SIDE = 32
+FEATURES_NAME = "features"
+
+
+@dataclass(frozen=True, slots=True)
+class FinetuneResult:
+    """Result of a fine-tuning.
+
+    Attributes:
+        model: with the best weights, in eval mode.
+        out: the folder; `best/` and `model/` (the last weights) are for `from_pretrained`, `timm/best` and
+            `transformers/best` for those libraries.
+        metrics: contents of metrics.json: figures in percent under "val" and, with test images, "test".
+        address: of the Hub repository, if the model was pushed.
+    """
+
+    model: ImageClassifier
+    out: Path
+    metrics: dict[str, Any]
+    address: str | None = None
+
+
+def finetune(
+    model: ImageClassifier | str | PathLike[str],
+    *,
+    train: Any,
+    out: str | PathLike[str],
+    val: Any = None,
+    test: Any = None,
+    mode: str = "full",
+    recipe: Recipe | str | None = None,
+    teacher: Teacher | TeacherSpec | None = None,
+    warm_start: bool = False,
+    val_fraction: float = 0.2,
+    split_seed: int = 0,
+    plot: bool = False,
+    push_to_hub: str | None = None,
+    layout: Layout = "native",
+    device: str | torch.device | None = None,
+    workers: int | None = None,
+    cache: Cache = "auto",
+    corrupt_limit: float = 0.01,
+    watch: Watch = plain_watch,
+    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+) -> FinetuneResult:
+    """Train a pretrained model on other classes; a second call with the same `out` resumes the first one.
+
+    Args:
+        model: from `from_pretrained`, changed in place; or an argument of it: a name, a folder, a Hub repository.
+        train: training images: a folder or the name of a data set (see `open_dataset`), or a Dataset (see `wrap`).
+        out: folder for the results; docs/finetuning.md describes its contents.
+        val: images to choose the best epoch or penalty by, in the same forms. Default: those of `train`, if it is a
+            name or a folder with val/; else a share of the training images, by class, written to split.json.
+        test: images without a part in any choice, to score the best model on at the end.
+        mode: "full": everything learns. "last-N": the last N blocks and the heads. "head": the heads alone, as logistic
+            regression on features; each image is read and sent through the backbone exactly once.
+        recipe: the settings, or a preset's name; default: by the data set's name, or "finetune". Mode "head" uses its
+            `img_size`, `precision` and `seed` only.
+        teacher: see `load_teacher`; it needs the new classes, in their order. Without a teacher, both heads of a
+            distilled model learn from the labels.
+        warm_start: see `adapt_head`.
+        val_fraction: share to set aside where there are no validation images.
+        split_seed: chooses the images that are set aside.
+        plot: also draw curves, confusion matrix and worst mistakes; needs the extra `[plot]`.
+        push_to_hub: a repository to push the best model to, "owner/name".
+        layout: of the pushed model.
+        device: where to compute; default: the GPU if there is one.
+        workers: loading processes.
+        cache: whether decoded images stay in memory, see `train`; unused in mode "head".
+        corrupt_limit: fraction of the images that may be unreadable before the run stops.
+        watch: wraps batches, for a progress bar.
+        on_epoch: called with each finished epoch's row of the log.
+
+    Raises: ConfigError: settings that do not fit each other or the model. DataError: images or classes are missing, or
+        too many images are damaged. TrainingError: as `train`, and a split or features of another run in `out`.
+        FetchError: no space, no permission, no Hub. MissingExtraError: `plot` without matplotlib.
+    """
+    begun = time.perf_counter()
+    if plot:
+        find_matplotlib()  # before hours of training, not after
+    model = _open_model(model, mode, has_teacher=teacher is not None)
+    records = open_images(train, "train")
+    val, test = (
+        None if source is None else open_images(source, "val", records.classes)
+        for source in (validation_source(train, val), test)
+    )
+    recipe = recipe_for(records.name, model, images=len(records), teacher=teacher is not None, recipe=recipe)
+    started_from = _description_of(model)
+    torch.manual_seed(recipe.seed)
+    adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
+    with join_processes(device) as process:
+        run = _Run(
+            model=model,
+            mode=mode,
+            recipe=recipe,
+            train=records,
+            val=val,
+            test=test,
+            out=Path(out),
+            val_fraction=val_fraction,
+            split_seed=split_seed,
+            process=process,
+            computing=Computing(
+                device=process.device,
+                workers=workers,
+                cache=cache,
+                corrupt_limit=corrupt_limit,
+                watch=watch,
+                on_epoch=on_epoch,
+            ),
+        )
+        learned = run.by_features() if mode == "head" else run.by_training(teacher)
+        metrics, address = {}, None
+        if process.is_main:
+            facts = {"started_from": started_from, "mode": mode, "recipe": recipe.preset, "data": records.name}
+            seconds = round(time.perf_counter() - begun, 2)
+            metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
+            if push_to_hub is not None:
+                address = learned.best.push_to_hub(push_to_hub, layout=layout)
+        process.wait_for_all()
+    return FinetuneResult(learned.best.eval(), run.out, metrics, address)
+
+
+def _open_model(model: ImageClassifier | str | PathLike[str], mode: str, *, has_teacher: bool) -> ImageClassifier:
+    """The model, after a check that it can learn in this mode."""
+    if isinstance(model, (str, PathLike)):
+        model = from_pretrained(model)
+    if not isinstance(model, ImageClassifier):
+        raise ConfigError(f"a {type(model).__name__} is no model of this package; deit_models.train takes any module")
+    first_trained_layer(mode, model)
+    if mode == "head" and has_teacher:
+        raise ConfigError("mode='head' learns from the labels alone; with a teacher use 'last-0', 'last-N' or 'full'")
+    return model
+
+
+def validation_source(train: Any, val: Any) -> Any:
+    """Source of the validation images: `val`, else `train` if that is a name or folder with some, else None."""
+    if val is None and isinstance(train, (str, PathLike)) and has_validation(train):
+        return train
+    return val
+
+
+def recipe_for(
+    data: str,
+    model: ImageClassifier,
+    *,
+    images: int,
+    teacher: bool,
+    recipe: Recipe | str | None = None,
+    **changes: Any,
+) -> Recipe:
+    """The recipe of a run: the given one, or the default for a data set and a model.
+
+    Args:
+        data: name of the data set, perhaps with coarser classes ("inaturalist-2018:genus").
+        model: inputs of up to 32 pixels are padded and cropped instead of magnified, as in the authors' loader.
+        images: number of training images; the default preset gives few of them more epochs, for about 1500 steps.
+        teacher: whether there is one, for the distillation head if the model has it. Without a teacher, both heads
+            learn from the labels, even where a given recipe says otherwise.
+        recipe: the given one, or a preset's name.
+        **changes: fields to replace.
+
+    Raises: ConfigError: an unknown name or field, or a value that cannot work.
+    """
+    if recipe is None:
+        preset = recipe_named(PRESET_OF.get(data.partition(":")[0], DEFAULT))
+        defaults: dict[str, Any] = {}
+        if teacher:
+            distilled = getattr(model.config, "distilled", False)
+            defaults = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
+        if max(model.config.image_hw) <= _SMALL_SIDE and not changes.get("img_size", preset.img_size):
+            defaults["crop"] = "pad"
+        if preset.preset == DEFAULT:
+            steps = max(images // changes.get("batch_size", preset.batch_size), 1)
+            defaults["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
+        if "epochs" in changes:  # a short run has a short warm-up
+            defaults["warmup_epochs"] = min(preset.warmup_epochs, max(changes["epochs"] - 1, 0))
+        recipe, changes = preset, {**defaults, **changes}
+    recipe = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, changes)
+    return recipe if recipe.distillation != "none" else replace(recipe, label_heads="both")
+
+
+def _description_of(model: ImageClassifier) -> str:
+    """Name and data of a model, without paths of this machine."""
+    origin = model.origin
+    if origin is None:
+        return type(model).__name__
+    place = f"{origin.source}, " if origin.revision is not None else ""
+    return f"{place}{origin.name}" + (f" trained on {origin.dataset}" if origin.dataset else "")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One fine-tuning: a model with heads for the new classes; `val` is None to set training images aside."""
+
+    model: ImageClassifier
+    mode: str
+    recipe: Recipe
+    train: ImageRecords
+    val: ImageRecords | None
+    test: ImageRecords | None
+    val_fraction: float
+    split_seed: int
+    out: Path
+    process: Process
+    computing: Computing
+
+    def by_training(self, teacher: Teacher | TeacherSpec | None) -> Learned:
+        """Train all of the model, or its last blocks, and score the weights of the best epoch."""
+        split, train, val = None, self.train, self.val
+        if val is None:
+            split = self._divide(labels_of(train))
+            train, val = parts(train, split)
+        with only_from_layer(self.model, first_trained_layer(self.mode, self.model)):
+            result = run_training(
+                self.model,
+                recipe=self.recipe,
+                train=train,
+                val=val,
+                out=self.out,
+                teacher=teacher,
+                computing=self.computing,
+            )
+        best = from_pretrained(self.out / "best", device=self.process.device)
+        sets: dict[Part, ImageRecords] = {"val": val} if self.test is None else {"val": val, "test": self.test}
+        scored = {
+            part: (
+                records,
+                collect_outcomes(
+                    best,
+                    records,
+                    self.process,
+                    precision=self.recipe.precision,
+                    workers=self.computing.workers_beside(self.process.device),
+                    batch_size=max(self.recipe.batch_size * 3 // 2, 1),
+                    corrupt_limit=self.computing.corrupt_limit,
+                ),
+            )
+            for part, records in sets.items()
+        }
+        return Learned(
+            best=best,
+            last=self.model,
+            train_images=len(train),
+            split=split,
+            scored=scored,
+            details={
+                "epochs": len(result.log),
+                "best_epoch": result.best_epoch,
+                "last_val_top1": result.top1,
+                "training_seconds": round(sum(row["seconds"] for row in result.log), 2),
+            },
+            curve=result.log,
+        )
+
+    def by_features(self) -> Learned:
+        """Send each image through the backbone once, and fit the heads to the features."""
+        split, train, val = None, self._features("train", self.train), self.val
+        if val is None:
+            split = self._divide(train.labels.tolist())
+            val = parts(self.train, split)[1]
+            train, val_features = train.of(split.train), train.of(split.val)
+        else:
+            val_features = self._features("val", val)
+        with atomic_write(self.out / RECIPE_NAME) as temporary:
+            temporary.write_text(self.recipe.to_toml(), encoding="utf-8")
+        device = self.process.device
+        fit = fit_heads(train, val_features, num_classes=self.model.num_classes, device=device)
+        put_heads(self.model, fit)
+        scored: dict[Part, tuple[ImageRecords, Outcomes]] = {"val": (val, judge(fit, val_features, device=device))}
+        if self.test is not None:
+            scored["test"] = (self.test, judge(fit, self._features("test", self.test), device=device))
+        return Learned(
+            best=self.model.eval(),
+            last=self.model,
+            train_images=len(train.labels),
+            split=split,
+            scored=scored,
+            details={"penalty": fit.penalty, "tried": fit.tried},
+            curve=fit.tried,
+        )
+
+    def _divide(self, labels: list[int]) -> Split:
+        """Set images aside for validation, and write their names into `out`."""
+        split = stratified_split(labels, fraction=self.val_fraction, seed=self.split_seed)
+        if self.process.is_main:
+            keep_split(self.out, self.train, split)
+        return split
+
+    def _features(self, part: str, records: ImageRecords) -> Features:
+        return extract_features(
+            self.model,
+            records,
+            self.out / FEATURES_NAME / part,
+            self.process,
+            precision=self.recipe.precision,
+            computing=self.computing,
+        )
