@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from .deploy.optimize import optimize
     from .evaluation import evaluate
     from .finetuning.adapt import adapt_head
-    from .finetuning.run import finetune
+    from .finetuning.finetune import finetune
     from .formats.publish import push_to_hub, save_pretrained
     from .hub.load import from_pretrained
     from .macs import count_macs
@@ -80,7 +80,7 @@ _LAZY = {
     "count_macs": ".macs",
     "evaluate": ".evaluation",
     "export": ".deploy.export",
-    "finetune": ".finetuning.run",
+    "finetune": ".finetuning.finetune",
     "from_pretrained": ".hub.load",
     "optimize": ".deploy.optimize",
     "push_to_hub": ".formats.publish",

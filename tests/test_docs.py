@@ -14,7 +14,7 @@ from deit_models.checkpoint import load_manifest
 from deit_models.cli import build_parser
 from deit_models.data.datasets import DATASETS
 from deit_models.deploy.runtimes import BACKENDS, FORMATS
-from deit_models.finetuning.run import PRESET_OF
+from deit_models.finetuning.finetune import PRESET_OF
 from deit_models.nas.space import space_from_toml
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe

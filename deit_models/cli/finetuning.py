@@ -20,12 +20,7 @@ from .runs import add_folder, add_image_cache, add_teacher, check_fresh, given_t
 from .training import add_recipe, chosen_recipe, recipe_changes
 
 if TYPE_CHECKING:
-    from ..data.records import ImageRecords
-    from ..distributed import Process
-    from ..finetuning.run import FinetuneResult
-    from ..models.layers import ImageClassifier
-    from ..training.recipe import Recipe
-
+    from ..finetuning.finetune import FinetuneResult
 
 SPLIT = "split"
 
@@ -71,87 +66,62 @@ def add_finetune(commands: Any) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
+    from ..finetuning.finetune import finetune, recipe_for, validation_source
     from ..hub.load import from_pretrained
     from ..training.state import find_matplotlib
 
     check_fresh(args)
-    args.model = chosen_model(args)
+    start = chosen_model(args)
     if args.plot:
         find_matplotlib()  # before anything is read or fetched
     with join_processes(args.device) as process:
         records = open_data(args, args.data, "train", process)
-        model = from_pretrained(args.model, **loading(args))
-        recipe = _recipe(args, model, records)
-        display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
-        kept = "the features computed so far stay, and the same command goes on from there"
-        return run_to_end(
-            args,
-            recipe,
-            display,
-            lambda: _finetune(args, model, records, recipe, display, process),
-            kept=kept if args.mode == "head" else None,
+        model = from_pretrained(start, **loading(args))
+        recipe = recipe_for(
+            records.name,
+            model,
+            images=len(records),
+            teacher=args.teacher is not None,
+            recipe=None if args.recipe is None else chosen_recipe(args),
+            **recipe_changes(args),
         )
+        display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
 
+        def work() -> None:
+            own = None if args.val_data == SPLIT else validation_source(args.data, args.val_data)
+            val, test = (
+                source and open_data(args, source, "val", process, classes=records.classes, own_folder=True)
+                for source in (own, args.test_data)
+            )
+            checked = f"{args.val_fraction:.0%} of them set aside" if val is None else f"{len(val)} for validation"
+            settings = "" if args.mode == "head" else f", recipe {recipe.preset}"
+            data = f"{len(records)} images of {len(records.classes)} classes, {checked}"
+            say(f"{start}, mode {args.mode}{settings}: {data}; into {args.out}")
+            result = finetune(
+                model,
+                train=records,
+                val=val,
+                test=test,
+                out=args.out,
+                mode=args.mode,
+                recipe=recipe,
+                teacher=given_teacher(args, model, len(records.classes), process.device),
+                warm_start=args.warm_start,
+                val_fraction=args.val_fraction,
+                split_seed=args.split_seed,
+                plot=args.plot,
+                push_to_hub=args.push_to_hub,
+                layout=args.layout,
+                device=process.device,
+                workers=args.workers,
+                cache=args.cache,
+                watch=watch_features if args.mode == "head" else display.watch,
+                on_epoch=display.show_epoch,
+            )
+            say(_summary(result))
 
-def _recipe(args: argparse.Namespace, model: ImageClassifier, records: ImageRecords) -> Recipe:
-    from ..finetuning.run import recipe_for
-
-    if args.recipe is not None:
-        return chosen_recipe(args)
-    has_teacher = args.teacher is not None
-    return recipe_for(records.name, model, images=len(records), teacher=has_teacher, **recipe_changes(args))
-
-
-def _finetune(
-    args: argparse.Namespace,
-    model: ImageClassifier,
-    records: ImageRecords,
-    recipe: Recipe,
-    display: TrainingDisplay,
-    process: Process,
-) -> None:
-    from ..finetuning.run import finetune
-
-    val = _validation(args, process, records)
-    test = None
-    if args.test_data is not None:
-        test = open_data(args, args.test_data, "val", process, classes=records.classes, own_folder=True)
-    checked = f"{args.val_fraction:.0%} of them set aside" if val is None else f"{len(val)} for validation"
-    settings = "" if args.mode == "head" else f", recipe {recipe.preset}"
-    data = f"{len(records)} images of {len(records.classes)} classes, {checked}"
-    say(f"{args.model}, mode {args.mode}{settings}: {data}; into {args.out}")
-    result = finetune(
-        model,
-        train=records,
-        val=val,
-        test=test,
-        out=args.out,
-        mode=args.mode,
-        recipe=recipe,
-        teacher=given_teacher(args, model, len(records.classes), process.device),
-        warm_start=args.warm_start,
-        val_fraction=args.val_fraction,
-        split_seed=args.split_seed,
-        plot=args.plot,
-        push_to_hub=args.push_to_hub,
-        layout=args.layout,
-        device=process.device,
-        workers=args.workers,
-        cache=args.cache,
-        watch=watch_features if args.mode == "head" else display.watch,
-        on_epoch=display.show_epoch,
-    )
-    say(_summary(result))
-
-
-def _validation(args: argparse.Namespace, process: Process, records: ImageRecords) -> ImageRecords | None:
-    from ..data.datasets import has_validation
-
-    if args.val_data not in (None, SPLIT):
-        return open_data(args, args.val_data, "val", process, classes=records.classes, own_folder=True)
-    if args.val_data is None and has_validation(args.data):
-        return open_data(args, args.data, "val", process, classes=records.classes)
-    return None
+        kept = "the features computed so far stay, and the same command goes on from there"
+        return run_to_end(args, recipe, display, work, kept=kept if args.mode == "head" else None)
 
 
 def _summary(result: FinetuneResult) -> str:

@@ -209,21 +209,28 @@ def recipe_for(
     Raises: ConfigError: an unknown name or field, or a value that cannot work.
     """
     if recipe is None:
-        preset = recipe_named(PRESET_OF.get(data.partition(":")[0], DEFAULT))
-        defaults: dict[str, Any] = {}
-        if teacher:
-            distilled = getattr(model.config, "distilled", False)
-            defaults = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
-        if max(model.config.image_hw) <= _SMALL_SIDE and not changes.get("img_size", preset.img_size):
-            defaults["crop"] = "pad"
-        if preset.preset == DEFAULT:
-            steps = max(images // changes.get("batch_size", preset.batch_size), 1)
-            defaults["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
-        if "epochs" in changes:  # a short run has a short warm-up
-            defaults["warmup_epochs"] = min(preset.warmup_epochs, max(changes["epochs"] - 1, 0))
-        recipe, changes = preset, {**defaults, **changes}
-    recipe = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, changes)
-    return recipe if recipe.distillation != "none" else replace(recipe, label_heads="both")
+        recipe = PRESET_OF.get(data.partition(":")[0], DEFAULT)
+        changes = {**_defaults(recipe_named(recipe), model, images, changes, teacher=teacher), **changes}
+    found: Recipe = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, changes)
+    return found if found.distillation != "none" else replace(found, label_heads="both")
+
+
+def _defaults(
+    preset: Recipe, model: ImageClassifier, images: int, changes: dict[str, Any], *, teacher: bool
+) -> dict[str, Any]:
+    """Fields of a preset to replace for a model and a number of images, given the other changes."""
+    found: dict[str, Any] = {}
+    if teacher:
+        distilled = getattr(model.config, "distilled", False)
+        found = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
+    if max(model.config.image_hw) <= _SMALL_SIDE and not changes.get("img_size", preset.img_size):
+        found["crop"] = "pad"
+    if preset.preset == DEFAULT:
+        steps = max(images // changes.get("batch_size", preset.batch_size), 1)
+        found["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
+    if "epochs" in changes:  # a short run has a short warm-up
+        found["warmup_epochs"] = min(preset.warmup_epochs, max(changes["epochs"] - 1, 0))
+    return found
 
 
 def _description_of(model: ImageClassifier) -> str:

@@ -93,7 +93,8 @@ def extract_features(
     for shard in shards.values():
         damage.add(shard["failures"])
     preprocessing = preprocessing_of(model)
-    samples, to_input = EvalSamples(records, EvalTransform(preprocessing).levels), EvalInput(preprocessing, process.device)
+    samples = EvalSamples(records, EvalTransform(preprocessing).levels)
+    to_input = EvalInput(preprocessing, process.device)
     # all shards but the last hold whole batches, so no batch belongs to two shards
     order = [index for start, size in sizes.items() for index in range(start, start + size)]
     workers = computing.workers_beside(process.device)

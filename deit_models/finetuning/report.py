@@ -135,8 +135,8 @@ def _write_layouts(model: ImageClassifier, out: Path, name: str, *, data: str, *
     """Write a model in each layout that its family has, trained on `data`, with what is known of its weights."""
     if model.origin is not None:
         model.origin = model.origin.trained(data, **known)
-    folders: dict[Layout, Path] = {"native": out / name} | {peer: out / peer / name for peer in _PEERS}
-    for layout, folder in folders.items():
+    folders: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
+    for layout, folder in folders:
         try:
             write_config(model, layout)
         except ConfigError as error:

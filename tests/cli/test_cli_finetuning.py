@@ -109,14 +109,11 @@ def test_help_shows_the_default_presets_values(capsys):
     assert "the head learns at the full rate; default 0.75" in shown
 
 
-def test_interruption_says_what_is_kept(pictures, start, tmp_path, capsys, monkeypatch):
-    from deit_models.cli import finetuning
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(finetuning, "_finetune", stop)
-    arguments = ["finetune", str(pictures), "--out", str(tmp_path / "run"), "--model", str(start), *QUICK]
+def test_interruption_says_what_is_kept(pictures, start, tmp_path, capsys):
+    stop = tmp_path / "stop.py"  # Ctrl-C while the teacher is made
+    stop.write_text("def teacher():\n    raise KeyboardInterrupt\n")
+    arguments = ["finetune", pictures, "--out", tmp_path / "run", "--model", start, "--teacher", f"{stop}:teacher"]
+    arguments = [*map(str, arguments), *QUICK]
     assert main(arguments) == 130
     assert (
         capsys.readouterr().err == "deit-models: interrupted; no epoch was finished, so the same command starts again\n"

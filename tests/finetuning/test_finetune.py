@@ -15,7 +15,7 @@ from coloured import CLASSES, Counted, atom, pixels, recipe, save_folders
 import deit_models
 from deit_models.data.datasets import DATASETS
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.finetuning.run import PRESET_OF, preset_for, recipe_for
+from deit_models.finetuning.finetune import PRESET_OF, recipe_for
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import read_recipe
 
@@ -131,8 +131,8 @@ def test_small_inputs_are_padded_and_cut_out():
 
 
 def test_coarser_classes_have_the_preset_of_their_set():
-    assert preset_for("inaturalist-2018:genus") == "finetune_inaturalist"
-    assert preset_for("my photos") == "finetune"
+    for data, preset in (("inaturalist-2018:genus", "finetune_inaturalist"), ("my photos", "finetune")):
+        assert recipe_for(data, atom(), images=50, teacher=False).preset == preset
 
 
 @pytest.mark.parametrize(("images", "epochs"), [(50, 150), (640, 150), (3200, 30), (1920, 50), (10**6, 30)])

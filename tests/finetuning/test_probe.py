@@ -6,37 +6,37 @@ import pytest
 import torch
 from coloured import Counted, Unlabelled, atom, recipe, save_folders
 from torch.nn import functional as F
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 import deit_models
 from deit_models.data.datasets import open_dataset
-from deit_models.data.loading import plain_watch
 from deit_models.data.transforms import transform_for
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge
+from deit_models.models.deit import PatchEmbed
+from deit_models.training.run import Computing
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
 
-def extract(model, records, folder, *, watch=plain_watch, workers=0):
-    options = {"precision": "float32", "workers": workers, "corrupt_limit": 0.01, "watch": watch}
-    return extract_features(model, records, folder, ALONE, **options)
+def extract(model, records, folder, *, process=ALONE, **computing):
+    computing = Computing(**{"workers": 0, **computing})
+    return extract_features(model, records, folder, process, precision="float32", computing=computing)
 
 
 @pytest.fixture
-def passes(monkeypatch):
+def passes():
     """Counts the images through the backbone of any model, also of one that is rebuilt on the way."""
-    from deit_models.models.deit import PatchEmbed
-
     seen = []
-    forward = PatchEmbed.forward
 
-    def counted(self, x):
-        seen.append(len(x))
-        return forward(self, x)
+    def count(module, inputs):
+        if isinstance(module, PatchEmbed):
+            seen.append(len(inputs[0]))
 
-    monkeypatch.setattr(PatchEmbed, "forward", counted)
-    return seen
+    handle = register_module_forward_pre_hook(count)
+    yield seen
+    handle.remove()
 
 
 # Once
@@ -74,26 +74,24 @@ def test_second_call_reads_nothing_and_gives_the_same_model(tmp_path, passes):
     assert torch.equal(*weights)
 
 
-def test_interrupted_extraction_goes_on_with_the_images_that_are_left(tmp_path, monkeypatch):
-    monkeypatch.setattr("deit_models.finetuning.probe._BATCH", 8)
-    monkeypatch.setattr("deit_models.finetuning.probe._SHARD", 16)
-    records = Counted(60)
+def test_interrupted_extraction_goes_on_with_the_images_that_are_left(tmp_path):
+    records = Counted(2150)
 
     def interrupted(batches, _total):
         for number, batch in enumerate(batches):
-            if number == 5:
+            if number == 32 + 1:  # in the middle of the third shard
                 raise KeyboardInterrupt
             yield batch
 
     with pytest.raises(KeyboardInterrupt):
         extract(atom(), records, tmp_path / "features", watch=interrupted)
     assert sorted(path.name for path in (tmp_path / "features").glob("*.safetensors")) == [
-        "000000000.safetensors", "000000016.safetensors",
+        "000000000.safetensors", "000001024.safetensors",
     ]  # fmt: skip
     records.read.clear()
     found = extract(atom(), records, tmp_path / "features")
-    assert sorted(records.read) == list(range(32, 60))
-    whole = extract(atom(), Counted(60), tmp_path / "whole")
+    assert sorted(records.read) == list(range(2048, 2150))
+    whole = extract(atom(), Counted(2150), tmp_path / "whole")
     assert torch.equal(found.inputs["head"], whole.inputs["head"])
     assert torch.equal(found.labels, whole.labels)
 
@@ -197,11 +195,10 @@ def test_each_head_is_fitted_by_itself_and_judged_by_their_mean():
     assert judge(fit, val, device=ALONE.device).evaluation().top1 == pytest.approx(right)
 
 
-def test_fit_in_small_pieces_is_the_same(monkeypatch):
+def test_fit_in_small_pieces_is_the_same():
     train, val = noise(100), noise(50, seed=1)
     whole = fit_heads(train, val, num_classes=4, device=ALONE.device)
-    monkeypatch.setattr("deit_models.finetuning.probe._CELLS", 28)  # seven images at a time
-    pieces = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    pieces = fit_heads(train, val, num_classes=4, device=ALONE.device, cells=28)  # seven images at a time
     assert pieces.penalty == whole.penalty
     assert torch.allclose(pieces.weights["head"][0], whole.weights["head"][0], atol=1e-3)
 
@@ -244,19 +241,10 @@ def test_accuracy_is_that_of_the_conventional_frozen_loop(tmp_path):
     assert abs(ours - theirs) < 6  # two standard errors of 300 images are 4 to 5 points
 
 
-def test_several_processes_are_refused(tmp_path, monkeypatch):
-    from deit_models.finetuning import run as module
-
-    class Joined:
-        def __enter__(self):
-            return Process(0, 2, torch.device("cpu"))
-
-        def __exit__(self, *_):
-            return None
-
-    monkeypatch.setattr(module, "join_processes", lambda _: Joined())
+def test_several_processes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="mode='head' takes one process"):
-        deit_models.finetune(atom(), train=Counted(30), out=tmp_path / "out", mode="head")
+        extract(atom(), Counted(30), tmp_path / "features", process=Process(0, 2, torch.device("cpu")))
+    assert not (tmp_path / "features").exists()
 
 
 def test_metrics_tell_what_was_tried(tmp_path):
