@@ -25,7 +25,8 @@ from ..files import atomic_write
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe, recipe_named
-from ..training.run import RECIPE_NAME, Computing, find_matplotlib, run_training
+from ..training.run import RECIPE_NAME, Computing, run_training
+from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, first_trained_layer, only_from_layer
 from .probe import Features, extract_features, fit_heads, judge, put_heads

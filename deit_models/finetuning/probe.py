@@ -102,7 +102,7 @@ def extract_features(
     batches = iter(computing.watch(loader, len(loader)))
     with _inputs_of(heads, model.to(process.device)) as inputs, explained_worker_failure(workers):
 
-        def columns(images: Tensor, labels: Tensor, failures: Tensor) -> dict[str, Tensor]:
+        def features_of(images: Tensor, labels: Tensor, failures: Tensor) -> dict[str, Tensor]:
             damage.add(failures)
             with autocast(process.device, precision):
                 model.forward_heads(to_input(images))
@@ -111,12 +111,13 @@ def extract_features(
             return {**rows, "labels": labels, "failures": failures}
 
         for start, size in sizes.items():
-            parts = [columns(*batch) for batch in islice(batches, -(-size // _BATCH))]
+            parts = [features_of(*batch) for batch in islice(batches, -(-size // _BATCH))]
             shards[start] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             with atomic_write(files[start]) as temporary:
                 save_file(shards[start], temporary)
-    joined = {name: torch.cat([shards[start][name] for start in files]) for name in (*heads, "labels")}
-    return Features({name: joined[name] for name in heads}, joined["labels"])
+    columns = {name: torch.cat([shards[start][name] for start in files]) for name in shards[0]}
+    # a head that works in training only got no input
+    return Features({name: columns[name] for name in heads if name in columns}, columns["labels"])
 
 
 @contextmanager
@@ -144,7 +145,7 @@ def _inputs_of(heads: Mapping[str, nn.Linear], model: ImageClassifier) -> Iterat
 
 
 def linear_heads(model: ImageClassifier) -> dict[str, nn.Linear]:
-    """The linear layer of each head, by the head's name; heads that work in training only are left out.
+    """The linear layer of each head, by the head's name.
 
     The heads of a LeViT begin with a BatchNorm, which stays as it is; the layer after it learns.
 
@@ -152,13 +153,11 @@ def linear_heads(model: ImageClassifier) -> dict[str, nn.Linear]:
     """
     found = {}
     for name in model.head_names:
-        head = getattr(model, name)
-        if head is None or name in model.training_head_names:
-            continue
-        layers = [part for part in head.modules() if isinstance(part, nn.Linear)]
-        if len(layers) != 1:
-            raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
-        found[name] = layers[0]
+        if (head := getattr(model, name)) is not None:
+            layers = [part for part in head.modules() if isinstance(part, nn.Linear)]
+            if len(layers) != 1:
+                raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
+            found[name] = layers[0]
     return found
 
 
@@ -324,6 +323,7 @@ def judge(fit: LinearFit, features: Features, *, device: torch.device, cells: in
 @torch.no_grad()
 def put_heads(model: ImageClassifier, fit: LinearFit) -> None:
     """Copy the weights into a model's heads, in place."""
-    for name, head in linear_heads(model).items():
-        for parameter, value in zip((head.weight, head.bias), fit.weights[name], strict=True):
+    heads = linear_heads(model)
+    for name, values in fit.weights.items():
+        for parameter, value in zip((heads[name].weight, heads[name].bias), values, strict=True):
             parameter.copy_(value)
