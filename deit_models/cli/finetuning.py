@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from ..finetuning.finetune import FinetuneResult
 
 SPLIT = "split"
+_PASSED_ON = (
+    *("out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout", "workers", "cache"),
+)
+"""Options that are arguments of `finetune` as they are."""
 
 
 def add_finetune(commands: Any) -> None:
@@ -102,21 +106,12 @@ def _run(args: argparse.Namespace) -> int:
                 train=records,
                 val=val,
                 test=test,
-                out=args.out,
-                mode=args.mode,
                 recipe=recipe,
                 teacher=given_teacher(args, model, len(records.classes), process.device),
-                warm_start=args.warm_start,
-                val_fraction=args.val_fraction,
-                split_seed=args.split_seed,
-                plot=args.plot,
-                push_to_hub=args.push_to_hub,
-                layout=args.layout,
                 device=process.device,
-                workers=args.workers,
-                cache=args.cache,
                 watch=watch_features if args.mode == "head" else display.watch,
                 on_epoch=display.show_epoch,
+                **{name: getattr(args, name) for name in _PASSED_ON},
             )
             say(_summary(result))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..data.memory import Cache
 from ..data.records import ImageRecords
 from ..distributed import Process, join_processes
 from ..errors import ConfigError
-from ..evaluation import Outcomes, collect_outcomes
+from ..evaluation import collect_outcomes
 from ..files import atomic_write
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
@@ -29,8 +30,8 @@ from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, first_trained_layer, only_from_layer
-from .probe import Features, extract_features, fit_heads, judge, put_heads
-from .report import Learned, Part, write_report
+from .probe import extract_features, fit_heads, judge, put_heads
+from .report import Learned, Scored, write_report
 
 DEFAULT = "finetune"
 PRESET_OF = {
@@ -159,8 +160,15 @@ def finetune(
         learned = run.by_features() if mode == "head" else run.by_training(teacher)
         metrics, address = {}, None
         if process.is_main:
-            facts = {"started_from": started_from, "mode": mode, "recipe": recipe.preset, "data": records.name}
-            seconds = round(time.perf_counter() - begun, 2)
+            facts = {
+                "started_from": started_from,
+                "mode": mode,
+                "recipe": recipe.preset,
+                "data": records.name,
+                "classes": len(records.classes),
+                "train_images": len(records if learned.split is None else learned.split.train),
+            }
+            seconds = time.perf_counter() - begun
             metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
             if push_to_hub is not None:
                 address = learned.best.push_to_hub(push_to_hub, layout=layout)
@@ -210,28 +218,21 @@ def recipe_for(
     Raises: ConfigError: an unknown name or field, or a value that cannot work.
     """
     if recipe is None:
-        recipe = PRESET_OF.get(data.partition(":")[0], DEFAULT)
-        changes = {**_defaults(recipe_named(recipe), model, images, changes, teacher=teacher), **changes}
+        preset, given = recipe_named(PRESET_OF.get(data.partition(":")[0], DEFAULT)), changes
+        recipe, changes = preset, {}
+        if teacher:
+            distilled = getattr(model.config, "distilled", False)
+            changes = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
+        if max(model.config.image_hw) <= _SMALL_SIDE and not given.get("img_size", preset.img_size):
+            changes["crop"] = "pad"
+        if preset.preset == DEFAULT:
+            steps = max(images // given.get("batch_size", preset.batch_size), 1)
+            changes["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
+        if "epochs" in given:  # a short run has a short warm-up
+            changes["warmup_epochs"] = min(preset.warmup_epochs, max(given["epochs"] - 1, 0))
+        changes |= given
     found: Recipe = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, changes)
     return found if found.distillation != "none" else replace(found, label_heads="both")
-
-
-def _defaults(
-    preset: Recipe, model: ImageClassifier, images: int, changes: dict[str, Any], *, teacher: bool
-) -> dict[str, Any]:
-    """Fields of a preset to replace for a model and a number of images, given the other changes."""
-    found: dict[str, Any] = {}
-    if teacher:
-        distilled = getattr(model.config, "distilled", False)
-        found = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
-    if max(model.config.image_hw) <= _SMALL_SIDE and not changes.get("img_size", preset.img_size):
-        found["crop"] = "pad"
-    if preset.preset == DEFAULT:
-        steps = max(images // changes.get("batch_size", preset.batch_size), 1)
-        found["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
-    if "epochs" in changes:  # a short run has a short warm-up
-        found["warmup_epochs"] = min(preset.warmup_epochs, max(changes["epochs"] - 1, 0))
-    return found
 
 
 def _description_of(model: ImageClassifier) -> str:
@@ -276,63 +277,53 @@ class _Run:
                 computing=self.computing,
             )
         best = from_pretrained(self.out / "best", device=self.process.device)
-        sets: dict[Part, ImageRecords] = {"val": val} if self.test is None else {"val": val, "test": self.test}
-        scored = {
-            part: (
-                records,
-                collect_outcomes(
-                    best,
-                    records,
-                    self.process,
-                    precision=self.recipe.precision,
-                    workers=self.computing.workers_beside(self.process.device),
-                    batch_size=max(self.recipe.batch_size * 3 // 2, 1),
-                    corrupt_limit=self.computing.corrupt_limit,
-                ),
-            )
-            for part, records in sets.items()
-        }
-        return Learned(
-            best=best,
-            last=self.model,
-            train_images=len(train),
-            split=split,
-            scored=scored,
-            details={
-                "epochs": len(result.log),
-                "best_epoch": result.best_epoch,
-                "last_val_top1": result.top1,
-                "training_seconds": round(sum(row["seconds"] for row in result.log), 2),
-            },
-            curve=result.log,
+        score = partial(
+            collect_outcomes,
+            best,
+            process=self.process,
+            precision=self.recipe.precision,
+            workers=self.computing.workers_beside(self.process.device),
+            batch_size=max(self.recipe.batch_size * 3 // 2, 1),
+            corrupt_limit=self.computing.corrupt_limit,
         )
+        details = {
+            "epochs": len(result.log),
+            "best_epoch": result.best_epoch,
+            "last_val_top1": result.top1,
+            "training_seconds": round(sum(row["seconds"] for row in result.log), 2),
+        }
+        scored: Scored = {"val": (val, score(val))}
+        if self.test is not None:
+            scored["test"] = (self.test, score(self.test))
+        return Learned(best=best, last=self.model, split=split, scored=scored, details=details, curve=result.log)
 
     def by_features(self) -> Learned:
         """Send each image through the backbone once, and fit the heads to the features."""
-        split, train, val = None, self._features("train", self.train), self.val
+        folder, device = self.out / FEATURES_NAME, self.process.device
+        features = partial(
+            extract_features,
+            self.model,
+            process=self.process,
+            precision=self.recipe.precision,
+            computing=self.computing,
+        )
+        split, train, val = None, features(self.train, folder / "train"), self.val
         if val is None:
             split = self._divide(train.labels.tolist())
             val = parts(self.train, split)[1]
             train, val_features = train.of(split.train), train.of(split.val)
         else:
-            val_features = self._features("val", val)
+            val_features = features(val, folder / "val")
         with atomic_write(self.out / RECIPE_NAME) as temporary:
             temporary.write_text(self.recipe.to_toml(), encoding="utf-8")
-        device = self.process.device
         fit = fit_heads(train, val_features, num_classes=self.model.num_classes, device=device)
         put_heads(self.model, fit)
-        scored: dict[Part, tuple[ImageRecords, Outcomes]] = {"val": (val, judge(fit, val_features, device=device))}
+        scored: Scored = {"val": (val, judge(fit, val_features, device=device))}
         if self.test is not None:
-            scored["test"] = (self.test, judge(fit, self._features("test", self.test), device=device))
-        return Learned(
-            best=self.model.eval(),
-            last=self.model,
-            train_images=len(train.labels),
-            split=split,
-            scored=scored,
-            details={"penalty": fit.penalty, "tried": fit.tried},
-            curve=fit.tried,
-        )
+            scored["test"] = (self.test, judge(fit, features(self.test, folder / "test"), device=device))
+        details = {"penalty": fit.penalty, "tried": fit.tried}
+        model = self.model.eval()
+        return Learned(best=model, last=model, split=split, scored=scored, details=details, curve=fit.tried)
 
     def _divide(self, labels: list[int]) -> Split:
         """Set images aside for validation, and write their names into `out`."""
@@ -340,13 +331,3 @@ class _Run:
         if self.process.is_main:
             keep_split(self.out, self.train, split)
         return split
-
-    def _features(self, part: str, records: ImageRecords) -> Features:
-        return extract_features(
-            self.model,
-            records,
-            self.out / FEATURES_NAME / part,
-            self.process,
-            precision=self.recipe.precision,
-            computing=self.computing,
-        )

@@ -6,9 +6,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 
@@ -63,8 +64,8 @@ def extract_features(
     model: ImageClassifier,
     records: ImageRecords,
     folder: Path,
-    process: Process,
     *,
+    process: Process,
     precision: Precision,
     computing: Computing,
 ) -> Features:
@@ -125,15 +126,12 @@ def _inputs_of(heads: Mapping[str, nn.Linear], model: ImageClassifier) -> Iterat
     """A table that holds the input of each head after each forward pass; the model is in eval mode meanwhile."""
     inputs: dict[str, Tensor] = {}
 
-    def keeper(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
-        def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            if arguments[0].ndim != 2:  # T2T-ViT's second head reads every patch
-                raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
-            inputs[name] = arguments[0]
+    def keep(name: str, _: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        if arguments[0].ndim != 2:  # T2T-ViT's second head reads every patch
+            raise ConfigError(f"{name} of {type(model).__name__} {_NO_HEAD_MODE}")
+        inputs[name] = arguments[0]
 
-        return keep
-
-    handles = [head.register_forward_pre_hook(keeper(name)) for name, head in heads.items()]
+    handles = [head.register_forward_pre_hook(partial(keep, name)) for name, head in heads.items()]
     was_training = model.training
     model.eval()
     try:

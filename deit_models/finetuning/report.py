@@ -28,7 +28,8 @@ from ..training.state import CARD_NAME, find_matplotlib, plot_curves
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.json"
-Part = Literal["val", "test"]
+Scored = dict[Literal["val", "test"], tuple[ImageRecords, Outcomes]]
+"""Sets of images that a model was scored on, with the outcomes."""
 _PEERS: tuple[Layout, ...] = ("timm", "transformers")
 _MOST_CLASSES = 30
 _SHEET = (4, 6)
@@ -42,18 +43,16 @@ class Learned:
     Attributes:
         best: model with the best weights.
         last: model with the last weights; perhaps the same object.
-        train_images: number of images for training.
         split: how the validation images were set aside; None if they were given.
-        scored: the images that the best model was scored on, with the outcomes.
+        scored: outcomes of the best model.
         details: figures of one mode only, for metrics.json.
         curve: rows of the log; in mode "head", validation figures of each penalty tried.
     """
 
     best: ImageClassifier
     last: ImageClassifier
-    train_images: int
     split: Split | None
-    scored: Mapping[Part, tuple[ImageRecords, Outcomes]]
+    scored: Scored
     details: Mapping[str, Any]
     curve: Sequence[Mapping[str, Any]]
 
@@ -68,7 +67,7 @@ def write_report(
             so on, each with a card.
         learned: the origins of its models change in place.
         recipe: the settings.
-        facts: first entries of metrics.json: started_from, mode, recipe and data.
+        facts: first entries of metrics.json: started_from, mode, recipe, data, classes and train_images.
         seconds: duration of the run.
         plot: whether to draw pictures.
 
@@ -77,8 +76,6 @@ def write_report(
     split, classes = learned.split, learned.scored["val"][0].classes
     metrics: dict[str, Any] = {
         **facts,
-        "classes": len(classes),
-        "train_images": learned.train_images,
         "split": None if split is None else {"seed": split.seed, "fraction": split.fraction},
         **{part: _figures(outcomes, len(classes)) for part, (_, outcomes) in learned.scored.items()},
         **learned.details,

@@ -22,7 +22,7 @@ ALONE = Process(0, 1, torch.device("cpu"))
 
 def extract(model, records, folder, *, process=ALONE, **computing):
     computing = Computing(**{"workers": 0, **computing})
-    return extract_features(model, records, folder, process, precision="float32", computing=computing)
+    return extract_features(model, records, folder, process=process, precision="float32", computing=computing)
 
 
 @pytest.fixture
