@@ -1,8 +1,5 @@
 """Classifying one image, a list, a folder; broken files; what is written out."""
 
-import csv
-import io
-import json
 import os
 import signal
 import weakref
@@ -19,7 +16,6 @@ from torch import nn
 
 import deit_models
 from deit_models import predict
-from deit_models.cli.results import write_results
 from deit_models.data import loading as batches
 from deit_models.data.datasets import find_images
 from deit_models.data.loading import file_batches
@@ -27,7 +23,7 @@ from deit_models.data.transforms import transform_for
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
-from deit_models.predict import Classifier, ImageResult, Prediction, attention_maps
+from deit_models.predict import Classifier, ImageResult, attention_maps
 
 NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
 
@@ -443,71 +439,6 @@ def test_a_folder_without_images_is_refused_with_what_was_looked_for(tmp_path: P
     (tmp_path / "notes.txt").touch()
     with pytest.raises(ImageError, match=r"no image .*in it.*looked for .*\.jpg .*\.png"):
         find_images(tmp_path, recursive=recursive)
-
-
-# Writing results
-
-RESULTS = [
-    ImageResult("a.png", (Prediction("cat, tabby", 0.75, 3), Prediction('"dog"', 0.25, 5))),
-    ImageResult("猫/ü\udcff.jpg", (), "猫/ü\udcff.jpg: the file is empty"),
-    ImageResult("b.png", (Prediction("ça", 1 / 3, 0),)),
-]
-
-
-def test_json_lines_parse_back() -> None:
-    stream = io.StringIO()
-    summary = write_results(iter(RESULTS), stream, format="jsonl")
-    rows = [json.loads(line) for line in stream.getvalue().splitlines()]
-    assert rows[0] == {
-        "file": "a.png",
-        "predictions": [
-            {"label": "cat, tabby", "probability": 0.75, "index": 3},
-            {"label": '"dog"', "probability": 0.25, "index": 5},
-        ],
-    }
-    assert rows[1] == {"file": RESULTS[1].source, "error": RESULTS[1].error}
-    assert rows[2]["predictions"][0]["probability"] == 1 / 3
-    assert (summary.classified, summary.failed) == (2, (RESULTS[1],))
-
-
-def test_csv_parses_back_with_a_row_a_prediction() -> None:
-    stream = io.StringIO()
-    summary = write_results(iter(RESULTS), stream, format="csv")
-    assert "\r" not in stream.getvalue()
-    rows = list(csv.DictReader(io.StringIO(stream.getvalue())))
-    assert list(rows[0]) == ["file", "rank", "label", "index", "probability", "error"]
-    assert [row["rank"] for row in rows] == ["1", "2", "", "1"]
-    assert [row["label"] for row in rows] == ["cat, tabby", '"dog"', "", "ça"]
-    assert float(rows[3]["probability"]) == 1 / 3
-    assert rows[2]["file"] == r"猫/ü\udcff.jpg"
-    assert rows[2]["error"].endswith("the file is empty")
-    assert summary.classified == 2
-
-
-@pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_a_name_that_is_not_unicode_can_be_written_to_a_utf8_file(tmp_path: Path, form: str) -> None:
-    with (tmp_path / "out").open("w", encoding="utf-8") as stream:
-        assert write_results(RESULTS, stream, format=form).classified == 2
-
-
-@pytest.mark.parametrize("form", ["jsonl", "csv"])
-def test_rows_are_written_as_they_come(tmp_path: Path, form: str) -> None:
-    path = tmp_path / "out"
-    sizes = []
-
-    def slowly() -> Iterator[ImageResult]:
-        for result in RESULTS:
-            sizes.append(path.stat().st_size)
-            yield result
-
-    with path.open("w", encoding="utf-8") as stream:
-        write_results(slowly(), stream, format=form)
-    assert len(set(sizes)) == len(RESULTS)
-
-
-def test_an_unknown_format_is_refused() -> None:
-    with pytest.raises(ConfigError, match="format='xml'; expected 'text', 'jsonl' or 'csv'"):
-        write_results([], io.StringIO(), format="xml")
 
 
 # Attention maps

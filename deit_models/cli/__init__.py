@@ -1,4 +1,4 @@
-"""The `deit-models` command: parses, calls the package, prints. No logic of its own; one file a kind of command."""
+"""The `deit-models` command: parses, calls the package, prints. It decides nothing itself."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from .. import __version__
 from ..errors import DeitModelsError
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, process_number
+from .catalogue import add_cache, add_convert, add_info, add_list
 from .finetuning import add_finetune
 from .inference import add_bench, add_evaluate, add_export, add_predict
-from .models import add_cache, add_convert, add_info, add_list
 from .searching import add_search
-from .training import add_distill, add_train
+from .train import add_distill, add_train
 
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_evaluate),
@@ -24,22 +24,22 @@ _COMMANDS = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; gives the exit status: 0 fine, 1 a failure that was explained, 2 wrong usage (from argparse)."""
+    """Run one command and return its exit status: 0 fine, 1 an explained failure, 2 wrong usage (from argparse)."""
     try:
         args = build_parser().parse_args(argv)
-        # what all processes of a run have to say, the first one says
+        # one process of a run prints the warnings of all
         logging.basicConfig(format="%(message)s", level=logging.ERROR if process_number() else logging.WARNING)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
-    except BrokenPipeError:  # the reader, e.g. `head`, has seen enough
+    except BrokenPipeError:  # the reader, e.g. `head`, has closed the pipe
         sys.stdout = None  # or the interpreter would try to write the rest at its end
         return EXIT_OK
     except (DeitModelsError, OSError) as error:
         who = f" (process {process_number()})" if process_number() else ""
         print(f"deit-models{who}: {error}", file=sys.stderr)
         if not isinstance(error, DeitModelsError):
-            sys.stdout = None  # it may be what cannot be written
+            sys.stdout = None  # perhaps it cannot be written
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("deit-models: interrupted", file=sys.stderr)
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The parser of all commands; each sets `run`."""
+    """Parser of all commands; each command sets `run`."""
     parser = argparse.ArgumentParser(
         prog="deit-models",
         description="Data-efficient image transformers: find, load, classify, fine-tune, train, convert, export.",

@@ -1,5 +1,4 @@
-"""What the commands share: how a parser is made, common options, exit statuses."""
-# MERGED """How a long command shows that it gets on: a bar on a terminal, and one line for each epoch of training."""
+"""What several commands share: parsers, common options, labelled images, progress bars, exit statuses."""
 
 from __future__ import annotations
 
@@ -7,91 +6,14 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 if TYPE_CHECKING:
+    from ..data.loading import Watch
     from ..data.records import ImageRecords
     from ..distributed import Process
-
-
-def process_number() -> int:
-    """Which of the processes started by torchrun this is; the one numbered 0 prints what all have to say."""
-    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
-
-
-def with_progress(results: Iterator[Any], total: int, *, on_screen: bool) -> Iterator[Any]:
-    """A bar on a terminal, unless the results appear there; none in a pipe."""
-    return iter(_bar(results, total, unit="image", wanted=not on_screen and total > 1))
-
-
-def watch_evaluation(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """The batches of an evaluation, behind a bar on a terminal."""
-    return _bar(batches, total, unit="batch", label="evaluating")
-
-
-def watch_features(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """The batches of a frozen backbone, behind a bar on a terminal."""
-    return _bar(batches, total, unit="batch", label="features")
-
-
-def watch_images(batches: Iterable[Any], total: int) -> Iterable[Any]:
-    """The batches of images that are kept in memory, behind a bar on a terminal."""
-    return _bar(batches, total, unit="batch", label="images")
-
-
-class TrainingDisplay:
-    """What a training run shows: on a terminal a bar for the epoch that runs, and a line for each that is finished.
-
-    Attributes:
-        epochs: how many the run has in all.
-        finished: how many are done, None as long as that is not known: a run that goes on says so after its first.
-    """
-
-    def __init__(self, epochs: int, *, finished: int | None) -> None:
-        self.epochs = epochs
-        self.finished = finished
-        self._bar: Any = None
-
-    def watch(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
-        """The batches of the next epoch, behind a bar."""
-        label = "training" if self.finished is None else f"epoch {self.finished + 1}/{self.epochs}"
-        self._bar = _bar(batches, total, unit="batch", label=label)
-        return self._bar
-
-    def close(self) -> None:
-        """Take away the bar of an epoch that is not going to end."""
-        if self._bar is not None:
-            self._bar.close()
-
-    def show_epoch(self, row: dict[str, Any]) -> None:
-        """Print a row of the log, and note that its epoch is done."""
-        self.finished = row["epoch"] + 1
-        print(epoch_line(row, self.epochs), flush=True)
-
-
-def epoch_line(row: dict[str, Any], epochs: int) -> str:
-    """A row of the log for readers, who count epochs from 1."""
-    number = str(row["epoch"] + 1).rjust(len(str(epochs)))
-    parts = [f"epoch {number}/{epochs}", f"loss {row['loss']:.4f}"]
-    names = {
-        "top1": "top-1", "class_top1": "class head", "distillation_top1": "distillation head", "ema_top1": "averaged",
-    }  # fmt: skip
-    parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if row.get(key) is not None]
-    parts += [f"lr {row['lr']:.3g}", f"{row['images_per_second']:.0f} images/s"]
-    if row.get("unreadable"):
-        parts.append(f"{row['unreadable']} unreadable")
-    return "  ".join(parts)
-
-
-def _bar(items: Iterable[Any], total: int, *, unit: str, label: str | None = None, wanted: bool = True) -> Any:
-    """The items; one that has a label vanishes when it is full."""
-    from huggingface_hub.utils.tqdm import tqdm
-
-    shown = wanted and sys.stderr.isatty() and process_number() == 0
-    options = {"total": total, "unit": unit, "desc": label, "leave": label is None, "disable": not shown}
-    return tqdm(items, **options)  # type: ignore[no-untyped-call]
-
 
 EXIT_OK, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 130
 
@@ -118,13 +40,28 @@ def command(
     return parser
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """The option `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+def picked(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """Some options of a command line, as keywords for a function that has parameters of the same names."""
+    return {name: getattr(args, name) for name in names}
+
+
+# Options
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Reader of a whole number for argparse; a number below `low` is wrong usage."""
+
+    def read(text: str) -> int:
+        if int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text}; expected {low} or more")
+        return int(text)
+
+    read.__name__ = "int"  # argparse prints this name when the text is no number
+    return read
 
 
 def device(name: str) -> str:
-    """The name of a device that is there. Raises: ArgumentTypeError: there is no such device."""
+    """Name of a device that exists here. Raises: ArgumentTypeError: there is no such device."""
     import torch
 
     try:
@@ -134,44 +71,53 @@ def device(name: str) -> str:
     return name
 
 
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """The options `--workers` and `--device`, for commands whose default is what suits the machine."""
-    text = "decoding processes, 0: none besides this one; default: by the number of cores"
-    parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add `--json`."""
+    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add `--device`, whose default depends on the machine."""
     parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
 
 
-def at_least(low: int) -> Callable[[str], int]:
-    """Reads a whole number; argparse refuses one below `low`."""
+def add_workers(parser: argparse.ArgumentParser) -> None:
+    """Add `--workers` and `--device`, whose defaults depend on the machine."""
+    text = "decoding processes, 0: none besides this one; default: by the number of cores"
+    parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
+    add_device(parser)
 
-    def read(text: str) -> int:
-        if int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text}; expected {low} or more")
-        return int(text)
 
-    read.__name__ = "int"  # which argparse shows for what is no number
-    return read
+def add_token_merging(parser: argparse.ArgumentParser) -> None:
+    """Add `--token-merging`."""
+    text = "patch tokens that every block merges into others like them: faster, and other logits; default none"
+    parser.add_argument("--token-merging", type=at_least(0), metavar="N", help=text)
+
+
+def add_bare_model(parser: argparse.ArgumentParser) -> None:
+    """Add `--model`, for weights files that do not name their model."""
+    parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
 
 
 def add_loading(parser: argparse.ArgumentParser) -> None:
-    """The options for where weights come from; `loading` reads them."""
+    """Add the options for where weights come from; `loading` reads them."""
     parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
     parser.add_argument("--cache-dir", type=Path, help="where to keep downloads")
     parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """What `add_loading` parsed, as keywords of `from_pretrained`."""
+    """The options of `add_loading`, as keywords of `from_pretrained`."""
     return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 
 def chosen_model(args: argparse.Namespace) -> str:
-    """The model that was named, or else the one that comes with the package, which a line on stderr then describes."""
+    """The model of `--model`, else the default model, which a line on stderr then describes."""
     from ..registry import DEFAULT_MODEL, model_info
 
-    if args.model is None and process_number() == 0:
+    if args.model is None:
         info = model_info(DEFAULT_MODEL)
-        print(
+        say(
             f"deit-models: no --model given: {DEFAULT_MODEL}, which comes with the package, knows {info.num_classes} "
             f"classes of {info.dataset} at {info.input_size} pixels; deit_small_patch16_224 knows ImageNet's 1000",
             file=sys.stderr,
@@ -179,14 +125,11 @@ def chosen_model(args: argparse.Namespace) -> str:
     return str(args.model or DEFAULT_MODEL)
 
 
-def add_token_merging(parser: argparse.ArgumentParser) -> None:
-    """The option `--token-merging`."""
-    text = "patch tokens that every block merges into others like them: faster, and other logits; default none"
-    parser.add_argument("--token-merging", type=at_least(0), metavar="N", help=text)
+# Labelled images
 
 
 def add_data(parser: argparse.ArgumentParser, text: str) -> None:
-    """The argument for labelled images and the options that belong to it; `open_data` reads them."""
+    """Add the argument for labelled images and its options; `open_data` reads them."""
     parser.add_argument("data", help=text)
     parser.add_argument("--root", type=Path, help="where a data set known by name lies, default data")
     parser.add_argument("--download", action="store_true", help="fetch a data set known by name if it is not there")
@@ -201,28 +144,69 @@ def open_data(
     classes: Sequence[str] | None = None,
     own_folder: bool = False,
 ) -> ImageRecords:
-    """One split of labelled images, the same in every process; only one on each machine downloads.
+    """Open one split of labelled images, the same in every process; one process of each machine downloads.
 
     Args:
-        args: of a parser with `add_data`; its options belong to `args.data`, and to any source known by name.
+        args: of a parser with `add_data`; its options apply to `args.data` and to every data set known by name.
         source: a folder or a name.
         split: "train" or "val".
-        process: this one among those that open the same data.
-        classes: the names it must have, in the order that numbers the labels.
-        own_folder: the folder was named for this split, and may hold class folders right in it.
+        process: this process among those that open the same data.
+        classes: class names that it must have, in the order of the labels.
+        own_folder: the folder was named for this split; class folders may lie directly in it.
 
     Raises: DataError: see `open_dataset`. ConfigError: options that do not fit the source.
     """
     from ..data.datasets import DATASETS, open_dataset
 
     fetched = source == args.data or source.partition(":")[0] in DATASETS
-    root, download = (args.root, args.download) if fetched else (None, False)
-    waits = download and int(os.environ.get("LOCAL_RANK", "0")) > 0
+    with first_downloads(process, wanted=fetched and args.download) as download:
+        root = args.root if fetched else None
+        return open_dataset(source, split, root=root, download=download, classes=classes, own_folder=own_folder)
+
+
+@contextmanager
+def first_downloads(process: Process, *, wanted: bool) -> Iterator[bool]:
+    """Let the first process of each machine download, before the others go on; yields whether this one downloads."""
+    waits = wanted and int(os.environ.get("LOCAL_RANK", "0")) > 0
     if waits:
         process.wait_for_all()
-    records = open_dataset(
-        source, split, root=root, download=download and not waits, classes=classes, own_folder=own_folder
-    )
-    if download and not waits:
+    yield wanted and not waits
+    if wanted and not waits:
         process.wait_for_all()
-    return records
+
+
+# Output
+
+
+def process_number() -> int:
+    """Rank of this process under torchrun, else 0. Process 0 prints for all."""
+    return int(os.environ.get("RANK", "0")) if "WORLD_SIZE" in os.environ else 0
+
+
+def say(text: str, file: TextIO | None = None) -> None:
+    """Print, in the first process only."""
+    if process_number() == 0:
+        print(text, file=file, flush=True)
+
+
+def watcher(label: str) -> Watch:
+    """Bar over the batches of one pass, on a terminal; it vanishes at the end."""
+    return lambda batches, total: progress_bar(batches, total, unit="batch", label=label)
+
+
+def progress_bar(
+    items: Iterable[Any],
+    total: int,
+    *,
+    unit: str,
+    label: str | None = None,
+    wanted: bool = True,
+    stream: TextIO | None = None,
+) -> Any:
+    """The items behind a bar, which appears if `stream` (default: stderr) is a terminal; with a label it vanishes."""
+    from huggingface_hub.utils.tqdm import tqdm
+
+    stream = stream or sys.stderr
+    shown = wanted and stream.isatty() and process_number() == 0
+    options = {"total": total, "unit": unit, "desc": label, "leave": label is None, "disable": not shown}
+    return tqdm(items, file=stream, **options)  # type: ignore[no-untyped-call]

@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import (
+from .arguments import add_data, add_loading, add_workers, chosen_model, command, loading, open_data, say, watcher
+from .long_runs import (
     TrainingDisplay,
-    add_data,
-    add_loading,
-    add_workers,
-    chosen_model,
-    command,
-    loading,
-    open_data,
-    watch_features,
+    add_folder,
+    add_image_cache,
+    add_recipe,
+    add_teacher,
+    check_fresh,
+    chosen_recipe,
+    given_teacher,
+    recipe_changes,
+    run_to_end,
+    state_file,
 )
-from .runs import add_folder, add_image_cache, add_teacher, check_fresh, given_teacher, run_to_end, say, state_file
-from .training import add_recipe, chosen_recipe, recipe_changes
 
 if TYPE_CHECKING:
     from ..finetuning.finetune import FinetuneResult
@@ -109,7 +110,7 @@ def _run(args: argparse.Namespace) -> int:
                 recipe=recipe,
                 teacher=given_teacher(args, model, len(records.classes), process.device),
                 device=process.device,
-                watch=watch_features if args.mode == "head" else display.watch,
+                watch=watcher("features") if args.mode == "head" else display.watch,
                 on_epoch=display.show_epoch,
                 **{name: getattr(args, name) for name in _PASSED_ON},
             )

@@ -1,6 +1,4 @@
-"""`deit-models export` and `bench`."""
-# MERGED """`deit-models predict`."""
-# MERGED """`deit-models evaluate`."""
+"""`deit-models predict`, `evaluate`, `export` and `bench`."""
 
 from __future__ import annotations
 
@@ -8,16 +6,18 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext, suppress
+from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ImageError
 from .arguments import (
     EXIT_FAILED,
     EXIT_OK,
+    add_bare_model,
     add_data,
+    add_device,
     add_json,
     add_loading,
     add_token_merging,
@@ -28,9 +28,10 @@ from .arguments import (
     device,
     loading,
     open_data,
+    picked,
     process_number,
-    watch_evaluation,
-    with_progress,
+    progress_bar,
+    watcher,
 )
 
 if TYPE_CHECKING:
@@ -39,17 +40,15 @@ if TYPE_CHECKING:
     from ..evaluation import Evaluation
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
-    from .results import Written
 
-
-_JUDGES, _CALIBRATION = 64, 128
+_JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares answers on, and that int8 ranges are fitted to
 _TUNING = ("precision", "min_agreement", "token_merging")
 
 
 def add_predict(commands: Any) -> None:
-    """The command `predict`."""
+    """Add the command `predict`."""
     example = "predict photos/ --model deit_small_patch16_224 --format csv --output labels.csv"
-    parser = command(commands, "predict", "classify images", example, _run_predict)
+    parser = command(commands, "predict", "classify images", example, run_predict)
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
     parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
     add_loading(parser)
@@ -57,7 +56,7 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
     text = "decoding processes, 0: none besides this one; default: threads of this one, processes beside a GPU"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
-    parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
+    add_device(parser)
     text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
     parser.add_argument("--fast-pixels", action="store_true", help=text)
     text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
@@ -75,50 +74,55 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help=text)
 
 
-def _run_predict(args: argparse.Namespace) -> int:
+def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassifier] | None = None) -> int:
+    """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
     from ..data.datasets import find_images
-    from .results import Summary, write_results, written_name
+    from .results import resume_results, write_results, written_name
 
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
-    paths = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
-    total, before = len(paths), _written(args)
-    if before is not None:
-        paths = [path for path in paths if written_name(str(path)) not in before.names]
-    results = _classifier(args, paths).classify_files(paths, top_k=args.top_k, workers=args.workers)
-    going_on = before is not None and args.output.stat().st_size > 0
-    with _opened(args.output, append=before is not None) as stream:
-        shown = with_progress(results, len(paths), on_screen=stream.isatty())
-        summary = write_results(shown, stream, format=args.format, header=not going_on)
-    if before is not None:
-        summary = Summary(0, before.summary.failed + summary.failed)
-    if summary.failed:
-        print(f"deit-models: {len(summary.failed)} of {total} images could not be read:", file=sys.stderr)
-        for result in summary.failed:
-            print(f"  {result.error}", file=sys.stderr)
-    return EXIT_FAILED if summary.failed else EXIT_OK
+    if args.resume and args.output is None:
+        raise ConfigError("--resume goes on with a file; name it with --output")
+    every = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
+    resumed = args.resume and args.output.exists()
+    done, before = resume_results(args.output, format=args.format) if resumed else ((), [])
+    paths = [path for path in every if written_name(str(path)) not in done]
+    results = make_classifier(args, paths, optimize).classify_files(paths, top_k=args.top_k, workers=args.workers)
+    header = not resumed or args.output.stat().st_size == 0
+    mode = "a" if resumed else "w"
+    # newline="": the csv module ends lines itself
+    file = nullcontext(sys.stdout) if args.output is None else args.output.open(mode, encoding="utf-8", newline="")
+    with file as stream:
+        shown = progress_bar(results, len(paths), unit="image", wanted=len(paths) > 1 and not stream.isatty())
+        errors = before + write_results(shown, stream, format=args.format, header=header)
+    if errors:
+        print(f"deit-models: {len(errors)} of {len(every)} images could not be read:", file=sys.stderr)
+        print("\n".join(f"  {error}" for error in errors), file=sys.stderr)
+    return EXIT_FAILED if errors else EXIT_OK
 
 
-def _classifier(args: argparse.Namespace, paths: list[Path]) -> Classifier:
+def make_classifier(
+    args: argparse.Namespace, paths: list[Path], optimize: Callable[..., ImageClassifier] | None = None
+) -> Classifier:
+    """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`."""
     from ..predict import Classifier
 
-    options: dict[str, Any] = {"batch_size": args.batch_size, "fast_pixels": args.fast_pixels}
+    options = picked(args, "batch_size", "fast_pixels")
     classifier = Classifier(chosen_model(args), device=args.device, **options, **loading(args))
     if not args.optimize:
         return classifier
-    from ..deploy.optimize import optimize
+    from ..deploy.optimize import optimize as optimize_here
 
-    count = _CALIBRATION if args.precision == "int8" else _JUDGES
-    judges = _readable(paths[:count], classifier.transform.levels)
-    tuning = {name: given for name in _TUNING if (given := getattr(args, name)) is not None}
+    judges = _readable(paths[: _CALIBRATION if args.precision == "int8" else _JUDGES], classifier.transform.levels)
+    tuning = {name: given for name, given in picked(args, *_TUNING).items() if given is not None}
     tuning |= {"sample": args.batch_size, "calibration": judges, "cache_dir": args.cache_dir}
-    fast = optimize(classifier.model, preprocessing=True, **tuning)
+    fast = (optimize or optimize_here)(classifier.model, preprocessing=True, **tuning)
     return Classifier(fast, labels=classifier.labels, **options)
 
 
 def _readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | None:
-    """Some of the images that are to be classified, for `optimize` to judge by."""
+    """Those of the images that can be decoded, as a batch; None if there are none."""
     import torch
 
     found = []
@@ -128,23 +132,8 @@ def _readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | N
     return torch.stack(found) if found else None
 
 
-def _written(args: argparse.Namespace) -> Written | None:
-    """What an earlier run wrote, if this one is to go on with it; None for a fresh start."""
-    from .results import resume_results
-
-    if args.resume and args.output is None:
-        raise ConfigError("--resume goes on with a file; name it with --output")
-    return resume_results(args.output, format=args.format) if args.resume and args.output.exists() else None
-
-
-def _opened(output: Path | None, *, append: bool) -> AbstractContextManager[TextIO]:
-    if output is None:
-        return nullcontext(sys.stdout)
-    return output.open("a" if append else "w", encoding="utf-8", newline="")  # the csv module ends lines itself
-
-
 def add_evaluate(commands: Any) -> None:
-    """The command `evaluate`."""
+    """Add the command `evaluate`."""
     summary = "measure a model's accuracy on labelled images"
     parser = command(commands, "evaluate", summary, "evaluate deit_tiny_patch16_224 imagenet/", _run_evaluate)
     parser.add_argument("source", metavar="model", help="a name, a folder, a weights file or a Hub repository")
@@ -158,7 +147,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
     text = "take the data's classes in their own order, although they are called otherwise than the model's"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
-    parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
+    add_bare_model(parser)
     add_loading(parser)
     add_json(parser)
 
@@ -170,20 +159,11 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..hub.load import from_pretrained
 
     model = from_pretrained(args.source, model=args.model, **loading(args))
-    transform = transform_for(model, style=args.style)
+    options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")
+    options |= {"transform": transform_for(model, style=args.style), "watch": watcher("evaluating")}
     with join_processes(args.device) as process:
         records = open_data(args, args.data, args.split, process, own_folder=True)
-        result = evaluate(
-            model,
-            records,
-            batch_size=args.batch_size,
-            workers=args.workers,
-            device=process.device,
-            precision=args.precision,
-            transform=transform,
-            ignore_class_names=args.ignore_class_names,
-            watch=watch_evaluation,
-        )
+        result = evaluate(model, records, device=process.device, **options)
     if process_number() == 0:
         print(_as_json(args, model, result) if args.json else _as_text(args, model, result))
         if result.skipped:
@@ -193,7 +173,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _published(model: ImageClassifier) -> dict[str, Any] | None:
-    """The accuracy that these weights are published with, in percent, and on which data."""
+    """The published accuracy of these weights, in percent, and its data; None if there is none."""
     origin = model.origin
     if origin is None or origin.top1 is None:
         return None
@@ -201,7 +181,7 @@ def _published(model: ImageClassifier) -> dict[str, Any] | None:
 
 
 def _as_json(args: argparse.Namespace, model: ImageClassifier, result: Evaluation) -> str:
-    chosen = {name: getattr(args, name) for name in ("data", "split", "style", "precision")}
+    chosen = picked(args, "data", "split", "style", "precision")
     return json.dumps({"model": args.source, **chosen, **asdict(result), "published": _published(model)}, indent=2)
 
 
@@ -216,23 +196,21 @@ def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluatio
     return "\n".join(lines + [f"  {name:<20}{value}" for name, value in rows.items()])
 
 
-_FORMATS = ("onnx", "openvino", "torch-export")
-
-
 def add_export(commands: Any) -> None:
-    """The command `export`."""
+    """Add the command `export`."""
     summary = "write a model as one file for another runtime"
     example = "export deit_small_patch16_224 deit_small.onnx --preprocessing"
     parser = command(commands, "export", summary, example, _run_export)
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
     parser.add_argument("file", type=Path, help="what to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2")
-    parser.add_argument("--format", choices=_FORMATS, help="default: what the name of the file says")
+    formats = ["onnx", "openvino", "torch-export"]
+    parser.add_argument("--format", choices=formats, help="default: what the name of the file says")
     text = "have the file normalise: it takes pixels from 0 to 255, already resized and cropped"
     parser.add_argument("--preprocessing", action="store_true", help=text)
     text = "by how much a logit may differ from the model's, default 1e-4"
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
     add_token_merging(parser)
-    parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
+    add_bare_model(parser)
     add_loading(parser)
     add_json(parser)
 
@@ -242,10 +220,10 @@ def _run_export(args: argparse.Namespace) -> int:
     from ..deploy.runtimes import format_of
     from ..hub.load import from_pretrained
 
-    kind = args.format or format_of(args.file)
+    kind = args.format or format_of(args.file)  # a wrong name is refused before anything is loaded
     model = from_pretrained(args.source, model=args.model, **loading(args))
-    options = {"preprocessing": args.preprocessing, "tolerance": args.tolerance}
-    done = export(model, args.file, format=kind, token_merging=args.token_merging or 0, **options)
+    options = picked(args, "preprocessing", "tolerance") | {"token_merging": args.token_merging or 0}
+    done = export(model, args.file, format=kind, **options)
     if args.json:
         print(json.dumps(asdict(done), default=str))
     else:
@@ -255,7 +233,7 @@ def _run_export(args: argparse.Namespace) -> int:
 
 
 def add_bench(commands: Any) -> None:
-    """The command `bench`."""
+    """Add the command `bench`."""
     summary = "measure how fast a model runs here, as a table for an issue"
     example = "bench deit_small_patch16_224 --batch-sizes 1 32"
     parser = command(commands, "bench", summary, example, _run_bench)
@@ -277,20 +255,10 @@ def _run_bench(args: argparse.Namespace) -> int:
     from ..deploy.bench import bench, table
 
     rows = []
-    for row in bench(
-        args.model,
-        batch_sizes=args.batch_sizes,
-        backends=args.backends,
-        precision=args.precision,
-        device=args.device,
-        seconds=args.seconds,
-    ):
+    for row in bench(args.model, **picked(args, "batch_sizes", "backends", "precision", "device", "seconds")):
         rows.append(row)
         if sys.stderr.isatty():
             told = row.error or f"{row.images_per_second:.1f} images/s"
             print(f"{row.backend} in {row.precision}, batch {row.batch_size}: {told}", file=sys.stderr)
-    if args.json:
-        print(json.dumps([asdict(row) for row in rows], indent=2))
-    else:
-        print(table(args.model, rows, args.device))
+    print(json.dumps([asdict(row) for row in rows], indent=2) if args.json else table(args.model, rows, args.device))
     return EXIT_OK

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 from ..errors import ConfigError
 from .arguments import (
     EXIT_OK,
-    TrainingDisplay,
     add_data,
     add_json,
     add_workers,
@@ -18,10 +17,18 @@ from .arguments import (
     command,
     open_data,
     process_number,
-    watch_images,
+    say,
+    watcher,
 )
-from .runs import add_folder, add_image_cache, check_fresh, run_to_end, say
-from .training import add_recipe, chosen_recipe
+from .long_runs import (
+    TrainingDisplay,
+    add_folder,
+    add_image_cache,
+    add_recipe,
+    check_fresh,
+    chosen_recipe,
+    run_to_end,
+)
 
 if TYPE_CHECKING:
     from ..data.records import ImageRecords
@@ -219,7 +226,7 @@ def _search(
         precision=args.precision if recipe is None else recipe.precision,
         device=process.device,
         workers=args.workers,
-        watch=watch_images,
+        watch=watcher("images"),
         on_generation=_show_generation,
     )
     best = result.scored[0]

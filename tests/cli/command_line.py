@@ -1,5 +1,6 @@
 """The `deit-models` command as tests call it: in this process or as one of its own, and what it must not do."""
 
+import io
 import os
 import subprocess
 import sys
@@ -16,6 +17,13 @@ from deit_models.cli import main
 NAMES = tuple("plane car bird cat deer dog frog horse ship lorry".split())
 CLASSES = ("ant", "bee", "cow")
 MODELS = ("deit_atom_patch8_16", "deit_atom_distilled_patch8_16")
+
+
+class Terminal(io.StringIO):
+    """A stream that says it is a terminal, and keeps what is written."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def save_pictures(folder: Path, count: int) -> Path:
@@ -37,12 +45,14 @@ def save_class_folders(folder: Path, classes: Sequence[str], count: int) -> Path
     return folder
 
 
-def start(*arguments: object, options: tuple[str, ...] = (), **popen: object) -> "subprocess.Popen[str]":
-    """`python -m deit_models` as a user has it, with its output in pipes."""
+def start(
+    *arguments: object, options: tuple[str, ...] = (), module: str = "deit_models", **popen: object
+) -> "subprocess.Popen[str]":
+    """`python -m deit_models` as a user runs it, with its output in pipes."""
     package = Path(deit_models.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
-    command = [sys.executable, *options, "-m", "deit_models", *map(str, arguments)]
+    command = [sys.executable, *options, "-m", module, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen}
     return subprocess.Popen(command, env=environment, **pipes)
 

@@ -9,7 +9,6 @@ from command_line import NAMES, failure, usage_error
 
 import deit_models
 from deit_models.cli import main
-from deit_models.deploy import bench as benching
 from deit_models.deploy.runtimes import open_exported, read_metadata
 
 
@@ -67,13 +66,6 @@ def test_unknown_format_is_wrong_usage(tiny, tmp_path, capsys):
     assert "invalid choice: 'tflite'" in usage_error(capsys, "export", tiny, tmp_path / "x", "--format", "tflite")
 
 
-@pytest.fixture
-def in_this_process(monkeypatch):
-    """Processes of their own are what tests/deploy/test_bench.py is about."""
-    monkeypatch.setattr(benching, "_in_own_process", benching.measure)
-
-
-@pytest.mark.usefixtures("in_this_process")
 def test_bench_prints_a_table(capsys):
     short = ["--batch-sizes", "1", "2", "--backends", "model", "eager", "--precision", "float32", "--seconds", "0.01"]
     assert main(["bench", "deit_micro_patch4_32", *short]) == 0
@@ -83,7 +75,6 @@ def test_bench_prints_a_table(capsys):
     assert err == ""
 
 
-@pytest.mark.usefixtures("in_this_process")
 def test_bench_as_json(capsys):
     short = ["--batch-sizes", "1", "--backends", "model", "--seconds", "0.01", "--json"]
     assert main(["bench", "deit_micro_patch4_32", *short]) == 0

@@ -1,20 +1,23 @@
 """`deit-models predict`: what it prints, where, and with which status."""
 
 import csv
+import io
 import json
 import os
+import select
 import sys
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from command_line import NAMES, failure, save_pictures
+from command_line import NAMES, Terminal, ended, failure, save_pictures, start
 
 import deit_models
 from deit_models import predict
-from deit_models.cli import arguments as progress
-from deit_models.cli import main
+from deit_models.cli import build_parser, main
+from deit_models.cli.arguments import progress_bar
+from deit_models.cli.inference import make_classifier, run_predict
 
 
 def expected(tiny: Path, photo: Path) -> list[str]:
@@ -73,38 +76,34 @@ def test_predict_writes_csv_to_a_file(tiny, photos, tmp_path, capsys):
     assert [row["label"] for row in rows[:5]] == expected(tiny, photos / "000.png")[:5]
 
 
-def test_fast_pixels_reach_the_classifier(tiny, photos, monkeypatch, capsys):
-    seen = []
-    real = predict.Classifier
-    monkeypatch.setattr(predict, "Classifier", lambda *a, **k: seen.append(k["fast_pixels"]) or real(*a, **k))
-    for options in ([], ["--fast-pixels"]):
-        assert main(["predict", str(photos), "--model", str(tiny), "--json", *options]) == 0
-    assert seen == [False, True]
-    capsys.readouterr()
+def test_fast_pixels_reach_the_classifier(tiny, tmp_path, capsys):
+    PIL.Image.effect_mandelbrot((600, 400), (-2.0, -1.0, 1.0, 1.0), 50).convert("RGB").save(tmp_path / "large.jpg")
+    found = []
+    for fast, options in ((False, []), (True, ["--fast-pixels"])):
+        assert main(["predict", str(tmp_path), "--model", str(tiny), "--json", *options]) == 0
+        found.append([entry["probability"] for entry in json.loads(capsys.readouterr().out)["predictions"]])
+        (result,) = deit_models.Classifier(tiny, fast_pixels=fast).classify_files([tmp_path / "large.jpg"])
+        assert found[-1] == [prediction.probability for prediction in result.predictions]
+    assert found[0] != found[1]
 
 
-def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, photos, monkeypatch, capsys):
-    from deit_models.deploy import optimize as module
-
+def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, photos, capsys):
     arguments = ["predict", str(photos), "--model", str(tiny), "--json", "--batch-size", "2"]
     (photos / "000.png").write_bytes(b"")
     assert main(arguments) == 1
     plain = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    made = []
-    real = module.optimize
+    made, batches = [], []
 
     def in_torch(model, **options):
-        made.append((options, real(model, backend="eager", precision="float32", **options)))
-        return made[-1][1]
+        made.append(options)
+        fast = deit_models.optimize(model, backend="eager", precision="float32", **options)
+        fast.register_forward_pre_hook(lambda _, inputs: batches.append(len(inputs[0])))
+        return fast
 
-    monkeypatch.setattr(module, "optimize", in_torch)
-    used = []
-    init = predict.Classifier.__init__
-    monkeypatch.setattr(predict.Classifier, "__init__", lambda s, m, **k: used.append(m) or init(s, m, **k))
-    assert main([*arguments, "--optimize"]) == 1
+    assert run_predict(build_parser().parse_args([*arguments, "--optimize"]), optimize=in_torch) == 1
     fast = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    ((options, model),) = made
-    assert used[-1] is model
+    (options,) = made
+    assert sum(batches) == 2, "the optimised model computed both images"
     assert (options["sample"], options["preprocessing"], len(options["calibration"])) == (2, True, 2)
     assert plain[0] == fast[0], "the broken one"
     for a, b in zip(plain[1:], fast[1:], strict=True):
@@ -112,14 +111,13 @@ def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, 
         assert a["predictions"][0]["probability"] == pytest.approx(b["predictions"][0]["probability"], abs=1e-4)
 
 
-def test_how_to_optimize_is_passed_on(tiny, photos, monkeypatch, capsys):
-    from deit_models.deploy import optimize as module
-
+def test_how_to_optimize_is_passed_on(tiny, photos, capsys):
     seen = []
-    monkeypatch.setattr(module, "optimize", lambda model, **options: seen.append(options) or model)
     arguments = ["predict", str(photos), "--model", str(tiny), "--optimize"]
     tuning = ["--precision", "int8", "--min-agreement", "0.9", "--token-merging", "2"]
-    assert main([*arguments, *tuning]) == main(arguments) == 0
+    for line in ([*arguments, *tuning], arguments):
+        args = build_parser().parse_args(line)
+        assert run_predict(args, optimize=lambda model, **options: seen.append(options) or model) == 0
     capsys.readouterr()
     assert (seen[0]["precision"], seen[0]["min_agreement"], seen[0]["token_merging"]) == ("int8", 0.9, 2)
     assert not {"precision", "min_agreement", "token_merging"} & set(seen[1])
@@ -207,25 +205,37 @@ def test_offline_option_reaches_the_hub_client(photos, tmp_path, capsys):
     assert "not in the cache, and offline" in failure(capsys, "predict", photos, *options)
 
 
-def test_named_device_is_used(tiny, photos, monkeypatch, capsys):
-    seen = []
-    real = predict.Classifier
-    monkeypatch.setattr(predict, "Classifier", lambda *a, **k: seen.append(k["device"]) or real(*a, **k))
-    assert main(["predict", str(photos), "--model", str(tiny), "--device", "cpu", "--json"]) == 0
-    assert seen == ["cpu"]
+def test_named_device_is_used(tiny, photos, capsys):
+    arguments = ["predict", str(photos), "--model", str(tiny), "--device", "cpu", "--json"]
+    classifier = make_classifier(build_parser().parse_args(arguments), [])
+    assert {parameter.device.type for parameter in classifier.model.parameters()} == {"cpu"}
+    assert main(arguments) == 0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize(
-    ("terminal", "on_screen", "bar"), [(True, False, True), (True, True, False), (False, False, False)]
+    ("terminal", "wanted", "bar"), [(True, True, True), (True, False, False), (False, True, False)]
 )
-def test_bar_appears_on_a_terminal_that_shows_no_results(terminal, on_screen, bar, monkeypatch, capsys):
-    from huggingface_hub.utils import tqdm as module
+def test_bar_appears_on_a_terminal_where_it_is_wanted(terminal, wanted, bar):
+    stream = Terminal() if terminal else io.StringIO()
+    assert list(progress_bar(iter("abc"), 3, unit="image", wanted=wanted, stream=stream)) == list("abc")
+    assert ("3/3" in stream.getvalue()) == bar
 
-    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None, raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
-    assert list(progress.with_progress(iter("abc"), 3, on_screen=on_screen)) == list("abc")
-    assert ("3/3" in capsys.readouterr().err) == bar
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals as Linux has them")
+@pytest.mark.parametrize("on_screen", [False, True])
+def test_bar_appears_on_a_real_terminal_that_shows_no_results(tiny, photos, on_screen):
+    ours, theirs = os.openpty()
+    try:
+        pipes = {"stderr": theirs, **({"stdout": theirs} if on_screen else {})}
+        assert ended(start("predict", photos, "--model", tiny, **pipes))[0] == 0
+        os.set_blocking(ours, False)
+        shown = os.read(ours, 1 << 16).decode() if select.select([ours], [], [], 0)[0] else ""
+    finally:
+        os.close(theirs)
+        os.close(ours)
+    assert ("3/3" in shown) != on_screen
+    assert ("000.png" in shown) == on_screen
 
 
 @pytest.mark.parametrize("form", ["csv", "jsonl"])
@@ -248,17 +258,18 @@ def test_interrupted_run_is_resumed_to_the_same_file(tiny, tmp_path, form, lost,
     assert capsys.readouterr().err == said
 
 
-def test_resumed_run_classifies_only_what_is_missing(tiny, photos, tmp_path, monkeypatch, capsys):
+def test_resumed_run_classifies_only_what_is_missing(tiny, photos, tmp_path, capsys):
     output = tmp_path / "labels.jsonl"
     arguments = ["predict", str(photos), "--model", str(tiny), "--json", "--output", str(output), "--resume"]
     assert main(arguments) == 0, "nothing there yet is a fresh start"
-    seen = []
-    real = predict.Classifier.classify_files
-    monkeypatch.setattr(predict.Classifier, "classify_files", lambda s, p, **k: seen.extend(p) or real(s, p, **k))
+    before = output.read_text(encoding="utf-8")
     save_pictures(photos, 4)
+    for done in ("000.png", "001.png", "002.png"):
+        (photos / done).write_bytes(b"")  # which would fail if it were read again
     assert main(arguments) == 0
-    assert [path.name for path in seen] == ["003.png"]
-    assert len(output.read_text(encoding="utf-8").splitlines()) == 4
+    rows = output.read_text(encoding="utf-8")
+    assert rows.startswith(before)
+    assert [Path(json.loads(row)["file"]).name for row in rows.splitlines()[3:]] == ["003.png"]
     assert capsys.readouterr() == ("", "")
 
 

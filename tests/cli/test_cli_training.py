@@ -1,22 +1,24 @@
 """`deit-models train` and `distill`: what a run prints and leaves, what it goes on with, and what it refuses."""
 
+import io
 import json
 import os
 import re
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import PIL.Image
 import pytest
 import torch
-from command_line import CLASSES, MODELS, ended, failure, run, save_class_folders, start
+from command_line import CLASSES, MODELS, Terminal, ended, failure, run, save_class_folders, start
 
 import deit_models
 from deit_models.cli import build_parser, main
-from deit_models.cli.arguments import TrainingDisplay, epoch_line, open_data
+from deit_models.cli.arguments import first_downloads, open_data
+from deit_models.cli.long_runs import TrainingDisplay, epoch_line
+from deit_models.cli.train import run_train
 from deit_models.training.recipe import read_recipe, recipe_named
 
 PLAIN, DISTILLED = MODELS
@@ -128,12 +130,13 @@ def test_image_that_cannot_be_read_is_passed_over_and_counted(data, tmp_path, ca
 # Going on
 
 
-@contextmanager
-def interrupted_after(epochs: int) -> Iterator[None]:
-    """As if Ctrl-C were pressed when so many epochs are done."""
-    from deit_models.training import run as module
+def train_with(work: Callable[..., object], *arguments: object) -> int:
+    """Run the command with `work` in the place of `deit_models.train`; its exit status."""
+    return run_train(build_parser().parse_args([str(argument) for argument in arguments]), train=work)
 
-    real = module.train
+
+def interrupted_after(epochs: int) -> Callable[..., object]:
+    """Training in which Ctrl-C is pressed when so many epochs are done."""
 
     def broken(*args, on_epoch, **options):
         def stop(row):
@@ -143,18 +146,15 @@ def interrupted_after(epochs: int) -> Iterator[None]:
 
         if not epochs:
             raise KeyboardInterrupt
-        real(*args, on_epoch=stop, **options)
+        return deit_models.train(*args, on_epoch=stop, **options)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "train", broken)
-        yield
+    return broken
 
 
 def test_interrupted_run_says_what_is_kept_and_goes_on_from_there(data, tmp_path, capsys):
     train(capsys, data, tmp_path / "whole", "--model", PLAIN)
-    arguments = ["train", str(data), "--out", str(tmp_path / "run"), "--recipe", "cifar_scratch", *QUICK]
-    with interrupted_after(1):
-        assert main([*arguments, "--model", PLAIN]) == 130
+    arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
+    assert train_with(interrupted_after(1), *arguments) == 130
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith("epoch 1/2")
     assert err == (
@@ -168,21 +168,17 @@ def test_interrupted_run_says_what_is_kept_and_goes_on_from_there(data, tmp_path
 
 def test_interrupted_run_tells_the_epoch_that_was_saved(data, tmp_path, capsys):
     arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
-    with interrupted_after(1):
-        assert main([*map(str, arguments), "--save-every", "2"]) == 130
+    assert train_with(interrupted_after(1), *arguments, "--save-every", "2") == 130
     assert capsys.readouterr().err.endswith("no epoch was saved, so the same command starts again\n")
 
 
 def test_run_that_is_interrupted_at_once_keeps_what_there_was(data, tmp_path, capsys):
     arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", *QUICK, "--model", PLAIN]
-    arguments = [str(argument) for argument in arguments]
-    with interrupted_after(0):
-        assert main(arguments) == 130
+    assert train_with(interrupted_after(0), *arguments) == 130
     assert capsys.readouterr().err.endswith("no epoch was finished, so the same command starts again\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "last.pt").write_bytes(b"")
-    with interrupted_after(0):
-        assert main(arguments) == 130
+    assert train_with(interrupted_after(0), *arguments) == 130
     assert capsys.readouterr().err.endswith(
         f"{tmp_path / 'run'} is as before, and the same command goes on from there\n"
     )
@@ -273,9 +269,7 @@ def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(("rank", "events"), [("0", ["open True", "wait"]), ("1", ["wait", "open False"])])
-def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, monkeypatch):
-    from deit_models.data import datasets
-
+def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, data, monkeypatch):
     seen = []
 
     class Together:
@@ -283,12 +277,29 @@ def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, mo
             seen.append("wait")
 
     monkeypatch.setenv("LOCAL_RANK", rank)
-    monkeypatch.setattr(datasets, "open_dataset", lambda *_, download, **__: seen.append(f"open {download}"))
-    args = build_parser().parse_args(["train", "cifar10", "--download", "--out", "run", "--val-data", "photos"])
-    open_data(args, "cifar10", "train", Together())
+    with first_downloads(Together(), wanted=True) as downloads:
+        seen.append(f"open {downloads}")
     assert seen == events
-    open_data(args, "photos", "val", Together())  # a folder, for which the option is not meant
-    assert seen[2:] == ["open False"]
+    args = build_parser().parse_args(["train", "cifar10", "--download", "--out", "run", "--val-data", str(data)])
+    # a folder, for which the option is not meant and would be refused
+    assert len(open_data(args, str(data), "val", Together())) == 6
+    assert seen == events
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_named_set_that_is_wanted_is_opened_between_the_processes(rank, tmp_path, monkeypatch):
+    waits = []
+
+    class Together:
+        def wait_for_all(self):
+            waits.append("wait")
+
+    monkeypatch.setenv("LOCAL_RANK", rank)
+    args = build_parser().parse_args(["train", "imagenet", "--download", "--root", str(tmp_path), "--out", "run"])
+    wanted = "cannot be downloaded without an account" if rank == "0" else f"imagenet is not in {tmp_path}"
+    with pytest.raises(deit_models.DataError, match=re.escape(wanted)):
+        open_data(args, "imagenet", "train", Together())
+    assert waits == ([] if rank == "0" else ["wait"])
 
 
 @pytest.mark.parametrize(
@@ -320,16 +331,13 @@ def failure_after_plan(capsys: pytest.CaptureFixture[str], *arguments: object) -
     return err
 
 
-def test_too_little_gpu_memory_is_one_line_with_what_to_do(data, tmp_path, monkeypatch, capsys):
-    from deit_models.training import run as module
-
+def test_too_little_gpu_memory_is_one_line_with_what_to_do(data, tmp_path, capsys):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(module, "train", full)
     options = ["--model", PLAIN, "--recipe", "cifar_scratch", "--accumulate", "2"]
-    line = failure_after_plan(capsys, "train", data, "--out", tmp_path / "run", *options)
-    assert "memory for 64 images at once; --accumulate 4" in line
+    with pytest.raises(deit_models.TrainingError, match="memory for 64 images at once; --accumulate 4"):
+        train_with(full, "train", data, "--out", tmp_path / "run", *options)
 
 
 # Distillation
@@ -346,21 +354,19 @@ def test_distill_trains_a_distilled_model_with_the_teacher(data, tmp_path, capsy
 
 
 def test_teachers_weights_and_precision_reach_it(data, tmp_path, monkeypatch):
-    from deit_models.training import run as module
-    from deit_models.training import teacher as teachers
-
     seen = {}
-    torch.save(deit_models.create_model(PLAIN).state_dict(), tmp_path / "teacher.pth")
-    real = teachers.load_teacher
-    monkeypatch.setattr(teachers, "load_teacher", lambda spec, **options: seen.update(options) or real(spec, **options))
-    monkeypatch.setattr(module, "train", lambda *_, teacher, **__: seen.update(teacher=teacher) or sys.exit(7))
+    known = deit_models.create_model(PLAIN)
+    torch.nn.init.normal_(known.head.weight)
+    torch.save(known.state_dict(), tmp_path / "teacher.pth")
     options = ["--teacher", PLAIN, "--teacher-weights", tmp_path / "teacher.pth", "--teacher-precision", "bf16"]
     arguments = ["distill", data, "--out", tmp_path / "run", *options, "--model", DISTILLED]
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit, match="7"):
-        main([str(argument) for argument in arguments])
-    assert (seen["weights"], seen["precision"], seen["num_classes"]) == (str(tmp_path / "teacher.pth"), "bf16", 3)
-    assert seen["teacher"].dtype is torch.bfloat16
+        train_with(lambda *_, teacher, **__: seen.update(teacher=teacher) or sys.exit(7), *arguments)
+    teacher = seen["teacher"]
+    assert teacher.dtype is torch.bfloat16
+    assert torch.equal(teacher.network.head.weight.float(), known.head.weight.bfloat16().float())
+    assert teacher.network.num_classes == 3
 
 
 @pytest.mark.parametrize(
@@ -395,29 +401,25 @@ def test_epoch_line_counts_from_one_and_leaves_out_what_was_not_measured():
 @pytest.mark.parametrize(("finished", "label"), [(None, "training"), (0, "epoch 1/7"), (3, "epoch 4/7")])
 @pytest.mark.parametrize(("terminal", "rank", "bar"), [(True, "0", True), (False, "0", False), (True, "1", False)])
 def test_bar_of_an_epoch_appears_on_the_terminal_of_the_first_process(
-    finished, label, terminal, rank, bar, monkeypatch, capsys
+    finished, label, terminal, rank, bar, monkeypatch
 ):
-    from huggingface_hub.utils import tqdm as module
-
-    monkeypatch.setattr(module, "HF_HUB_DISABLE_PROGRESS_BARS", None, raising=False)
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     monkeypatch.setenv("RANK", rank)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    display = TrainingDisplay(7, finished=finished)
+    stream = Terminal() if terminal else io.StringIO()
+    display = TrainingDisplay(7, finished=finished, stream=stream)
     assert list(display.watch(iter("abc"), 3)) == list("abc")
     display.close()
-    assert (f"{label}: " in capsys.readouterr().err) == bar
+    assert (f"{label}: " in stream.getvalue()) == bar
 
 
-def test_bar_of_the_next_epoch_has_the_next_number(monkeypatch, capsys):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    display = TrainingDisplay(12, finished=None)
+def test_bar_of_the_next_epoch_has_the_next_number(capsys):
+    stream = Terminal()
+    display = TrainingDisplay(12, finished=None, stream=stream)
     display.show_epoch(ROW)
     display.watch(iter("abc"), 3)
     display.close()
-    out, err = capsys.readouterr()
-    assert out == epoch_line(ROW, 12) + "\n"
-    assert "epoch 11/12" in err
+    assert capsys.readouterr().out == epoch_line(ROW, 12) + "\n"
+    assert "epoch 11/12" in stream.getvalue()
 
 
 # As a process

@@ -2,15 +2,12 @@
 
 import json
 import os
-import runpy
 import signal
-import sys
 
 import pytest
 from command_line import ended, run, start, usage_error
 
 import deit_models
-from deit_models import cli
 from deit_models.cli import build_parser, main
 
 COMMANDS = [
@@ -88,12 +85,9 @@ def test_list_and_info_import_neither_torch_nor_the_hub_client():
         assert imported.isdisjoint({"torch", "torchvision", "huggingface_hub", "PIL", "numpy", "safetensors"})
 
 
-def test_package_of_the_command_is_a_module_to_run(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "argv", ["deit-models", "list", "deit_base*384"])
-    with pytest.raises(SystemExit) as stopped:
-        runpy.run_module("deit_models.cli", run_name="__main__")
-    assert stopped.value.code == 0
-    assert capsys.readouterr().out.split() == deit_models.list_models("deit_base*384")
+def test_package_of_the_command_is_a_module_to_run():
+    status, out, _ = run("list", "deit_base*384", module="deit_models.cli")
+    assert (status, out.split()) == (0, deit_models.list_models("deit_base*384"))
 
 
 def test_failure_names_the_process_among_many(monkeypatch, capsys):
@@ -148,10 +142,10 @@ def test_output_that_cannot_be_written_is_one_line():
     assert err.count("\n") == 1
 
 
-def test_interrupt_while_a_command_starts_has_no_traceback(monkeypatch, capsys):
-    def interrupted():
-        raise KeyboardInterrupt
+def test_interrupt_while_a_command_starts_has_no_traceback(capsys):
+    class Interrupted(list):
+        def __iter__(self):
+            raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "build_parser", interrupted)
-    assert main(["list"]) == 130
+    assert main(Interrupted(["list"])) == 130
     assert capsys.readouterr() == ("", "deit-models: interrupted\n")

@@ -6,7 +6,7 @@ import pytest
 from command_line import usage_error
 
 from deit_models.cli import build_parser, main
-from deit_models.cli.training import chosen_recipe
+from deit_models.cli.long_runs import chosen_recipe
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe, recipe_named
 

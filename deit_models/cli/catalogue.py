@@ -1,5 +1,4 @@
-"""`deit-models cache`: list, verify, clear and record downloaded weights."""
-# MERGED """`deit-models list`, `info` and `convert`."""
+"""`deit-models list`, `info`, `convert` and `cache`."""
 
 from __future__ import annotations
 
@@ -12,11 +11,11 @@ from typing import Any
 
 from ..checkpoint import Checkpoint, weights_dir
 from ..registry import list_models, model_info
-from .arguments import EXIT_FAILED, EXIT_OK, add_json, add_loading, command, loading
+from .arguments import EXIT_FAILED, EXIT_OK, add_bare_model, add_json, add_loading, command, loading
 
 
 def add_list(commands: Any) -> None:
-    """The command `list`."""
+    """Add the command `list`."""
     parser = command(commands, "list", "list model names", "list 'deit_*distilled*'", _run_list)
     parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, default all")
     parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
@@ -35,7 +34,7 @@ def _run_list(args: argparse.Namespace) -> int:
 
 
 def add_info(commands: Any) -> None:
-    """The command `info`."""
+    """Add the command `info`."""
     example = "info deit_tiny_patch16_224"
     parser = command(commands, "info", "show what is known of a model", example, _run_info)
     parser.add_argument("model", help="a name from `deit-models list`")
@@ -69,14 +68,14 @@ def _describe(info: Checkpoint) -> str:
 
 
 def add_convert(commands: Any) -> None:
-    """The command `convert`."""
+    """Add the command `convert`."""
     example = "convert deit_tiny.pth out/ --model deit_tiny_patch16_224 --layout transformers"
     parser = command(commands, "convert", "write a checkpoint in another layout", example, _run_convert)
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
     parser.add_argument("destination", type=Path, help="folder to write")
     layouts = ["native", "timm", "timm-conv", "transformers"]
     parser.add_argument("--layout", choices=layouts, default="native", help="default native; timm-conv: of LeViT only")
-    parser.add_argument("--model", help="the model that a bare weights file holds")
+    add_bare_model(parser)
     dtypes = ["float32", "float16", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
     add_loading(parser)
@@ -94,7 +93,7 @@ def _run_convert(args: argparse.Namespace) -> int:
 
 
 def add_cache(commands: Any) -> None:
-    """The command `cache` with its actions."""
+    """Add the command `cache` with its actions."""
     summary = "list, verify, clear or record downloaded weights"
     actions = command(commands, "cache", summary, "cache verify", None).add_subparsers(required=True, metavar="ACTION")
     recorded = "digests, revisions and first logits into the manifest (maintainers)"

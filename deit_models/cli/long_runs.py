@@ -1,0 +1,263 @@
+"""What the commands that train share: recipe, folder and teacher options, the display, and how a run ends."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable
+from contextlib import closing
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
+
+from ..errors import ConfigError, TrainingError
+from ..training.presets import PRESETS
+from ..training.recipe import Recipe, read_recipe, recipe_named
+from .arguments import EXIT_INTERRUPTED, EXIT_OK, process_number, progress_bar, say
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..models.layers import ImageClassifier
+    from ..training.teacher import Teacher
+
+_PREFIX = "recipe."  # of a field's name in the namespace, so that no other option has the same name
+_RECIPE_HELP = (
+    "a preset, or a TOML file with `preset` and the fields to replace; the options below go before both; default {}"
+)
+
+# The recipe
+
+
+def add_recipe(parser: argparse.ArgumentParser, preset: str, *, by_data: bool = False) -> None:
+    """Add `--recipe`, `--list-recipes`, one option for each field of `Recipe`, and a help that shows their values.
+
+    Args:
+        parser: made without a help option.
+        preset: the default of `--recipe`.
+        by_data: without `--recipe` the command chooses by the data: its value is then None, and only the help uses
+            `preset`.
+    """
+    shown: dict[str, argparse.Action] = {}
+    parser.add_argument("-h", "--help", action=_Help, nargs=0, shown=shown, help="show this, with the recipe's values")
+    text = _RECIPE_HELP.format(f"by the data, {preset} where they are not known" if by_data else preset)
+    parser.add_argument("--recipe", default=None if by_data else preset, metavar="NAME|FILE.toml", help=text)
+    parser.set_defaults(shown_recipe=preset)
+    parser.add_argument("--list-recipes", action=_ListRecipes, nargs=0, help="show the presets and end")
+    group = parser.add_argument_group("fields of the recipe")
+    for name, kind in get_type_hints(Recipe).items():
+        if name != "preset":
+            option = "--" + name.replace("_", "-")
+            # suppressed: an option that is not given stays out of the namespace, so that the recipe's value holds
+            shown[name] = group.add_argument(option, dest=_PREFIX + name, default=argparse.SUPPRESS, **_reading(kind))
+
+
+def _reading(kind: Any) -> dict[str, Any]:
+    """Options of `add_argument` for a field of this type."""
+    if kind is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if choices := get_args(kind):
+        return {"choices": choices}
+    return {"type": kind, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
+
+
+def chosen_recipe(args: argparse.Namespace) -> Recipe:
+    """The recipe of a command line: its options, then the TOML file, then the preset, then the defaults.
+
+    Raises: ConfigError: no such preset or file, or a value that cannot work.
+    """
+    given = recipe_changes(args)
+    if args.recipe not in PRESETS and (args.recipe.endswith(".toml") or Path(args.recipe).is_file()):
+        return read_recipe(args.recipe, **given)
+    return recipe_named(args.recipe, **given)
+
+
+def recipe_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the recipe that were given as options."""
+    return {key.removeprefix(_PREFIX): value for key, value in vars(args).items() if key.startswith(_PREFIX)}
+
+
+class _Help(argparse.Action):
+    """Print the help; each field of the recipe is shown with its value after the options before `--help`."""
+
+    def __init__(self, *args: Any, shown: dict[str, argparse.Action], **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.shown = shown
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, *_: Any) -> None:
+        namespace.recipe = namespace.recipe or parser.get_default("shown_recipe")
+        recipe, texts = chosen_recipe(namespace), {field.name: field.metadata["help"] for field in fields(Recipe)}
+        for name, action in self.shown.items():
+            value = getattr(recipe, name)
+            spelt = {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+            action.help = f"{texts[name]}; default {spelt}".replace("%", "%%")
+        parser.print_help()
+        parser.exit()
+
+
+class _ListRecipes(argparse.Action):
+    """Print the presets as a table."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        rows = [("name", "epochs", "batch", "peak lr", "pixels", "teacher", "what it is, and its source")]
+        for name, (source, _changes) in PRESETS.items():
+            recipe = recipe_named(name)
+            size = str(recipe.img_size or "model's")
+            numbers = (str(recipe.epochs), str(recipe.batch_size), f"{recipe.peak_lr:g}", size, recipe.distillation)
+            rows.append((name, *numbers, source))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        for row in rows:
+            print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        parser.exit()
+
+
+# Other options
+
+
+def add_folder(parser: argparse.ArgumentParser, contents: str) -> None:
+    """Add `--out` and `--fresh`; `check_fresh` reads them."""
+    text = f"for {contents}; a run that is in it goes on"
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
+    parser.add_argument("--fresh", action="store_true", help="refuse to go on with a run: --out must be new or empty")
+
+
+def check_fresh(args: argparse.Namespace) -> None:
+    """Raise ConfigError if `--fresh` finds a folder in use."""
+    if args.fresh and process_number() == 0 and args.out.is_dir() and any(args.out.iterdir()):
+        raise ConfigError(
+            f"{args.out} is not empty; --fresh starts in a new or empty folder: delete it or name another"
+        )
+
+
+def add_image_cache(parser: argparse.ArgumentParser) -> None:
+    """Add `--cache`."""
+    text = (
+        "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or never; "
+        "default auto"
+    )
+    parser.add_argument("--cache", choices=["auto", "ram", "none"], default="auto", help=text)
+
+
+def add_teacher(parser: argparse.ArgumentParser, *, required: bool) -> None:
+    """Add the options for a teacher; `given_teacher` reads them."""
+    text = (
+        "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, which is run"
+    )
+    parser.add_argument("--teacher", required=required, help=text)
+    text = "a weights file of the teacher, or the name of torchvision's weights"
+    parser.add_argument("--teacher-weights", metavar="FILE", help=text)
+    text = "what the teacher computes in, default float32"
+    parser.add_argument("--teacher-precision", choices=["float32", "bf16"], default="float32", help=text)
+
+
+def given_teacher(
+    args: argparse.Namespace, model: ImageClassifier, num_classes: int, device: torch.device
+) -> Teacher | None:
+    """The teacher of a command line, for a student. Raises: see `load_teacher`."""
+    from ..data.transforms import transform_for
+    from ..training.teacher import load_teacher
+
+    if args.teacher is None:
+        return None
+    return load_teacher(
+        args.teacher,
+        num_classes=num_classes,
+        student=transform_for(model).preprocessing,
+        weights=args.teacher_weights,
+        precision=args.teacher_precision,
+        device=device,
+    )
+
+
+def state_file(args: argparse.Namespace) -> Path:
+    """The saved state of a run, from which it goes on."""
+    from ..training.state import STATE_NAME
+
+    return Path(args.out, STATE_NAME)
+
+
+# The display, and how a run ends
+
+
+class TrainingDisplay:
+    """Progress of a training run: a bar for the running epoch, on a terminal, and a line for each finished one.
+
+    Attributes:
+        epochs: length of the run.
+        finished: epochs that are done; None until the first line of a run that goes on.
+    """
+
+    def __init__(self, epochs: int, *, finished: int | None, stream: TextIO | None = None) -> None:
+        self.epochs = epochs
+        self.finished = finished
+        self._stream = stream
+        self._bar: Any = None
+
+    def watch(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
+        """The batches of the next epoch, behind a bar."""
+        label = "training" if self.finished is None else f"epoch {self.finished + 1}/{self.epochs}"
+        self._bar = progress_bar(batches, total, unit="batch", label=label, stream=self._stream)
+        return self._bar
+
+    def close(self) -> None:
+        """Remove the bar of an epoch that was broken off."""
+        if self._bar is not None:
+            self._bar.close()
+
+    def show_epoch(self, row: dict[str, Any]) -> None:
+        """Print a row of the log and count its epoch."""
+        self.finished = row["epoch"] + 1
+        print(epoch_line(row, self.epochs), flush=True)
+
+
+def epoch_line(row: dict[str, Any], epochs: int) -> str:
+    """A row of the log as a line; epochs count from 1."""
+    number = str(row["epoch"] + 1).rjust(len(str(epochs)))
+    parts = [f"epoch {number}/{epochs}", f"loss {row['loss']:.4f}"]
+    names = {
+        "top1": "top-1", "class_top1": "class head", "distillation_top1": "distillation head", "ema_top1": "averaged",
+    }  # fmt: skip
+    parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if row.get(key) is not None]
+    parts += [f"lr {row['lr']:.3g}", f"{row['images_per_second']:.0f} images/s"]
+    if row.get("unreadable"):
+        parts.append(f"{row['unreadable']} unreadable")
+    return "  ".join(parts)
+
+
+def run_to_end(
+    args: argparse.Namespace,
+    recipe: Recipe,
+    display: TrainingDisplay,
+    work: Callable[[], None],
+    *,
+    kept: str | None = None,
+) -> int:
+    """Do the work and return the exit status; after Ctrl-C say what is left: `kept`, or what `display` counted.
+
+    Raises: TrainingError: the GPU has too little memory.
+    """
+    import torch
+
+    try:
+        with closing(display):
+            work()
+    except KeyboardInterrupt:
+        say(f"deit-models: interrupted; {kept or _what_is_kept(args, recipe, display)}", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"the GPU has too little memory for {recipe.batch_size // recipe.accumulate} images at once; "
+            f"--accumulate {2 * recipe.accumulate} does each step in smaller parts"
+        ) from error
+    return EXIT_OK
+
+
+def _what_is_kept(args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay) -> str:
+    """For the message of an interrupted run."""
+    if display.finished is None:
+        return f"{args.out} is as before, and the same command goes on from there"
+    done = display.finished
+    saved = done if done == display.epochs else done - done % recipe.save_every
+    if saved == 0:
+        return f"no epoch was {'saved' if done else 'finished'}, so the same command starts again"
+    return f"{args.out} keeps epoch {saved} of {display.epochs}, and the same command goes on from there"
