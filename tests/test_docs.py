@@ -1,10 +1,13 @@
 """What the documents say is compared with the code: the table of models, the snippets, the options they name."""
 
 import dataclasses
+import json
+import pkgutil
 import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -20,17 +23,39 @@ from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-README = ROOT / "README.md"
+DOCS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}
+DOCS |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*/*.md")}
+GUIDES = ("README.md", *(f"docs/{name}.md" for name in ("loading", "finetuning", "training", "deployment", "search")))
+NOTEBOOKS = [json.loads(path.read_bytes()) for path in (ROOT / "examples").glob("*.ipynb")]
+MAX_README_LINES = 120
 TABLE = re.compile(r"(<!-- models:.*?-->\n)(.*?)(<!-- /models -->)", re.DOTALL)
-SNIPPETS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), re.DOTALL)
+# The models people come for, which the README shows
+CHOSEN = (
+    "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "deit_small_distilled_patch16_224",
+    "deit_base_distilled_patch16_384", "deit3_base_patch16_224_in21ft1k", "deit3_large_patch16_384_in21ft1k",
+    "levit_256", "t2t_vit_14", "deit_micro_distilled_patch4_32",
+)  # fmt: skip
 
 
-def model_table() -> str:
+def blocks(document: str, language: str) -> list[str]:
+    """The code blocks of a document that are in this language."""
+    return re.findall(rf"```{language}\n(.*?)```", DOCS[document], re.DOTALL)
+
+
+SNIPPETS = [
+    pytest.param(document, snippet, id=f"{document}: {snippet.strip().splitlines()[0][:40]}")
+    for document in GUIDES
+    for snippet in blocks(document, "python")
+]
+
+
+def model_table(names: Iterable[str]) -> str:
     lines = [
         "| name | parameters | MACs | input | top-1 | top-5 | weights |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
     ]
-    for c in load_manifest().values():
+    manifest = load_manifest()
+    for c in map(manifest.__getitem__, names):
         accuracy = ["" if value is None else f"{value:.1f}" for value in (c.top1, c.top5)]
         data = "shipped, " * any(s.file for s in c.sources) + (c.dataset or "") if c.sources else "none"
         row = [f"`{c.name}`", f"{c.params / 1e6:.1f} M", f"{c.macs / 1e9:.2f} G", str(c.input_size), *accuracy, data]
@@ -38,44 +63,78 @@ def model_table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def test_readme_table_equals_the_manifest(request: pytest.FixtureRequest) -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize(("document", "names"), [("README.md", CHOSEN), ("docs/models.md", None)])
+def test_table_of_models_equals_the_manifest(
+    document: str, names: tuple[str, ...] | None, request: pytest.FixtureRequest
+) -> None:
+    table, path = model_table(names or load_manifest()), ROOT / document
     if request.config.getoption("--update-docs"):
-        README.write_text(TABLE.sub(lambda m: m[1] + model_table() + m[3], text), encoding="utf-8")
-        text = README.read_text(encoding="utf-8")
-    match = TABLE.search(text)
+        path.write_text(TABLE.sub(lambda m: m[1] + table + m[3], DOCS[document]), encoding="utf-8")
+    match = TABLE.search(path.read_text(encoding="utf-8"))
     assert match is not None
-    assert match[2] == model_table(), "run pytest tests/test_docs.py --update-docs"
+    assert match[2] == table, "run pytest tests/test_docs.py --update-docs"
 
 
-def test_readme_names_only_models_that_exist() -> None:
-    named = set(re.findall(r'"((?:deit3?|t2t_vit)_[a-z0-9_]+)"', README.read_text(encoding="utf-8")))
-    assert named
-    assert named <= set(deit_models.list_models())
+def test_readme_fits_on_two_screens() -> None:
+    assert len(DOCS["README.md"].splitlines()) <= MAX_README_LINES
 
 
-def test_readme_hub_repositories_are_in_the_manifest() -> None:
+def test_first_two_shell_blocks_of_the_readme_are_those_that_ci_runs() -> None:
+    first, second, *_ = blocks("README.md", "sh")
+    assert "examples/classify_photo.py" in first
+    assert "-m pytest" in second
+
+
+@pytest.mark.parametrize("document", GUIDES)
+def test_documents_name_only_models_and_presets_that_exist(document: str) -> None:
+    named = set(re.findall(r'"((?:deit3?|levit|t2t_vit|vit_res)_[a-z0-9_]+)"', DOCS[document]))
+    assert named or document == "docs/search.md"
+    assert named <= {*deit_models.list_models(), *PRESETS}
+
+
+def test_hub_repositories_of_the_documents_are_in_the_manifest() -> None:
     published = {source.repo for checkpoint in load_manifest().values() for source in checkpoint.sources}
-    named = set(re.findall(r'"((?:timm|facebook)/[^"]+)"', README.read_text(encoding="utf-8")))
+    named = {repo for document in GUIDES for repo in re.findall(r'"((?:timm|facebook)/[^"]+)"', DOCS[document])}
     assert named
     assert named <= published
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=lambda text: text.strip().splitlines()[0][:40])
-def test_readme_snippet_is_python(snippet: str) -> None:
-    compile(snippet.replace("...", "pass"), "README.md", "exec")
+@pytest.mark.parametrize(("document", "snippet"), SNIPPETS)
+def test_snippet_is_python(document: str, snippet: str) -> None:
+    compile(snippet.replace("...", "pass"), document, "exec")
 
 
-def test_readme_saving_snippet_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    snippet = next(text for text in SNIPPETS if "save_pretrained" in text)
+def test_modules_that_documents_and_notebooks_import_from_exist() -> None:
+    texts = [*DOCS.values(), *("".join(cell["source"]) for notebook in NOTEBOOKS for cell in notebook["cells"])]
+    imports = {line for text in texts for line in re.findall(r"(?m)^from deit_models[\w.]* import .*$", text)}
+    assert len(imports) > 3
+    for line in imports:
+        exec(line, {})
+
+
+def test_modules_that_documents_name_exist() -> None:
+    named = {
+        name
+        for document, text in DOCS.items()
+        if document != "CHANGELOG.md"
+        for name in re.findall(r"`deit_models((?:\.\w+)+)", text)
+    }
+    assert named
+    for name in named:
+        pkgutil.resolve_name(f"deit_models{name}")
+
+
+@pytest.mark.parametrize("document", ["README.md", "docs/loading.md"])
+def test_saving_snippet_runs(document: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snippet = next(text for text in blocks(document, "python") if "save_pretrained" in text)
     lines = [line for line in snippet.splitlines() if "push_to_hub" not in line]
     monkeypatch.chdir(tmp_path)
     exec("\n".join(lines), {"model": deit_models.create_model("deit_micro_patch4_32")})
     assert {path.name for path in tmp_path.iterdir()} == {"out", "for_timm", "for_hf"}
 
 
-def test_readme_commands_are_known_to_the_command() -> None:
-    named = set(re.findall(r"deit-models (\w+)", README.read_text(encoding="utf-8")))
+def test_commands_of_the_documents_are_known_to_the_command() -> None:
+    named = {name for document in GUIDES for name in re.findall(r"deit-models ([a-z]\w+)", DOCS[document])}
     shown = subprocess.run(
         [sys.executable, "-m", "deit_models", "--help"], capture_output=True, text=True, cwd=ROOT, check=True
     ).stdout
@@ -84,29 +143,32 @@ def test_readme_commands_are_known_to_the_command() -> None:
 
 
 @pytest.mark.parametrize(
-    "document", ["README.md", "docs/training.md", "docs/finetuning.md", "docs/search.md", "docs/deployment.md"]
+    ("document", "least"),
+    [(document, 2 if document == "docs/loading.md" else 3) for document in GUIDES],
 )
-def test_command_lines_of_the_documents_are_accepted(document: str) -> None:
-    text = (ROOT / document).read_text(encoding="utf-8")
-    blocks = re.findall(r"```sh\n(.*?)```", text, re.DOTALL)
-    found = [line for block in blocks for line in re.findall(r"(?:^|-m )deit[-_]models (.*)", block, re.MULTILINE)]
-    assert len(found) >= 3
+def test_command_lines_of_the_documents_are_accepted(document: str, least: int) -> None:
+    found = [
+        line
+        for block in blocks(document, "sh")
+        for line in re.findall(r"(?:^|-m )deit[-_]models (.*)", block, re.MULTILINE)
+    ]
+    assert len(found) >= least
     for line in found:
         build_parser().parse_args(shlex.split(line, comments=True))
 
 
-@pytest.mark.parametrize(
-    "document",
-    ["README.md", "CONTRIBUTING.md", *(path.relative_to(ROOT) for path in (ROOT / "docs").glob("*.md"))],
-    ids=str,
-)
-def test_files_named_in_the_documents_exist(document: str | Path) -> None:
-    for target in re.findall(r"\]\(([^)#:]+)\)", (ROOT / document).read_text(encoding="utf-8")):
-        assert ((ROOT / document).parent / target).exists(), f"{document} links to {target}"
+@pytest.mark.parametrize("document", sorted(DOCS))
+def test_links_of_the_documents_lead_somewhere(document: str) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#:]*)(?:#([^)]*))?\)", DOCS[document]):
+        file = ((ROOT / document).parent / target).resolve() if target else ROOT / document
+        assert file.exists(), f"{document} links to {target}"
+        titles = re.findall(r"(?m)^#+ (.*)$", file.read_text(encoding="utf-8")) if anchor else []
+        anchors = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in titles}
+        assert not anchor or anchor in anchors, f"{document} links to {target}#{anchor}"
 
 
 def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
-    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    text = DOCS["docs/training.md"]
     named = set(re.findall(r"`((?:deit3?|levit|t2t|cifar|vit_res|supernet)_[a-z0-9_]+)`", text)) - set(
         deit_models.list_models()
     )
@@ -117,32 +179,24 @@ def test_training_guide_names_only_presets_and_settings_that_exist() -> None:
 
 
 def test_search_guide_shows_a_space_that_can_be_searched() -> None:
-    text = (ROOT / "docs" / "search.md").read_text(encoding="utf-8")
-    (space,) = re.findall(r"```toml\n(.*?)```", text, re.DOTALL)
+    (space,) = blocks("docs/search.md", "toml")
     assert space_from_toml(space).count() > 1000
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        compile(snippet, "docs/search.md", "exec")
 
 
 def test_fine_tuning_guide_names_the_preset_of_every_data_set() -> None:
-    text = (ROOT / "docs" / "finetuning.md").read_text(encoding="utf-8")
+    text = DOCS["docs/finetuning.md"]
     rows = re.findall(r"^\| (`[a-z].*?) \| `(\w+)` \|", text, re.MULTILINE)
     named = {name.strip("`"): preset for names, preset in rows for name in names.split(", ")}
     assert {name: preset for name, preset in PRESET_OF.items() if not name.startswith("inat")} | {
         "inaturalist-...": PRESET_OF["inaturalist-2018"]
     } == named
-    snippets = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    for snippet in snippets:
-        compile(snippet, "docs/finetuning.md", "exec")
     assert all(f"`{name}`" in text or name.startswith("inat") for name in DATASETS)
 
 
 def test_deployment_guide_names_the_backends_and_formats_there_are() -> None:
-    text = (ROOT / "docs" / "deployment.md").read_text(encoding="utf-8")
+    text = DOCS["docs/deployment.md"]
     assert re.findall(r"^\| `(\w+)` \|.*\|.*\|$", text, re.MULTILINE)[: len(BACKENDS)] == list(BACKENDS)
     assert {kind.suffix for kind in FORMATS.values()} == set(re.findall(r"deit-models export \S+ \w+(\.\w+)", text))
-    for snippet in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
-        compile(snippet, "docs/deployment.md", "exec")
 
 
 def test_public_names_are_importable_and_documented() -> None:

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import select
+import struct
 import sys
 from pathlib import Path
 
@@ -225,7 +226,11 @@ def test_bar_appears_on_a_terminal_where_it_is_wanted(terminal, wanted, bar):
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals as Linux has them")
 @pytest.mark.parametrize("on_screen", [False, True])
 def test_bar_appears_on_a_real_terminal_that_shows_no_results(tiny, photos, on_screen):
+    import fcntl
+    import termios
+
     ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))  # rows and columns; none by default
     try:
         pipes = {"stderr": theirs, **({"stdout": theirs} if on_screen else {})}
         assert ended(start("predict", photos, "--model", tiny, **pipes))[0] == 0

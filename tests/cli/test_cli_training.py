@@ -331,7 +331,7 @@ def failure_after_plan(capsys: pytest.CaptureFixture[str], *arguments: object) -
     return err
 
 
-def test_too_little_gpu_memory_is_one_line_with_what_to_do(data, tmp_path, capsys):
+def test_too_little_gpu_memory_is_one_line_with_what_to_do(data, tmp_path):
     def full(*_args, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
