@@ -107,7 +107,7 @@ def test_snippet_is_python(document: str, snippet: str) -> None:
 def test_modules_that_documents_and_notebooks_import_from_exist() -> None:
     texts = [*DOCS.values(), *("".join(cell["source"]) for notebook in NOTEBOOKS for cell in notebook["cells"])]
     imports = {line for text in texts for line in re.findall(r"(?m)^from deit_models[\w.]* import .*$", text)}
-    assert len(imports) > 3
+    assert imports
     for line in imports:
         exec(line, {})
 

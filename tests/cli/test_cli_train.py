@@ -1,6 +1,5 @@
 """`deit-models train` and `distill`: what a run prints and leaves, what it goes on with, and what it refuses."""
 
-import io
 import json
 import os
 import re
@@ -12,12 +11,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from command_line import CLASSES, MODELS, Terminal, ended, failure, run, save_class_folders, start
+from command_line import CLASSES, MODELS, ended, failure, run, save_class_folders, start
 
 import deit_models
 from deit_models.cli import build_parser, main
-from deit_models.cli.arguments import first_downloads, open_data
-from deit_models.cli.long_runs import TrainingDisplay, epoch_line
+from deit_models.cli.long_runs import epoch_line
 from deit_models.cli.train import run_train
 from deit_models.training.recipe import read_recipe, recipe_named
 
@@ -268,40 +266,6 @@ def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
     assert "--download" in line
 
 
-@pytest.mark.parametrize(("rank", "events"), [("0", ["open True", "wait"]), ("1", ["wait", "open False"])])
-def test_of_the_processes_of_a_machine_only_the_first_downloads(rank, events, data, monkeypatch):
-    seen = []
-
-    class Together:
-        def wait_for_all(self):
-            seen.append("wait")
-
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    with first_downloads(Together(), wanted=True) as downloads:
-        seen.append(f"open {downloads}")
-    assert seen == events
-    args = build_parser().parse_args(["train", "cifar10", "--download", "--out", "run", "--val-data", str(data)])
-    # a folder, for which the option is not meant and would be refused
-    assert len(open_data(args, str(data), "val", Together())) == 6
-    assert seen == events
-
-
-@pytest.mark.parametrize("rank", ["0", "1"])
-def test_named_set_that_is_wanted_is_opened_between_the_processes(rank, tmp_path, monkeypatch):
-    waits = []
-
-    class Together:
-        def wait_for_all(self):
-            waits.append("wait")
-
-    monkeypatch.setenv("LOCAL_RANK", rank)
-    args = build_parser().parse_args(["train", "imagenet", "--download", "--root", str(tmp_path), "--out", "run"])
-    wanted = "cannot be downloaded without an account" if rank == "0" else f"imagenet is not in {tmp_path}"
-    with pytest.raises(deit_models.DataError, match=re.escape(wanted)):
-        open_data(args, "imagenet", "train", Together())
-    assert waits == ([] if rank == "0" else ["wait"])
-
-
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -381,45 +345,6 @@ def test_teachers_weights_and_precision_reach_it(data, tmp_path, monkeypatch):
 def test_distill_explains_in_one_line_what_it_cannot_do(data, tmp_path, options, reason, capsys):
     arguments = ["distill", data, "--out", tmp_path / "run", "--model", DISTILLED, *options]
     assert reason in failure_after_plan(capsys, *arguments)
-
-
-# What is shown
-
-
-ROW = {"epoch": 9, "loss": 1.23456, "lr": 0.000753, "images_per_second": 1234.5, "unreadable": 0}
-
-
-def test_epoch_line_counts_from_one_and_leaves_out_what_was_not_measured():
-    assert epoch_line(ROW, 100) == "epoch  10/100  loss 1.2346  lr 0.000753  1234 images/s"
-    measured = {"top1": 50.0, "class_top1": 49.5, "distillation_top1": 40.25, "ema_top1": 33.333, "unreadable": 2}
-    assert epoch_line(ROW | measured, 10) == (
-        "epoch 10/10  loss 1.2346  top-1 50.00 %  class head 49.50 %  distillation head 40.25 %  averaged 33.33 %"
-        "  lr 0.000753  1234 images/s  2 unreadable"
-    )
-
-
-@pytest.mark.parametrize(("finished", "label"), [(None, "training"), (0, "epoch 1/7"), (3, "epoch 4/7")])
-@pytest.mark.parametrize(("terminal", "rank", "bar"), [(True, "0", True), (False, "0", False), (True, "1", False)])
-def test_bar_of_an_epoch_appears_on_the_terminal_of_the_first_process(
-    finished, label, terminal, rank, bar, monkeypatch
-):
-    monkeypatch.setenv("RANK", rank)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    stream = Terminal() if terminal else io.StringIO()
-    display = TrainingDisplay(7, finished=finished, stream=stream)
-    assert list(display.watch(iter("abc"), 3)) == list("abc")
-    display.close()
-    assert (f"{label}: " in stream.getvalue()) == bar
-
-
-def test_bar_of_the_next_epoch_has_the_next_number(capsys):
-    stream = Terminal()
-    display = TrainingDisplay(12, finished=None, stream=stream)
-    display.show_epoch(ROW)
-    display.watch(iter("abc"), 3)
-    display.close()
-    assert capsys.readouterr().out == epoch_line(ROW, 12) + "\n"
-    assert "epoch 11/12" in stream.getvalue()
 
 
 # As a process

@@ -1,7 +1,6 @@
 """`deit-models predict`: what it prints, where, and with which status."""
 
 import csv
-import io
 import json
 import os
 import select
@@ -12,12 +11,11 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from command_line import NAMES, Terminal, ended, failure, save_pictures, start
+from command_line import NAMES, ended, failure, save_pictures, start
 
 import deit_models
 from deit_models import predict
 from deit_models.cli import build_parser, main
-from deit_models.cli.arguments import progress_bar
 from deit_models.cli.inference import make_classifier, run_predict
 
 
@@ -212,15 +210,6 @@ def test_named_device_is_used(tiny, photos, capsys):
     assert {parameter.device.type for parameter in classifier.model.parameters()} == {"cpu"}
     assert main(arguments) == 0
     assert capsys.readouterr().err == ""
-
-
-@pytest.mark.parametrize(
-    ("terminal", "wanted", "bar"), [(True, True, True), (True, False, False), (False, True, False)]
-)
-def test_bar_appears_on_a_terminal_where_it_is_wanted(terminal, wanted, bar):
-    stream = Terminal() if terminal else io.StringIO()
-    assert list(progress_bar(iter("abc"), 3, unit="image", wanted=wanted, stream=stream)) == list("abc")
-    assert ("3/3" in stream.getvalue()) == bar
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pseudo-terminals as Linux has them")
