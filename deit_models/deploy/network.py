@@ -157,7 +157,7 @@ class MergingBlock(nn.Module):
         """Both residual steps."""
         query, key, value = self.attn.heads(self.norm1(x))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=log_sizes(sizes, x.dtype))
-        x = x + scaled(self.attn.project(mixed.transpose(1, 2).flatten(2)), self.gamma_1)
+        x = x + scaled(self.attn.proj(mixed.transpose(1, 2).flatten(2)), self.gamma_1)
         r = min(self.r, (x.shape[1] - self.num_prefix) // 2)
         if r:
             sizes = torch.ones_like(x[..., :1], dtype=torch.float32) if sizes is None else sizes

@@ -16,10 +16,11 @@ from ..data.classes import class_names_of
 from ..errors import ConfigError
 from ..hub.weights import meta_model
 from ..models.layers import ImageClassifier
+from ..training.optim import layer_count, layer_of_parameter
 
 
 def first_trained_layer(mode: str, model: ImageClassifier) -> int:
-    """Lowest layer that learns in a mode, numbered as by `model.layer_of`.
+    """Lowest layer that learns in a mode, numbered as by `layer_of_parameter`.
 
     "full": everything learns. "last-N": the last N blocks, the final norm and the heads. "head": the heads alone.
 
@@ -27,15 +28,16 @@ def first_trained_layer(mode: str, model: ImageClassifier) -> int:
     """
     if mode == "full":
         return 0
+    last = layer_count(model)
     if mode == "head":
-        return model.num_layers
+        return last
     match = re.fullmatch(r"last-(\d+)", mode)
     if match is None:
         raise ConfigError(f"mode={mode!r}; expected 'full', 'head', or 'last-N' with a number of blocks")
     blocks = int(match[1])
-    if blocks >= model.num_layers:
-        raise ConfigError(f"mode={mode!r}: the model has {model.num_layers - 1} blocks; 'full' trains everything")
-    return model.num_layers - blocks
+    if blocks >= last:
+        raise ConfigError(f"mode={mode!r}: the model has {last - 1} blocks; 'full' trains everything")
+    return last - blocks
 
 
 @contextmanager
@@ -44,7 +46,7 @@ def only_from_layer(model: ImageClassifier, layer: int) -> Iterator[None]:
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name] and model.layer_of(name) >= layer)
+            parameter.requires_grad_(before[name] and layer_of_parameter(model, name) >= layer)
         yield
     finally:
         for name, parameter in model.named_parameters():

@@ -1,9 +1,9 @@
 """DeiT: vision transformers trained on ImageNet-1k alone, optionally distilled through a second token; and DeiT III.
 
 Source: Touvron et al., Training data-efficient image transformers & distillation through attention, 2021,
-arXiv:2012.12877. An image is cut into patches; each becomes a token; a class token (and, in distilled models, a
-distillation token that learns from a teacher) is put in front; `depth` identical pre-norm blocks mix them; a linear
-head reads the class token, another one the distillation token.
+arXiv:2012.12877. An image is cut into patches; each becomes a token. A class token is put in front, in distilled models
+also a distillation token, which learns from a teacher. `depth` identical pre-norm blocks mix the tokens. A linear head
+classifies the class token, another one the distillation token.
 
 DeiT III (Touvron et al., DeiT III: Revenge of the ViT, 2022, arXiv:2204.07118) is the same network with three settings
 changed: `layer_scale`, no positions for the class token, and the same stochastic depth in every block.
@@ -22,13 +22,13 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, init_vit_weights, patch_grid
-from .transformer import Block, TransformerConfig, VisionTransformer, drop_path_rates
+from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
+from .transformer import Block, VisionTransformer, drop_path_rates, make_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeiTConfig(TransformerConfig):
-    """Everything that shapes a DeiT. The defaults are DeiT-B at 224 pixels; the variants stand below the model.
+class DeiTConfig(ImageSize):
+    """Shape of a DeiT. The defaults are DeiT-B at 224 pixels; the variants stand below the model.
 
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of `patch_size`.
@@ -46,7 +46,7 @@ class DeiTConfig(TransformerConfig):
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
         drop_path_uniform: the same stochastic depth in every block instead.
         patch_drop_rate: share of an image's patches left out while training, others for each image.
-        layer_scale: where the learned factors of each residual branch start, one a channel; 0: there are none.
+        layer_scale: start value of the learned factors of each residual branch, one a channel; 0: there are none.
         prefix_positions: whether the class and distillation token have position embeddings, as the patches do.
         dynamic_img_size: accept any multiple of the patch when called, resizing the positions on the fly.
     """
@@ -84,11 +84,6 @@ class DeiTConfig(TransformerConfig):
         patch_grid(self.image_hw, self.patch_size)
 
     @property
-    def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the input in pixels."""
-        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
-
-    @property
     def grid(self) -> tuple[int, int]:
         """(height, width) of the input in patches."""
         return patch_grid(self.image_hw, self.patch_size)
@@ -106,7 +101,9 @@ class DeiTConfig(TransformerConfig):
     @property
     def drop_path_rates(self) -> list[float]:
         """Stochastic depth of each block."""
-        return drop_path_rates(self.drop_path_rate, self.depth, uniform=self.drop_path_uniform)
+        if self.drop_path_uniform:
+            return [self.drop_path_rate] * self.depth
+        return drop_path_rates(self.drop_path_rate, self.depth)
 
 
 class PatchEmbed(nn.Module):
@@ -133,7 +130,7 @@ class PatchDropout(nn.Module):
         self.rate, self.num_prefix = rate, num_prefix
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """The tokens of the patches that stay, in random order; each carries its position already."""
+        """Drop tokens; those that stay are in random order, and contain their positions already."""
         if not self.rate or not self.training:
             return tokens
         patches = tokens[:, self.num_prefix :]
@@ -165,9 +162,7 @@ class DeiT(VisionTransformer):
         self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.patch_drop = PatchDropout(config.patch_drop_rate, num_prefix=config.num_prefix_tokens)
-        self.blocks = nn.Sequential(
-            *(Block(config, drop_path_rate=rate, layer_scale=config.layer_scale) for rate in config.drop_path_rates)
-        )
+        self.blocks = make_blocks(config, layer_scale=config.layer_scale)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.num_classes)
         self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None
@@ -200,14 +195,8 @@ class DeiT(VisionTransformer):
         """Tokens after the last LayerNorm, prefix tokens first: (B, C, H, W) -> (B, P + N, D)."""
         return self.norm(self.blocks(self.patch_drop(self.forward_tokens(x))))
 
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float, patch_drop_rate: float = 0.0) -> None:
-        """Change dropout, stochastic depth and patch dropout in place. Raises: ConfigError: no probability below 1."""
-        super().set_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        self.config = replace(self.config, patch_drop_rate=patch_drop_rate)
-        self.patch_drop.rate = patch_drop_rate
-
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads, whatever the mode; x is (B, C, H, W)."""
+        """Logits of both heads in any mode; x is (B, C, H, W)."""
         features = self.forward_features(x)
         dist = None if self.head_dist is None else self.head_dist(features[:, 1])
         return HeadLogits(self.head(features[:, 0]), dist)
@@ -248,20 +237,12 @@ _MEDIUM3 = replace(_BASE3, embed_dim=512, num_heads=8)
 _LARGE3 = replace(_BASE3, embed_dim=1024, num_heads=16, depth=24)
 _HUGE3 = replace(_BASE3, embed_dim=1280, num_heads=16, depth=32, patch_size=14)
 
-register_model("deit3_small_patch16_224", DeiT, _SMALL3)
-register_model("deit3_small_patch16_384", DeiT, _SMALL3, img_size=384)
-register_model("deit3_medium_patch16_224", DeiT, _MEDIUM3)
-register_model("deit3_base_patch16_224", DeiT, _BASE3)
-register_model("deit3_base_patch16_384", DeiT, _BASE3, img_size=384)
-register_model("deit3_large_patch16_224", DeiT, _LARGE3)
-register_model("deit3_large_patch16_384", DeiT, _LARGE3, img_size=384)
-register_model("deit3_huge_patch14_224", DeiT, _HUGE3)
-# The same shapes, trained on ImageNet-21k and then fine-tuned on ImageNet-1k.
-register_model("deit3_small_patch16_224_in21ft1k", DeiT, _SMALL3)
-register_model("deit3_small_patch16_384_in21ft1k", DeiT, _SMALL3, img_size=384)
-register_model("deit3_medium_patch16_224_in21ft1k", DeiT, _MEDIUM3)
-register_model("deit3_base_patch16_224_in21ft1k", DeiT, _BASE3)
-register_model("deit3_base_patch16_384_in21ft1k", DeiT, _BASE3, img_size=384)
-register_model("deit3_large_patch16_224_in21ft1k", DeiT, _LARGE3)
-register_model("deit3_large_patch16_384_in21ft1k", DeiT, _LARGE3, img_size=384)
-register_model("deit3_huge_patch14_224_in21ft1k", DeiT, _HUGE3)
+for _training in ("", "_in21ft1k"):  # on ImageNet-1k; on ImageNet-21k, and then fine-tuned on ImageNet-1k
+    register_model(f"deit3_small_patch16_224{_training}", DeiT, _SMALL3)
+    register_model(f"deit3_small_patch16_384{_training}", DeiT, _SMALL3, img_size=384)
+    register_model(f"deit3_medium_patch16_224{_training}", DeiT, _MEDIUM3)
+    register_model(f"deit3_base_patch16_224{_training}", DeiT, _BASE3)
+    register_model(f"deit3_base_patch16_384{_training}", DeiT, _BASE3, img_size=384)
+    register_model(f"deit3_large_patch16_224{_training}", DeiT, _LARGE3)
+    register_model(f"deit3_large_patch16_384{_training}", DeiT, _LARGE3, img_size=384)
+    register_model(f"deit3_huge_patch14_224{_training}", DeiT, _HUGE3)

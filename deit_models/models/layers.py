@@ -1,16 +1,17 @@
-"""What model families share unchanged: the base class, stochastic depth, grids, initialisation, position resizing."""
+"""Shared by all model families: the base class, stochastic depth, grids, initialisation, position resizing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import Layout
+from ..config import override
 from ..errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,17 +32,30 @@ class LayerTokens(NamedTuple):
     patches: Tensor
 
 
-class ImageClassifier(nn.Module):
-    """Base of every model family: carries the config, the origin of the weights, and the way back to disk or Hub.
+class ImageSize:
+    """Input size of a config: every family's has the field `img_size`."""
 
-    `config` is the family's frozen dataclass; `origin` says which registered model this is and what belongs to its
-    weights (evaluation transform, class names, licence), and is None for a model built by hand from its class.
+    __slots__ = ()
+
+    img_size: int | tuple[int, int]
+
+    @property
+    def image_hw(self) -> tuple[int, int]:
+        """(height, width) of the input in pixels."""
+        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+
+class ImageClassifier(nn.Module):
+    """Base of every model family: holds the config and the origin of the weights, and saves the model.
+
+    `config` is the family's frozen dataclass. `origin` holds the name of the registered model and the facts that belong
+    to its weights (evaluation transform, class names, licence); None for a model that was built from its class.
     """
 
     family: ClassVar[str]
     """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
     head_names: ClassVar[tuple[str, ...]]
-    """Submodules that depend on `num_classes`: the only tensors a checkpoint may lack."""
+    """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
 
     origin: Origin | None = None
 
@@ -72,21 +86,20 @@ class ImageClassifier(nn.Module):
                     head.to_empty(device="cpu")
                 init_vit_weights(head)
 
-    @property
-    def num_layers(self) -> int:
-        """The number `layer_of` gives for the heads: the blocks and one."""
-        return len(cast(nn.Sequential, self.blocks)) + 1
+    def set_drop_rates(self, **rates: float) -> None:
+        """Change dropout and stochastic depth in place, as if the model had been built with these rates.
 
-    def layer_of(self, name: str) -> int:
-        """Which layer a parameter belongs to: 0 up to the first block, then one a block, then final norm and heads."""
-        top, _, rest = name.partition(".")
-        if top == "blocks":
-            return 1 + int(rest.partition(".")[0])
-        return self.num_layers if top in ("norm", *self.head_names) else 0
+        Args:
+            **rates: fields of the config, such as drop_rate and drop_path_rate.
 
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place, as if the model had been built with these rates."""
-        raise NotImplementedError(f"{type(self).__name__} does not define set_drop_rates")
+        Raises: ConfigError: no such field, or a rate that is no probability below 1.
+        """
+        self.config = override(self.config, rates)
+        with torch.device("meta"):
+            rebuilt = dict(type(self)(self.config).named_modules())
+        for name, module in self.named_modules():
+            for field in {"p", "rate"} & set(vars(module)):  # of nn.Dropout; of DropPath and PatchDropout
+                setattr(module, field, getattr(rebuilt[name], field))
 
     def check_input(self, x: Tensor) -> None:
         """Raise ConfigError unless x is a batch of images of the config's channels and size, (B, C, H, W)."""
@@ -98,15 +111,15 @@ class ImageClassifier(nn.Module):
             )
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of each head, whatever the mode; x is (B, C, H, W)."""
+        """Logits of each head in any mode; x is (B, C, H, W)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify x, (B, C, H, W) -> (B, num_classes).
 
-        Models with a distillation head return (class logits, distillation logits) in training mode, and in eval mode
-        the mean of the two. The DeiT paper speaks of adding softmax outputs; the authors' code, from which the
-        published accuracies come, averages the logits.
+        Models with a distillation head return (class logits, distillation logits) in training mode, and their mean in
+        eval mode. The DeiT paper adds softmax outputs; the authors' code averages logits, and the published accuracies
+        come from the code.
         """
         cls, dist = self.forward_heads(x)
         if dist is None:
@@ -171,7 +184,7 @@ def patch_grid(image_hw: tuple[int, int], patch_size: int, *, name: str = "patch
 def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[int]:
     """Indices from 0 to count - 1: the last `layers` ones, or those listed (negative ones count from the end).
 
-    Raises: ConfigError: one that does not exist; `what` says what there are `count` of.
+    Raises: ConfigError: an index that does not exist; `what` is the plural of the things counted.
     """
     lowest, indices = (0, range(count - layers, count)) if isinstance(layers, int) else (-count, layers)
     if not indices or not all(lowest <= i < count for i in indices):
@@ -182,8 +195,8 @@ def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[in
 def init_vit_weights(model: nn.Module) -> None:
     """Initialise linear layers with a truncated normal of std 0.02 and zero biases, in place.
 
-    Everything else keeps torch's default: LayerNorm is 1 and 0 already, and the authors leave the patch projection
-    alone. Tokens and positions are the model's own to fill. Source: DeiT, section 6; the authors' `_init_weights`.
+    Other layers keep torch's default, as the authors' do; each model fills its own tokens and positions.
+    Source: DeiT, section 6; the authors' `_init_weights`.
     """
     for module in model.modules():
         if isinstance(module, nn.Linear):
@@ -199,7 +212,7 @@ def resize_pos_embed(
 
     Args:
         pos_embed: the embeddings, prefix positions first.
-        num_prefix: how many leading positions belong to no patch (class token, distillation token).
+        num_prefix: number of leading positions that belong to no patch (class token, distillation token).
         grid: the wanted (h, w) in patches.
         source_grid: the (h, w) they were made for; a square grid if not given.
 

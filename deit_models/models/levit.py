@@ -1,4 +1,4 @@
-"""LeViT: a vision transformer in a convolutional network's clothing, for fast inference.
+"""LeViT: a vision transformer built like a convolutional network, for fast inference.
 
 Source: Graham et al., LeViT: a Vision Transformer in ConvNet's Clothing for Faster Inference, 2021, arXiv:2104.01136.
 Four strided convolutions turn the image into a map of 1/16 its side. Three stages of residual attention and MLP layers
@@ -27,7 +27,16 @@ from torch.nn import functional as F
 from ..config import check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import DropPath, HeadLogits, ImageClassifier, LayerTokens, chosen_layers, init_vit_weights, patch_grid
+from .layers import (
+    DropPath,
+    HeadLogits,
+    ImageClassifier,
+    ImageSize,
+    LayerTokens,
+    chosen_layers,
+    init_vit_weights,
+    patch_grid,
+)
 
 PATCH_SIZE = 16
 """Pixels along a side that one position of the first stage stands for."""
@@ -35,8 +44,8 @@ SHRINK_ATTN_RATIO, SHRINK_MLP_RATIO = 4, 2  # between stages: the same in every 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LeViTConfig:
-    """Everything that shapes a LeViT. The defaults are LeViT-128S at 224 pixels; the variants stand below the model.
+class LeViTConfig(ImageSize):
+    """Shape of a LeViT. The defaults are LeViT-128S at 224 pixels; the variants stand below the model.
 
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of 16.
@@ -82,11 +91,6 @@ class LeViTConfig:
             needed = f"the first a multiple of 8, none below key_dim={self.key_dim}"
             raise ConfigError(f"embed_dim={self.embed_dim}; expected {needed}")
         patch_grid(self.image_hw, PATCH_SIZE)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the input in pixels."""
-        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:
@@ -142,7 +146,7 @@ class NormLinear(nn.Module):
 
 
 def _without_norm(module: ConvNorm | LinearNorm | NormLinear) -> nn.Module:
-    """The one layer with bias that gives the same in eval mode."""
+    """One layer with bias, equal to `module` in eval mode."""
     bn = module.bn
     scale = bn.weight / (cast(Tensor, bn.running_var) + bn.eps).sqrt()
     shift = bn.bias - cast(Tensor, bn.running_mean) * scale
@@ -180,7 +184,7 @@ class ScoredAttention(nn.Module):
         self.register_buffer("expanded", None, persistent=False)
 
     def score_bias(self) -> Tensor:
-        """What is added to the scores, (heads, queries, keys)."""
+        """The bias of the scores, (heads, queries, keys)."""
         if self.expanded is not None:
             return self.expanded
         # index_select is many times faster here than indexing with brackets
@@ -300,7 +304,7 @@ class LeViT(ImageClassifier):
 
     @property
     def is_fused(self) -> bool:
-        """Whether this is what `fuse` gave."""
+        """True for the result of `fuse`."""
         return isinstance(self.head, nn.Linear)
 
     @torch.no_grad()
@@ -330,18 +334,6 @@ class LeViT(ImageClassifier):
         for head in filter(None, (self.head, self.head_dist)):
             head.bn.reset_parameters()
 
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place; see `LeViTConfig` for what the rates mean.
-
-        Raises: ConfigError: a rate that is no probability below 1.
-        """
-        self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = drop_rate
-            elif isinstance(module, DropPath):
-                module.rate = drop_path_rate
-
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Image to the first stage's input: (B, C, H, W) -> (B, N, D), row by row.
 
@@ -359,7 +351,7 @@ class LeViT(ImageClassifier):
         return self.forward_features(x).mean(dim=1)
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads, whatever the mode; x is (B, C, H, W)."""
+        """Logits of both heads in any mode; x is (B, C, H, W)."""
         features = self.embed(x)
         return HeadLogits(self.head(features), None if self.head_dist is None else self.head_dist(features))
 

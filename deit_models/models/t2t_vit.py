@@ -1,4 +1,4 @@
-"""T2T-ViT: images become tokens in three overlapping steps, each of which lets neighbouring tokens grow together.
+"""T2T-ViT: images become tokens in three overlapping steps; each step joins neighbouring tokens.
 
 Source: Yuan et al., Tokens-to-Token ViT: Training Vision Transformers from Scratch on ImageNet, 2021, arXiv:2101.11986.
 The image is unfolded into overlapping windows; an attention layer mixes the windows; the result is laid out as a map
@@ -6,8 +6,8 @@ and unfolded again, twice; a linear layer makes tokens of what remains, one for 
 front, a fixed sinusoidal table gives positions, and plain pre-norm blocks follow, narrower and deeper than DeiT's.
 
 Both attentions have the scale that published weights were trained and scored with: (D / heads) ** -0.5 in the blocks,
-input width ** -0.5 in the "transformer" token layer. The authors' constructors set another one, D ** -0.5, when asked
-for `pretrained` weights; their training and evaluation never ask.
+input width ** -0.5 in the "transformer" token layer. The authors' constructors set another one, D ** -0.5, for
+`pretrained=True`, which their training and evaluation never use.
 
 Parameters carry the authors' names. Reading order: config, token layers, tokens-to-token module, positions, model,
 variants; the blocks are in `transformer`.
@@ -26,16 +26,16 @@ from torch.nn import functional as F
 from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, init_vit_weights, patch_grid
-from .transformer import Block, Mlp, TransformerConfig, VisionTransformer, drop_path_rates
+from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
+from .transformer import Mlp, VisionTransformer, drop_path_rates, make_blocks
 
 TokensType = Literal["performer", "transformer"]
 PosResize = Literal["interpolate", "recompute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class T2TViTConfig(TransformerConfig):
-    """Everything that shapes a T2T-ViT. The defaults are T2T-ViT-14 at 224 pixels; the variants stand below the model.
+class T2TViTConfig(ImageSize):
+    """Shape of a T2T-ViT. The defaults are T2T-ViT-14 at 224 pixels; the variants stand below the model.
 
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of 16.
@@ -50,7 +50,7 @@ class T2TViTConfig(TransformerConfig):
         mlp_ratio: hidden width of a block's MLP as a multiple of `embed_dim`.
         qkv_bias: whether the blocks' query, key and value projections have a bias.
         norm_eps: epsilon of every LayerNorm.
-        token_head: adds a second head that reads the patch tokens (models trained with token labelling).
+        token_head: adds a second head on the patch tokens (models trained with token labelling).
         token_drop_rate: dropout inside the Performer layers while training.
         drop_rate: dropout on tokens, attention output and MLP while training.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
@@ -98,11 +98,6 @@ class T2TViTConfig(TransformerConfig):
             if getattr(self, name) % 2:
                 raise ConfigError(f"{name}={getattr(self, name)} is odd; positions and random features come in pairs")
         patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the input in pixels."""
-        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -246,7 +241,7 @@ class T2TViT(VisionTransformer):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, width), requires_grad=False)
         self.tokens_to_token = TokensToToken(config)
         self.pos_drop = nn.Dropout(config.drop_rate)
-        self.blocks = nn.Sequential(*(Block(config, drop_path_rate=rate) for rate in config.drop_path_rates))
+        self.blocks = make_blocks(config)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.num_classes)
         self.aux_head = nn.Linear(width, config.num_classes) if config.token_head else None
@@ -285,7 +280,7 @@ class T2TViT(VisionTransformer):
         return self.pos_drop(torch.cat([cls_token, self.tokens_to_token(x)], dim=1) + positions)
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits, whatever the mode; x is (B, C, H, W). There is no distillation head.
+        """Logits in any mode; x is (B, C, H, W). There is no distillation head.
 
         With a token head: the class token's logits, and half of the largest over the patches. Source: Jiang et al., All
         tokens matter: token labeling for training better vision transformers, 2021; the authors' evaluation.

@@ -1,6 +1,6 @@
-"""The plain pre-norm transformer that DeiT, DeiT III and T2T-ViT share; ViT-ResNAS takes its blocks.
+"""The plain pre-norm transformer of DeiT, DeiT III and T2T-ViT; ViT-ResNAS uses its blocks.
 
-Reading order: attention, MLP, block, and `VisionTransformer`, all a model does with its tokens once it has them.
+Reading order: attention, MLP, block, and `VisionTransformer`: the model from its tokens on.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,78 +18,32 @@ from ..errors import ConfigError
 from .layers import DropPath, ImageClassifier, LayerTokens, chosen_layers, patch_grid, resize_pos_embed
 
 
-class BlockConfig(Protocol):
-    """What a block needs to know of its family's config; the fields are explained at `DeiTConfig`.
+class Attention(nn.Module):
+    """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v.
 
-    `attn_dim` is the common width of all heads, `mlp_hidden` the hidden width of the MLP.
+    `attn_dim` is the width of all heads together; the scale is the width of one head ** -0.5.
     """
 
-    @property
-    def embed_dim(self) -> int: ...
-    @property
-    def num_heads(self) -> int: ...
-    @property
-    def attn_dim(self) -> int: ...
-    @property
-    def mlp_hidden(self) -> int: ...
-    @property
-    def qkv_bias(self) -> bool: ...
-    @property
-    def norm_eps(self) -> float: ...
-    @property
-    def drop_rate(self) -> float: ...
-
-
-class TransformerConfig:
-    """What the configs of DeiT and T2T-ViT derive alike from their fields."""
-
-    __slots__ = ()
-
-    embed_dim: int
-    mlp_ratio: float
-
-    @property
-    def attn_dim(self) -> int:
-        """Width of all heads together, that of a token."""
-        return self.embed_dim
-
-    @property
-    def mlp_hidden(self) -> int:
-        """Hidden width of a block's MLP."""
-        return int(self.embed_dim * self.mlp_ratio)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v."""
-
-    def __init__(self, config: BlockConfig) -> None:
+    def __init__(self, dim: int, num_heads: int, *, attn_dim: int, qkv_bias: bool, drop_rate: float) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
-        self.qkv = nn.Linear(config.embed_dim, 3 * config.attn_dim, bias=config.qkv_bias)
-        self.proj = nn.Linear(config.attn_dim, config.embed_dim)
-        self.proj_drop = nn.Dropout(config.drop_rate)
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias)
+        self.proj = nn.Linear(attn_dim, dim)
+        self.proj_drop = nn.Dropout(drop_rate)
 
     def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of every head, each (B, heads, N, width of a head)."""
-        # (B, N, 3 * width) -> three times (B, heads, N, width / heads): rows of the weight are q, k, v, heads together
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)
+        # (B, N, 3 * attn_dim) -> three times (B, heads, N, width): rows of the weight are q, k, v, each head by head
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         return query, key, value
 
     def forward(self, x: Tensor) -> Tensor:
-        """Mix the tokens; the scale is the width of a head ** -0.5, torch's default."""
-        return self.project(self.mix(x))
-
-    def mix(self, x: Tensor) -> Tensor:
-        """What the heads give, side by side: (B, N, D) -> (B, N, width of all heads)."""
-        return F.scaled_dot_product_attention(*self.heads(x)).transpose(1, 2).flatten(2)
-
-    def project(self, mixed: Tensor) -> Tensor:
-        """What `mix` gave, back to the width of a token."""
-        return self.proj_drop(self.proj(mixed))
+        """Mix the tokens."""
+        mixed = F.scaled_dot_product_attention(*self.heads(x))
+        return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor) -> Tensor:
-        """The attention probabilities of the same input, (B, heads, N, N); each row sums to 1."""
+        """The attention probabilities for the same input, (B, heads, N, N); each row sums to 1."""
         query, key, _ = self.heads(x)
         return (query @ key.transpose(-2, -1) * query.shape[-1] ** -0.5).softmax(dim=-1)
 
@@ -105,31 +59,45 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each token."""
-        return self.project(self.hidden(x))
-
-    def hidden(self, x: Tensor) -> Tensor:
-        """The hidden units: (B, N, D) -> (B, N, hidden)."""
-        return self.drop(F.gelu(self.fc1(x)))
-
-    def project(self, hidden: Tensor) -> Tensor:
-        """What `hidden` gave, back to the width of a token."""
-        return self.drop(self.fc2(hidden))
+        return self.drop(self.fc2(self.drop(F.gelu(self.fc1(x)))))
 
 
 class Block(nn.Module):
     """Pre-norm transformer block: attention, then MLP, each added to its input. (B, N, D) -> (B, N, D).
 
-    With `layer_scale` each branch is first multiplied by one learned factor a channel, which starts at that value, so
-    that a deep model begins near the identity. Source: Touvron et al., Going deeper with image transformers, 2021.
+    With `layer_scale` each branch is multiplied by one learned factor a channel, which starts at that value, so that a
+    deep model begins near the identity. Source: Touvron et al., Going deeper with image transformers, 2021.
+
+    Args:
+        dim: width D of a token.
+        num_heads: attention heads.
+        attn_dim: width of all heads together; default: D.
+        mlp_hidden: hidden width of the MLP.
+        qkv_bias: whether the query, key and value projections have a bias.
+        norm_eps: epsilon of the LayerNorms.
+        drop_rate: dropout on attention output and MLP.
+        drop_path_rate: stochastic depth of both branches.
+        layer_scale: 0: there are no factors.
     """
 
-    def __init__(self, config: BlockConfig, *, drop_path_rate: float, layer_scale: float = 0.0) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        mlp_hidden: int,
+        qkv_bias: bool,
+        norm_eps: float,
+        attn_dim: int | None = None,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 0.0,
+    ) -> None:
         super().__init__()
-        dim = config.embed_dim
-        self.norm1 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.attn = Attention(config)
-        self.norm2 = nn.LayerNorm(dim, eps=config.norm_eps)
-        self.mlp = Mlp(dim, config.mlp_hidden, drop_rate=config.drop_rate)
+        self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
+        self.attn = Attention(dim, num_heads, attn_dim=attn_dim or dim, qkv_bias=qkv_bias, drop_rate=drop_rate)
+        self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
+        self.mlp = Mlp(dim, mlp_hidden, drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
         self.gamma_1 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
         self.gamma_2 = nn.Parameter(torch.full((dim,), layer_scale)) if layer_scale else None
@@ -145,17 +113,36 @@ def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
     return branch if gamma is None else branch * gamma
 
 
-def drop_path_rates(rate: float, depth: int, *, uniform: bool = False) -> list[float]:
-    """Stochastic depth of each block: growing linearly from 0 to `rate` at the last, or `rate` everywhere."""
-    return [rate if uniform else rate * i / max(depth - 1, 1) for i in range(depth)]
+def make_blocks(config: Any, *, layer_scale: float = 0.0) -> nn.Sequential:
+    """Blocks that differ only in stochastic depth, from the fields of a family's config."""
+    return nn.Sequential(
+        *(
+            Block(
+                config.embed_dim,
+                config.num_heads,
+                mlp_hidden=int(config.embed_dim * config.mlp_ratio),
+                qkv_bias=config.qkv_bias,
+                norm_eps=config.norm_eps,
+                drop_rate=config.drop_rate,
+                drop_path_rate=rate,
+                layer_scale=layer_scale,
+            )
+            for rate in config.drop_path_rates
+        )
+    )
+
+
+def drop_path_rates(rate: float, depth: int) -> list[float]:
+    """Stochastic depth of each block, growing linearly from 0 to `rate` at the last."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class VisionTransformer(ImageClassifier):
-    """Base of models that are tokens, blocks, a LayerNorm and linear heads: what follows once the tokens are there.
+    """Base of models that are tokens, blocks, a LayerNorm and linear heads: the part behind the tokens.
 
-    A family gives `forward_tokens` and `forward_heads`, and registers `pos_embed` (1, positions, D), `pos_drop`,
-    `blocks`, `norm` and `head`. Of its config this needs `in_chans`, `image_hw`, `patch_size`, `grid`, `depth`,
-    `num_prefix_tokens`, `num_prefix_positions`, `dynamic_img_size` and the two drop rates.
+    A family defines `forward_tokens` and `forward_heads`, and registers `pos_embed` (1, positions, D), `pos_drop`,
+    `blocks`, `norm` and `head`. Its config has `in_chans`, `image_hw`, `patch_size`, `grid`, `depth`,
+    `num_prefix_tokens`, `num_prefix_positions` and `dynamic_img_size`.
     """
 
     pos_embed: Tensor
@@ -227,18 +214,6 @@ class VisionTransformer(ImageClassifier):
             maps.append(block.attn.weights(block.norm1(tokens)))
             tokens = block(tokens)
         return torch.stack(maps)
-
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place; see the family's config for what the rates mean.
-
-        Raises: ConfigError: a rate that is no probability below 1.
-        """
-        self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        for module in (self.pos_drop, *self.blocks.modules()):
-            if isinstance(module, nn.Dropout):
-                module.p = drop_rate
-        for block, rate in zip(self.blocks, self.config.drop_path_rates, strict=True):
-            cast(Block, block).drop_path.rate = rate
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:

@@ -3,10 +3,10 @@
 Source: Liao et al., Searching for Efficient Multi-Stage Vision Transformers, 2021, and the authors' published weights.
 Four convolutions turn the image into tokens. Plain blocks mix them; between stages a *residual spatial reduction*
 halves the grid's sides and widens the tokens. The class token goes through all stages. In training a second head
-classifies every patch of the last stage: what it learns from are images mixed patch by patch.
+classifies every patch of the last stage; it learns from images that are mixed patch by patch.
 
-A network is a row of `Stage`s: a width, and for each block its heads and the hidden width of its MLP. What a search may
-choose from is in `nas`; `nas.network_def` reads the nested tuples in which the authors write the same.
+A network is a row of `Stage`s: a width, and for each block its heads and the hidden width of its MLP.
+`nas.space.stages_of` reads the authors' notation for them.
 
 Parameters carry the authors' names. Reading order: stages, config, stem, reduction, model, variants.
 """
@@ -28,6 +28,7 @@ from ..registry import register_model
 from .layers import (
     HeadLogits,
     ImageClassifier,
+    ImageSize,
     LayerTokens,
     chosen_layers,
     init_vit_weights,
@@ -79,8 +80,8 @@ def _stage(embed_dim: int, head_dim: int, num_heads: Sequence[int], mlp_hidden: 
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ViTResNASConfig:
-    """Everything that shapes a ViT-ResNAS. The defaults are the authors' network without a search, at 224 pixels.
+class ViTResNASConfig(ImageSize):
+    """Shape of a ViT-ResNAS. The defaults are the authors' network without a search, at 224 pixels.
 
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of `size_step`.
@@ -130,11 +131,6 @@ class ViTResNASConfig:
         patch_grid(self.image_hw, self.size_step, name="size_step")
 
     @property
-    def image_hw(self) -> tuple[int, int]:
-        """(height, width) of the input in pixels."""
-        return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
-
-    @property
     def size_step(self) -> int:
         """Pixels along a side that a token of the last stage stands for, 56 in the published models."""
         return self.patch_size * 2 ** (len(self.stages) - 1)
@@ -162,19 +158,6 @@ def _read_stage(data: Any) -> Stage:
     except TypeError as error:
         known = ", ".join(field.name for field in fields(Stage))
         raise ConfigError(f"stages: {data!r} is no stage ({error}); expected a table with {known}") from error
-
-
-@dataclass(frozen=True, slots=True)
-class _BlockShape:
-    """What `transformer.Block` asks of a config, for one block."""
-
-    embed_dim: int
-    num_heads: int
-    attn_dim: int
-    mlp_hidden: int
-    qkv_bias: bool
-    norm_eps: float
-    drop_rate: float
 
 
 class ConvNorm(nn.Module):
@@ -261,11 +244,16 @@ def _layers(config: ViTResNASConfig) -> Iterator[nn.Module]:
                 config, config.stages[number - 1].embed_dim, stage.embed_dim, config.grids[number - 1]
             )
         for heads, hidden in zip(stage.num_heads, stage.mlp_hidden, strict=True):
-            width = heads * stage.head_dim
-            shape = _BlockShape(
-                stage.embed_dim, heads, width, hidden, config.qkv_bias, config.norm_eps, config.drop_rate
+            yield Block(
+                stage.embed_dim,
+                heads,
+                attn_dim=heads * stage.head_dim,
+                mlp_hidden=hidden,
+                qkv_bias=config.qkv_bias,
+                norm_eps=config.norm_eps,
+                drop_rate=config.drop_rate,
+                drop_path_rate=next(rates),
             )
-            yield Block(shape, drop_path_rate=next(rates))
 
 
 class ViTResNAS(ImageClassifier):
@@ -316,7 +304,7 @@ class ViTResNAS(ImageClassifier):
         return self.forward_features(x)[:, : self.config.num_prefix_tokens].mean(dim=1)
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads, whatever the mode; x is (B, C, H, W)."""
+        """Logits of both heads in any mode; x is (B, C, H, W)."""
         return HeadLogits(*self.classify(self.forward_features(x))[:2])
 
     def forward_training(self, x: Tensor) -> PatchLogits:
@@ -377,17 +365,6 @@ class ViTResNAS(ImageClassifier):
                 maps.append(layer.attn.weights(layer.norm1(tokens)))
             tokens = layer(tokens)
         return maps
-
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place. Raises: ConfigError: a rate that is no probability below 1."""
-        self.config = replace(self.config, drop_rate=drop_rate, drop_path_rate=drop_path_rate)
-        for module in self.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = drop_rate
-        rates = iter(drop_path_rates(drop_path_rate, self.config.depth))
-        for layer in self.blocks:
-            if isinstance(layer, Block):
-                layer.drop_path.rate = next(rates)
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: ViTResNASConfig) -> ViTResNASConfig:

@@ -10,6 +10,7 @@ from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ..checkpoint import Layout
 from ..errors import ConfigError
@@ -161,9 +162,9 @@ class SuperNetwork(ImageClassifier):
                 tokens = _run_block(cast(Block, next(layers)), tokens, mask, width)
         return self.net.classify(_normed(self.net.norm, tokens, width))
 
-    def set_drop_rates(self, *, drop_rate: float, drop_path_rate: float) -> None:
-        """Change dropout and stochastic depth in place; see `ViTResNASConfig`."""
-        self.net.set_drop_rates(drop_rate=drop_rate, drop_path_rate=drop_path_rate)
+    def set_drop_rates(self, **rates: float) -> None:
+        """Change dropout and stochastic depth of the network inside."""
+        self.net.set_drop_rates(**rates)
         self.config = self.net.config
 
     def no_weight_decay(self) -> set[str]:
@@ -225,10 +226,11 @@ def _reduce(layer: SpatialReduction, x: Tensor, width: Tensor | None) -> Tensor:
 
 def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) -> Tensor:
     """What the block does to x, (B, N, D), without the channels that are masked."""
-    mixed = _masked(block.attn.mix(_normed(block.norm1, x, width)), mask.heads)
-    x = x + block.drop_path(_masked(block.attn.project(mixed), width, mask.kept))
-    hidden = _masked(block.mlp.hidden(_normed(block.norm2, x, width)), mask.hidden)
-    return x + block.drop_path(_masked(block.mlp.project(hidden), width, mask.kept))
+    attn, mlp = block.attn, block.mlp
+    mixed = F.scaled_dot_product_attention(*attn.heads(_normed(block.norm1, x, width))).transpose(1, 2).flatten(2)
+    x = x + block.drop_path(_masked(attn.proj_drop(attn.proj(_masked(mixed, mask.heads))), width, mask.kept))
+    hidden = _masked(mlp.drop(F.gelu(mlp.fc1(_normed(block.norm2, x, width)))), mask.hidden)
+    return x + block.drop_path(_masked(mlp.drop(mlp.fc2(hidden)), width, mask.kept))
 
 
 def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViTResNAS:

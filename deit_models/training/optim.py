@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import chain
 from typing import Any, cast
 
@@ -34,9 +35,9 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
         layers: list[dict[str, float]] = [{}]
         layer_of: Callable[[str], int] = _one_layer
     elif isinstance(model, ImageClassifier):
-        last = model.num_layers
+        last = layer_count(model)
         layers = [{"lr_scale": layer_decay ** (last - layer)} for layer in range(last + 1)]
-        layer_of = model.layer_of
+        layer_of = partial(layer_of_parameter, model)
     else:
         raise ConfigError(f"layer_decay={layer_decay}: {type(model).__name__} does not tell its layers; use 1")
     groups: list[dict[str, Any]] = [
@@ -47,6 +48,19 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
             free = parameter.ndim <= 1 or name.endswith(".bias") or name in listed
             groups[2 * layer_of(name) + free]["params"].append(parameter)
     return groups
+
+
+def layer_count(model: ImageClassifier) -> int:
+    """Number of the last layer, see `layer_of_parameter`: the number of blocks and one."""
+    return len(cast(nn.Sequential, model.blocks)) + 1
+
+
+def layer_of_parameter(model: ImageClassifier, name: str) -> int:
+    """Layer of a parameter: 0 up to the first block, then one a block, then one for the final norm and the heads."""
+    top, _, rest = name.partition(".")
+    if top == "blocks":
+        return 1 + int(rest.partition(".")[0])
+    return layer_count(model) if top in ("norm", *model.head_names) else 0
 
 
 def _one_layer(name: str) -> int:  # noqa: ARG001

@@ -15,7 +15,6 @@ from torch.utils._pytree import tree_leaves
 from deit_models import ConfigError, create_model
 from deit_models.models.deit import DeiT, DeiTConfig, PatchDropout
 from deit_models.models.layers import DropPath, HeadLogits, resize_pos_embed
-from deit_models.models.transformer import Block
 
 GOLDEN = ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 SMALL: dict[str, Any] = {
@@ -457,7 +456,7 @@ THREE: dict[str, Any] = {"layer_scale": 1e-4, "prefix_positions": False, "drop_p
 
 def test_layer_scale_multiplies_both_branches_channel_by_channel() -> None:
     torch.manual_seed(0)
-    block = Block(DeiTConfig(**SMALL), drop_path_rate=0.0, layer_scale=0.5)
+    block = DeiT(DeiTConfig(**SMALL, layer_scale=0.5)).blocks[0]
     torch.nn.init.normal_(block.gamma_1)
     torch.nn.init.normal_(block.gamma_2)
     x = torch.randn(2, 5, 24)
