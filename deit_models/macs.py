@@ -77,7 +77,9 @@ def _block(tokens: int, width: int, *, attn_dim: int, mlp_hidden: int) -> int:
 
 def _blocks(tokens: int, config: DeiTConfig | T2TViTConfig) -> int:
     """All blocks of a network whose blocks are alike."""
-    return config.depth * _block(tokens, config.embed_dim, attn_dim=config.attn_dim, mlp_hidden=config.mlp_hidden)
+    return config.depth * _block(
+        tokens, config.embed_dim, attn_dim=config.embed_dim, mlp_hidden=int(config.embed_dim * config.mlp_ratio)
+    )
 
 
 # Families
