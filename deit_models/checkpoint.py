@@ -1,20 +1,18 @@
-"""What is published: `weights/manifest.toml`, one table a model, read once and checked. Needs no torch."""
+"""Facts about models and weights: preprocessing, origin, and `weights/manifest.toml`. Needs no torch."""
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, ClassVar, Literal, Protocol, cast
 
 from .errors import ConfigError, ManifestError
+from .files import parse_toml
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+Layout = Literal["native", "timm", "timm-conv", "transformers"]
+"""Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
 
 SCHEMA = 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -24,7 +22,7 @@ _USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """How an image becomes the input of a checkpoint; `transforms.EvalTransform` carries it out.
+    """Evaluation transform of a checkpoint, as numbers; `data.transforms.EvalTransform` carries it out.
 
     Attributes:
         resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up.
@@ -80,6 +78,90 @@ class Preprocessing:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Origin:
+    """Facts about the weights of one model; `None` where unknown.
+
+    Attributes:
+        name: the registered model it is a variant of.
+        preprocessing: the evaluation transform of these weights.
+        class_names: a name for each logit, where the checkpoint brings them.
+        dataset: what the weights were trained on; None for random weights.
+        top1: accuracy of these very weights on that data's test images, in percent.
+        top5: likewise.
+        licence: SPDX identifier of the weights.
+        source: where the weights came from; None for random weights.
+        revision: commit of the Hub repository they came from.
+        sha256: digest of the weights file, where it was computed.
+        notes: how these weights were made, in Markdown, for the model card.
+    """
+
+    name: str
+    preprocessing: Preprocessing
+    class_names: tuple[str, ...] | None = None
+    dataset: str | None = None
+    top1: float | None = None
+    top5: float | None = None
+    licence: str | None = None
+    source: str | None = None
+    revision: str | None = None
+    sha256: str | None = None
+    notes: str | None = None
+
+    def loaded(self, source: str, *, revision: str | None, sha256: str | None) -> Origin:
+        """The same weights, read from a file."""
+        return replace(self, source=source, revision=revision, sha256=sha256)
+
+    def adapted(
+        self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None
+    ) -> Origin:
+        """Weights fitted to another input size or other classes: no accuracy, digest or notes of the old ones."""
+        preprocessing = self.preprocessing.at_size(image_hw)
+        kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
+        return replace(kept, top1=None, top5=None, sha256=None, notes=None)
+
+    def trained(
+        self,
+        dataset: str,
+        *,
+        class_names: tuple[str, ...] | None,
+        top1: float | None = None,
+        top5: float | None = None,
+        notes: str | None = None,
+    ) -> Origin:
+        """Weights trained here on a dataset; name, preprocessing and licence stay, all other facts are replaced."""
+        return Origin(
+            name=self.name,
+            preprocessing=self.preprocessing,
+            licence=self.licence,
+            dataset=dataset,
+            class_names=class_names,
+            top1=top1,
+            top5=top5,
+            notes=notes,
+        )
+
+
+class ModelLike(Protocol):
+    """An image classifier, as far as the rows above `models/` need it; `models.layers.ImageClassifier` fits."""
+
+    family: ClassVar[str]
+    config: Any
+    origin: Origin | None
+
+    def __init__(self, config: Any) -> None: ...
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All tensors by name."""
+
+    def parameters(self) -> Iterator[Any]:
+        """All trained tensors."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
     """One place a checkpoint is published: exactly one of `file`, `repo`, `url` is set.
 
@@ -109,13 +191,13 @@ class Source:
 
     @property
     def digest(self) -> str | None:
-        """What is known of the file's SHA-256: all of it, its first digits, or nothing."""
+        """The known digits of the file's SHA-256: all, the first ones, or none."""
         return self.sha256 or self.sha256_prefix
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Checkpoint:
-    """One registered model and, where `sources` is not empty, its published weights.
+class ModelInfo:
+    """Facts about a registered model and, where `sources` is not empty, its published weights.
 
     Attributes:
         name: registered model name.
@@ -130,7 +212,7 @@ class Checkpoint:
         licence: SPDX identifier of the weights.
         paper: where the model was published.
         class_names: where they are not those of ImageNet-1k.
-        reference_logits: first logits for `reference.reference_input`, once recorded.
+        reference_logits: first logits for `hub.weights.reference_input`, once recorded.
         sources: where the weights are, in the order they are tried.
     """
 
@@ -153,6 +235,19 @@ class Checkpoint:
     reference_logits: tuple[float, ...] | None = None
     sources: tuple[Source, ...] = ()
 
+    @property
+    def origin(self) -> Origin:
+        """Origin of the published weights, before they are loaded."""
+        return Origin(
+            name=self.name,
+            preprocessing=self.preprocessing,
+            class_names=self.class_names,
+            dataset=self.dataset,
+            top1=self.top1,
+            top5=self.top5,
+            licence=self.licence,
+        )
+
 
 @cache
 def weights_dir() -> Path:
@@ -171,96 +266,47 @@ def weights_dir() -> Path:
 
 
 @cache
-def load_manifest() -> Mapping[str, Checkpoint]:
+def load_manifest() -> Mapping[str, ModelInfo]:
     """All tables of the manifest by model name. Raises: ManifestError: see `parse_manifest`."""
     return parse_manifest((weights_dir() / "manifest.toml").read_text(encoding="utf-8"))
 
 
-def parse_manifest(text: str) -> dict[str, Checkpoint]:
+def parse_manifest(text: str) -> dict[str, ModelInfo]:
     """Read and check a manifest. Raises: ManifestError: not TOML, another schema, an unknown or missing field."""
     try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ManifestError(f"manifest.toml is not valid TOML: {error}") from error
+        data = parse_toml(text)
+    except ConfigError as error:
+        raise ManifestError(f"manifest.toml is not valid TOML: {error.__cause__}") from error
     if data.get("schema") != SCHEMA:
         raise ManifestError(f"manifest.toml has schema {data.get('schema')!r}; this version reads {SCHEMA}")
-    tables = data.get("model", {})
-    for name, table in tables.items():
-        if not isinstance(table, dict):
-            raise ManifestError(f"manifest.toml, model.{name}: expected a table")
-    return {name: _checkpoint(name, table) for name, table in tables.items()}
+    return {name: _read_table(name, table) for name, table in data.get("model", {}).items()}
 
 
-def _checkpoint(name: str, table: dict[str, Any]) -> Checkpoint:
+def _read_table(name: str, table: Any) -> ModelInfo:
+    if not isinstance(table, dict):
+        raise ManifestError(f"manifest.toml, model.{name}: expected a table")
     table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
     try:
         sources = tuple(Source(**source) for source in table.pop("source", ()))
         table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
-        checkpoint = Checkpoint(name=name, sources=sources, **table)
+        info = ModelInfo(name=name, sources=sources, **table)
     except (TypeError, KeyError, ConfigError) as error:
         raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
     for field in ("params", "macs", "input_size", "num_classes"):
-        if not isinstance(getattr(checkpoint, field), int):
+        if not isinstance(getattr(info, field), int):
             raise ManifestError(f"manifest.toml, table model.{name}: {field} is not a whole number")
     for source in sources:
         if source.layout not in ("native", "timm", "transformers"):
             raise ManifestError(f"manifest.toml, table model.{name}: unknown layout {source.layout!r}")
         if sum(place is not None for place in (source.file, source.repo, source.url)) != 1:
             raise ManifestError(f"manifest.toml, table model.{name}: a source needs exactly one of file, repo, url")
-    return checkpoint
+    return info
 
 
-def find_repo(repo_id: str) -> tuple[Checkpoint, Source] | None:
-    """The checkpoint a Hub repository is a published copy of, if the manifest lists it."""
-    for checkpoint in load_manifest().values():
-        for source in checkpoint.sources:
+def find_repo(repo_id: str) -> tuple[ModelInfo, Source] | None:
+    """The model whose published weights a Hub repository holds, if the manifest lists it."""
+    for info in load_manifest().values():
+        for source in info.sources:
             if source.repo == repo_id:
-                return checkpoint, source
+                return info, source
     return None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Origin:
-    """What belongs to a model besides its tensors.
-
-    Attributes:
-        name: the registered model it is a variant of.
-        preprocessing: the evaluation transform of these weights.
-        class_names: a name for each logit, where the checkpoint brings them.
-        dataset: what the weights were trained on; None for random weights.
-        top1: accuracy of these very weights on that data's test images, in percent, where it is known.
-        top5: likewise.
-        licence: SPDX identifier of the weights.
-        source: where the weights came from; None for random weights.
-        revision: commit of the Hub repository they came from.
-        sha256: digest of the weights file, where it was computed.
-        notes: how these weights came to be, in Markdown, for the model card.
-    """
-
-    name: str
-    preprocessing: Preprocessing
-    class_names: tuple[str, ...] | None = None
-    dataset: str | None = None
-    top1: float | None = None
-    top5: float | None = None
-    licence: str | None = None
-    source: str | None = None
-    revision: str | None = None
-    sha256: str | None = None
-    notes: str | None = None
-
-    def adapted(
-        self, preprocessing: Preprocessing, *, class_names: tuple[str, ...] | None, dataset: str | None
-    ) -> Origin:
-        """Of weights fitted to another size or other classes: nothing that was measured on the old ones, no digest."""
-        kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
-        return replace(kept, top1=None, top5=None, sha256=None, notes=None)
-
-    def trained(self, dataset: str, **known: Any) -> Origin:
-        """Of weights trained here on a dataset: what is `known` of them, and nothing of those that they began as."""
-        fresh = replace(self, top1=None, top5=None, notes=None, source=None, revision=None, sha256=None)
-        return replace(fresh, dataset=dataset, **known)
-
-
-Layout = Literal["native", "timm", "timm-conv", "transformers"]
-"""Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""

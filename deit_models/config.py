@@ -1,4 +1,4 @@
-"""Rules every configuration dataclass follows: checked fields, and one way to override them."""
+"""Rules of the configuration dataclasses: checks of their fields, and one way to override them."""
 
 from __future__ import annotations
 
@@ -48,6 +48,6 @@ def check_rates(config: Any, *names: str) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """How an error message ends: the three nearest known names."""
+    """The end of an error message: the three nearest known names."""
     close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
     return f"; nearest: {', '.join(close)}" if close else ""

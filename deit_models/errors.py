@@ -1,4 +1,4 @@
-"""Every error this package raises on purpose; each is also the builtin a caller would expect to catch."""
+"""Errors of this package; each is also the builtin that a caller would expect to catch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,11 @@ class ManifestError(DeitModelsError, ValueError):
 
 
 class FetchError(DeitModelsError, OSError):
-    """A file could not be obtained: no network, no permission, no such file, no space."""
+    """A file could not be obtained: no network, no permission, no such file."""
+
+
+class SaveError(DeitModelsError, OSError):
+    """A file could not be written on this machine: no space, no permission."""
 
 
 class CheckpointError(DeitModelsError, ValueError):
@@ -36,7 +40,7 @@ class ImageError(DeitModelsError, ValueError):
 
 
 class DataError(DeitModelsError, ValueError):
-    """A data set that is not there, is not laid out as expected, or holds too many damaged images."""
+    """A data set that does not exist, is not laid out as expected, or holds too many damaged images."""
 
 
 class TrainingError(DeitModelsError, RuntimeError):
@@ -48,7 +52,7 @@ class MissingExtraError(DeitModelsError, ImportError):
 
 
 class AgreementError(DeitModelsError, ValueError):
-    """A faster or exported form of a model does not give the model's own answers; it was not handed over."""
+    """A faster or exported form of a model gives other logits than the model; it is not handed over."""
 
 
 def first_line(error: BaseException) -> str:

@@ -1,22 +1,120 @@
-"""Files: atomic writes, digests, JSON and TOML."""
+"""Files of every part: atomic writes, digests, JSON, TOML and safetensors. Needs no torch until tensors are written."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
 from pathlib import Path
 from tempfile import NamedTemporaryFile
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
+from .errors import CheckpointError, ConfigError, IntegrityError, SaveError, first_line
 
-from .errors import CheckpointError, FetchError, IntegrityError, first_line
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
+
+
+@contextmanager
+def atomic_write(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it.
+
+    Raises: SaveError: no space, no permission; an existing file is left as it was.
+    """
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
+            temporary = Path(file.name)
+        yield temporary
+        os.chmod(temporary, 0o644)  # temporary files are private by default, published ones are not
+        os.replace(temporary, path)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 file atomically. Raises: SaveError: no space, no permission."""
+    with atomic_write(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Add to the end of a UTF-8 file, which is made if need be. Raises: SaveError: no space, no permission."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            file.write(text)
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {first_line(error)}") from error
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write indented JSON atomically. Raises: SaveError: no space, no permission."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write a safetensors file atomically; the tensors are contiguous and share no memory.
+
+    Raises: SaveError: no space, no permission.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with atomic_write(path) as temporary:
+        try:
+            save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        except SafetensorError as error:  # its own error for a full disk
+            raise OSError(first_line(error)) from error
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON table. Raises: CheckpointError: not JSON, or something else than a table."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} is not JSON: {error}") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
+    return data
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The table of a TOML text. Raises: ConfigError: not TOML."""
+    try:
+        return tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"not TOML: {error}") from error
+
+
+def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The table of a TOML file. Raises: ConfigError: it cannot be read, or is not TOML; the file is named."""
+    try:
+        return parse_toml(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror or error}") from error
+    except (UnicodeDecodeError, ConfigError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def toml_lines(values: Mapping[str, Any]) -> str:
+    """Plain values and lists of them as TOML, a line each."""
+    # JSON's strings, numbers, booleans and lists are TOML's too
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
 
 
 def sha256_of(path: Path) -> str:
@@ -41,51 +139,3 @@ def check_digest(path: Path, expected: str | None, *, name: str | None = None) -
             f"{name or path}: SHA-256 is {actual[:16]}..., expected {expected[:16]}...; the file was changed"
         )
     return actual
-
-
-@contextmanager
-def atomic_write(path: Path) -> Iterator[Path]:
-    """A temporary file beside `path` to write to; it takes its place only once complete, also while others read it.
-
-    Raises: FetchError: no space, no permission; what was there is left as it was.
-    """
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with NamedTemporaryFile(dir=path.parent, prefix=path.name + ".", suffix=".tmp", delete=False) as file:
-            temporary = Path(file.name)
-        yield temporary
-        os.chmod(temporary, 0o644)  # temporary files are private by default, published ones are not
-        os.replace(temporary, path)
-    except (OSError, SafetensorError) as error:  # safetensors has its own error for a full disk
-        raise FetchError(f"cannot write {path}: {first_line(error)}") from error
-    finally:
-        if temporary is not None:
-            temporary.unlink(missing_ok=True)
-
-
-def toml_lines(values: Mapping[str, Any]) -> str:
-    """Plain values and lists of them as TOML, a line each."""
-    # JSON's strings, numbers, booleans and lists are TOML's too
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
-
-
-def _is_tables(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple)) and bool(value) and (is_dataclass(value[0]) or isinstance(value[0], Mapping))
-    )
-
-
-def _table(entry: Any) -> Mapping[str, Any]:
-    return entry if isinstance(entry, Mapping) else {item.name: getattr(entry, item.name) for item in fields(entry)}
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON table. Raises: CheckpointError: not JSON, or something else than a table."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
-    return data

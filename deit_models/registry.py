@@ -1,22 +1,17 @@
-"""Names: what can be built, and what is known of it. Listing needs no torch; a family is imported on first use."""
+"""Registered models by name. Listing them needs no torch; a family is imported on first use."""
 
 from __future__ import annotations
 
 import fnmatch
 import importlib
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
-from .checkpoint import Checkpoint, Origin, Preprocessing, load_manifest
+from .checkpoint import ModelInfo, ModelLike, Preprocessing, load_manifest
 from .config import nearest, override
 from .errors import ConfigError, ManifestError, UnknownModelError
-from .formats.architecture import SUFFIX, read_architecture
 
-if TYPE_CHECKING:
-    import torch
-
-    from .models.layers import ImageClassifier
-
+M = TypeVar("M", bound=ModelLike)
 
 DEFAULT_MODEL = "deit_micro_distilled_patch4_32"
 """The checkpoint that comes with the package."""
@@ -24,10 +19,10 @@ DEFAULT_MODEL = "deit_micro_distilled_patch4_32"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """A registered model: which class builds it, from which config."""
+    """A registered model: its class and its config."""
 
     name: str
-    model_class: type[ImageClassifier]
+    model_class: type[ModelLike]
     config: Any
 
     @property
@@ -39,7 +34,7 @@ class ModelSpec:
 _specs: dict[str, ModelSpec] = {}
 
 
-def register_model(name: str, model_class: type[ImageClassifier], config: Any, **overrides: Any) -> None:
+def register_model(name: str, model_class: type[ModelLike], config: Any, **overrides: Any) -> None:
     """Make `model_class(config)` available under a name; `overrides` replace fields of the config.
 
     Raises: ConfigError: the name is taken, or a field does not exist.
@@ -61,7 +56,7 @@ def model_spec(name: str) -> ModelSpec:
 
 
 def _import_family(name: str) -> str | None:
-    """Have the family of a manifest name register its models; None for a name that is not in the manifest."""
+    """Import the family of a manifest name, which registers its models; None for a name not in the manifest."""
     if name not in load_manifest():
         return None
     family = load_manifest()[name].family
@@ -70,11 +65,11 @@ def _import_family(name: str) -> str | None:
 
 
 def family_spec(family: str) -> ModelSpec:
-    """Any model of a family, for its class and the type of its config. Raises: ConfigError: no such family."""
-    for name, checkpoint in load_manifest().items():
-        if checkpoint.family == family:
+    """Some model of a family, for its class and the type of its config. Raises: ConfigError: no such family."""
+    for name, info in load_manifest().items():
+        if info.family == family:
             return model_spec(name)
-    known = sorted({checkpoint.family for checkpoint in load_manifest().values()})
+    known = sorted({info.family for info in load_manifest().values()})
     raise ConfigError(f"unknown model family {family!r}; known: {', '.join(known)}")
 
 
@@ -95,37 +90,6 @@ def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
     return fnmatch.filter(names, pattern)
 
 
-def create_model(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
-) -> ImageClassifier:
-    """Build a registered model with random weights, in training mode.
-
-    Args:
-        name: one of `list_models()`, or a file with an architecture, see `architecture.read_architecture`.
-        device: where to put it.
-        dtype: floating-point type of its parameters.
-        **overrides: fields of the family's config, e.g. num_classes=10, img_size=(224, 448), drop_path_rate=0.1.
-
-    Raises: UnknownModelError: no such name. ConfigError: an unknown option, misfitting values, a file of another kind.
-    """
-    import torch
-
-    spec, preprocessing = _spec_of_file(name) if name.endswith(SUFFIX) else (model_spec(name), None)
-    config = override(spec.config, overrides)
-    with torch.device(device if device is not None else torch.get_default_device()):
-        model = spec.model_class(config)
-    preprocessing = preprocessing or default_preprocessing(spec.name, config.image_hw)
-    model.origin = Origin(name=spec.name, preprocessing=preprocessing.at_size(config.image_hw))
-    return model if dtype is None else model.to(dtype)
-
-
-def _spec_of_file(path: str) -> tuple[ModelSpec, Preprocessing | None]:
-    known = read_architecture(path)
-    spec = family_spec(known.family)
-    config = override(type(spec.config)(), dict(known.settings))
-    return replace(spec, name=known.name, config=config), known.preprocessing
-
-
 def default_preprocessing(name: str, image_hw: tuple[int, int]) -> Preprocessing:
     """The authors' evaluation transform of a model at an input size (height, width) in pixels.
 
@@ -136,10 +100,10 @@ def default_preprocessing(name: str, image_hw: tuple[int, int]) -> Preprocessing
     return base.at_size(image_hw)
 
 
-def model_info(name: str) -> Checkpoint:
-    """What is known of a model: parameters, MACs, input size, accuracy, licence, sources, evaluation transform.
+def model_info(name: str) -> ModelInfo:
+    """Facts about a model: parameters, MACs, input size, accuracy, licence, sources, evaluation transform.
 
-    A model registered at run time, which the manifest cannot know, has its figures counted from its definition.
+    For a model registered at run time, which is not in the manifest, they are counted from its definition.
     Raises: UnknownModelError: no such name.
     """
     manifest = load_manifest()
@@ -148,15 +112,23 @@ def model_info(name: str) -> Checkpoint:
     return _measure(model_spec(name))
 
 
-def _measure(spec: ModelSpec) -> Checkpoint:
+def meta_model(model_class: type[M], config: Any) -> M:
+    """A model on the meta device: it has names and shapes and takes no memory."""
+    import torch
+
+    with torch.device("meta"):
+        return model_class(config)
+
+
+def _measure(spec: ModelSpec) -> ModelInfo:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = spec.config.image_hw
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model = spec.model_class(spec.config).eval()
-        model(torch.empty(1, spec.config.in_chans, height, width))
-    return Checkpoint(
+    model = meta_model(spec.model_class, spec.config).eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, spec.config.in_chans, height, width, device="meta"))
+    return ModelInfo(
         name=spec.name,
         family=spec.family,
         params=sum(parameter.numel() for parameter in model.parameters()),

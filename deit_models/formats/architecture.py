@@ -1,22 +1,16 @@
-"""A model that is in no list: its architecture as a TOML file, which `create_model` takes in the place of a name."""
+"""Architectures as TOML files, for models that are not registered; `create_model` takes such a file as a name."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError
-from ..files import _is_tables, _table, toml_lines
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from ..files import parse_toml, toml_lines
 
 FORMAT = 1
 SUFFIX = ".toml"
@@ -27,7 +21,7 @@ class Architecture:
     """A model written down: enough to build it with random weights, and to prepare its input.
 
     Attributes:
-        name: what it is called in model cards.
+        name: its name in model cards.
         family: file under `models/` that builds it.
         settings: fields of the family's config.
         preprocessing: its evaluation transform; None: that of DeiT at its size.
@@ -57,7 +51,7 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
     Raises: ConfigError: no such file, not TOML, or not an architecture.
     """
     try:
-        data = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        data = parse_toml(Path(path).read_text(encoding="utf-8"))
         if data.get("architecture") != FORMAT:
             raise ConfigError(f"it has no line `architecture = {FORMAT}`")
         known = {"architecture", "name", "family", "settings", "preprocessing"}
@@ -72,5 +66,15 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
         )
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, ConfigError, TypeError) as error:
+    except (UnicodeDecodeError, ConfigError, TypeError) as error:
         raise ConfigError(f"{path} is not an architecture: {error}") from error
+
+
+def _is_tables(value: Any) -> bool:
+    return (
+        isinstance(value, (list, tuple)) and bool(value) and (is_dataclass(value[0]) or isinstance(value[0], Mapping))
+    )
+
+
+def _table(entry: Any) -> Mapping[str, Any]:
+    return entry if isinstance(entry, Mapping) else {item.name: getattr(entry, item.name) for item in fields(entry)}

@@ -7,13 +7,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from functools import cache
+from typing import Any, ClassVar, NamedTuple
 
 from ..checkpoint import load_manifest
 from ..config import override
-from ..errors import ConfigError
+from ..errors import CheckpointError, ConfigError
 from ..registry import model_spec
-from .family import FamilyLayouts, Naming, Rule
+from .family import FamilyLayouts, Naming
+
+
+class Rule(NamedTuple):
+    """One line of a table of names: `{i}` stands for a block index, `{w}` for weight or bias.
+
+    With several others, the native tensor is their concatenation along the rows: DeiT's authors fuse query, key and
+    value, transformers keeps them apart.
+    """
+
+    native: str
+    others: tuple[str, ...]
+
 
 _OUTER = (
     Rule("cls_token", ("embeddings.cls_token",)),
@@ -71,7 +84,6 @@ _FIELDS = {
 class DeiTLayouts(FamilyLayouts):
     """See the module docstring."""
 
-    family = "deit"
     signs: ClassVar[Mapping[Naming, str]] = {
         "timm": r"blocks\.0\.ls1\.gamma$",
         "native": r"patch_embed\.proj\.weight$",
@@ -92,27 +104,26 @@ class DeiTLayouts(FamilyLayouts):
     model_types = ("deit", "vit")
 
     def body_prefix(self, naming: Naming, config: Any) -> str:
-        """After the class transformers would build."""
+        """The model type of transformers."""
         if not naming.startswith("transformers"):
             return ""
         return "deit." if config.distilled else "vit."
 
-    def rules(self, naming: Naming, config: Any) -> tuple[Rule, ...] | None:
-        """The tables of transformers; there the class head's name depends on whether there is another."""
-        return _TABLES.get((naming, config.distilled))
-
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
-        """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`."""
+        """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`; transformers has a table."""
         if naming == "timm":
             return (re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name),)
-        return super().other_names(name, naming, config)
+        for rule in _TABLES.get((naming, config.distilled), ()):
+            if match := _pattern(rule.native).fullmatch(name):
+                return tuple(other.format(**match.groupdict()) for other in rule.others)
+        raise CheckpointError(f"the {naming} layout of {self.family} has no name for {name}")
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
         """The same name, or that of the weights pre-trained on ImageNet-21k."""
         return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
 
     def timm_architecture(self, name: str, config: Any) -> str:
-        """A name timm has: it builds shapes it has no name for from a name it has and the options that differ."""
+        """A name of timm's; shapes without one are built from the nearest name and the options that differ."""
         three = _is_three(config)
         if three and config.distilled:
             raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
@@ -123,7 +134,7 @@ class DeiTLayouts(FamilyLayouts):
         return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224"
 
     def timm_facts(self, config: Any) -> dict[str, Any]:
-        """Its first layer and its heads."""
+        """First layer and heads."""
         return {
             "num_features": config.embed_dim,
             "pool_size": None,
@@ -164,10 +175,16 @@ class DeiTLayouts(FamilyLayouts):
         }
 
 
+@cache
+def _pattern(template: str) -> re.Pattern[str]:
+    escaped = re.escape(template)
+    return re.compile(escaped.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{w\}", r"(?P<w>weight|bias)"))
+
+
 def _is_three(config: Any) -> bool:
     """Whether a config has the layer scale and the positions of DeiT III.
 
-    Raises: ConfigError: one without the other, which is nowhere but here.
+    Raises: ConfigError: one without the other, which no other library has.
     """
     if bool(config.layer_scale) == config.prefix_positions:
         raise ConfigError(

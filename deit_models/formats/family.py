@@ -1,52 +1,64 @@
-"""What the hub asks of a family: how other libraries name its tensors, and what they write into its config.json.
-
-A family overrides what it has; what it leaves alone means that only its authors publish it, under the native names.
-"""
+"""What other libraries write about a family: tensor names, config.json. A family overrides what differs from native."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
-from functools import cache
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
+from ..checkpoint import Layout, Origin
 from ..errors import CheckpointError, ConfigError
 
 Naming = Literal["native", "timm", "timm-conv", "transformers", "transformers-5"]
-"""How a file names its tensors. Published transformers files keep the classic names; "transformers-5" are the names of
+"""Tensor names of a file. Published transformers files keep the classic names; "transformers-5" are the names of
 transformers' own modules since version 5, which some tools save as they are. "timm-conv" are timm's names with 1x1
 convolutions in the place of linear layers."""
 
 
-class Rule(NamedTuple):
-    """One line of a table of names: `{i}` stands for a block index, `{w}` for weight or bias.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """The model to build for a weights file, and the facts about its weights.
 
-    Where there are several others, the native tensor is their concatenation along the rows: DeiT's authors fuse query,
-    key and value, transformers keeps them apart.
+    `layout` is None for a bare weights file, of which only the model's name is known.
     """
 
-    native: str
-    others: tuple[str, ...]
+    config: Any
+    origin: Origin
+    family: str
+    layout: Layout | None = None
+
+
+class Mapped(NamedTuple):
+    """A file's tensors under native names, and what did not fit: the lists are in the file's own names.
+
+    `uneven` lists parts of one native tensor (query, key, value) that differ in shape.
+    """
+
+    tensors: dict[str, Tensor]
+    missing: list[str]
+    unexpected: list[str]
+    uneven: list[str]
 
 
 class FamilyLayouts:
-    """The layouts of one family beside the native one; stateless.
+    """The layouts of one family beside the native one; stateless. This base is a family that has no others.
 
     Attributes:
         family: name of the file under `models/`.
-        signs: for each naming, a pattern that the start of some tensor's name has in this naming alone; the first that
-            is found tells a file's naming. Empty: every file is native.
+        signs: for each naming, a pattern that matches the start of some tensor's name in this naming alone; the first
+            that is found tells a file's naming. Empty: every file is native.
         body: matches the prefix under which transformers puts the body; it is taken off before names are looked up.
         ignored: matches names (without prefix) that are in published files and in no model.
         timm_options: fields of the config that timm's class takes under the same name.
         timm_ignored: options of timm's class that change no weight and no output in eval mode.
         timm_fixed: options of timm's class that have one value here, and that value.
-        model_types: transformers' `model_type`s that are of this family.
+        model_types: transformers' `model_type`s of this family.
     """
 
-    family: ClassVar[str]
     signs: ClassVar[Mapping[Naming, str]] = {}
     body: ClassVar[str | None] = None
     ignored: ClassVar[str | None] = None
@@ -55,14 +67,65 @@ class FamilyLayouts:
     timm_fixed: ClassVar[Mapping[str, Any]] = {}
     model_types: ClassVar[tuple[str, ...]] = ()
 
+    def __init__(self, family: str) -> None:
+        self.family = family
+
     # Tensors
 
-    def tell_naming(self, names: Collection[str]) -> Naming:
-        """How a file names its tensors, told from the names alone.
+    def to_native(
+        self, tensors: Mapping[str, Tensor], native_names: Iterable[str], *, config: Any, naming: Naming | None = None
+    ) -> Mapped:
+        """Give a file's tensors their native names.
 
-        Raises: CheckpointError: none of the known ways.
+        Args:
+            tensors: as read from the file.
+            native_names: the names of the model's tensors.
+            config: the model's config: some names depend on depths, or on whether there is a distillation head.
+            naming: the file's tensor names; told from the names if not given.
+
+        Raises: CheckpointError: names of no known layout.
         """
-        bare = {self.bare_name(name) for name in names}
+        naming = naming or self.tell_naming(tensors)
+        bare = {self._bare_name(name): name for name in tensors}
+        if self.ignored is not None:
+            bare = {short: name for short, name in bare.items() if not re.match(self.ignored, short)}
+        native: dict[str, Tensor] = {}
+        missing: list[str] = []
+        uneven: list[str] = []
+        for name in native_names:
+            parts = (name,) if naming == "native" else self.other_names(name, naming, config)
+            absent = [part for part in parts if part not in bare]
+            missing += absent
+            found = [tensors[bare[part]] for part in parts if part in bare]
+            if len({tensor.shape for tensor in found}) > 1:
+                uneven.append(", ".join(f"{bare[part]} is {tuple(tensors[bare[part]].shape)}" for part in parts))
+            elif not absent:
+                tensor = found[0] if len(found) == 1 else torch.cat(found)
+                native[name] = tensor if naming == "native" else self.read_tensor(name, tensor)
+            for part in parts:
+                bare.pop(part, None)
+        return Mapped(native, missing, sorted(bare.values()), uneven)
+
+    def from_native(self, tensors: Mapping[str, Tensor], *, config: Any, naming: Naming) -> dict[str, Tensor]:
+        """Give a model's tensors another layout's names; the inverse of `to_native`.
+
+        Raises: ConfigError: the family has no such layout.
+        """
+        if naming == "native":
+            return {name: tensor.contiguous() for name, tensor in tensors.items()}
+        body = self.body_prefix(naming, config)
+        renamed: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            tensor = self.write_tensor(name, tensor, naming)
+            parts = self.other_names(name, naming, config)
+            for part, values in zip(parts, tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,), strict=True):
+                prefix = body if self._bare_name(body + part) == part else ""
+                renamed[prefix + part] = values.contiguous()
+        return renamed
+
+    def tell_naming(self, names: Collection[str]) -> Naming:
+        """The naming of a file, told from its tensor names. Raises: CheckpointError: none of the known ones."""
+        bare = {self._bare_name(name) for name in names}
         for naming, sign in self.signs.items():
             if any(re.match(sign, name) for name in bare):
                 return naming
@@ -70,32 +133,22 @@ class FamilyLayouts:
             return "native"
         raise CheckpointError(f"unknown tensor names, such as {', '.join(sorted(names)[:3]) or 'none at all'}")
 
-    def bare_name(self, name: str) -> str:
+    def _bare_name(self, name: str) -> str:
         """A tensor's name without the prefix of the body."""
         return name if self.body is None else re.sub(f"^(?:{self.body})", "", name)
 
     def body_prefix(self, naming: Naming, config: Any) -> str:
-        """What is put before every name outside the heads."""
+        """The prefix of every name outside the heads."""
         del naming, config
         return ""
 
-    def rules(self, naming: Naming, config: Any) -> tuple[Rule, ...] | None:
-        """The table of a naming for a model of this config; None where the names are the native ones."""
-        del naming, config
-        return None
-
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
-        """The names that hold a native tensor in another naming, without prefix.
+        """The names that hold a native tensor in another naming, without prefix; its rows are divided among them.
 
         Raises: CheckpointError: the naming has no place for it.
         """
-        table = self.rules(naming, config)
-        if table is None:
-            return (name,)
-        for rule in table:
-            if match := _pattern(rule.native).fullmatch(name):
-                return tuple(other.format(**match.groupdict()) for other in rule.others)
-        raise CheckpointError(f"the {naming} layout of {self.family} has no name for {name}")
+        del naming, config
+        return (name,)
 
     def read_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """A file's tensor in the native shape; `name` is the native one."""
@@ -103,7 +156,7 @@ class FamilyLayouts:
         return tensor
 
     def write_tensor(self, name: str, tensor: Tensor, naming: Naming) -> Tensor:
-        """A native tensor in the shape a naming gives it; the inverse of `read_tensor`. `name` is the native one."""
+        """A native tensor in the shape of a naming; the inverse of `read_tensor`. `name` is the native one."""
         del name
         if naming == "timm-conv":
             raise ConfigError(f"{self.family} has no layout 'timm-conv'; use 'timm'")
@@ -112,12 +165,12 @@ class FamilyLayouts:
     # config.json of timm
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
-        """The registered name that may go with timm's; whether there is such a model is asked of the manifest."""
+        """The registered name that corresponds to timm's; the manifest may lack it."""
         del tag
         return architecture
 
     def timm_architecture(self, name: str, config: Any) -> str:
-        """Name of the model timm builds this config from, given the `timm_options` that differ from the registered one.
+        """The model of timm's to build this config from, given the `timm_options` that differ from the registered one.
 
         Args:
             name: the registered model that the weights are a variant of.
@@ -129,14 +182,14 @@ class FamilyLayouts:
         raise ConfigError(f"timm has no model like {name}; save it with layout='native'")
 
     def timm_facts(self, config: Any) -> dict[str, Any]:
-        """What timm's config.json says of the shape: `num_features`, and `pool_size`, `first_conv` and `classifier`."""
+        """Facts of the shape in timm's config.json: `num_features`, `pool_size`, `first_conv`, `classifier`."""
         del config
         return {}
 
     # config.json of transformers
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
-        """The config a transformers config.json describes, whose classes are counted elsewhere.
+        """The config that a transformers config.json describes; `num_classes` is read elsewhere.
 
         Raises: ConfigError: values this package cannot build. LookupError, TypeError, ValueError: missing or misused
             fields, which the caller turns into one message.
@@ -152,7 +205,25 @@ class FamilyLayouts:
         raise ConfigError(f"transformers has no {self.family} models; save it with layout='native'")
 
 
-@cache
-def _pattern(template: str) -> re.Pattern[str]:
-    escaped = re.escape(template)
-    return re.compile(escaped.replace(r"\{i\}", r"(?P<i>\d+)").replace(r"\{w\}", r"(?P<w>weight|bias)"))
+# Values of config.json
+
+
+def read_class_names(id2label: Any) -> tuple[str, ...] | None:
+    """Names in the order of the logits; None where there are none, or only placeholders."""
+    if not id2label:
+        return None
+    by_index = {int(index): str(name) for index, name in id2label.items()}
+    if sorted(by_index) != list(range(len(by_index))):
+        raise CheckpointError(f"config.json names classes {min(by_index)} to {max(by_index)} with gaps")
+    names = tuple(by_index[index] for index in range(len(by_index)))
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
+
+
+def write_class_names(names: tuple[str, ...]) -> dict[str, str]:
+    """The inverse of `read_class_names`; JSON has no other keys than strings."""
+    return {str(index): name for index, name in enumerate(names)}
+
+
+def tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON has no tuples; config fields do."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

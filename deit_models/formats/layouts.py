@@ -1,122 +1,106 @@
-"""Tensor names, every way: the authors' (native) and those of other libraries, read and written.
-
-What a name is called elsewhere is the family's to say, see `families/`.
-"""
-# MERGED """T2T-ViT elsewhere: nowhere. Neither timm nor transformers has it, and its authors' names are the native ones."""
-# MERGED """ViT-ResNAS elsewhere: nowhere. Neither timm nor transformers has it, and its authors' names are the native ones."""
-# MERGED """The families whose layouts are known: one import and one entry each."""
+"""The layouts of a saved model: config.json read, its layout told; config.json written, in any layout."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
-import torch
-from torch import Tensor
-
+from ..checkpoint import Layout, ModelLike, Origin, Preprocessing
+from ..config import override
+from ..errors import CheckpointError, ConfigError, DeitModelsError
+from ..registry import family_spec
+from . import timm_config, transformers_config
 from .deit import DeiTLayouts
-from .family import FamilyLayouts, Naming
+from .family import Description, FamilyLayouts, read_class_names, tuples, write_class_names
 from .levit import LeViTLayouts
 
-
-class T2TViTLayouts(FamilyLayouts):
-    """See the module docstring."""
-
-    family = "t2t_vit"
-
-
-class ViTResNASLayouts(FamilyLayouts):
-    """See the module docstring."""
-
-    family = "vit_resnas"
-
-
-_LAYOUTS: tuple[FamilyLayouts, ...] = (DeiTLayouts(), LeViTLayouts(), T2TViTLayouts(), ViTResNASLayouts())
-FAMILIES = {layouts.family: layouts for layouts in _LAYOUTS}
+CONFIG_NAME = "config.json"
+PROCESSOR_NAME = "preprocessor_config.json"
+WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
+"""Names of the weights in a repository or folder; the first is written."""
+CONFIG_FORMAT = 1
+FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
+"""Families that other libraries have, too."""
 
 
 def layouts_of(family: str) -> FamilyLayouts:
-    """The layouts of a family; of one that is registered at run time, the native one alone."""
-    if family in FAMILIES:
-        return FAMILIES[family]
-    layouts = FamilyLayouts()
-    layouts.family = family  # type: ignore[misc]
-    return layouts
+    """The layouts of a family; only the native one if no other library has it."""
+    return FAMILIES.get(family) or FamilyLayouts(family)
 
 
-class Mapped(NamedTuple):
-    """A file's tensors under native names, and what did not fit: the lists are in the file's own names.
-
-    `uneven` tells of parts of one native tensor (query, key, value) that differ in shape.
-    """
-
-    tensors: dict[str, Tensor]
-    missing: list[str]
-    unexpected: list[str]
-    uneven: list[str]
-
-
-def to_native(
-    tensors: Mapping[str, Tensor],
-    native_names: Iterable[str],
-    *,
-    family: str,
-    config: Any,
-    naming: Naming | None = None,
-) -> Mapped:
-    """Give a file's tensors their native names.
+def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> Description:
+    """Tell the layout of a config.json from its contents, and read it.
 
     Args:
-        tensors: as read from the file.
-        native_names: what the model needs.
-        family: the model's family, which has its own tables.
-        config: the model's config: some tables hang on depths, or on whether there is a distillation head.
-        naming: how the file names them; told from the names if not given.
+        data: the parsed config.json.
+        processor: the parsed preprocessor_config.json that transformers puts beside it, if there is one.
 
-    Raises: CheckpointError: names of no known layout.
+    Raises: CheckpointError: none of the three layouts. ConfigError: values this package cannot build.
+        UnknownModelError: an architecture that is not registered.
     """
-    layouts = layouts_of(family)
-    naming = naming or layouts.tell_naming(tensors)
-    bare = {layouts.bare_name(name): name for name in tensors}
-    if layouts.ignored is not None:
-        bare = {short: name for short, name in bare.items() if not re.match(layouts.ignored, short)}
-    native: dict[str, Tensor] = {}
-    missing: list[str] = []
-    uneven: list[str] = []
-    for name in native_names:
-        parts = layouts.other_names(name, naming, config)
-        absent = [part for part in parts if part not in bare]
-        missing += absent
-        found = [tensors[bare[part]] for part in parts if part in bare]
-        if len({tensor.shape for tensor in found}) > 1:
-            uneven.append(", ".join(f"{bare[part]} is {tuple(tensors[bare[part]].shape)}" for part in parts))
-        elif not absent:
-            native[name] = layouts.read_tensor(name, found[0] if len(found) == 1 else torch.cat(found))
-        for part in parts:
-            bare.pop(part, None)
-    return Mapped(native, missing, sorted(bare.values()), uneven)
+    try:
+        if "deit_models" in data:
+            return _read_native(data)
+        if "architecture" in data:
+            return timm_config.read(data, FAMILIES)
+        if "model_type" in data:
+            return transformers_config.read(data, processor, FAMILIES)
+    except DeitModelsError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
+        raise CheckpointError(f"config.json lacks or misuses a field ({type(error).__name__}: {error})") from error
+    raise CheckpointError("config.json is of no known layout: it has neither deit_models, architecture nor model_type")
 
 
-def from_native(tensors: Mapping[str, Tensor], *, family: str, config: Any, naming: Naming) -> dict[str, Tensor]:
-    """Give native tensors another layout's names; the inverse of `to_native`.
+def write_config(model: ModelLike, layout: Layout) -> dict[str, dict[str, Any]]:
+    """The JSON files that go beside model.safetensors in a layout: contents by file name.
 
-    Args:
-        tensors: a model's state dict.
-        family: the model's family.
-        config: the model's config.
-        naming: the wanted names.
-
-    Raises: ConfigError: the family has no such layout.
+    Raises: ConfigError: an unknown layout, one the family does not have, or a model without `origin` (built by hand).
     """
-    layouts = layouts_of(family)
-    body = layouts.body_prefix(naming, config)
-    renamed: dict[str, Tensor] = {}
-    for name, tensor in tensors.items():
-        tensor = layouts.write_tensor(name, tensor, naming)
-        parts = layouts.other_names(name, naming, config)
-        rows = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
-        for part, values in zip(parts, rows, strict=True):
-            prefix = body if layouts.bare_name(body + part) == part else ""
-            renamed[prefix + part] = values.contiguous()
-    return renamed
+    origin, layouts = known_origin(model), layouts_of(model.family)
+    if layout == "native":
+        return {CONFIG_NAME: _write_native(model, origin)}
+    if layout in ("timm", "timm-conv"):
+        return {CONFIG_NAME: timm_config.write(model, origin, layouts, conv=layout == "timm-conv")}
+    if layout == "transformers":
+        return {
+            CONFIG_NAME: transformers_config.write(model, origin, layouts),
+            PROCESSOR_NAME: transformers_config.write_processor(origin.preprocessing),
+        }
+    raise ConfigError(f"layout={layout!r}; expected 'native', 'timm' or 'transformers'")
+
+
+def known_origin(model: ModelLike) -> Origin:
+    """The origin of a model. Raises: ConfigError: a model without one (built by hand)."""
+    if model.origin is None:
+        raise ConfigError("this model has no origin; build it with create_model or load it with from_pretrained")
+    return model.origin
+
+
+def _read_native(data: Mapping[str, Any]) -> Description:
+    if data["deit_models"] != CONFIG_FORMAT:
+        raise CheckpointError(f"config.json has format {data['deit_models']!r}; this version reads {CONFIG_FORMAT}")
+    spec = family_spec(data["family"])
+    config = override(type(spec.config)(), tuples(data["config"]))
+    origin = Origin(
+        name=data["architecture"],
+        preprocessing=Preprocessing.from_dict(data["preprocessing"]),
+        class_names=read_class_names(data.get("id2label")),
+        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence", "notes")},
+    )
+    return Description(config=config, origin=origin, family=spec.family, layout="native")
+
+
+def _write_native(model: ModelLike, origin: Origin) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "deit_models": CONFIG_FORMAT,
+        "architecture": origin.name,
+        "family": model.family,
+        "config": asdict(model.config),
+        "preprocessing": origin.preprocessing.to_dict(),
+    }
+    if origin.class_names is not None:
+        data["id2label"] = write_class_names(origin.class_names)
+    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence", "notes")}
+    return data | {key: value for key, value in facts.items() if value is not None}

@@ -44,7 +44,7 @@ _FIELDS = {
     "depth": "depths",
     "num_heads": "num_attention_heads",
 }
-# What transformers writes and these models have one value for.
+# Fields of transformers that have one value in these models.
 _FIXED = {"kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}
 # Options that stand once in our config and once for each stage in transformers'.
 _PER_STAGE = {"key_dim": "key_dim", "attn_ratio": "attention_ratio", "mlp_ratio": "mlp_ratio"}
@@ -53,7 +53,6 @@ _PER_STAGE = {"key_dim": "key_dim", "attn_ratio": "attention_ratio", "mlp_ratio"
 class LeViTLayouts(FamilyLayouts):
     """See the module docstring."""
 
-    family = "levit"
     signs: ClassVar[Mapping[Naming, str]] = {
         "native": r"patch_embed\.0\.c\.weight$",
         "timm": r"stem\.conv1\.linear\.weight$",
@@ -78,9 +77,7 @@ class LeViTLayouts(FamilyLayouts):
         return "levit." if naming.startswith("transformers") else ""
 
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
-        """One name for each tensor; which stage it stands in hangs on the depths."""
-        if naming == "native":
-            return (name,)
+        """One name for each tensor; its stage depends on the depths."""
         match = _NAME.fullmatch(name)
         if match is None or match["module"] not in _modules(config):
             raise CheckpointError(f"the {naming} layout of levit has no name for {name}")
@@ -100,7 +97,7 @@ class LeViTLayouts(FamilyLayouts):
         return tensor.flatten(1) if _is_linear(name) and tensor.shape[2:] == (1, 1) else tensor
 
     def write_tensor(self, name: str, tensor: Tensor, naming: Naming) -> Tensor:
-        """And back."""
+        """The inverse of `read_tensor`."""
         return tensor[:, :, None, None] if naming == "timm-conv" and _is_linear(name) else tensor
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
@@ -114,7 +111,7 @@ class LeViTLayouts(FamilyLayouts):
         return name if name in load_manifest() else "levit_128s"
 
     def timm_facts(self, config: Any) -> dict[str, Any]:
-        """Its first layer and its heads."""
+        """First layer and heads."""
         return {
             "num_features": config.embed_dim[-1],
             "pool_size": list(config.grids[-1]),
@@ -182,7 +179,7 @@ def _modules(config: Any) -> dict[str, _Elsewhere]:
 
 
 def _layers(config: Any) -> Iterator[tuple[dict[str, tuple[str, str]], _Elsewhere]]:
-    """The authors' row of layers: what each is made of, and where it stands elsewhere."""
+    """The authors' row of layers: the parts of each, and its names elsewhere."""
     for stage, depth in enumerate(config.depth):
         if stage:
             before = _Elsewhere(f"stages.{stage}.downsample", f"encoder.stages.{stage - 1}.layers")

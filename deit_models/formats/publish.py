@@ -1,29 +1,31 @@
-"""And back: a model written as a folder that timm, transformers and this package load, and pushed to the Hub."""
+"""A model written as a folder that timm, transformers and this package load, with a card, and pushed to the Hub."""
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from safetensors.torch import save_file
+from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
-from ..checkpoint import Layout
+from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, first_line
-from ..files import atomic_write
-from ..hub.fetch import WEIGHTS_NAMES
-from ..hub.weights import meta_model
-from ..models.layers import ImageClassifier
-from .card import model_card
-from .configs import write_config
-from .layouts import from_native
+from ..files import write_json, write_tensors, write_text
+from ..registry import meta_model
+from .layouts import WEIGHTS_NAMES, known_origin, layouts_of, write_config
+
+CARD_NAME = CARD_NAME
+_USE = {
+    "native": "import deit_models\n\nmodel = deit_models.from_pretrained({repo!r})",
+    "timm": "import timm\n\nmodel = timm.create_model({timm_repo!r}, pretrained=True)",
+    "transformers": "from transformers import pipeline\n\nclassify = pipeline('image-classification', {repo!r})",
+}
+
 
 
 def save_pretrained(
-    model: ImageClassifier, save_directory: str | os.PathLike[str], *, layout: Layout = "native"
+    model: ModelLike, save_directory: str | os.PathLike[str], *, layout: Layout = "native"
 ) -> None:
     """Write a model as a folder: config.json, model.safetensors and a model card (an existing README.md is kept).
 
@@ -39,24 +41,21 @@ def save_pretrained(
             loads all three. dtypes are written as they are.
 
     Raises: ConfigError: an unknown layout, a path that is a file, or a model without `origin` (built by hand).
+        SaveError: no space, no permission.
     """
     folder = Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; expected a directory to write to")
     files = write_config(model, layout)
-    tensors = layout_tensors(model, layout)
-    with atomic_write(folder / WEIGHTS_NAMES[0]) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS_NAMES[0], layout_tensors(model, layout))
     for name, data in files.items():
-        with atomic_write(folder / name) as temporary:
-            temporary.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    if not (folder / "README.md").exists():
-        with atomic_write(folder / "README.md") as temporary:
-            temporary.write_text(model_card(model, layout), encoding="utf-8")
+        write_json(folder / name, data)
+    if not (folder / CARD_NAME).exists():
+        write_text(folder / CARD_NAME, model_card(model, layout))
 
 
 def push_to_hub(
-    model: ImageClassifier,
+    model: ModelLike,
     repo_id: str,
     *,
     layout: Layout = "native",
@@ -76,13 +75,13 @@ def push_to_hub(
         save_pretrained(model, folder, layout=layout)
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
-            has_card = api.file_exists(repo.repo_id, "README.md")
-            Path(folder, "README.md").write_text(model_card(model, layout, repo_id=repo.repo_id), encoding="utf-8")
+            has_card = api.file_exists(repo.repo_id, CARD_NAME)
+            write_text(Path(folder, CARD_NAME), model_card(model, layout, repo_id=repo.repo_id))
             api.upload_folder(
                 repo_id=repo.repo_id,
                 folder_path=folder,
                 commit_message=commit_message,
-                ignore_patterns=["README.md"] if has_card else None,
+                ignore_patterns=[CARD_NAME] if has_card else None,
             )
         except (hub_errors.HTTPError, ValueError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
             raise FetchError(
@@ -91,12 +90,82 @@ def push_to_hub(
     return str(repo)
 
 
-def layout_tensors(model: ImageClassifier, layout: Layout) -> dict[str, Tensor]:
+def layout_tensors(model: ModelLike, layout: Layout) -> dict[str, Tensor]:
     """The model's state dict under a layout's names.
 
     Raises: ConfigError: the family has no such layout, or the tensors are not those of the config (a fused model).
     """
-    state: Mapping[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     if state.keys() != meta_model(type(model), model.config).state_dict().keys():
         raise ConfigError("the tensors are not those of the config (was the model fused?); save the model it came from")
-    return from_native(state, family=model.family, config=model.config, naming=layout)
+    return layouts_of(model.family).from_native(state, config=model.config, naming=layout)
+
+
+def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name") -> str:
+    """A README.md for the Hub: front matter with licence, tags, metrics and base model, facts, and a line to load it.
+
+    Raises: ConfigError: a model without `origin` (built by hand).
+    """
+    origin = known_origin(model)
+    (height, width), spec = model.config.image_hw, origin.preprocessing
+    known = load_manifest().get(origin.name)
+    digest = f" (SHA-256 {origin.sha256})" if origin.sha256 else ""
+    accuracies = [f"{value} % {name}" for name, value in (("top-1", origin.top1), ("top-5", origin.top5)) if value]
+    # weights trained here have data and no source
+    made = "random, not trained" if origin.dataset is None else "trained with deit-models"
+    facts = {
+        "Weights": f"{origin.source or made}{digest}",
+        "Trained on": origin.dataset or "not recorded",
+        "Accuracy": ", ".join(accuracies) or "not recorded",
+        "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",
+        "Paper": known.paper if known is not None else None,
+    }
+    return "\n".join(
+        [
+            "---",
+            _front_matter(model, origin, layout).to_yaml(),
+            "---",
+            "",
+            f"# {origin.name}",
+            "",
+            f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
+            f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
+            "",
+            *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
+            "",
+            *([origin.notes, ""] if origin.notes else []),
+            "## Use",
+            "",
+            "```python",
+            _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}"),
+            "```",
+            "",
+        ]
+    )
+
+
+def _front_matter(model: ModelLike, origin: Origin, layout: Layout) -> ModelCardData:
+    results = [
+        EvalResult(
+            task_type="image-classification",
+            dataset_type=origin.dataset.lower(),
+            dataset_name=origin.dataset,
+            metric_type="accuracy",
+            metric_name=name,
+            metric_value=value,
+        )
+        for name, value in (("top-1", origin.top1), ("top-5", origin.top5))
+        if value is not None and origin.dataset is not None
+    ]
+    return ModelCardData(
+        license=None if origin.licence is None else origin.licence.lower(),
+        library_name="deit-models" if layout == "native" else layout.removesuffix("-conv"),
+        pipeline_tag="image-classification",
+        tags=["image-classification", model.family, "deit-models"],
+        datasets=None if origin.dataset is None else [origin.dataset.lower()],
+        # of the Hub's repositories only: a file here or a plain address is none
+        base_model=origin.source if origin.revision is not None else None,
+        model_name=origin.name,
+        eval_results=results or None,
+        ignore_metadata_errors=True,
+    )

@@ -1,29 +1,27 @@
-"""timm's config.json, read and written; what differs between families stands in `families/`."""
+"""timm's config.json, read and written; what differs between families stands in the families' files."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Origin, Preprocessing, load_manifest
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
 from ..config import override
 from ..errors import ConfigError
-from ..models.layers import ImageClassifier
 from ..registry import model_spec, unknown_model
-from .description import Description, read_class_names, tuples
-from .layouts import FAMILIES, layouts_of
+from .family import Description, FamilyLayouts, read_class_names, tuples
 
 
-def read(data: Mapping[str, Any]) -> Description:
+def read(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Description:
     """A model of timm's that is registered here, with the options it was built with.
 
     Raises: UnknownModelError: not registered. ConfigError: an option this package does not have.
     """
     # Before 2023 timm wrote one flat table.
     cfg = data.get("pretrained_cfg", data)
-    name = _registered(str(data["architecture"]), cfg.get("tag"))
+    name = _registered(str(data["architecture"]), cfg.get("tag"), families)
     spec = model_spec(name)
-    layouts = layouts_of(spec.family)
+    layouts = families[spec.family]
     options = tuples(data.get("model_args") or {})
     size = cfg.get("input_size")
     if size is not None:
@@ -49,19 +47,20 @@ def read(data: Mapping[str, Any]) -> Description:
     return Description(config=config, origin=origin, family=spec.family, layout="timm")
 
 
-def write(model: ImageClassifier, origin: Origin, *, conv: bool = False) -> dict[str, Any]:
+def write(model: ModelLike, origin: Origin, layouts: FamilyLayouts, *, conv: bool = False) -> dict[str, Any]:
     """The config.json from which `timm.create_model("local-dir:...")` builds a model.
 
     Args:
         model: the model.
         origin: its origin.
+        layouts: those of its family.
         conv: name timm's variant that has 1x1 convolutions in the place of linear layers.
 
     Raises: ConfigError: timm has no such model.
     """
-    config, spec, layouts = model.config, origin.preprocessing, layouts_of(model.family)
+    config, spec = model.config, origin.preprocessing
     name = layouts.timm_architecture(origin.name, config)
-    reference = model_spec(_registered(name, None)).config
+    reference = model_spec(layouts.from_timm_name(name, None)).config
     options = layouts.timm_options
     differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
     squash = not isinstance(spec.resize, int)
@@ -92,9 +91,9 @@ def write(model: ImageClassifier, origin: Origin, *, conv: bool = False) -> dict
     return data | ({"model_args": differing} if differing else {})
 
 
-def _registered(architecture: str, tag: str | None) -> str:
+def _registered(architecture: str, tag: str | None, families: Mapping[str, FamilyLayouts]) -> str:
     """The registered name of a model of timm's."""
-    for layouts in FAMILIES.values():
+    for layouts in families.values():
         name = layouts.from_timm_name(architecture, tag)
         known = load_manifest().get(name)
         if known is not None and known.family == layouts.family:

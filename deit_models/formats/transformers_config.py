@@ -1,17 +1,15 @@
-"""transformers' config.json and preprocessor_config.json, read and written; families differ in `families/`."""
+"""transformers' config.json and preprocessor_config.json, read and written, as far as families are alike."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any, NamedTuple
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Origin, Preprocessing
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
 from ..errors import ConfigError
-from ..models.layers import ImageClassifier
-from ..registry import default_preprocessing
-from .description import Description, read_class_names, registered_name, tuples, write_class_names
-from .layouts import FAMILIES, layouts_of
+from ..registry import default_preprocessing, model_spec
+from .family import Description, FamilyLayouts, read_class_names, tuples, write_class_names
 
 # Pillow's resampling filters by the numbers image processors store.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
@@ -19,7 +17,10 @@ _HALF = (0.5, 0.5, 0.5)
 
 
 class _Processor(NamedTuple):
-    """What an image processor does where its file is silent, and how it takes a shorter side."""
+    """Defaults of an image processor for fields that are missing from its file.
+
+    `enlarge` is the ratio of the resized shorter side to the `shortest_edge` of the file.
+    """
 
     size: Any
     center_crop: bool
@@ -29,21 +30,23 @@ class _Processor(NamedTuple):
     enlarge: float = 1.0
 
 
-def read(data: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Description:
+def read(
+    data: Mapping[str, Any], processor: Mapping[str, Any] | None, families: Mapping[str, FamilyLayouts]
+) -> Description:
     """A transformers config, and the transform of the processor beside it (without one, the authors').
 
     Raises: ConfigError: a model_type of no family here, or values that cannot be built.
     """
     kind = data["model_type"]
-    layouts = next((layouts for layouts in FAMILIES.values() if kind in layouts.model_types), None)
+    layouts = next((layouts for layouts in families.values() if kind in layouts.model_types), None)
     if layouts is None:
-        known = ", ".join(repr(name) for layouts in FAMILIES.values() for name in layouts.model_types)
+        known = ", ".join(repr(name) for layouts in families.values() for name in layouts.model_types)
         raise ConfigError(f"config.json is of model_type {kind!r}; deit-models loads {known}")
     labels = data.get("id2label")
     # Configs leave fields out that have transformers' default: two classes.
     num_classes = len(labels) if labels else data.get("num_labels", 2)
     config = replace(layouts.read_transformers(tuples(data)), num_classes=num_classes)
-    name = registered_name(config, layouts.family)
+    name = _registered_name(config, layouts.family)
     preprocessing = _read_processor(processor, config.image_hw) if processor is not None else None
     origin = Origin(
         name=name or kind,
@@ -53,17 +56,32 @@ def read(data: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Descri
     return Description(config=config, origin=origin, family=layouts.family, layout="transformers")
 
 
-def write(model: ImageClassifier, origin: Origin) -> dict[str, Any]:
+def write(model: ModelLike, origin: Origin, layouts: FamilyLayouts) -> dict[str, Any]:
     """The config.json from which `AutoModelForImageClassification` builds a model.
 
     Raises: ConfigError: transformers has no such model.
     """
     names = origin.class_names or tuple(f"LABEL_{index}" for index in range(model.config.num_classes))
     return {
-        **layouts_of(model.family).write_transformers(model.config),
+        **layouts.write_transformers(model.config),
         "id2label": write_class_names(names),
         "label2id": {label: index for index, label in enumerate(names)},
     }
+
+
+def _registered_name(config: Any, family: str) -> str | None:
+    """The registered model of the same shape, whatever its number of classes, size and epsilon."""
+    ignored = {
+        *("img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "patch_drop_rate", "dynamic_img_size"),
+    }
+
+    def shape(candidate: Any) -> list[Any]:
+        return [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]
+
+    rows = [name for name, info in load_manifest().items() if info.family == family]
+    names = [name for name in rows if shape(model_spec(name).config) == shape(config)]
+    same_size = [name for name in names if model_spec(name).config.image_hw == config.image_hw]
+    return next(iter(same_size + names), None)
 
 
 def _processor(data: Mapping[str, Any], image_hw: tuple[int, int]) -> _Processor:
@@ -77,7 +95,7 @@ def _processor(data: Mapping[str, Any], image_hw: tuple[int, int]) -> _Processor
 
 
 def _read_processor(processor: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
-    """Read preprocessor_config.json, of which older ones give sizes as plain numbers, meaning squares."""
+    """Read preprocessor_config.json; in older ones sizes are plain numbers, which mean squares."""
     defaults = _processor(processor, image_hw)
     size = processor.get("size") or defaults.size
     if isinstance(size, Mapping):

@@ -1,4 +1,4 @@
-"""What lies in the cache: listed, verified against known digests, cleared."""
+"""The cache: its weights files listed, verified against known digests, and removed."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from typing import Literal, NamedTuple
 from huggingface_hub import CachedRepoInfo, constants, scan_cache_dir
 from huggingface_hub.errors import CacheNotFound
 
-from .. import files
 from ..checkpoint import find_repo, load_manifest
 from ..errors import DeitModelsError, FetchError, UnknownModelError
-from ..files import read_json
-from ..formats.configs import read_config
+from ..files import read_json, sha256_of
+from ..formats.layouts import CONFIG_NAME, WEIGHTS_NAMES, read_config
 from . import fetch
-from .fetch import CONFIG_NAME, WEIGHTS_NAMES, Access, file_name
+from .fetch import Access, file_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,17 +107,17 @@ def _model_of(config: Path) -> str | None:
 
 def _downloads(access: Access) -> Iterator[CachedFile]:
     by_name = {
-        file_name(source.url): (checkpoint, source)
-        for checkpoint in load_manifest().values()
-        for source in checkpoint.sources
+        file_name(source.url): (info, source)
+        for info in load_manifest().values()
+        for source in info.sources
         if source.url is not None
     }
     for path in sorted(fetch.assets_dir("downloads", access).iterdir()):
         if path.suffix in (".lock", ".part"):
             continue
-        checkpoint, source = by_name.get(path.name, (None, None))
+        info, source = by_name.get(path.name, (None, None))
         yield CachedFile(
-            model=None if checkpoint is None else checkpoint.name,
+            model=None if info is None else info.name,
             source=path.name if source is None else str(source),
             kind="download",
             path=path,
@@ -147,7 +146,7 @@ def _converted(access: Access) -> Iterator[CachedFile]:
 def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Verdict]:
     """Hash every cached weights file and compare; nothing is removed."""
     for file in cached_files(cache_dir):
-        sha256 = files.sha256_of(file.path)
+        sha256 = sha256_of(file.path)
         yield Verdict(file, ok=None if file.digest is None else sha256.startswith(file.digest), sha256=sha256)
 
 

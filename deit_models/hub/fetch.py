@@ -21,17 +21,12 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils._fixes import WeakFileLock
 from huggingface_hub.utils.tqdm import tqdm
 
-from ..errors import FetchError, IntegrityError, first_line
+from ..errors import FetchError, IntegrityError, SaveError, first_line
 from ..files import CHUNK_BYTES, check_digest
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-CONFIG_NAME = "config.json"
-PROCESSOR_NAME = "preprocessor_config.json"
-WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
-"""What a repository or folder may call its weights; the first is what is written."""
 
 ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
@@ -72,7 +67,8 @@ class Access:
 def hub_file(repo_id: str, filename: str, access: Access) -> Path:
     """A file of a Hub repository, from the cache or the network.
 
-    Raises: NoSuchFileError: the repository lacks it. FetchError: anything else, with the reason and what to do.
+    Raises: NoSuchFileError: the repository lacks it. SaveError: no space, no permission. FetchError: any other failure,
+        with the reason and what to do.
     """
     return with_retries(lambda: _hub_file(repo_id, filename, access))
 
@@ -141,8 +137,8 @@ def _failure(error: Exception, where: str) -> Exception:
     if isinstance(error, hub_errors.HTTPError):  # type: ignore[attr-defined]  # imported there, not listed
         return TransientError(f"{where}: connection lost ({first_line(error)})")
     if isinstance(error, OSError):
-        # a full disk carries an errno; a download that came out short does not
-        return (FetchError if error.errno is not None else TransientError)(f"{where}: {first_line(error)}")
+        # a full disk has an errno; a download that came out short has none
+        return (SaveError if error.errno is not None else TransientError)(f"{where}: {first_line(error)}")
     return error
 
 
@@ -176,7 +172,7 @@ def assets_dir(namespace: str, access: Access) -> Path:
     try:
         return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
     except (OSError, ValueError) as error:  # ValueError: the client's word for a file in its place
-        raise FetchError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
+        raise SaveError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
 
 
 TIMEOUT_S = 30.0
@@ -190,7 +186,8 @@ def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
         access: cache folder and offline flag.
         digest: leading digits of the SHA-256, checked before the file gets its name.
 
-    Raises: FetchError: offline, or the server or the disk failed. IntegrityError: other bytes than announced.
+    Raises: FetchError: offline, or the server failed. SaveError: no space, no permission. IntegrityError: other bytes
+        than announced.
     """
     path = assets_dir("downloads", access) / file_name(url)
     if path.exists():
@@ -229,7 +226,7 @@ def _download(url: str, path: Path, digest: str | None) -> None:
     except (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException) as error:
         raise TransientError(f"{url}: connection lost ({first_line(error)})") from error
     except OSError as error:
-        raise FetchError(f"{url}: cannot write {part}: {first_line(error)}") from error
+        raise SaveError(f"{url}: cannot write {part}: {first_line(error)}") from error
     if left >= 0 and got < left:
         raise TransientError(f"{url}: connection lost after {got} of {left} bytes")
     try:

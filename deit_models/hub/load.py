@@ -1,8 +1,8 @@
 """A verified model from any place it is published: locate, check the bytes, map the names, compare, assign.
 
-Each step is one function, in that order, and each refuses rather than guesses: what `from_pretrained` returns is
-complete, finite, and of the shape its description promises. No random weights are allocated on the way: the model is
-built on the meta device and takes over the memory-mapped tensors of the file.
+Each step is one function, in this order, and each refuses rather than guesses: models from `from_pretrained` are
+complete, finite and of the described shape. No random weights are allocated: the model is built on the meta device and
+takes over the memory-mapped tensors of the file.
 """
 
 from __future__ import annotations
@@ -16,24 +16,24 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import Checkpoint, Source, find_repo, load_manifest, weights_dir
+from ..checkpoint import ModelInfo, Origin, Source, find_repo, load_manifest, weights_dir
 from ..config import override
-from ..errors import CheckpointError, ConfigError, FetchError, UnknownModelError
+from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError
 from ..files import read_json
-from ..formats.configs import read_config
-from ..formats.description import Description, describe_bare, describe_registered, show_licence
+from ..formats.family import Description
+from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, layouts_of, read_config
 from ..models.layers import ImageClassifier
-from ..registry import family_spec, unknown_model
+from ..registry import family_spec, meta_model, model_info, model_spec, unknown_model
 from . import fetch
-from .fetch import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, Access, url_file
-from .weights import PICKLE_SUFFIXES, check_reference, meta_model, native_tensors, read_tensors, verified_state
+from .fetch import Access, url_file
+from .weights import PICKLE_SUFFIXES, check_reference, read_tensors, verified_state
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """A weights file on this machine: what it is said to be, and what is known of its bytes."""
+    """A weights file on this machine: the model it is said to be, and the known facts about its bytes."""
 
     weights: Path
     description: Description
@@ -75,6 +75,7 @@ def from_pretrained(
 
     Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: a file is
         damaged, unsafe, or another model; IntegrityError: of another SHA-256. ConfigError: options that do not fit.
+        SaveError: a download or converted copy cannot be written.
     """
     access = Access(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
@@ -95,40 +96,38 @@ def from_pretrained(
     raise unknown_model(name)
 
 
-def _from_manifest(
-    checkpoint: Checkpoint, access: Access, build: Callable[[Located], ImageClassifier]
-) -> ImageClassifier:
-    """The first source of a checkpoint that gives a sound model; a failed one is logged, and the next is tried."""
-    sources = [source for source in checkpoint.sources if access.revision is None or source.repo is not None]
+def _from_manifest(info: ModelInfo, access: Access, build: Callable[[Located], ImageClassifier]) -> ImageClassifier:
+    """The first source of a model that gives a sound model; a failed one is logged, and the next is tried."""
+    sources = [source for source in info.sources if access.revision is None or source.repo is not None]
     if not sources:
-        wanted = f" at revision {access.revision}" if checkpoint.sources else ""
-        advice = f"create_model({checkpoint.name!r}) builds it with random weights"
-        raise FetchError(f"no weights of {checkpoint.name} are published{wanted}; {advice}")
-    failures: list[FetchError | CheckpointError] = []
+        wanted = f" at revision {access.revision}" if info.sources else ""
+        advice = f"create_model({info.name!r}) builds it with random weights"
+        raise FetchError(f"no weights of {info.name} are published{wanted}; {advice}")
+    failures: list[FetchError | SaveError | CheckpointError] = []
     for source in sources:
         # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
         down = source.repo is not None and any(isinstance(failure, fetch.HubUnreachableError) for failure in failures)
         try:
-            return build(_locate_source(checkpoint, source, replace(access, local_files_only=True) if down else access))
-        except (FetchError, CheckpointError) as error:
+            return build(_locate_source(info, source, replace(access, local_files_only=True) if down else access))
+        except (FetchError, SaveError, CheckpointError) as error:
             failures.append(error)
-            logger.warning("%s: %s", checkpoint.name, error)
+            logger.warning("%s: %s", info.name, error)
     if len(failures) == 1:
         raise failures[0]
     kind = CheckpointError if all(isinstance(failure, CheckpointError) for failure in failures) else FetchError
     reasons = "; ".join(map(str, failures))
-    raise kind(f"no source of {checkpoint.name} gave its weights: {reasons}") from failures[-1]
+    raise kind(f"no source of {info.name} gave its weights: {reasons}") from failures[-1]
 
 
-def load_source(checkpoint: Checkpoint, source: Source, access: Access) -> tuple[Located, ImageClassifier]:
-    """One particular copy of a checkpoint, without falling back to others. Raises: as `from_pretrained`."""
-    located = _locate_source(checkpoint, source, access)
+def load_source(info: ModelInfo, source: Source, access: Access) -> tuple[Located, ImageClassifier]:
+    """One particular copy of a model's weights, without falling back to others. Raises: as `from_pretrained`."""
+    located = _locate_source(info, source, access)
     return located, _build(located, {}, access)
 
 
-def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Located:
+def _locate_source(info: ModelInfo, source: Source, access: Access) -> Located:
     # with the layout named, the file must be exactly this model: no other number of classes, no other size
-    description = replace(describe_registered(checkpoint.name), layout=source.layout)
+    description = replace(_describe_registered(info.name), layout=source.layout)
     if source.repo is not None:
         at = access.at(source.revision)
         weights = _hub_weights(source.repo, at)
@@ -147,7 +146,7 @@ def _locate_source(checkpoint: Checkpoint, source: Source, access: Access) -> Lo
         digest=digest or fetch.etag_digest(weights),
         payload=source.payload,
         revision=fetch.commit_of(weights),
-        reference_logits=None if source.sha256 else checkpoint.reference_logits,
+        reference_logits=None if source.sha256 else info.reference_logits,
     )
 
 
@@ -157,7 +156,7 @@ def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:
     if known is not None and model in (None, known[0].name):
         return _locate_source(*known, access)
     if model is not None:
-        description = describe_bare(model)
+        description = _describe_bare(model)
     else:
         config = fetch.hub_file(repo_id, CONFIG_NAME, access)
         # the rest from the same commit, also if the branch moves in between
@@ -197,7 +196,7 @@ def _locate_path(path: Path, model: str | None) -> Located:
         path = found[0]
     config, processor = folder / CONFIG_NAME, folder / PROCESSOR_NAME
     if model is not None:
-        description = describe_bare(model)
+        description = _describe_bare(model)
     elif config.is_file():
         description = read_config(read_json(config), read_json(processor) if processor.is_file() else None)
     else:
@@ -205,41 +204,68 @@ def _locate_path(path: Path, model: str | None) -> Located:
     return Located(weights=path, description=description, source=str(path))
 
 
+def _describe_registered(name: str) -> Description:
+    """The description of a registered model's published weights. Raises: UnknownModelError: no such name."""
+    spec = model_spec(name)
+    return Description(config=spec.config, origin=model_info(name).origin, family=spec.family)
+
+
+def _describe_bare(name: str) -> Description:
+    """Another training of a registered model: nothing is known of it but its shape, and that only roughly.
+
+    A licence that forbids commercial use is kept all the same: some authors publish nothing but bare files.
+    """
+    known = _describe_registered(name)
+    licence = known.origin.licence if _is_non_commercial(known.origin.licence) else None
+    return replace(known, origin=Origin(name=name, preprocessing=known.origin.preprocessing, licence=licence))
+
+
+def _is_non_commercial(licence: str | None) -> bool:
+    """Whether a licence, by its SPDX identifier, forbids commercial use."""
+    return licence is not None and "-NC" in licence
+
+
 def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageClassifier:
-    description = located.description
-    if changes:
-        override(description.config, changes)  # refuse impossible options before anything is read
+    """A model with the tensors of a file; `changes` are fields of the config."""
     tensors, sha256 = read_tensors(
         located.weights, access, source=located.source, digest=located.digest, payload=located.payload
     )
-    model_class = family_spec(description.family).model_class
+    said = located.description
+    model_class = _class_of(said.family)
+    wanted = override(said.config, changes)
     try:
-        model = meta_model(model_class, description.config)
-        mapped = native_tensors(tensors, model)
-        if description.layout is None:
-            description = replace(description, config=model_class.describe_state(mapped.tensors, description.config))
-            model = meta_model(model_class, description.config)
-        state = verified_state(mapped, model)
+        model = meta_model(model_class, wanted)
+        mapped = layouts_of(said.family).to_native(tensors, model.state_dict(), config=wanted)
+        if said.layout is None:
+            said = _sized(said, model_class.describe_state(mapped.tensors, said.config))
+            wanted = override(said.config, changes)
+            model = model if model.config == wanted else meta_model(model_class, wanted)
+        state = verified_state(mapped, model, made_for=said.config)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{located.source}: {error}") from error
-    if changes:
-        model = meta_model(model_class, override(description.config, changes))
-        state = model.fit_state(state, description.config)
-    remade = model.num_classes != description.config.num_classes
-    if remade:
-        state = {name: tensor for name, tensor in state.items() if name.partition(".")[0] not in model.head_names}
+    remade = model.num_classes != said.config.num_classes
     model.load_state_dict(state, strict=not remade, assign=True)
     if remade:
         model.reset_heads()
-    known = description.origin
-    show_licence(located.source, known.licence)
-    model.origin = replace(known, source=located.source, revision=located.revision, sha256=sha256)
-    if changes:
-        model.origin = model.origin.adapted(
-            known.preprocessing.at_size(model.config.image_hw),
-            class_names=None if remade else known.class_names,
-            dataset=known.dataset,
-        )
-    if located.reference_logits is not None and not changes:
+    if _is_non_commercial(said.origin.licence):
+        logger.warning("%s: licensed %s, for non-commercial use only", located.source, said.origin.licence)
+    origin = said.origin.loaded(located.source, revision=located.revision, sha256=sha256)
+    if wanted != said.config:
+        class_names = None if remade else origin.class_names
+        origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset)
+    elif located.reference_logits is not None:
         check_reference(model.float(), located.reference_logits)
+    model.origin = origin
     return model
+
+
+def _sized(said: Description, config: Any) -> Description:
+    """The description of a bare file, once the number of classes and the size of its tensors are known."""
+    return replace(said, config=config, origin=said.origin.adapted(config.image_hw, class_names=None, dataset=None))
+
+
+def _class_of(family: str) -> type[ImageClassifier]:
+    model_class = family_spec(family).model_class
+    if not issubclass(model_class, ImageClassifier):
+        raise ConfigError(f"family {family!r} is registered with {model_class.__name__}, which is no ImageClassifier")
+    return model_class

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..checkpoint import Checkpoint, Source, parse_manifest
+from ..checkpoint import ModelInfo, Source, parse_manifest
 from ..config import nearest
 from ..errors import CheckpointError, DeitModelsError, ManifestError, UnknownModelError
-from ..files import atomic_write, sha256_of
+from ..files import sha256_of, write_text
 from .fetch import Access
 from .load import load_source
 from .weights import REFERENCE_TOLERANCE, reference_logits
@@ -53,36 +53,35 @@ def record(
     Raises: ManifestError: the file is not a manifest. UnknownModelError: it lists no sources of a wanted model.
     """
     checkpoints = parse_manifest(manifest.read_text(encoding="utf-8"))
-    published = [checkpoint.name for checkpoint in checkpoints.values() if checkpoint.sources]
+    published = [info.name for info in checkpoints.values() if info.sources]
     wanted = list(names) or published
     for name in wanted:
         if name not in published:
             raise UnknownModelError(f"{manifest} lists no sources of {name!r}{nearest(name, published)}")
     outcomes: list[Outcome] = []
-    for checkpoint in checkpoints.values():
-        if checkpoint.name in wanted:
-            facts, found = _facts(checkpoint, access or Access())
+    for info in checkpoints.values():
+        if info.name in wanted:
+            facts, found = _facts(info, access or Access())
             outcomes += found
             if report is not None:
                 for outcome in found:
                     report(outcome)
             text = manifest.read_text(encoding="utf-8")
             for (source, key), value in facts.items():
-                text = set_value(text, checkpoint.name, source, key, value)
+                text = set_value(text, info.name, source, key, value)
             parse_manifest(text)
-            with atomic_write(manifest) as temporary:
-                temporary.write_text(text, encoding="utf-8")
+            write_text(manifest, text)
     return outcomes
 
 
-def _facts(checkpoint: Checkpoint, access: Access) -> tuple[dict[tuple[Source | None, str], Any], list[Outcome]]:
+def _facts(info: ModelInfo, access: Access) -> tuple[dict[tuple[Source | None, str], Any], list[Outcome]]:
     facts: dict[tuple[Source | None, str], Any] = {}
     outcomes: list[Outcome] = []
     reference: torch.Tensor | None = None
     first = ""
-    for source in checkpoint.sources:
+    for source in info.sources:
         try:
-            located, model = load_source(checkpoint, source, access)
+            located, model = load_source(info, source, access)
             logits = reference_logits(model.float(), NUM_LOGITS)  # float: a file may hold half precision
             if reference is None:
                 reference, first = logits, str(source)
@@ -90,12 +89,12 @@ def _facts(checkpoint: Checkpoint, access: Access) -> tuple[dict[tuple[Source | 
             if not difference <= REFERENCE_TOLERANCE:
                 raise CheckpointError(f"logits differ from those of {first} by {difference:.3g}")
         except DeitModelsError as error:
-            outcomes.append(Outcome(checkpoint.name, str(source), str(error)))
+            outcomes.append(Outcome(info.name, str(source), str(error)))
             continue
         facts[source, "sha256"] = sha256_of(located.weights)
         if located.revision is not None:
             facts[source, "revision"] = located.revision
-        outcomes.append(Outcome(checkpoint.name, str(source), None))
+        outcomes.append(Outcome(info.name, str(source), None))
     if reference is not None:
         facts[None, "reference_logits"] = [round(value, 5) for value in reference.tolist()]
     return facts, outcomes

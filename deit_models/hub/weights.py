@@ -1,10 +1,8 @@
-"""Bytes to tensors: a weights file read safely, and compared with the model it is said to be."""
-# MERGED """Recorded logits: a fixed input, and the comparison that vouches for weights no digest is known of."""
+"""A weights file read safely, and compared with the model it is said to be: tensors, and recorded logits."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import pickle
 import re
@@ -17,17 +15,22 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
-from .. import files
 from ..errors import CheckpointError, first_line
-from ..files import read_json
-from ..formats.layouts import Mapped, to_native
+from ..files import check_digest, read_json, sha256_of, write_json, write_tensors
+from ..formats.family import Mapped
 from ..models.layers import ImageClassifier
 from . import fetch
 from .fetch import Access
 
+logger = logging.getLogger(__name__)
+_unpickling = threading.Lock()
+
+PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
+# Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
+PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
 REFERENCE_TOLERANCE = 1e-3
 
 
@@ -57,13 +60,7 @@ def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None
         raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")
 
 
-logger = logging.getLogger(__name__)
-_unpickling = threading.Lock()
-
-PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
-# Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
-PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
-# What torch's unpickler runs into in damaged bytes; BadZipFile is an Exception of its own.
+# Errors of torch's unpickler for damaged bytes; BadZipFile is derived from none of the others.
 _UNPICKLING_ERRORS = (
     RuntimeError,
     EOFError,
@@ -98,12 +95,12 @@ def read_tensors(
         IntegrityError: the digest differs.
     """
     try:
-        actual = files.check_digest(path, digest, name=source)
+        actual = check_digest(path, digest, name=source)
     except CheckpointError:
         _forget(path, access)
         raise
     if path.suffix in PICKLE_SUFFIXES:
-        actual = actual or files.sha256_of(path)
+        actual = actual or sha256_of(path)
         return _read_pickle(path, access, source=source, digest=actual, payload=payload), actual
     return _read_safetensors(path), actual
 
@@ -123,16 +120,13 @@ def _read_pickle(path: Path, access: Access, *, source: str, digest: str, payloa
     record = converted.with_suffix(".json")
     if converted.is_file() and record.is_file():
         try:
-            files.check_digest(converted, read_json(record)["sha256"])
+            check_digest(converted, read_json(record)["sha256"])
             return _read_safetensors(converted)
         except (CheckpointError, LookupError, AttributeError, TypeError) as error:
             logger.warning("%s; converting %s again", error, path)
     tensors = unpickle_tensors(path, payload=payload)
-    with files.atomic_write(converted) as temporary:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        facts = {"source": source, "source_sha256": digest, "sha256": files.sha256_of(temporary)}
-    with files.atomic_write(record) as temporary:
-        temporary.write_text(json.dumps(facts, indent=2), encoding="utf-8")
+    write_tensors(converted, tensors)
+    write_json(record, {"source": source, "source_sha256": digest, "sha256": sha256_of(converted)})
     return _read_safetensors(converted)
 
 
@@ -176,49 +170,49 @@ def _forget(path: Path, access: Access) -> None:
         path.unlink(missing_ok=True)
 
 
-def meta_model(model_class: type[ImageClassifier], config: Any) -> ImageClassifier:
-    """A model that takes no memory: names and shapes to compare with, parameters to be assigned."""
-    with torch.device("meta"):
-        return model_class(config)
+def verified_state(mapped: Mapped, model: ImageClassifier, *, made_for: Any = None) -> dict[str, Tensor]:
+    """Native tensors, fitted to the model and compared with it.
 
-
-def native_tensors(tensors: Mapping[str, Tensor], model: ImageClassifier) -> Mapped:
-    """A file's tensors under the model's native names, which hang on neither its classes nor its image size.
-
-    Raises: CheckpointError: names of no known layout.
-    """
-    return to_native(tensors, model.state_dict(), family=model.family, config=model.config)
-
-
-def verified_state(mapped: Mapped, model: ImageClassifier) -> dict[str, Tensor]:
-    """Native tensors, compared with the model they are said to be.
+    Args:
+        mapped: the tensors of a file.
+        model: the model they are said to be of.
+        made_for: their config, if the model's is of another size or other classes: then positions are resized, and
+            heads of other classes are left out.
 
     Raises: CheckpointError: names missing or unexpected, a wrong shape, whole numbers in the place of others, or NaN
         or infinity inside. All mismatches are listed in one message.
     """
-    expected = model.state_dict()
+    expected, tensors = model.state_dict(), mapped.tensors
+    problems = [_listing("missing", mapped.missing), _listing("unexpected", mapped.unexpected)]
+    if made_for is not None and made_for != model.config and not (mapped.missing or mapped.uneven):
+        tensors = _fitted(tensors, model, made_for)
     shapes = mapped.uneven + [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
-        for name, tensor in mapped.tensors.items()
+        for name, tensor in tensors.items()
         if tensor.shape != expected[name].shape
     ]
     types = [
         f"{name} is {tensor.dtype}"
-        for name, tensor in mapped.tensors.items()
+        for name, tensor in tensors.items()
         if expected[name].is_floating_point() and not tensor.is_floating_point()
     ]
-    problems = [
-        _listing("missing", mapped.missing),
-        _listing("unexpected", mapped.unexpected),
-        _listing("wrong shape", shapes),
-        _listing("not floating point", types),
-    ]
+    problems += [_listing("wrong shape", shapes), _listing("not floating point", types)]
     if any(problems):
         raise CheckpointError("not the weights of this model: " + "; ".join(filter(None, problems)))
-    not_finite = [name for name, tensor in mapped.tensors.items() if not _finite(tensor)]
+    not_finite = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if not_finite:
         raise CheckpointError("damaged weights: " + _listing("NaN or infinity in", not_finite))
-    return mapped.tensors
+    return tensors
+
+
+def _fitted(tensors: dict[str, Tensor], model: ImageClassifier, made_for: Any) -> dict[str, Tensor]:
+    try:
+        tensors = model.fit_state(tensors, made_for)
+    except (RuntimeError, IndexError) as error:
+        raise CheckpointError(f"positions of a wrong shape for img_size={made_for.img_size}: {error}") from error
+    if made_for.num_classes != model.num_classes:
+        tensors = {name: tensor for name, tensor in tensors.items() if name.partition(".")[0] not in model.head_names}
+    return tensors
 
 
 def _finite(tensor: Tensor) -> bool:
@@ -227,8 +221,8 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _listing(what: str, entries: list[str], *, most: int = 6) -> str:
+def _listing(problem: str, entries: list[str], *, most: int = 6) -> str:
     if not entries:
         return ""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
-    return f"{len(entries)} {what}: {', '.join(entries[:most])}{more}"
+    return f"{len(entries)} {problem}: {', '.join(entries[:most])}{more}"

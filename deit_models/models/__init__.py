@@ -1,1 +1,51 @@
-"""Model families: one file each, pure `nn.Module`, no I/O and no training code."""
+"""Model families, and `create_model` for any of them. Importing this needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from ..checkpoint import Origin
+from ..config import override
+from ..errors import ConfigError
+from ..formats.architecture import SUFFIX, read_architecture
+from ..registry import default_preprocessing, family_spec, model_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from .layers import ImageClassifier
+
+
+def create_model(
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+) -> ImageClassifier:
+    """Build a registered model with random weights, in training mode.
+
+    Args:
+        name: one of `list_models()`, or a file with an architecture, see `formats.architecture.read_architecture`.
+        device: where to put it.
+        dtype: floating-point type of its parameters.
+        **overrides: fields of the family's config, e.g. num_classes=10, img_size=(224, 448), drop_path_rate=0.1.
+
+    Raises: UnknownModelError: no such name. ConfigError: an unknown option, misfitting values, a file of another kind.
+    """
+    import torch
+
+    from .layers import ImageClassifier
+
+    preprocessing = None
+    if name.endswith(SUFFIX):
+        file = read_architecture(name)
+        spec, preprocessing = family_spec(file.family), file.preprocessing
+        spec = replace(spec, name=file.name, config=override(type(spec.config)(), dict(file.settings)))
+    else:
+        spec = model_spec(name)
+    config = override(spec.config, overrides)
+    with torch.device(device if device is not None else torch.get_default_device()):
+        model = spec.model_class(config)
+    if not isinstance(model, ImageClassifier):
+        raise ConfigError(f"{name} is registered with {type(model).__name__}, which is no ImageClassifier")
+    preprocessing = preprocessing or default_preprocessing(spec.name, config.image_hw)
+    model.origin = Origin(name=spec.name, preprocessing=preprocessing.at_size(config.image_hw))
+    return model if dtype is None else model.to(dtype)
