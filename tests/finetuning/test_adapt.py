@@ -9,6 +9,7 @@ from coloured import atom
 import deit_models
 from deit_models.data.classes import class_labels, class_names_of
 from deit_models.errors import ConfigError
+from deit_models.finetuning.adapt import first_trained_layer, only_from_layer
 
 PETS = ("Pug", "tiger_cat", "ibex")
 
@@ -177,3 +178,36 @@ def test_model_built_by_hand_is_refused():
     model.origin = None
     with pytest.raises(ConfigError, match="has no origin"):
         deit_models.adapt_head(model, num_classes=3)
+
+
+# The part that learns
+
+
+@pytest.mark.parametrize(("mode", "layer"), [("full", 0), ("last-2", 1), ("last-1", 2), ("last-0", 3), ("head", 3)])
+def test_mode_names_the_lowest_layer_that_learns(mode, layer):
+    assert first_trained_layer(mode, atom()) == layer
+
+
+@pytest.mark.parametrize(
+    ("mode", "message"),
+    [
+        ("heads", "mode='heads'; expected 'full', 'head', or 'last-N' with a number of blocks"),
+        ("last-", "expected 'full', 'head', or 'last-N'"),
+        ("last-3", "mode='last-3': the model has 2 blocks; 'full' trains everything"),
+    ],
+)
+def test_mode_that_does_not_exist_is_refused(mode, message):
+    with pytest.raises(ConfigError, match=message):
+        first_trained_layer(mode, atom())
+
+
+def test_layers_below_are_frozen_for_a_while_and_fixed_parameters_stay_fixed():
+    model = atom()
+    model.norm.bias.requires_grad_(False)
+    with pytest.raises(KeyError), only_from_layer(model, 2):
+        learning = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
+        raise KeyError
+    assert {name.split(".")[0] for name in learning} == {"blocks", "norm", "head"}
+    assert "norm.bias" not in learning
+    assert not any(name.startswith("blocks.0") for name in learning)
+    assert [name for name, tensor in model.named_parameters() if not tensor.requires_grad] == ["norm.bias"]
