@@ -5,7 +5,18 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any
 
-from .arguments import add_data, add_loading, add_workers, chosen_model, command, loading, open_data, say, watcher
+from .arguments import (
+    add_data,
+    add_loading,
+    add_workers,
+    chosen_model,
+    command,
+    loading,
+    open_data,
+    picked,
+    say,
+    watcher,
+)
 from .long_runs import (
     TrainingDisplay,
     add_folder,
@@ -24,10 +35,6 @@ if TYPE_CHECKING:
     from ..finetuning.finetune import FinetuneResult
 
 SPLIT = "split"
-_PASSED_ON = (
-    *("out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout", "workers", "cache"),
-)
-"""Options that are arguments of `finetune` as they are."""
 
 
 def add_finetune(commands: Any) -> None:
@@ -36,9 +43,8 @@ def add_finetune(commands: Any) -> None:
     parser = command(commands, "finetune", summary, example, _run, own_help=True)
     parser.usage = "%(prog)s DATA --out FOLDER [--model SOURCE] [--mode full|head|last-N] [options]"
     add_recipe(parser, "finetune", by_data=True)
-    add_data(
-        parser, "a folder with a folder of images for each class, or with train/ and val/; or a name: cifar10, ..."
-    )
+    text = "a folder with a folder of images for each class, or with train/ and val/; or a name: cifar10, ..."
+    add_data(parser, text)
     text = (
         "images to choose the best epoch or penalty by, a folder or a name; default: those of DATA if it has any, "
         f"else, and with the word {SPLIT}, a share of the training images"
@@ -51,11 +57,8 @@ def add_finetune(commands: Any) -> None:
     add_folder(parser, "models, figures, recipe and what a run goes on from")
     text = "weights to begin with: a name, a folder or a Hub repository; default: what comes with the package"
     parser.add_argument("--model", metavar="SOURCE", help=text)
-    text = (
-        "what learns: everything; the heads alone, in seconds, on features computed once; or the last N blocks; "
-        "default full"
-    )
-    parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=text)
+    text = "what learns: everything; the heads alone, in seconds, on features computed once; or the last N blocks; "
+    parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=f"{text}default full")
     text = "begin a class's row of the head with that of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
     add_teacher(parser, required=False)
@@ -112,7 +115,10 @@ def _run(args: argparse.Namespace) -> int:
                 device=process.device,
                 watch=watcher("features") if args.mode == "head" else display.watch,
                 on_epoch=display.show_epoch,
-                **{name: getattr(args, name) for name in _PASSED_ON},
+                **picked(
+                    args, "out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout"
+                ),
+                **picked(args, "workers", "cache"),
             )
             say(_summary(result))
 
