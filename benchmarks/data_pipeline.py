@@ -72,12 +72,12 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     """The batches that `deit_models.train` trains with."""
     import torch
 
-    from deit_models.augmentation.augment import train_transform
+    from deit_models.augmentation.augment import TrainTransform
+    from deit_models.augmentation.levels import TrainInput
     from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
     from deit_models.checkpoint import Preprocessing
     from deit_models.data.datasets import open_dataset
     from deit_models.data.inputs import InputBatches
-    from deit_models.data.levels import ToInput
     from deit_models.data.memory import keep_in_memory
     from deit_models.training.recipe import Recipe
 
@@ -87,17 +87,12 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     preprocessing = Preprocessing(resize=size, crop=(size, size))
     crop = "random_resized" if size == 224 else "pad"
     recipe = Recipe(crop=crop, augment=augment, color_jitter=0.0, erase=0.25)
-    transform, to_input = (
-        train_transform(recipe, preprocessing, (size, size)),
-        ToInput(preprocessing, torch.device("cpu")),
-    )
+    transform, cpu = TrainTransform(recipe, preprocessing, (size, size)), torch.device("cpu")
     sampler = TrainSampler(len(records), batch_size=batch)
     if peer == THERE:
-        return training_batches(records, transform, sampler, to_input, batch_size=batch, workers=1)
-    samples = TrainingSamples(records, transform)
-    return InputBatches(
-        samples, sampler, to_input, batch_size=batch, workers=1, device=to_input.device, size=(size, size)
-    )
+        return training_batches(records, transform, sampler, batch_size=batch, workers=1, device=cpu)
+    samples, to_input = TrainingSamples(records, transform), TrainInput(preprocessing, cpu)
+    return InputBatches(samples, sampler, to_input, batch_size=batch, workers=1, device=cpu, size=(size, size))
 
 
 def timm_loader(folder: str, size: int, augment: str, batch: int) -> Any:

@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from .data.classes import in_the_models_order
 from .data.datasets import open_images
-from .data.inputs import EvalSamples, InputBatches, ShardSampler
-from .data.levels import EvalInput, to_device
+from .data.inputs import eval_batches
 from .data.loading import Batch, DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from .data.records import ImageRecords
-from .data.transforms import EvalTransform, preprocessing_of
+from .data.transforms import EvalTransform, preprocessing_of, to_device
 from .distributed import Process, join_processes
 from .errors import DataError
 from .models.layers import HeadLogits, ImageClassifier
@@ -114,31 +113,6 @@ def collect_outcomes(
     batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
     with explained_worker_failure(workers):
         return score(heads, watch(batches, len(batches)), process, precision=precision, damage=damage)
-
-
-def eval_batches(
-    records: ImageRecords,
-    transform: EvalTransform,
-    process: Process,
-    *,
-    batch_size: int,
-    workers: int,
-    keep: bool = False,
-) -> InputBatches:
-    """This process's share of an evaluation as the model's input; with `keep`, images are decoded the first time only.
-
-    Workers pass bytes on; these are normalised on the model's device.
-    """
-    return InputBatches(
-        EvalSamples(records, transform.levels),
-        ShardSampler(len(records), rank=process.rank, world=process.world),
-        EvalInput(transform.preprocessing, process.device, normalise=transform.normalise),
-        batch_size=batch_size,
-        workers=workers,
-        device=process.device,
-        size=transform.preprocessing.crop,
-        keep=keep,
-    )
 
 
 def score(

@@ -17,7 +17,7 @@ from .data.classes import class_labels
 from .data.datasets import find_images
 from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
-from .data.transforms import on_device, transform_for
+from .data.transforms import to_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
 from .registry import DEFAULT_MODEL
 
@@ -193,7 +193,7 @@ class Classifier:
 
     def _top(self, levels: Tensor, top_k: int) -> TopClasses:
         with torch.inference_mode():
-            images = self.transform.to_input(on_device(levels, _device(self.model)))
+            images = self.transform.to_input(to_device(levels, _device(self.model)))
             logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
             return top_classes(logits, top_k)
 

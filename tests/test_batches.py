@@ -1,15 +1,14 @@
 """From paths to batches: threads or processes, which, and in which order."""
 
+import os
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from deit_models.data import loading as batches
-from deit_models.data.loading import file_batches
+from deit_models.data.loading import decoding_workers, file_batches
 from deit_models.errors import ImageError
 
 CPU = torch.device("cpu")
@@ -25,13 +24,21 @@ def decode(path: str) -> Tensor:
 def test_batches_keep_the_order_and_say_what_is_broken(workers: int | None) -> None:
     paths = [str(i) if i not in (3, 8, 9) else f"broken{i}" for i in range(11)]
     found = list(file_batches(paths, decode, batch_size=4, workers=workers, device=CPU))
-    assert [batch.sources for batch in found] == [paths[0:4], paths[4:8], paths[8:]]
+    assert [list(batch.sources) for batch in found] == [paths[0:4], paths[4:8], paths[8:]]
     assert [batch.images[:, 0, 0, 0].tolist() for batch in found] == [[0, 1, 2], [4, 5, 6, 7], [10]]
-    assert found[2].errors == ["broken8: in two lines", "broken9: in two lines", None]
+    assert list(found[2].errors) == ["broken8: in two lines", "broken9: in two lines", None]
 
 
-def test_a_batch_is_decoded_by_as_many_threads_as_the_model_computes_with(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_a_batch_is_decoded_by_as_many_threads_as_the_model_computes_with() -> None:
     together = threading.Barrier(3)  # broken, and with it the test, unless three decode at once
 
     def meet(path: str) -> Tensor:
@@ -58,30 +65,27 @@ def test_nothing_is_decoded_while_a_batch_is_used() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "paths", "workers", "processes"),
+    ("device", "batches", "processes"),
     [
-        ("cpu", 100, None, None),
-        ("cpu", 100, 0, 0),
-        ("cpu", 100, 3, 3),
-        ("cuda", 100, None, 7),
-        ("cuda", 12, None, 3),
-        ("cuda", 4, None, None),
-        ("cuda", None, None, 7),
-        ("cuda", 100, 0, 0),
-        ("mps", 100, None, 7),
+        ("cpu", 25, None),
+        ("cuda", 25, 7),
+        ("cuda", 3, 3),
+        ("cuda", 1, None),
+        ("cuda", None, 7),
+        ("mps", 25, 7),
     ],
 )
-def test_who_decodes_follows_from_the_device_unless_it_is_said(
-    monkeypatch: pytest.MonkeyPatch, device: str, paths: int | None, workers: int | None, processes: int | None
-) -> None:
-    chosen: list[int | None] = []
-    monkeypatch.setattr(batches, "_cores", lambda: 8)
-    monkeypatch.setattr(batches, "_by_threads", lambda *_: chosen.append(None))
-    monkeypatch.setattr(batches, "_by_processes", lambda *a, **_: chosen.append(a[3]))
+def test_who_decodes_follows_from_the_device(device: str, batches: int | None, processes: int | None) -> None:
+    assert decoding_workers(batches, torch.device(device), cores=8) == processes
 
-    def endless() -> Iterator[Path]:
-        yield Path()
 
-    given = endless() if paths is None else [Path()] * paths
-    file_batches(given, decode, batch_size=4, workers=workers, device=torch.device(device))
-    assert chosen == [processes]
+@pytest.mark.parametrize(("workers", "here"), [(None, True), (0, True), (3, False)])
+def test_who_decodes_may_be_said(workers: int | None, here: bool) -> None:
+    def who(_: str) -> Tensor:
+        return torch.tensor([os.getpid(), threading.get_ident()])
+
+    found = list(file_batches(map(str, range(100)), who, batch_size=4, workers=workers, device=CPU))
+    processes, threads = torch.cat([batch.images for batch in found]).unbind(1)
+    assert (processes == os.getpid()).all() == here
+    assert len(processes.unique()) == (workers or 1)
+    assert (threads == threading.get_ident()).all() == (workers is not None)

@@ -16,7 +16,6 @@ from torch import nn
 
 import deit_models
 from deit_models import predict
-from deit_models.data import loading as batches
 from deit_models.data.datasets import find_images
 from deit_models.data.loading import file_batches
 from deit_models.data.transforms import transform_for
@@ -285,21 +284,26 @@ def test_a_worker_killed_by_the_system_is_explained(classifier: Classifier) -> N
         list(classifier.classify_files([DeadlyPath()] * 4, workers=1))
 
 
-def test_too_little_shared_memory_is_explained(classifier: Classifier, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise RuntimeError("Caught RuntimeError\nunable to allocate shared memory(shm) for file </torch_1>")
+class FullMemory:
+    """A path whose file finds no shared memory in the process that decodes it."""
 
-    monkeypatch.setattr(batches, "DataLoader", full)
+    def __fspath__(self) -> str:
+        raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>")
+
+
+def test_too_little_shared_memory_is_explained(classifier: Classifier) -> None:
     with pytest.raises(DeitModelsError, match=r"--shm-size=1g.*fewer than 3 workers.*</torch_1>"):
-        list(classifier.classify_files([], workers=3))
+        list(classifier.classify_files([FullMemory()] * 4, workers=3))
 
 
-def test_more_workers_than_cores_warn_nobody(
-    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 1)
-    assert len(list(classifier.classify_files(save_pictures(tmp_path, 3), workers=2))) == 3
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="cores are chosen as Linux does it")
+def test_more_workers_than_cores_warn_nobody(classifier: Classifier, tmp_path: Path) -> None:
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert len(list(classifier.classify_files(save_pictures(tmp_path, 3), workers=2))) == 3
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 def test_another_failure_of_the_model_is_not_blamed_on_shared_memory(classifier: Classifier, tmp_path: Path) -> None:

@@ -1,5 +1,4 @@
-"""From a training photograph to the levels a model learns from: crop, flip, augment, and which part to erase."""
-# MERGED """Which part of a training image is taken, and at what size: random boxes, padded crops, the evaluation transform's."""
+"""Augmentation of training images: crop, flip, random changes, and which part to erase; from images to levels."""
 
 from __future__ import annotations
 
@@ -14,9 +13,10 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
-from ..data.levels import ErasingBox, Frame, Levels, Plan, box_sides, cut, to_device
+from ..data.transforms import to_device
 from ..errors import ConfigError
 from ..training.recipe import Recipe
+from .levels import ErasingBox, Frame, Levels, Plan, box_sides, cut
 from .randaugment import ENHANCE, RandAugment, Resampling
 
 
@@ -91,7 +91,7 @@ class PaddedCrop:
         self.size, self.padding, self.mode, self.resize = size, padding, mode, resize
 
     def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
-        image = self.resize(image, covering(self.size, image), rng)
+        image = self.resize(image, covering(self.size, image.height, image.width), rng)
         top, left = self._place(image.height, image.width, rng)
         vertical, horizontal = self.padding
         image = TF.pad(image, [horizontal, vertical], padding_mode=self.mode)
@@ -101,7 +101,7 @@ class PaddedCrop:
     def fits(self, height: int, width: int) -> bool:
         """Whether an image of this size is not resized, and large enough to be mirrored at its border."""
         vertical, horizontal = self.padding
-        return _covering(self.size, height, width) == (height, width) and height > vertical and width > horizontal
+        return covering(self.size, height, width) == (height, width) and height > vertical and width > horizontal
 
     def place(self, height: int, width: int, rng: Random) -> tuple[int, int]:
         """The next crop of an image that `fits`, as (top, left) in the padded image."""
@@ -119,12 +119,8 @@ class PaddedCrop:
         return f"pad {self.padding[0]} pixels ({self.mode}), random crop {self.size[0]}x{self.size[1]}"
 
 
-def covering(size: tuple[int, int], image: Image.Image) -> tuple[int, int]:
-    """The smallest (height, width) of the image's aspect that covers `size`; the longer side is rounded down."""
-    return _covering(size, image.height, image.width)
-
-
-def _covering(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+def covering(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]:
+    """The smallest (height, width) of an image's aspect that covers `size`; the longer side is rounded down."""
     height, width = size
     if columns * height <= rows * width:
         return max(height, width * rows // columns), width
@@ -133,6 +129,8 @@ def _covering(size: tuple[int, int], rows: int, columns: int) -> tuple[int, int]
 
 class EvalCrop:
     """The evaluation transform's crop, at any size: nothing random."""
+
+    padding, mode = (0, 0), "constant"
 
     def __init__(self, preprocessing: Preprocessing, size: tuple[int, int]) -> None:
         self.spec = preprocessing if preprocessing.crop == size else preprocessing.at_size(size)
@@ -156,6 +154,7 @@ class EvalCrop:
         return str(self.spec)
 
 
+Crop = RandomResizedCrop | PaddedCrop | EvalCrop
 Change = Callable[[Image.Image, Random], Image.Image]
 _INTERPOLATIONS = {
     "bicubic": (Resampling.BICUBIC,),
@@ -164,37 +163,35 @@ _INTERPOLATIONS = {
 }
 
 
-def train_transform(
-    recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
-) -> TrainTransform:
-    """How a recipe changes an RGB PIL image: crop, flip, augment, in this order; `levels.ToInput` does the rest.
+class TrainTransform:
+    """The changes of a recipe to an RGB PIL image: crop, flip, augment, in this order; `TrainInput` does the rest.
 
     All randomness follows from torch's global generator: the same seed gives the same levels and box to erase.
-
-    Args:
-        recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
-        preprocessing: its resize and crop serve `crop="none"`, its mean fills what geometric operations leave empty.
-        size: (height, width) of the input in pixels.
-        pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
+    The parts `crop`, `hflip`, `changes` and `erase` are attributes and may be exchanged.
 
     Shape: an RGB PIL image of any size -> `Levels` of (3, height, width).
-    Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
     Source: DeiT, table 9; DeiT III (arXiv:2204.07118) for 3-Augment and the simple crop.
     """
-    return TrainTransform(recipe, preprocessing, size, pillow_resize=pillow_resize)
-
-
-class TrainTransform:
-    """The transform of `train_transform`; its parts are attributes, for a look or an exchange."""
 
     def __init__(
         self, recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
     ) -> None:
+        """Build the parts.
+
+        Args:
+            recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
+            preprocessing: its resize and crop serve `crop="none"`, its mean fills places that geometric operations
+                leave empty.
+            size: (height, width) of the input in pixels.
+            pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
+
+        Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
+        """
         self.crop = _crop(recipe, preprocessing, size, pillow_resize=pillow_resize)
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
         self.erase = ErasingBox(recipe.erase)
-        self.size = size
+        self.preprocessing, self.size = preprocessing, size
 
     def __call__(self, image: Image.Image, rng: Random | None = None) -> Levels:
         """An RGB PIL image to levels of (3, H, W), and the box to erase; by default torch's generator seeds it."""
@@ -208,11 +205,11 @@ class TrainTransform:
         # Plane by plane as Pillow can: half the time of bringing the channels forward in torch
         planes = bytearray(b"".join([band.tobytes() for band in image.split()]))
         values = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
-        return Levels(values, self.erase(image.height, image.width, rng))
+        return Levels(values, torch.tensor(self.erase(image.height, image.width, rng)))
 
     def cuts(self, height: int, width: int) -> bool:
-        """Whether images of this size are cut as they are, so that `cut_batch` can do it for many at once."""
-        return isinstance(self.crop, (PaddedCrop, EvalCrop)) and self.crop.fits(height, width)
+        """Whether images of this size are cut without resizing, which `cut_batch` does for many at once."""
+        return not isinstance(self.crop, RandomResizedCrop) and self.crop.fits(height, width)
 
     def cut_batch(self, images: Tensor, rows: Sequence[int], seeds: Sequence[int]) -> Levels:
         """Levels of some images of a set in memory, bit for bit those that each image gives with its `sample_rng`.
@@ -220,39 +217,41 @@ class TrainTransform:
         Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, 3, H, W), (B, 5).
         """
         rngs = [sample_rng(seed) for seed in seeds]
-        values = cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs), self._frame())
+        values = cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs), self._frame)
         if self.changes:
             values = self._changed(values, rngs)
         return Levels(values, self._boxes(rngs))
 
     def plan(self, size: tuple[int, int], rows: Sequence[int], seeds: Sequence[int]) -> Plan:
-        """What `cut_batch` would do to images of a size, where it does no more than cut, flip and erase."""
+        """The work of `cut_batch` on images of a size, for a transform that does no more than cut, flip and erase."""
         rngs = [sample_rng(seed) for seed in seeds]
         return Plan(self._cuts(size, rows, rngs), self._boxes(rngs))
 
     def carry_out(self, images: Tensor, plan: Plan) -> Levels:
         """The levels of a `plan`, made on the device where the images are."""
-        return Levels(cut(images, to_device(plan.cuts, images.device), self._frame()), plan.erase)
+        return Levels(cut(images, to_device(plan.cuts, images.device), self._frame), plan.erase)
 
+    @property
     def _frame(self) -> Frame:
-        padding, mode = (
-            (self.crop.padding, self.crop.mode) if isinstance(self.crop, PaddedCrop) else ((0, 0), "constant")
-        )
-        return Frame(self.size, padding, mode)
+        crop = self._cutter()
+        return Frame(self.size, crop.padding, crop.mode)
 
     def _cuts(self, size: tuple[int, int], rows: Sequence[int], rngs: Sequence[Random]) -> Tensor:
-        crop = self.crop
-        if not isinstance(crop, (PaddedCrop, EvalCrop)):
-            raise ConfigError(f"{crop} resizes every image, so it cannot cut many at once")
+        place = self._cutter().place
         return torch.tensor(
-            [(row, *crop.place(*size, rng), rng.random() < self.hflip) for row, rng in zip(rows, rngs, strict=True)]
+            [(row, *place(*size, rng), rng.random() < self.hflip) for row, rng in zip(rows, rngs, strict=True)]
         )
 
+    def _cutter(self) -> PaddedCrop | EvalCrop:
+        if isinstance(self.crop, RandomResizedCrop):
+            raise ConfigError(f"{self.crop} resizes every image, so it cannot cut many at once")
+        return self.crop
+
     def _boxes(self, rngs: Sequence[Random]) -> Tensor:
-        return torch.tensor([self.erase.numbers(*self.size, rng) for rng in rngs])
+        return torch.tensor([self.erase(*self.size, rng) for rng in rngs])
 
     def _changed(self, values: Tensor, rngs: Sequence[Random]) -> Tensor:
-        """Each image as a picture of Pillow's, changed, and back."""
+        """Apply the changes to each image, as a picture of Pillow's."""
         height, width = self.size
         pixels = values.permute(0, 2, 3, 1).contiguous()
         memory, length = pixels.numpy().data.cast("B"), 3 * height * width
@@ -275,7 +274,7 @@ def sample_rng(seed: int) -> Random:
     return Random(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))))
 
 
-def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Change:
+def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Crop:
     if recipe.crop == "none":
         return EvalCrop(preprocessing, size)
     change = Resize(_INTERPOLATIONS[recipe.interpolation], pillow=pillow_resize)
@@ -287,7 +286,7 @@ def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *
 
 
 def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[Change]:
-    """What happens between the crop and the tensor."""
+    """The random changes after the crop."""
     jitter: list[Change] = [ColorJitter(recipe.color_jitter)] if recipe.color_jitter else []
     if recipe.augment == "none":
         return jitter

@@ -19,7 +19,7 @@ MAX_MAGNITUDE = 10.0
 
 Fill = tuple[int, ...]
 Geometry = Callable[[Image.Image, float], tuple[float, ...]]
-Change = Callable[[Image.Image, float], Image.Image]
+Operation = Callable[[Image.Image, float], Image.Image]
 
 
 class RandAugment:
@@ -162,14 +162,14 @@ _AFFINE: dict[str, Geometry] = {
     "TranslateX": lambda image, m: (1, 0, m / MAX_MAGNITUDE * 0.45 * image.width, 0, 1, 0),
     "TranslateY": lambda image, m: (1, 0, 0, 0, 1, m / MAX_MAGNITUDE * 0.45 * image.height),
 }
-ENHANCE: dict[str, Change] = {
+ENHANCE: dict[str, Operation] = {
     "Color": lambda image, factor: ImageEnhance.Color(image).enhance(factor),
     "Contrast": lambda image, factor: ImageEnhance.Contrast(image).enhance(factor),
     "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     "Sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
 }
 """What takes a factor: 1 changes nothing, 0 takes the property away."""
-_LEVELS: dict[str, Change] = {
+_LEVELS: dict[str, Operation] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),
     "Invert": lambda image, _: ImageOps.invert(image),

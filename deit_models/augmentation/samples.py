@@ -1,10 +1,10 @@
-"""Which images, in which order, with which seeds, and the samples made of them: the same for one process and many."""
+"""Training samples: their order, the seed of each, and the batches made of them; the same for one process and many."""
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
-from ..data.inputs import InputBatches, Transform, _check_shard
-from ..data.levels import Plan, ToInput
+from ..data.inputs import InputBatches, Transform, check_shard
+from ..data.loading import FINE
 from ..data.memory import images_on
 from ..data.records import CachedRecords, ImageRecords, always_the_same
 from ..errors import ConfigError, DataError, ImageError
 from .augment import TrainTransform, sample_rng
+from .levels import TrainInput
 
 Keys = Sequence[tuple[int, int]]
 """Indices of images, each with the seed of its augmentation."""
@@ -32,7 +33,7 @@ _SELECTED_ROUND = 256
 
 
 def sample_seed(seed: int, epoch: int, position: int) -> int:
-    """The seed of one sample's augmentation: 63 bits, all well mixed, from nothing but the three numbers.
+    """The seed of one sample's augmentation: 63 well mixed bits, computed from the three numbers.
 
     Within one seed and epoch, no two positions share their 64-bit word before it is shortened.
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014),
@@ -83,7 +84,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
     Differs from the authors' code:
     - repeats are honoured when one process trains alone too; their script then draws without repeats;
-    - `seed` enters the order, theirs hangs on the epoch alone;
+    - the order depends on `seed`, theirs on the epoch alone;
     - sets smaller than 256 images are not cut to nothing.
     """
 
@@ -102,7 +103,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
         Raises: ConfigError: no images, a batch that the processes cannot share evenly, or a rank out of range.
         """
-        _check_shard(length, rank, world)
+        check_shard(length, rank, world)
         if repeats < 1:
             raise ConfigError(f"repeats={repeats}; expected 1 or more")
         if length < 1:
@@ -145,17 +146,25 @@ class TrainSampler(Sampler[tuple[int, int]]):
 
 
 class TrainingSamples(Dataset[tuple[Any, int, int]]):
-    """What a training loader's workers read: (index, seed) -> (transformed image, label, failed index or -1).
+    """Training samples, made by the loader's workers: (index, seed) -> (changed image, label, failed index or FINE).
 
     All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
-    that cannot be read is replaced by the next one that can; the third value is its index then, for the loop to report.
+    that cannot be read is replaced by the next one that can; the third value is then its index, to be reported.
     """
 
-    def __init__(self, records: ImageRecords, transform: Transform, *, substitutes: int = 5) -> None:
-        """Join images and augmentation; `substitutes` is how many others are tried for one that cannot be read."""
-        self.records = records
-        self.transform = transform
-        self.substitutes = substitutes
+    def __init__(
+        self, records: ImageRecords, transform: Transform, *, substitutes: int = 5, planned: bool = False
+    ) -> None:
+        """Join images and augmentation.
+
+        Args:
+            records: the images.
+            transform: from an RGB image to a sample.
+            substitutes: how many others are tried for an image that cannot be read.
+            planned: give the `Plan` of each batch instead of its levels, for a set that lies on the model's device.
+        """
+        self.records, self.transform = records, transform
+        self.substitutes, self.planned = substitutes, planned
 
     def __len__(self) -> int:
         return len(self.records)
@@ -173,29 +182,22 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
 
     def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
         """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""
-        if (pair := self._cut_at_once()) is None:
+        pair = _cut_at_once(self.records, self.transform)
+        if pair is None:
             samples: tuple[Any, Tensor, Tensor] = default_collate([self[key] for key in keys])
             return samples
         records, transform = pair
-        rows, labels, failed = self._rows(records, keys)
-        return transform.cut_batch(records.images, rows, [seed for _, seed in keys]), labels, failed
-
-    def _cut_at_once(self) -> tuple[CachedRecords, TrainTransform] | None:
-        """The set and the transform, where the one is in memory and the other need not resize it."""
-        records, transform = self.records, self.transform
-        if isinstance(records, CachedRecords) and isinstance(transform, TrainTransform):
-            return (records, transform) if transform.cuts(*records.size) else None
-        return None
-
-    def _rows(self, records: CachedRecords, keys: Keys) -> tuple[list[int], Tensor, Tensor]:
-        """Which image of the set each sample shows, with its label and the image it stands for."""
-        rows = [index for index, _ in keys]
-        failed = [-1] * len(rows)
+        rows, seeds = (list(column) for column in zip(*keys, strict=True))
+        failed = [FINE] * len(rows)
         if records.broken:
             for place, index in enumerate(rows):
                 if index in records.broken:
                     rows[place], failed[place] = self._substitute(records, index), index
-        return rows, records.labels[rows], torch.tensor(failed)
+        if self.planned:
+            images: Any = transform.plan(records.size, rows, seeds)
+        else:
+            images = transform.cut_batch(records.images, rows, seeds)
+        return images, records.labels[rows], torch.tensor(failed)
 
     def _read(self, index: int) -> tuple[PIL.Image.Image, int, int]:
         last: Exception | None = None
@@ -205,7 +207,7 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
             except (ImageError, OSError) as error:
                 last = error
             else:
-                return image, label, -1 if attempt == 0 else index
+                return image, label, FINE if attempt == 0 else index
         raise self._nothing_readable(index, last) from last
 
     def _substitute(self, records: CachedRecords, index: int) -> int:
@@ -221,23 +223,18 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         )
 
 
-class PlannedSamples(TrainingSamples):
-    """Samples of a set that lies where the model is: its pixels stay there, and a batch says where to cut them."""
-
-    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
-        """Where to cut, labels, failed indices."""
-        if (pair := self._cut_at_once()) is None:
-            raise ConfigError("only images that are in memory and need no resizing can be cut on the device")
-        records, transform = pair
-        rows, labels, failed = self._rows(records, keys)
-        return transform.plan(records.size, rows, [seed for _, seed in keys]), labels, failed
+def _cut_at_once(records: ImageRecords, transform: Transform) -> tuple[CachedRecords, TrainTransform] | None:
+    """The set and the transform, if the set is in memory and the transform does not resize its images."""
+    if isinstance(records, CachedRecords) and isinstance(transform, TrainTransform) and transform.cuts(*records.size):
+        return records, transform
+    return None
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
     """Seed torch's CPU generator, `random` and a loaded numpy; the main process gets its states back afterwards.
 
-    torch.manual_seed would seed the accelerators too, which takes longer and is none of a loader's business.
+    Differs from torch.manual_seed: leaves the accelerators alone, which takes less time.
     """
     numpy = sys.modules.get("numpy")
     in_worker = get_worker_info() is not None
@@ -265,41 +262,29 @@ def training_batches(
     records: ImageRecords,
     transform: TrainTransform,
     sampler: Sampler[tuple[int, int]],
-    to_input: ToInput,
     *,
     batch_size: int,
     workers: int,
+    device: torch.device,
 ) -> InputBatches:
     """Augmented batches of a set as the model's input, the same wherever and by however many processes they are made.
 
     Of a set in memory that is only cut, flipped and erased, the device does all of it. Then no process loads; beside a
     GPU a few draw the random numbers ahead, of which one process draws some 60,000 images' a second.
     """
-    device = to_input.device
-    samples = TrainingSamples(records, transform)
-    make: Callable[[Any], Tensor] = to_input
-    if isinstance(records, CachedRecords) and transform.cuts(*records.size) and not transform.changes:
-        images = images_on(records, device)
-        if images is not None:
-            samples, make = PlannedSamples(records, transform), _CutThere(images, transform, to_input)
-            workers = min(workers, _PLANNERS) if device.type == "cuda" else 0
+    to_input = TrainInput(transform.preprocessing, device)
+    pair = None if transform.changes else _cut_at_once(records, transform)
+    images = None if pair is None else images_on(pair[0], device)
+    if images is not None:
+        workers = min(workers, _PLANNERS) if device.type == "cuda" else 0
+
     return InputBatches(
-        samples,
+        TrainingSamples(records, transform, planned=images is not None),
         sampler,
-        make,
+        to_input if images is None else lambda plan: to_input(transform.carry_out(images, plan)),
         batch_size=batch_size,
         workers=workers,
         device=device,
         size=transform.size,
         keep_workers=True,
     )
-
-
-class _CutThere:
-    """From a plan to the model's input, on the device where the set lies."""
-
-    def __init__(self, images: Tensor, transform: TrainTransform, to_input: ToInput) -> None:
-        self.images, self.transform, self.to_input = images, transform, to_input
-
-    def __call__(self, plan: Plan) -> Tensor:
-        return self.to_input(self.transform.carry_out(self.images, plan))

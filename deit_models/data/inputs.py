@@ -1,4 +1,4 @@
-"""From samples to the model's input on its device: parts joined, copied ahead of the model, kept if they come again."""
+"""Batches as the model's input: read by the loader in parts, joined, on the device one batch ahead of the model."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..distributed import Process
 from ..errors import ConfigError, ImageError
-from .levels import to_device
-from .loading import Batch, each, make_loader
+from .loading import FINE, Batch, each, make_loader
 from .records import ImageRecords
+from .transforms import EvalInput, EvalTransform, to_device
 
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
-"""The most that a worker makes at once for `InputBatches`: small parts, and an epoch begins soon."""
+"""The most that a worker makes at once: with small parts an epoch begins soon."""
+
+Transform = Callable[[PIL.Image.Image], Any]
+"""From an RGB image to a tensor or, in training, to `Levels`."""
 
 
 class InputBatches:
-    """The batches of a sampler as the model's input; read it as often as the sampler.
+    """The batches of a sampler as the model's input; can be read as often as the sampler.
 
     On a GPU the next batch is copied and normalised while the model computes with this one. Labels and failures stay on
     the host, pinned beside a GPU.
@@ -43,14 +47,14 @@ class InputBatches:
         """Prepare a loader.
 
         Args:
-            samples: what the workers make.
-            sampler: its keys.
-            to_input: from a batch of levels, plans or pixels to (B, 3, H, W) float32 on the device.
+            samples: made by the workers.
+            sampler: gives their keys; has a length.
+            to_input: from a batch of samples to (B, 3, H, W) float32 on the device.
             batch_size: of the model's input.
             workers: loading processes.
-            device: where the model is.
+            device: of the model.
             size: (height, width) of an image.
-            keep: remember what the loader gave, for a sampler and samples that give the same each time.
+            keep: keep what the loader gave in memory, for a sampler and samples that give the same each time.
             keep_workers: from one reading to the next.
         """
         part = min(batch_size, _PART_IMAGES, max(_PART_BYTES // (3 * size[0] * size[1]), 1))
@@ -72,9 +76,8 @@ class InputBatches:
         return -(-self._images // self._batch_size)
 
     def __iter__(self) -> Iterator[Batch]:
-        if self.device.type != "cuda":
-            return map(self._ready, self._batches())
-        return self._ahead()
+        batches = self._batches()
+        return self._ahead(batches) if self.device.type == "cuda" else map(self._ready, batches)
 
     def _batches(self) -> Iterator[list[Any]]:
         """The parts of each batch."""
@@ -96,10 +99,10 @@ class InputBatches:
             labels, failed = labels.pin_memory(), failed.pin_memory()
         return self.to_input(images), labels, failed
 
-    def _ahead(self) -> Iterator[Batch]:
+    def _ahead(self, batches: Iterable[list[Any]]) -> Iterator[Batch]:
         """One batch ahead of the reader, on a stream of its own."""
         stream, waiting = torch.cuda.Stream(self.device), None  # type: ignore[no-untyped-call]
-        for parts in self._batches():
+        for parts in batches:
             with torch.cuda.stream(stream):
                 batch = self._ready(parts)
             if waiting is not None:
@@ -110,7 +113,7 @@ class InputBatches:
 
 
 def _handed_over(batch: Batch, stream: torch.cuda.Stream) -> Batch:
-    """Before the reader's stream uses the images, it waits for them; their memory is not reused until it has."""
+    """The batch, for which the reader's stream waits before it uses the images; their memory is not reused before."""
     current = torch.cuda.current_stream(batch[0].device)
     current.wait_stream(stream)
     batch[0].record_stream(current)
@@ -127,38 +130,38 @@ def _joined(parts: list[Any], device: torch.device) -> Any:
     return type(first)(*columns) if hasattr(first, "_fields") else tuple(columns)
 
 
-Transform = Callable[[PIL.Image.Image], Any]
-"""From an RGB image to a tensor or, in training, to `levels.Levels`."""
+def eval_batches(
+    records: ImageRecords,
+    transform: EvalTransform,
+    process: Process,
+    *,
+    batch_size: int,
+    workers: int,
+    keep: bool = False,
+) -> InputBatches:
+    """This process's share of a set, for evaluation; with `keep`, images are decoded the first time only.
 
-
-class ShardSampler(Sampler[int]):
-    """This process's share of an evaluation: every index belongs to exactly one process, none is padded."""
-
-    def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
-        """Take rank, rank + world, ... below length. Raises: ConfigError: a rank out of range."""
-        _check_shard(length, rank, world)
-        self._indices = range(rank, length, world)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self._indices)
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-
-def _check_shard(length: int, rank: int, world: int) -> None:
-    if length < 0 or world < 1 or not 0 <= rank < world:
-        raise ConfigError(f"length={length}, rank={rank}, world={world}; expected 0 <= rank < world and no negative")
+    Workers pass bytes on; these are normalised on the model's device.
+    """
+    return InputBatches(
+        EvalSamples(records, transform.levels),
+        ShardSampler(len(records), rank=process.rank, world=process.world),
+        EvalInput(transform.preprocessing, process.device, normalise=transform.normalise),
+        batch_size=batch_size,
+        workers=workers,
+        device=process.device,
+        size=transform.preprocessing.crop,
+        keep=keep,
+    )
 
 
 class EvalSamples(Dataset[tuple[Any, int, int]]):
-    """What an evaluation loader's workers read: index -> (tensor, label, failed index or -1).
+    """Evaluation samples, made by the loader's workers: index -> (tensor, label, failed index or FINE).
 
-    An image that cannot be read comes as zeros with label -1, to be counted as skipped and never scored.
+    An image that cannot be read comes as zeros with label -1; it is counted as skipped and never scored.
     """
 
     def __init__(self, records: ImageRecords, transform: Transform) -> None:
-        """Join images and evaluation transform."""
         self.records = records
         self.transform = transform
 
@@ -170,4 +173,25 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
             image, label = self.records[index]
         except (ImageError, OSError):
             return torch.zeros_like(self.transform(PIL.Image.new("RGB", (64, 64)))), -1, index
-        return self.transform(image), label, -1
+        return self.transform(image), label, FINE
+
+
+class ShardSampler(Sampler[int]):
+    """This process's share of an evaluation: every index belongs to exactly one process, none is padded."""
+
+    def __init__(self, length: int, *, rank: int = 0, world: int = 1) -> None:
+        """Take rank, rank + world, ... below length. Raises: ConfigError: a rank out of range."""
+        check_shard(length, rank, world)
+        self._indices = range(rank, length, world)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+
+def check_shard(length: int, rank: int, world: int) -> None:
+    """Raise ConfigError unless the rank is that of one of `world` processes that share `length` images."""
+    if length < 0 or world < 1 or not 0 <= rank < world:
+        raise ConfigError(f"length={length}, rank={rank}, world={world}; expected 0 <= rank < world and no negative")

@@ -1,8 +1,4 @@
-"""From paths to batches of pixels: in order, by threads or processes, a few batches in memory at any time.
-
-And what is found in a batch on its way back, so that a GPU is at work on the next one meanwhile.
-"""
-# MERGED """Batches from a set of images: worker processes, pinned memory, and which images could not be read."""
+"""The one loader: from samples or files to batches, in order, by worker processes or threads; images that failed."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import os
 import signal
 import time
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -32,13 +28,22 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W) float32, labels (B,), and for each sample FINE or the index of the image that could not be read;
 in evaluation the label of such an image is -1."""
 FINE = -1
+_MOST_WORKERS = 12
+
+
+def cpu_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def default_workers(device: torch.device) -> int:
     """Loading processes for one training process: up to 12 beside a GPU; one beside a CPU, whose cores are wanted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    gpus = max(torch.cuda.device_count(), 1) if device.type == "cuda" else 1
-    return min(12, max(cores // gpus - 1, 1)) if device.type == "cuda" else min(1, cores - 1)
+    cores = cpu_cores()
+    return _beside_gpu(cores // max(torch.cuda.device_count(), 1)) if device.type == "cuda" else min(1, cores - 1)
+
+
+def _beside_gpu(cores: int) -> int:
+    return min(_MOST_WORKERS, max(cores - 1, 1))
 
 
 def make_loader(
@@ -53,30 +58,41 @@ def make_loader(
 ) -> DataLoader[Any]:
     """A loader in the sampler's order, the same whatever the number of workers.
 
-    It gives `Batch`es; of training samples, with `levels.Levels` or `levels.Plan` in the place of images. A worker
-    makes a whole batch, or a `part` of one: no sample travels alone.
+    It gives `Batch`es; of training samples, with `Levels` or `Plan` in the place of images. A worker makes a whole
+    batch, or a `part` of one: no sample travels alone. Samples with a method `batch(keys)` are joined by it.
 
-    A loader draws a number to begin with, each time only where its workers do not persist; from a generator of its own,
-    or mixing and stochastic depth would depend on the workers, and on whether a run was interrupted.
+    DataLoader seeds itself from the global generator; a private one keeps mixing and stochastic depth independent of
+    the workers, and of interruptions.
 
-    Raises: ConfigError: no image at once, or fewer than no workers.
+    Raises: ConfigError: batch_size below 1, or workers below 0.
     """
     if batch_size < 1 or workers < 0:
         raise ConfigError(f"batch_size={batch_size}, workers={workers}; expected 1 or more, and 0 or more")
-    return _Loader(
-        _WholeParts(samples),
-        batch_size=None,
-        sampler=_Parts(sampler, batch_size, part or batch_size),
-        num_workers=workers,
-        persistent_workers=workers > 0 and keep_workers,
-        collate_fn=_packed,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),
-    )
+    with _quiet():
+        return _Loader(
+            _WholeParts(samples),
+            batch_size=None,
+            sampler=_Parts(sampler, batch_size, part or batch_size),
+            num_workers=workers,
+            persistent_workers=workers > 0 and keep_workers,
+            collate_fn=_packed,
+            worker_init_fn=_leave_interrupts_to_parent,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No advice to use fewer workers than were asked for; no warning of Python 3.12 of fork beside idle threads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
 
 
 class _Parts(Sampler[list[Any]]):
-    """A sampler's keys in parts of at most so many, none of which belongs to two batches."""
+    """A sampler's keys in parts of at most so many, none of which belongs to two batches; keys are drawn as needed."""
 
     def __init__(self, sampler: Iterable[Any], batch_size: int, part: int) -> None:
         self.sampler, self.batch_size, self.part = sampler, batch_size, part
@@ -116,9 +132,7 @@ def _packed(part: Any) -> Any:
     Each tensor costs a file descriptor and 0.15 ms on the other side. Shared here and not by the queue's thread, where
     a lack of shared memory would be printed and the part never arrive.
     """
-    if get_worker_info() is None:
-        return part
-    return each(part, _light)
+    return part if get_worker_info() is None else each(part, _light)
 
 
 def _light(value: Any) -> Any:
@@ -132,27 +146,30 @@ def _unpacked(part: Any) -> Any:
 
 
 class _Loader(DataLoader[Any]):
-    """A loader whose workers leave Ctrl-C to their parent, with which they end.
-
-    A terminal sends it to every process, and a worker that was forked just then would print a traceback.
-    """
+    """A loader whose workers leave Ctrl-C, which a terminal sends to every process, to their parent."""
 
     def __iter__(self) -> Any:
-        return map(_unpacked, self._parts())
+        with _quiet():
+            return map(_unpacked, self._parts())
 
     def _parts(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the workers inherit it
+        # the workers inherit it: one that was forked just then would print a traceback
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
             return super().__iter__()
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
+def _leave_interrupts_to_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 @contextmanager
 def explained_worker_failure(workers: int) -> Iterator[None]:
-    """Turn the loader's deaths into one line that says what to do, and its workers' errors back into their one line.
+    """Turn a worker's death into one line that says what to do, and our own errors in workers back into their one line.
 
     Raises: TrainingError: a worker was killed, mostly for lack of shared memory.
     """
@@ -172,9 +189,11 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
             # torch raises RuntimeError wherever the signal of the worker's death finds us: let it find us here
             with suppress(RuntimeError):
                 time.sleep(1)
+        reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
         raise TrainingError(
-            f"a loading process died, most likely for lack of memory in /dev/shm or of main memory; use fewer than "
-            f"{workers} workers (0 loads in the training process), or give the container more (docker run --shm-size)"
+            f"a loading process died, most likely for lack of main memory or, in /dev/shm, of shared memory (in "
+            f"Docker: --shm-size=1g); use fewer than {workers} workers, or workers=0, which loads in this process "
+            f"({reason})"
         ) from error
 
 
@@ -185,8 +204,84 @@ _WORKER_DEATHS = (
 """Signs, in the messages of torch and of the operating system, that processes could not pass tensors to each other."""
 
 
+class FileBatch(NamedTuple):
+    """Some files in order: their paths, for each None or why it could not be decoded, the pixels of the others."""
+
+    sources: Sequence[str]
+    errors: Sequence[str | None]
+    images: Tensor
+
+
+def file_batches(
+    paths: Iterable[str | PathLike[str]],
+    decode: Callable[[str], Tensor],
+    *,
+    batch_size: int,
+    workers: int | None,
+    device: torch.device,
+) -> Iterator[FileBatch]:
+    """Decode files in batches; paths are drawn as needed.
+
+    Args:
+        paths: any number of them.
+        decode: gives the pixels of one, all in the same shape, or raises ImageError.
+        batch_size: files in a batch; the last may have fewer.
+        workers: processes that decode; 0 decodes in this one, image by image. None is what suits the device. For a CPU
+            these are threads that decode a batch and then rest: they take turns with the model, and every core is busy
+            with either. Overlapping them brought nothing more. Beside a GPU they are processes.
+        device: of the model.
+
+    Raises: TrainingError: a loading process died.
+    """
+    files = _Files(decode)
+    if workers is None:
+        batches = -(-len(paths) // batch_size) if isinstance(paths, Sized) else None
+        workers = decoding_workers(batches, device, cores=cpu_cores())
+    if workers is None:
+        yield from _by_threads(files, paths, batch_size)
+        return
+    with explained_worker_failure(workers):
+        yield from make_loader(files, paths, batch_size=batch_size, workers=workers, device=device)
+
+
+def decoding_workers(batches: int | None, device: torch.device, *, cores: int) -> int | None:
+    """Processes to decode so many batches, or an unknown number; None: threads of this one, which suit a CPU."""
+    if device.type == "cpu" or batches == 1:
+        return None
+    return min(_beside_gpu(cores), batches or _MOST_WORKERS)
+
+
+class _Files(Dataset[Any]):
+    """Files by path."""
+
+    def __init__(self, decode: Callable[[str], Tensor]) -> None:
+        self.decode = decode
+
+    def __getitem__(self, path: str | PathLike[str]) -> tuple[str, Tensor | None, str | None]:
+        """The path, its pixels, and why it has none."""
+        source = fspath(path)
+        try:
+            return source, self.decode(source), None
+        except ImageError as error:
+            return source, None, " ".join(str(error).split())
+
+    def batch(self, paths: list[str | PathLike[str]], mapped: Callable[..., Iterable[Any]] = map) -> FileBatch:
+        """The files of a batch, joined; `mapped` may read several at once."""
+        sources, pixels, errors = zip(*mapped(self.__getitem__, paths), strict=True)
+        found = [image for image in pixels if image is not None]
+        return FileBatch(sources, errors, torch.stack(found) if found else torch.empty(0))
+
+
+def _by_threads(files: _Files, paths: Iterable[str | PathLike[str]], batch_size: int) -> Iterator[FileBatch]:
+    drawn = iter(paths)
+    # As many as the model computes with. Pillow lets go of the interpreter while it decodes and resizes
+    with ThreadPoolExecutor(torch.get_num_threads(), "decode") as pool:
+        while chunk := list(islice(drawn, batch_size)):
+            yield files.batch(chunk, pool.map)
+
+
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Passes batches on, given how many there will be; where a progress bar hooks in."""
+"""Passes batches on, given how many there will be; a progress bar goes here."""
 
 
 def plain_watch(batches: Iterable[Any], total: int) -> Iterable[Any]:  # noqa: ARG001
@@ -216,7 +311,7 @@ class DamageCount:
         self._check()
 
     def meet(self, process: Process) -> int:
-        """Share with the other processes what each found, and give the number. Raises: DataError: too many failed."""
+        """Join the failures of all processes, and give their number. Raises: DataError: too many images failed."""
         self.failed.update(*process.gather(self.failed))
         self._check()
         return len(self.failed)
@@ -227,122 +322,3 @@ class DamageCount:
                 f"at least {len(self.failed)} of the {len(self.records)} images of {self.records.name} cannot be read, "
                 f"more than the limit of {self.limit:.1%}; one of them is {self.records.describe(max(self.failed))}"
             )
-
-
-Decoded = tuple[str, Tensor | None, str | None]
-"""A path and its pixels and None, or a path and None and why it has no pixels."""
-_MOST_WORKERS = 12
-
-
-class FileBatch(NamedTuple):
-    """Some files in order: their paths, for each None or why it could not be decoded, the pixels of the others."""
-
-    sources: list[str]
-    errors: list[str | None]
-    images: Tensor
-
-
-def file_batches(
-    paths: Iterable[str | PathLike[str]],
-    decode: Callable[[str], Tensor],
-    *,
-    batch_size: int,
-    workers: int | None,
-    device: torch.device,
-) -> Iterator[FileBatch]:
-    """Decode files in batches; paths are drawn as needed.
-
-    Args:
-        paths: any number of them.
-        decode: gives the pixels of one, all in the same shape, or raises ImageError.
-        batch_size: files in a batch; the last may have fewer.
-        workers: processes that decode; 0 decodes in this one, image by image. None is what suits the device. For a CPU
-            these are threads that decode a batch and then rest: they take turns with the model, and every core is busy
-            with either. Overlapping them brought nothing more. Beside a GPU they are processes.
-        device: where the batches go.
-
-    Raises: DeitModelsError: a decoding process died.
-    """
-    files = _Files(decode)
-    if workers is None:
-        batches = -(-len(paths) // batch_size) if isinstance(paths, Sized) else _MOST_WORKERS
-        workers = 0 if device.type == "cpu" or batches < 2 else min(_MOST_WORKERS, max(_cores() - 1, 1), batches)
-        if not workers:
-            return _by_threads(files, paths, batch_size)
-    return _by_processes(files, paths, batch_size, workers, pin=device.type == "cuda")
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class _Files(Dataset[Decoded]):
-    """Files by path."""
-
-    def __init__(self, decode: Callable[[str], Tensor]) -> None:
-        self.decode = decode
-
-    def __getitem__(self, path: str | PathLike[str]) -> Decoded:
-        source = fspath(path)
-        try:
-            return source, self.decode(source), None
-        except ImageError as error:
-            return source, None, " ".join(str(error).split())
-
-
-def _by_threads(files: _Files, paths: Iterable[str | PathLike[str]], batch_size: int) -> Iterator[FileBatch]:
-    drawn = iter(paths)
-    # As many as the model computes with. Pillow lets go of the interpreter while it decodes and resizes
-    with ThreadPoolExecutor(torch.get_num_threads(), "decode") as pool:
-        while chunk := list(islice(drawn, batch_size)):
-            yield _collate(list(pool.map(files.__getitem__, chunk)))
-
-
-def _by_processes(
-    files: _Files, paths: Iterable[str | PathLike[str]], batch_size: int, workers: int, *, pin: bool
-) -> Iterator[FileBatch]:
-    with _workers_explained(workers):
-        with warnings.catch_warnings():
-            # torch advises fewer workers than were asked for; Python 3.12 distrusts fork beside torch's idle threads
-            warnings.simplefilter("ignore", UserWarning)
-            warnings.simplefilter("ignore", DeprecationWarning)
-            loader = DataLoader(
-                files,
-                batch_size=batch_size,
-                sampler=paths,  # a "sampler" yields keys, and the keys of _Files are paths: they are drawn lazily
-                num_workers=workers,
-                collate_fn=_collate,
-                worker_init_fn=_leave_interrupts_to_parent,
-                pin_memory=pin,
-            )
-            batches = iter(loader)
-        yield from batches
-
-
-def _collate(items: list[Decoded]) -> FileBatch:
-    tensors = [tensor for _, tensor, _ in items if tensor is not None]
-    # One tensor a batch, since each that leaves a worker costs a file descriptor. Shared here and not by the queue's
-    # thread, where a lack of shared memory would be printed and the batch never arrive.
-    images = torch.stack(tensors) if tensors else torch.empty(0)
-    if get_worker_info() is not None:
-        images.share_memory_()  # type: ignore[no-untyped-call]
-    return FileBatch([source for source, _, _ in items], [error for _, _, error in items], images)
-
-
-def _leave_interrupts_to_parent(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@contextmanager
-def _workers_explained(workers: int) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        reason = str(error).strip().rpartition("\n")[-1]
-        signs = ("killed by signal", "exited unexpectedly", "shared memory", "shm", "No space left on device")
-        if not workers or not any(sign in reason for sign in signs):
-            raise
-        raise DeitModelsError(
-            f"a decoding process failed, most often for want of shared memory (in Docker: --shm-size=1g) or memory; "
-            f"use fewer than {workers} workers, or workers=0 ({reason})"
-        ) from error

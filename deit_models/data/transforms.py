@@ -65,13 +65,7 @@ class EvalTransform:
 
     def to_input(self, levels: Tensor) -> Tensor:
         """Levels of one image or of a whole batch to what the model takes, to the same bits."""
-        if not self.normalise:
-            return levels
-        spec = self.preprocessing
-        # in one copy to a GPU that is not waited for; torchvision's normalize waits for two
-        mean, std = on_device(torch.tensor([spec.mean, spec.std], dtype=torch.float32).view(2, -1, 1, 1), levels.device)
-        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
-        return levels.to(torch.float32).div_(255).sub_(mean).div_(std)
+        return EvalInput(self.preprocessing, levels.device, normalise=self.normalise)(levels)
 
     def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
         if isinstance(image, (str, PathLike, bytes)):
@@ -97,11 +91,30 @@ class EvalTransform:
         return f"EvalTransform({spec}, mean {spec.mean}, std {spec.std})"
 
 
-def on_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A tensor where it is needed. A GPU copies from pinned memory while the program goes on."""
-    if device.type != "cuda" or tensor.device.type != "cpu":
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
+class EvalInput:
+    """Turns pixels into the model's input on a device: one image or a batch, (..., 3, H, W) uint8 to float32."""
+
+    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, normalise: bool = True) -> None:
+        self.device, self.normalise = device, normalise
+        spec = preprocessing
+        values = torch.tensor([[255.0] * len(spec.mean), spec.mean, spec.std], dtype=torch.float32)
+        # Tensors on the device: torch turns division by a number into multiplication there, and uploads lists anew.
+        # Divided as ToTensor does; to_dtype(scale=True) multiplies by 1/255, which differs in the last bit
+        self._full, self._mean, self._std = to_device(values.view(3, -1, 1, 1), device)
+
+    def __call__(self, values: Tensor) -> Tensor:
+        """The input, on the device; the same pixels there if nothing is to be normalised."""
+        values = to_device(values, self.device)
+        if not self.normalise:
+            return values
+        return values.to(torch.float32).div_(self._full).sub_(self._mean).div_(self._std)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on a device; a GPU copies from pinned memory while the program goes on."""
+    if device.type == "cuda" and tensor.device.type == "cpu" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=device.type == "cuda")
 
 
 def transform_for(

@@ -14,11 +14,11 @@ import torch
 
 from ..checkpoint import Layout
 from ..config import override
-from ..data.classes import Split, keep_split, labels_of, parts, stratified_split
 from ..data.datasets import has_validation, open_images
 from ..data.loading import Watch, plain_watch
 from ..data.memory import Cache
 from ..data.records import ImageRecords
+from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
 from ..errors import ConfigError
 from ..evaluation import collect_outcomes

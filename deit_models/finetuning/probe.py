@@ -20,10 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.inputs import EvalSamples
-from ..data.levels import EvalInput
 from ..data.loading import DamageCount, explained_worker_failure, make_loader
 from ..data.records import ImageRecords
-from ..data.transforms import EvalTransform, preprocessing_of
+from ..data.transforms import EvalInput, EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast

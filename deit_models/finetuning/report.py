@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Layout
-from ..data.classes import SPLIT_NAME, Split
 from ..data.records import ImageRecords
+from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
 from ..evaluation import Outcomes
 from ..files import atomic_write

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from ..checkpoint import Origin, Preprocessing
-from ..data.classes import keep_split, labels_of, parts, stratified_split
 from ..data.datasets import open_images
 from ..data.loading import Watch, default_workers, plain_watch
 from ..data.memory import Cache
 from ..data.records import ImageRecords
+from ..data.split import keep_split, labels_of, parts, stratified_split
 from ..distributed import join_processes
 from ..errors import ConfigError, TrainingError
 from ..files import atomic_write, toml_lines

@@ -8,9 +8,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..augmentation.levels import Levels, TrainInput
 from ..checkpoint import Preprocessing
 from ..data.inputs import EvalSamples, ShardSampler
-from ..data.levels import Levels, ToInput
 from ..data.loading import DamageCount, Watch, explained_worker_failure, make_loader
 from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform
@@ -54,7 +54,7 @@ class HeldOut:
         self.images, self.labels = torch.cat(images).to(process.device), torch.cat(labels).to(process.device)
         if not len(self.labels):
             raise DataError(f"no image of {records.name} is left to score candidates on")
-        self._to_input, self.process = ToInput(preprocessing, process.device), process
+        self._to_input, self.process = TrainInput(preprocessing, process.device), process
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """All images as the network's input, with their labels, on the device, `size` at once, each made as needed."""

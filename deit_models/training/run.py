@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..augmentation.augment import train_transform
+from ..augmentation.augment import TrainTransform
 from ..augmentation.samples import TrainSampler, sample_seed, training_batches
 from ..checkpoint import Preprocessing
 from ..data.datasets import open_images
-from ..data.inputs import InputBatches
-from ..data.levels import ToInput
+from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluation import Heads, eval_batches, score_each
+from ..evaluation import Heads, score_each
 from ..files import atomic_write
 from .engine import train_epoch
 from .learner import Learner, make_learner
@@ -313,11 +312,11 @@ class _Run:
         recipe, process = self.learner.recipe, self.learner.process
         return training_batches(
             keep_in_memory(self.records, self.computing.cache, workers=self.workers, processes=process.world),
-            train_transform(recipe, self.preprocessing, self.preprocessing.crop),
+            TrainTransform(recipe, self.preprocessing, self.preprocessing.crop),
             sampler,
-            ToInput(self.preprocessing, process.device),
             batch_size=recipe.batch_size // (process.world * recipe.accumulate),
             workers=self.workers,
+            device=process.device,
         )
 
     def _evaluate(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from collections import Counter
 import pytest
 from coloured import Counted, Unlabelled, save_folders
 
-from deit_models.data.classes import keep_split, labels_of, parts, stratified_split
 from deit_models.data.datasets import open_dataset, wrap
+from deit_models.data.split import keep_split, labels_of, parts, stratified_split
 from deit_models.errors import ConfigError, DataError, TrainingError
 
 

@@ -10,11 +10,11 @@ import torch
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from deit_models.augmentation.augment import ColorJitter, ThreeAugment, TrainTransform, covering, train_transform
+from deit_models.augmentation.augment import ColorJitter, ThreeAugment, TrainTransform, covering
+from deit_models.augmentation.levels import ErasingBox, Levels, TrainInput, paste
 from deit_models.augmentation.randaugment import ENHANCE
 from deit_models.checkpoint import Preprocessing
-from deit_models.data.levels import ErasingBox, EvalInput, Levels, ToInput, paste
-from deit_models.data.transforms import EvalTransform
+from deit_models.data.transforms import EvalInput, EvalTransform
 from deit_models.errors import ConfigError
 from deit_models.training.recipe import Recipe
 
@@ -41,7 +41,7 @@ def coordinates(size: int = 32) -> Image.Image:
 
 def build(size: tuple[int, int] = (32, 32), *, pillow_resize: bool = False, **changes: object) -> TrainTransform:
     recipe = Recipe(**{**PLAIN, **changes})  # type: ignore[arg-type]
-    return train_transform(recipe, PREPROCESSING, size, pillow_resize=pillow_resize)
+    return TrainTransform(recipe, PREPROCESSING, size, pillow_resize=pillow_resize)
 
 
 def batch(*images: Levels) -> Levels:
@@ -49,7 +49,7 @@ def batch(*images: Levels) -> Levels:
 
 
 def model_input(transform: TrainTransform, image: Image.Image) -> torch.Tensor:
-    return ToInput(PREPROCESSING, torch.device("cpu"))(batch(transform(image)))[0]
+    return TrainInput(PREPROCESSING, torch.device("cpu"))(batch(transform(image)))[0]
 
 
 def levels(image: Image.Image) -> torch.Tensor:
@@ -115,7 +115,7 @@ def test_workers_that_start_afresh_get_the_same_transform(crop: str) -> None:
 
 
 def test_parts_follow_the_recipe() -> None:
-    default = train_transform(Recipe(), PREPROCESSING, (32, 32))
+    default = TrainTransform(Recipe(), PREPROCESSING, (32, 32))
     assert "rand-m9-mstd0.5" in repr(default)
     assert "jitter" not in repr(default)  # timm drops it beside RandAugment
     assert default.changes[0].fill == (124, 116, 104)  # type: ignore[attr-defined]
@@ -177,12 +177,12 @@ def test_simple_crop_mirrors_four_pixels_at_the_border() -> None:
 
 
 def test_image_is_resized_to_cover_the_crop() -> None:
-    assert covering((32, 32), picture(61, 47)) == (32, 41)
-    assert covering((32, 32), picture(47, 61)) == (41, 32)
-    assert covering((32, 24), picture(61, 47)) == (32, 41)
-    assert covering((24, 32), picture(47, 61)) == (41, 32)
-    assert covering((32, 32), picture(32, 32)) == (32, 32)
-    assert covering((32, 32), picture(1, 40)) == (1280, 32)
+    assert covering((32, 32), 47, 61) == (32, 41)
+    assert covering((32, 32), 61, 47) == (41, 32)
+    assert covering((32, 24), 47, 61) == (32, 41)
+    assert covering((24, 32), 61, 47) == (41, 32)
+    assert covering((32, 32), 32, 32) == (32, 32)
+    assert covering((32, 32), 40, 1) == (1280, 32)
 
 
 def test_interpolation_is_drawn_for_each_image() -> None:
@@ -277,8 +277,8 @@ def erased(height: int, width: int, *, prob: float = 1.0, count: int = 1, seed: 
     """A batch of white images, erased; what is not noise is exactly 1."""
     box, rng = ErasingBox(prob), random.Random(seed)
     white = torch.full((3, height, width), 255, dtype=torch.uint8)
-    to_input = ToInput(Preprocessing(resize=8, crop=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3), torch.device("cpu"))
-    return to_input(batch(*(Levels(white, box(height, width, rng)) for _ in range(count))))
+    to_input = TrainInput(Preprocessing(resize=8, crop=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3), torch.device("cpu"))
+    return to_input(batch(*(Levels(white, torch.tensor(box(height, width, rng))) for _ in range(count))))
 
 
 def test_erasing_changes_one_box_to_normal_noise() -> None:
@@ -360,7 +360,7 @@ def test_normalised_values_are_timms() -> None:
     data = pytest.importorskip("timm.data", reason="timm is not installed")
     theirs = data.create_transform(32, is_training=True, no_aug=True, interpolation="bicubic")
     image = picture(32, 32)
-    ours = ToInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
+    ours = TrainInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
     torch.testing.assert_close(ours[0], theirs(image), rtol=0, atol=1e-6)
 
 

@@ -213,7 +213,7 @@ def a_file(path: Path) -> Path:
     ("make", "split", "message"),
     [
         (empty_folder, "train", "set: no class folders; expected one folder of images for each class"),
-        (one_empty_class, "train", "set: no images in class folder fish; expected .jpg"),
+        (one_empty_class, "train", "set: no images in class folder fish; expected .*[.]jpg .* files"),
         (lambda path: fill(path, ["cat"]), "train", "set: only one class, cat; a classifier needs two"),
         (no_validation, "val", "set: has train but no val or validation or valid or test folder"),
         (a_file, "train", "set: not a folder"),

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 from deit_models import evaluation
+from deit_models.data.inputs import eval_batches
 from deit_models.data.loading import DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords
 from deit_models.data.transforms import EvalTransform
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.evaluation import Evaluation, Heads, Tally, eval_batches, score, score_each
+from deit_models.evaluation import Evaluation, Heads, Tally, score, score_each
 from deit_models.models.layers import ImageClassifier
 
 evaluate = partial(evaluation.evaluate, device="cpu")
@@ -253,7 +254,7 @@ def unreadable() -> None:
 
 @pytest.mark.parametrize("trouble", [die, full])
 def test_dead_worker_is_one_line_that_says_what_to_do(trouble: Callable[[], None]) -> None:
-    with pytest.raises(TrainingError, match=r"/dev/shm .* fewer than 1 workers .*--shm-size") as caught:
+    with pytest.raises(TrainingError, match=r"/dev/shm, .*--shm-size.* fewer than 1 workers") as caught:
         evaluate(tiny.model(), Trouble(trouble), batch_size=2, workers=1)
     assert "\n" not in str(caught.value)
 

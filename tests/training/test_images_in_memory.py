@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from deit_models.augmentation.augment import TrainTransform, train_transform
-from deit_models.augmentation.samples import PlannedSamples, TrainingSamples, TrainSampler, training_batches
+from deit_models.augmentation.augment import TrainTransform
+from deit_models.augmentation.levels import Levels
+from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
 from deit_models.checkpoint import Preprocessing
 from deit_models.data import inputs as feeding
 from deit_models.data import memory as cache
 from deit_models.data.datasets import open_dataset, wrap
 from deit_models.data.inputs import InputBatches
-from deit_models.data.levels import Levels, ToInput
 from deit_models.data.loading import explained_worker_failure
-from deit_models.data.memory import free_memory, keep_in_memory
+from deit_models.data.memory import free_memory, images_on, keep_in_memory
 from deit_models.data.records import ArrayRecords, CachedRecords, ImageRecords, SubsetRecords
 from deit_models.errors import ConfigError, DataError
 from deit_models.training.recipe import Recipe
@@ -198,7 +198,7 @@ def test_batches_from_memory_are_the_samples_one_by_one(
 ) -> None:
     records = in_memory()
     recipe = Recipe(crop=crop, crop_scale=0.3, interpolation="random", **changes)
-    transform = train_transform(recipe, Preprocessing(resize=8, crop=(8, 10)), size)
+    transform = TrainTransform(recipe, Preprocessing(resize=8, crop=(8, 10)), size)
     keys = [(number * 5 % 12, seed) for number, seed in enumerate(torch.randint(2**62, (60,)).tolist())]
     levels, labels, failed = TrainingSamples(records, transform).batch(keys)
     assert (
@@ -214,14 +214,14 @@ def test_batches_from_memory_are_the_samples_one_by_one(
 
 def test_padding_wider_than_an_image_is_left_to_pillow() -> None:
     records = in_memory((4, 4))
-    transform = train_transform(Recipe(crop="simple", **CUT_ONLY), Preprocessing(resize=4, crop=(4, 4)), (4, 4))
+    transform = TrainTransform(Recipe(crop="simple", **CUT_ONLY), Preprocessing(resize=4, crop=(4, 4)), (4, 4))
     assert not transform.cuts(4, 4)
     levels, _, _ = TrainingSamples(records, transform).batch([(3, 9)])
     assert torch.equal(levels.values[0], seeded_levels(transform, picture(3, (4, 4)), 9).values)
 
 
 def test_own_sets_leave_the_global_generators_alone() -> None:
-    transform = train_transform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
+    transform = TrainTransform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
     before = torch.get_rng_state(), random.getstate()
     TrainingSamples(in_memory(), transform)[3, 5]
     assert torch.equal(torch.get_rng_state(), before[0])
@@ -233,7 +233,7 @@ def test_set_that_draws_is_seeded_as_before() -> None:
         def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
             return picture(int(torch.randint(100, ())) + random.randrange(100), (8, 10)), 0
 
-    transform = train_transform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
+    transform = TrainTransform(Recipe(**CUT_ONLY), Preprocessing(resize=8, crop=(8, 8)), (8, 8))
     samples = TrainingSamples(Drawing(in_memory()), transform)
     first, again, other = samples[0, 5][0], samples[0, 5][0], samples[0, 6][0]
     assert torch.equal(first.values, again.values)
@@ -243,7 +243,7 @@ def test_set_that_draws_is_seeded_as_before() -> None:
 @pytest.mark.parametrize("changes", [CUT_ONLY, EVERYTHING])
 def test_broken_images_are_replaced_and_reported_as_from_files(changes: dict[str, Any]) -> None:
     records = in_memory(broken=(3, 4, 11))
-    transform = train_transform(Recipe(crop="pad", **changes), Preprocessing(resize=8, crop=(8, 10)), (8, 10))
+    transform = TrainTransform(Recipe(crop="pad", **changes), Preprocessing(resize=8, crop=(8, 10)), (8, 10))
     keys = [(index, index + 7) for index in range(12)]
     levels, labels, failed = TrainingSamples(records, transform).batch(keys)
     for number, key in enumerate(keys):
@@ -272,17 +272,16 @@ def batches_of(
     records: ImageRecords, recipe: Recipe, *, workers: int, batch_size: int = 8, device: torch.device = CPU
 ) -> InputBatches:
     preprocessing = Preprocessing(resize=8, crop=(8, 10))
-    transform = train_transform(recipe, preprocessing, (8, 10))
+    transform = TrainTransform(recipe, preprocessing, (8, 10))
     sampler = TrainSampler(len(records), batch_size=batch_size, repeats=3, seed=4)
-    to_input = ToInput(preprocessing, device)
-    return training_batches(records, transform, sampler, to_input, batch_size=batch_size, workers=workers)
+    return training_batches(records, transform, sampler, batch_size=batch_size, workers=workers, device=device)
 
 
 @pytest.mark.parametrize("crop", ["pad", "simple", "none"])
 def test_device_cuts_what_the_workers_cut(crop: str) -> None:
     recipe = Recipe(crop=crop, **CUT_ONLY)
     there = batches_of(in_memory(broken=(5,)), recipe, workers=3)
-    assert isinstance(there.loader.dataset.samples, PlannedSamples)
+    assert there.loader.dataset.samples.planned
     assert there.loader.num_workers == 0
     for workers in (0, 2):
         for ours, theirs in zip(there, batches_of(Loose(in_memory(broken=(5,))), recipe, workers=workers), strict=True):
@@ -292,20 +291,20 @@ def test_device_cuts_what_the_workers_cut(crop: str) -> None:
 @pytest.mark.parametrize("changes", [EVERYTHING, {"augment": "none", "color_jitter": 0.2}, {"crop": "random_resized"}])
 def test_other_augmentation_stays_with_the_workers(changes: dict[str, Any]) -> None:
     batches = batches_of(in_memory(), Recipe(**{"crop": "pad", **changes}), workers=1)
-    assert type(batches.loader.dataset.samples) is TrainingSamples
+    assert not batches.loader.dataset.samples.planned
     assert batches.loader.num_workers == 1
 
 
-def test_set_too_large_for_the_device_stays_with_the_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "images_on", lambda *_: None)
-    batches = batches_of(in_memory(), Recipe(crop="pad", **CUT_ONLY), workers=1)
-    assert type(batches.loader.dataset.samples) is TrainingSamples
+def test_set_too_large_for_the_device_stays_with_the_workers() -> None:
+    kept = in_memory()
+    assert images_on(kept, CPU) is kept.images
+    assert images_on(kept, torch.device("mps")) is None  # whose free memory is not known
 
 
 def test_cutting_waits_for_no_device() -> None:
     # tensors of the device "meta" have no values: whatever would have to read one back fails
     records, recipe = in_memory(), Recipe(crop="pad", **CUT_ONLY)
-    transform = train_transform(recipe, Preprocessing(resize=8, crop=(8, 10)), (8, 10))
+    transform = TrainTransform(recipe, Preprocessing(resize=8, crop=(8, 10)), (8, 10))
     plan = transform.plan((8, 10), [0, 1], [2, 3])
     assert transform.carry_out(records.images.to("meta"), plan).values.shape == (2, 3, 8, 10)
 
@@ -443,7 +442,7 @@ def test_next_batch_is_on_its_way_before_this_one_is_used(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
     monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
     samples, batches = numbered(monkeypatch)
-    read = batches._ahead()
+    read = batches._ahead(batches._batches())
     images, labels, _ = next(read)
     assert labels.tolist() == list(range(7))
     assert max(samples.asked[-1]) == 13  # the second batch, whole

@@ -1,8 +1,8 @@
-"""Images on their way to the model: bytes until they are a batch where the model is, then its input.
+"""Training images as bytes, and the steps that the training process does for a whole batch: cut, normalise, erase.
 
-Normalising and erasing come last and are cheap in bulk. Left to the training process they leave a quarter of the bytes
-to pass through shared memory and to a GPU, and spare the workers, which are the bottleneck. Small sets may lie on the
-device from the beginning: then batches are cut from them there.
+Normalising and erasing are cheap in bulk. Done by the training process, they leave a quarter of the bytes to pass
+through shared memory and to a GPU, and spare the workers, which are the bottleneck. Small sets may lie on the device
+from the beginning: then batches are cut from them there.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Preprocessing
+from ..data.transforms import to_device
 
 
 class Levels(NamedTuple):
@@ -30,7 +31,7 @@ class Levels(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What to make of images that lie in memory on the device; on the host, (B, 4) and (B, 5) int64.
+    """Crops of images that lie in memory on the device, planned on the host: (B, 4) and (B, 5) int64.
 
     Attributes:
         cuts: row of the set, top and left of the crop in the padded image, 1 to mirror it.
@@ -76,7 +77,7 @@ def _mirrored_inside(places: Tensor, length: int) -> Tensor:
 
 
 class ErasingBox:
-    """With some probability a box of an image to erase, to become noise.
+    """With some probability draws a box of an image, which becomes noise.
 
     Area 2 % to a third of the image's, aspect log-uniform from 0.3 to 1/0.3, ten tries; never the full width or height.
 
@@ -86,12 +87,8 @@ class ErasingBox:
     def __init__(self, prob: float = 0.25) -> None:
         self.prob = prob
 
-    def __call__(self, height: int, width: int, rng: Random) -> Tensor:
-        """`Levels.erase` of an image of this size."""
-        return torch.tensor(self.numbers(height, width, rng))
-
-    def numbers(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int, int]:
-        """The same as plain numbers, to be joined with those of other images."""
+    def __call__(self, height: int, width: int, rng: Random) -> tuple[int, int, int, int, int]:
+        """The numbers of `Levels.erase` for an image of this size."""
         box = self.draw(height, width, rng) if rng.random() < self.prob else None
         return (0, 0, 0, 0, 0) if box is None else (*box, rng.getrandbits(62))
 
@@ -114,11 +111,13 @@ def box_sides(area: float, aspect: float) -> tuple[int, int]:
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
 
 
-class ToInput:
+class TrainInput:
     """Turns a batch of levels into the model's input on a device: divided by 255, normalised, boxes made noise.
 
     Noise is normal, pixel by pixel. The first box of a batch seeds it: the same for the same batch and kind of device.
-    Nothing waits for a GPU: which images have a box is read from `Levels.erase`, which stays on the host.
+    Nothing waits for a GPU: `Levels.erase`, which says where boxes are, stays on the host.
+
+    Differs from `EvalInput`: multiplies by one factor instead of dividing twice, which saves time.
     """
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
@@ -152,30 +151,3 @@ def paste(noise: Tensor, images: Tensor, where: Tensor, boxes: Tensor) -> None:
     rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)
     inside = (rows[:, :, None] & columns[:, None, :])[:, None]
     images.index_copy_(0, where, torch.where(inside, noise, images[where]))
-
-
-class EvalInput:
-    """Turns a batch of pixels into the model's input on a device, with the bits of `EvalTransform.to_input`.
-
-    Differs from `ToInput`: divides twice, as evaluation always has, instead of multiplying by one factor.
-    """
-
-    def __init__(self, preprocessing: Preprocessing, device: torch.device, *, normalise: bool = True) -> None:
-        values = ((255.0,), preprocessing.mean, preprocessing.std)
-        # tensors on the device: torch turns division by a number into multiplication there, and uploads lists anew
-        self._full, self._mean, self._std = (torch.tensor(value).view(-1, 1, 1).to(device) for value in values)
-        self.device, self.normalise = device, normalise
-
-    def __call__(self, values: Tensor) -> Tensor:
-        """(B, 3, H, W) uint8 to float32 on the device, or to the same there if nothing is to be normalised."""
-        if not self.normalise:
-            return values.to(self.device, non_blocking=True)
-        images = values.to(self.device, non_blocking=True).to(torch.float32)
-        return images.div_(self._full).sub_(self._mean).div_(self._std)
-
-
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """A host tensor on the device; a GPU takes it from pinned memory, without being waited for."""
-    if device.type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
