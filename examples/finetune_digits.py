@@ -17,8 +17,8 @@ import torch
 from seed_table import write_table
 
 import deit_models
-from deit_models.data.classes import parts, stratified_split
 from deit_models.data.records import ArrayRecords
+from deit_models.data.split import parts, stratified_split
 
 MODEL = "deit_micro_patch4_32"
 WAYS = {"from scratch": "full", "head": "head", "full": "full"}
