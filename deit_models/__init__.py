@@ -16,10 +16,11 @@ from .errors import (
     IntegrityError,
     ManifestError,
     MissingExtraError,
+    SaveError,
     TrainingError,
     UnknownModelError,
 )
-from .registry import create_model, list_models, model_info, register_model
+from .registry import list_models, model_info, register_model
 
 if TYPE_CHECKING:
     from .data.transforms import transform_for
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from .formats.publish import push_to_hub, save_pretrained
     from .hub.load import from_pretrained
     from .macs import count_macs
+    from .models import create_model
     from .predict import Classifier, attention_maps
     from .training.recipe import recipe_named
     from .training.run import train
@@ -50,6 +52,7 @@ __all__ = [
     "IntegrityError",
     "ManifestError",
     "MissingExtraError",
+    "SaveError",
     "TrainingError",
     "UnknownModelError",
     "__version__",
@@ -78,6 +81,7 @@ _LAZY = {
     "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
     "count_macs": ".macs",
+    "create_model": ".models",
     "evaluate": ".evaluation",
     "export": ".deploy.export",
     "finetune": ".finetuning.finetune",

@@ -111,9 +111,7 @@ class Origin:
         """The same weights, read from a file."""
         return replace(self, source=source, revision=revision, sha256=sha256)
 
-    def adapted(
-        self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None
-    ) -> Origin:
+    def adapted(self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None) -> Origin:
         """Weights fitted to another input size or other classes: no accuracy, digest or notes of the old ones."""
         preprocessing = self.preprocessing.at_size(image_hw)
         kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
@@ -153,6 +151,12 @@ class ModelLike(Protocol):
     @property
     def num_classes(self) -> int:
         """Number of logits."""
+
+    def __call__(self, x: Any) -> Any:
+        """Logits of images."""
+
+    def eval(self) -> Any:
+        """Switch to eval mode, in place."""
 
     def state_dict(self) -> dict[str, Any]:
         """All tensors by name."""
@@ -256,7 +260,10 @@ def weights_dir() -> Path:
     In a wheel it lies inside the package, in a checkout (also one used by torch.hub) beside it.
     Raises: ManifestError: neither place has a manifest.
     """
-    package = Path(__file__).resolve().parent
+    return _weights_of(Path(__file__).resolve().parent)
+
+
+def _weights_of(package: Path) -> Path:
     for folder in (package / "weights", package.parent / "weights"):
         if (folder / "manifest.toml").is_file():
             return folder

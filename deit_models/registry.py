@@ -125,7 +125,8 @@ def _measure(spec: ModelSpec) -> ModelInfo:
     from torch.utils.flop_counter import FlopCounterMode
 
     height, width = spec.config.image_hw
-    model = meta_model(spec.model_class, spec.config).eval()
+    model = meta_model(spec.model_class, spec.config)
+    model.eval()
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, spec.config.in_chans, height, width, device="meta"))
     return ModelInfo(

@@ -100,7 +100,7 @@ def heads_of(model: ImageClassifier) -> Iterator[nn.Module]:
 
 def test_every_family_is_in_the_suite_and_has_its_layouts() -> None:
     families = {model_info(name).family for name in NAMES}
-    assert families == set(TINY) == set(FAMILIES)
+    assert families == set(TINY) >= set(FAMILIES)
 
 
 @pytest.mark.parametrize("name", NAMES)

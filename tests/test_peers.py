@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
-from deit_models.formats.layouts import from_native, to_native
+from deit_models.formats.layouts import layouts_of
 from deit_models.hub.fetch import Access
 from deit_models.hub.load import load_source
 from deit_models.models.deit import DeiT
@@ -122,12 +122,12 @@ def test_deit3_gives_timms_logits_both_ways(name: str, depth: int) -> None:
     timm = pytest.importorskip("timm")
     ours = create_model(name, depth=depth).eval()
     theirs = randomise(timm.create_model(name, pretrained=False, depth=depth)).eval()
-    mapped = to_native(theirs.state_dict(), ours.state_dict(), family="deit", config=ours.config)
+    mapped = layouts_of("deit").to_native(theirs.state_dict(), ours.state_dict(), config=ours.config)
     assert mapped[1:] == ([], [], [])
     ours.load_state_dict(mapped.tensors)
     assert_equal_answers(ours, theirs)
     again = timm.create_model(name, pretrained=False, depth=depth).eval()
-    again.load_state_dict(from_native(ours.state_dict(), family="deit", config=ours.config, naming="timm"))
+    again.load_state_dict(layouts_of("deit").from_native(ours.state_dict(), config=ours.config, naming="timm"))
     assert_equal_answers(ours, again)
 
 

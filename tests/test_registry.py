@@ -19,7 +19,7 @@ from deit_models import (
     register_model,
     registry,
 )
-from deit_models.checkpoint import Checkpoint, load_manifest, parse_manifest
+from deit_models.checkpoint import ModelInfo, load_manifest, parse_manifest
 from deit_models.models.deit import DeiT, DeiTConfig
 
 # Counted by the authors' published models.
@@ -198,7 +198,7 @@ def test_model_registered_at_run_time_is_like_any_other() -> None:
     assert model.origin.preprocessing.crop == (32, 64)
 
     info = model_info("toy")
-    assert isinstance(info, Checkpoint)
+    assert isinstance(info, ModelInfo)
     assert (info.name, info.family, info.num_classes, info.distilled) == ("toy", "deit", 4, True)
     assert info.params == sum(p.numel() for p in create_model("toy").parameters())
     assert info.sources == ()

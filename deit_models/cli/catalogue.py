@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint, weights_dir
+from ..checkpoint import ModelInfo, weights_dir
 from ..registry import list_models, model_info
 from .arguments import EXIT_FAILED, EXIT_OK, add_bare_model, add_json, add_loading, command, loading
 
@@ -47,7 +47,7 @@ def _run_info(args: argparse.Namespace) -> int:
     return EXIT_OK
 
 
-def _describe(info: Checkpoint) -> str:
+def _describe(info: ModelInfo) -> str:
     top5 = "" if info.top5 is None else f", {info.top5} % top-5"
     rows = {
         "family": info.family + (", distilled" if info.distilled else ""),

@@ -142,7 +142,8 @@ def _student(args: argparse.Namespace, recipe: Recipe, records: ImageRecords) ->
 
     from ..data.classes import match_classes
     from ..hub.load import from_pretrained
-    from ..registry import create_model, list_models
+    from ..models import create_model
+    from ..registry import list_models
 
     changes: dict[str, Any] = {"num_classes": len(records.classes)}
     if recipe.img_size:

@@ -81,7 +81,7 @@ def parts(records: ImageRecords, split: Split) -> tuple[ImageRecords, ImageRecor
 def keep_split(out: Path, records: ImageRecords, split: Split) -> None:
     """Write the split into `out`, by the files' names; one that is there already must be the same.
 
-    Raises: TrainingError: the folder holds a run on another split, or on other images. FetchError: no space or no
+    Raises: TrainingError: the folder holds a run on another split, or on other images. SaveError: no space or no
         permission.
     """
     path = out / SPLIT_NAME

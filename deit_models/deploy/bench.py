@@ -16,8 +16,8 @@ import torch
 
 from ..errors import ConfigError, first_line
 from ..macs import count_macs
+from ..models import create_model
 from ..models.layers import ImageClassifier
-from ..registry import create_model
 from .network import prepare
 from .runtimes import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
 from .timing import Runner, call_times, machine, quiet

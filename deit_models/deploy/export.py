@@ -72,7 +72,7 @@ def export(
 
     Raises: ConfigError: an unknown format, a wrong suffix, weights too large for the format, tokens that cannot be
         merged. MissingExtraError: the
-        format's library is not installed. AgreementError: the file gives other logits. FetchError: it cannot be
+        format's library is not installed. AgreementError: the file gives other logits. SaveError: it cannot be
         written.
     """
     kind, path = _kind(format), Path(path)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..config import nearest
 from ..data.transforms import EvalTransform
-from ..errors import AgreementError, ConfigError, FetchError, first_line
+from ..errors import AgreementError, ConfigError, SaveError, first_line
 from ..files import atomic_write
 from ..hub.fetch import Access, assets_dir
 from ..models.layers import HeadLogits, ImageClassifier
@@ -67,7 +67,7 @@ def keep(key: str, timings: list[Timing], access: Access) -> None:
     try:
         with atomic_write(assets_dir("deploy", access) / f"{key}.json") as temporary:
             temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
-    except FetchError as error:
+    except SaveError as error:
         logger.warning("the choice is not kept: %s", error)
 
 

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from ..config import override
 from ..data.classes import class_names_of
 from ..errors import ConfigError
-from ..hub.weights import meta_model
 from ..models.layers import ImageClassifier
+from ..registry import meta_model
 from ..training.optim import layer_count, layer_of_parameter
 
 
@@ -93,7 +93,7 @@ def adapt_head(
         changes["img_size"] = img_size
     _rebuild(model, changes, rows=rows, new_heads=count is not None)
     model.origin = origin.adapted(
-        origin.preprocessing.at_size(model.config.image_hw),
+        model.config.image_hw,
         class_names=origin.class_names if count is None else names,
         # with as many logits as before, the old dataset would give new classes the names of the old ones
         dataset=None if count == old_count and len(rows) < old_count else origin.dataset,

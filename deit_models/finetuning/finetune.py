@@ -121,7 +121,7 @@ def finetune(
 
     Raises: ConfigError: settings that do not fit each other or the model. DataError: images or classes are missing, or
         too many images are damaged. TrainingError: as `train`, and a split or features of another run in `out`.
-        FetchError: no space, no permission, no Hub. MissingExtraError: `plot` without matplotlib.
+        SaveError: no space, no permission. FetchError: no Hub. MissingExtraError: `plot` without matplotlib.
     """
     begun = time.perf_counter()
     if plot:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -26,7 +26,7 @@ from ..data.transforms import EvalInput, EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
-from ..files import atomic_write
+from ..files import atomic_write, write_tensors
 from ..models.layers import ImageClassifier
 from ..training.recipe import Precision
 from ..training.run import Computing
@@ -79,7 +79,7 @@ def extract_features(
         computing: workers, limit of unreadable images and progress bar.
 
     Raises: ConfigError: several processes, or a head that is not one linear layer. TrainingError: `folder` holds the
-        features of other images, or of another model. DataError: too many images cannot be read. FetchError: no space
+        features of other images, or of another model. DataError: too many images cannot be read. SaveError: no space
         or no permission.
     """
     if process.world > 1:
@@ -113,8 +113,7 @@ def extract_features(
         for start, size in sizes.items():
             parts = [features_of(*batch) for batch in islice(batches, -(-size // _BATCH))]
             shards[start] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
-            with atomic_write(files[start]) as temporary:
-                save_file(shards[start], temporary)
+            write_tensors(files[start], shards[start])
     columns = {name: torch.cat([shards[start][name] for start in files]) for name in shards[0]}
     # a head that works in training only got no input
     return Features({name: columns[name] for name in heads if name in columns}, columns["labels"])

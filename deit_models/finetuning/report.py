@@ -20,10 +20,10 @@ from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
 from ..evaluation import Outcomes
 from ..files import atomic_write
-from ..formats.configs import write_config
+from ..formats.layouts import CARD_NAME, write_config
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
-from ..training.state import CARD_NAME, find_matplotlib, plot_curves
+from ..training.state import find_matplotlib, plot_curves
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def write_report(
         seconds: duration of the run.
         plot: whether to draw pictures.
 
-    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
     """
     split, classes = learned.split, learned.scored["val"][0].classes
     metrics: dict[str, Any] = {
@@ -131,7 +131,7 @@ def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes
 def _write_layouts(model: ImageClassifier, out: Path, name: str, *, data: str, **known: Any) -> None:
     """Write a model in each layout that its family has, trained on `data`, with what is known of its weights."""
     if model.origin is not None:
-        model.origin = model.origin.trained(data, **known)
+        model.origin = model.origin.trained(data, class_names=model.origin.class_names, **known)
     folders: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
     for layout, folder in folders:
         try:

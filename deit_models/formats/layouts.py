@@ -16,6 +16,7 @@ from .family import Description, FamilyLayouts, read_class_names, tuples, write_
 from .levit import LeViTLayouts
 
 CONFIG_NAME = "config.json"
+CARD_NAME = "README.md"
 PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""

@@ -13,9 +13,8 @@ from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, first_line
 from ..files import write_json, write_tensors, write_text
 from ..registry import meta_model
-from .layouts import WEIGHTS_NAMES, known_origin, layouts_of, write_config
+from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
 
-CARD_NAME = CARD_NAME
 _USE = {
     "native": "import deit_models\n\nmodel = deit_models.from_pretrained({repo!r})",
     "timm": "import timm\n\nmodel = timm.create_model({timm_repo!r}, pretrained=True)",
@@ -23,10 +22,7 @@ _USE = {
 }
 
 
-
-def save_pretrained(
-    model: ModelLike, save_directory: str | os.PathLike[str], *, layout: Layout = "native"
-) -> None:
+def save_pretrained(model: ModelLike, save_directory: str | os.PathLike[str], *, layout: Layout = "native") -> None:
     """Write a model as a folder: config.json, model.safetensors and a model card (an existing README.md is kept).
 
     Each file is written beside its place and moved there once complete, so that a folder which is being written over,

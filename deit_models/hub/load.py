@@ -114,7 +114,8 @@ def _from_manifest(info: ModelInfo, access: Access, build: Callable[[Located], I
             logger.warning("%s: %s", info.name, error)
     if len(failures) == 1:
         raise failures[0]
-    kind = CheckpointError if all(isinstance(failure, CheckpointError) for failure in failures) else FetchError
+    kinds = (kind for kind in (CheckpointError, SaveError) if all(isinstance(failure, kind) for failure in failures))
+    kind = next(kinds, FetchError)
     reasons = "; ".join(map(str, failures))
     raise kind(f"no source of {info.name} gave its weights: {reasons}") from failures[-1]
 

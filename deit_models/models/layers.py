@@ -127,7 +127,7 @@ class ImageClassifier(nn.Module):
         return (cls, dist) if self.training else (cls + dist) / 2
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
-        """Write config.json, model.safetensors and a model card; see `deit_models.hub.publish.save_pretrained`."""
+        """Write config.json, model.safetensors and a model card; see `formats.publish.save_pretrained`."""
         from ..formats import publish
 
         publish.save_pretrained(self, save_directory, layout=layout)
@@ -135,7 +135,7 @@ class ImageClassifier(nn.Module):
     def push_to_hub(
         self, repo_id: str, *, layout: Layout = "native", token: str | None = None, private: bool | None = None
     ) -> str:
-        """Upload the folder `save_pretrained` writes; see `deit_models.hub.publish.push_to_hub`."""
+        """Upload the folder `save_pretrained` writes; see `formats.publish.push_to_hub`."""
         from ..formats import publish
 
         return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private)

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from ..distributed import Process
-from ..errors import ConfigError, FetchError, first_line
-from ..files import atomic_write
+from ..errors import ConfigError
+from ..files import append_text, write_text
 from ..macs import count_macs
 from ..models.vit_resnas import ViTResNAS, ViTResNASConfig
 from ..training.state import read_log
@@ -31,7 +31,7 @@ class Ledger:
         path: the file; made with the first entry.
         writes: whether this process writes; the others of a search keep the same entries in memory.
 
-    Raises: FetchError: no space or no permission.
+    Raises: SaveError: no space or no permission.
     """
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
@@ -39,8 +39,7 @@ class Ledger:
         rows = read_log(path)
         self._entries: dict[str, dict[str, Any]] = {row.pop("key"): row for row in rows}
         if writes and path.exists():
-            with atomic_write(path) as temporary:
-                temporary.write_text("".join(_line(*entry) for entry in self._entries.items()), encoding="utf-8")
+            write_text(path, "".join(_line(*entry) for entry in self._entries.items()))
 
     def __contains__(self, key: str) -> bool:
         return key in self._entries
@@ -52,16 +51,11 @@ class Ledger:
         return len(self._entries)
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Note what was found out of `key`. Raises: FetchError: no space or no permission."""
+        """Note what was found out of `key`. Raises: SaveError: no space or no permission."""
         self._entries[key] = entry
         if not self._writes:
             return
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(_line(key, entry))
-        except OSError as error:
-            raise FetchError(f"cannot write {self.path}: {first_line(error)}") from error
+        append_text(self.path, _line(key, entry))
 
 
 def _line(key: str, entry: Mapping[str, Any]) -> str:

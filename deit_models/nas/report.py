@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import MissingExtraError, TrainingError
-from ..files import atomic_write
+from ..files import atomic_write, read_toml
 from ..training.state import find_matplotlib, read_log
 from .evolution import Scored
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 SETTINGS_NAME = "search.toml"
 CANDIDATES_NAME, REPORT_NAME, PICTURE_NAME = "candidates.jsonl", "report.md", "candidates.png"
@@ -34,7 +28,7 @@ class Settings(NamedTuple):
 def write_report(folder: Path, found: Sequence[Scored], *, unit: str, limit: float) -> None:
     """Write candidates.jsonl (all, the best first), report.md and, where matplotlib is installed, candidates.png.
 
-    Raises: FetchError: no space or no permission.
+    Raises: SaveError: no space or no permission.
     """
     rows = [
         {"key": one.candidate.key(), "top1": one.top1, "cost": one.cost, "generation": one.generation} for one in found
@@ -59,9 +53,9 @@ def read_settings(folder: Path) -> Settings:
     """What a search was limited by. Raises: TrainingError: there is none in the folder."""
     path = folder / SETTINGS_NAME
     try:
-        data = tomllib.loads(path.read_text(encoding="utf-8"))
+        data = read_toml(path)
         return Settings({"macs": "MACs", "latency": "ms"}[data["cost"]], float(data["limit"]))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, LookupError, ValueError) as error:
+    except (LookupError, ValueError) as error:
         raise TrainingError(f"{path} does not say what the search was limited by: {error}") from error
 
 
@@ -95,7 +89,7 @@ def plot_candidates(
         unit: of their cost.
         marked: further points by name, each its cost and accuracy.
 
-    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
     """
     figure = find_matplotlib()(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()

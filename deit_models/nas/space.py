@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from itertools import product
@@ -16,7 +15,7 @@ from typing import Any
 from ..checkpoint import Preprocessing
 from ..config import check_rates, check_whole, nearest, override
 from ..errors import ConfigError
-from ..files import toml_lines
+from ..files import parse_toml, toml_lines
 from ..models.vit_resnas import Stage, ViTResNASConfig
 
 
@@ -119,12 +118,6 @@ class Evolution:
         """Raise ConfigError for numbers that cannot work."""
         check_whole(self, "population", "generations", "parents", "mutants", "crossovers")
         check_rates(self, "mutation", "crossover", "floor")
-
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,10 +274,7 @@ def space_from_toml(text: str) -> SearchSpace:
 
     Raises: ConfigError: not TOML, an unknown field, or choices that cannot work.
     """
-    try:
-        data = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not TOML: {error}") from error
+    data = parse_toml(text)
     known = {"settings", "preprocessing", "stages"}
     if not set(data) <= known:
         raise ConfigError(f"a search space has tables {', '.join(sorted(known))}; not {min(set(data) - known)!r}")

@@ -14,11 +14,11 @@ from torch.nn import functional as F
 
 from ..checkpoint import Layout
 from ..errors import ConfigError
-from ..hub.weights import meta_model
 from ..models.layers import HeadLogits, ImageClassifier
 from ..models.patch_training import PatchLogits, PatchTraining
 from ..models.transformer import Attention, Block, Mlp
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
+from ..registry import meta_model
 from .space import BlockChoice, Candidate, Sampling, SearchSpace, StageChoice
 
 
@@ -256,7 +256,7 @@ def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViT
         source = f"blocks.{sources[int(number)]}.{rest}" if name.startswith("blocks.") else name
         state[name] = _corner(shared[source], wanted, fused=3 if ".qkv." in name else 1)
     network.load_state_dict(state, assign=True)
-    return cast(ViTResNAS, network.eval())
+    return network.eval()
 
 
 def _source_names(candidate: Candidate) -> list[int]:

@@ -8,7 +8,6 @@ recipe can be written to TOML and read back unchanged.
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from os import PathLike
@@ -17,13 +16,8 @@ from typing import Any, Literal, get_args, get_type_hints
 
 from ..config import nearest, override
 from ..errors import ConfigError
-from ..files import toml_lines
+from ..files import parse_toml, toml_lines
 from .presets import PRESETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 Schedule = Literal["epoch", "epoch_delayed", "step", "constant"]
 Optimizer = Literal["adamw", "sgd"]
@@ -208,10 +202,7 @@ def recipe_from_toml(text: str, /, **overrides: Any) -> Recipe:
 
     Raises: ConfigError: not TOML, no such preset or field, or a value that cannot work.
     """
-    try:
-        settings = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"not TOML: {error}") from error
+    settings = parse_toml(text)
     preset = settings.pop("preset", CUSTOM)
     if preset == CUSTOM:
         return override(Recipe(), {**settings, **overrides})

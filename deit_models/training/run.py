@@ -116,7 +116,7 @@ def train(
         ConfigError: settings that do not fit each other, the model or the processes.
         DataError: images or classes are missing, or too many images are damaged.
         TrainingError: the loss is no number, the teacher does not fit, `out` holds another run, a worker died.
-        FetchError: no space or no permission in `out`; the last complete state stays.
+        SaveError: no space or no permission in `out`; the last complete state stays.
     """
     computing = Computing(
         device=device,

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,13 +31,14 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..data.records import ImageRecords
 from ..distributed import Process
-from ..errors import FetchError, MissingExtraError, TrainingError, first_line
-from ..files import atomic_write
+from ..errors import MissingExtraError, TrainingError, first_line
+from ..files import append_text, atomic_write, write_tensors, write_text
+from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
 
-LOG_NAME, STATE_NAME, WEIGHTS_NAME, CARD_NAME = "log.jsonl", "last.pt", "model.safetensors", "README.md"
+LOG_NAME, STATE_NAME, WEIGHTS_NAME = "log.jsonl", "last.pt", "model.safetensors"
 MODEL_FOLDERS = ("model", "best", "ema")
 """The last weights of a run, those of its best epoch, and the averaged ones."""
 
@@ -52,7 +52,7 @@ class RunLog:
         tensorboard: also write TensorBoard's event files, into `out/tensorboard`.
         writes: whether this process writes at all.
 
-    Raises: MissingExtraError: TensorBoard is asked for and not installed. FetchError: no space or no permission.
+    Raises: MissingExtraError: TensorBoard is asked for and not installed. SaveError: no space or no permission.
     """
 
     def __init__(self, out: Path, *, first_epoch: int, tensorboard: bool, writes: bool) -> None:
@@ -61,18 +61,13 @@ class RunLog:
         self._writes = writes
         self._board = _open_tensorboard(out / "tensorboard", first_epoch) if tensorboard and writes else None
         if writes:
-            with atomic_write(self.path) as temporary:
-                temporary.write_text("".join(map(_line, self.rows)), encoding="utf-8")
+            write_text(self.path, "".join(map(_line, self.rows)))
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; it has an `epoch`. Raises: FetchError: no space or no permission."""
+        """Append one row; it has an `epoch`. Raises: SaveError: no space or no permission."""
         self.rows.append(row)
         if self._writes:
-            try:
-                with self.path.open("a", encoding="utf-8") as file:
-                    file.write(_line(row))
-            except OSError as error:
-                raise FetchError(f"cannot write {self.path}: {first_line(error)}") from error
+            append_text(self.path, _line(row))
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, (int, float)):
@@ -126,7 +121,7 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
         path: the file to write; its folder is made.
         title: stands above the picture.
 
-    Raises: MissingExtraError: matplotlib is not installed. FetchError: no space or no permission.
+    Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
     """
     figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
@@ -176,20 +171,20 @@ def export_model(
         records: the training set.
         accuracy: `top1` and `top5` of these weights in percent, where they are known.
 
-    Raises: FetchError: no space or no permission.
+    Raises: SaveError: no space or no permission.
     """
     state = _whole_state(model, divided=divided)
     if process.is_main:
         if isinstance(model, ImageClassifier) and model.origin is not None:
-            known = {name: accuracy.get(name) for name in ("top1", "top5")}
-            model.origin = model.origin.trained(records.name, class_names=records.classes, **known)
+            model.origin = model.origin.trained(
+                records.name, class_names=records.classes, top1=accuracy.get("top1"), top5=accuracy.get("top5")
+            )
             # save_pretrained would keep the card of an earlier epoch, with its accuracy
             (folder / CARD_NAME).unlink(missing_ok=True)
             (_rebuilt(model, state) if divided else model).save_pretrained(folder)
         else:
-            with atomic_write(folder / WEIGHTS_NAME) as temporary:
-                # copies, because safetensors refuses weights that two layers share
-                save_file({name: tensor.clone().contiguous() for name, tensor in state.items()}, temporary)
+            # copies, because safetensors refuses weights that two layers share
+            write_tensors(folder / WEIGHTS_NAME, {name: tensor.clone().contiguous() for name, tensor in state.items()})
     process.wait_for_all()
 
 
@@ -262,7 +257,7 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
         progress: position of the run.
         run: its fingerprint, see `identity_of`.
 
-    Raises: FetchError: no space or no permission; the previous state is left as it was.
+    Raises: SaveError: no space or no permission; the previous state is left as it was.
     """
     models, divided = _models(learner), learner.divided
     optimizer = (

@@ -23,7 +23,7 @@ from torchvision import models as torchvision_models
 from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ..config import nearest
 from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
-from ..formats.layouts import Mapped
+from ..formats.family import Mapped
 from ..hub.fetch import Access
 from ..hub.load import from_pretrained
 from ..hub.weights import PICKLE_SUFFIXES, read_tensors, unpickle_tensors, verified_state

@@ -10,7 +10,7 @@ import torch
 from small_models import TINY, build, normalised, pixels
 
 import deit_models
-from deit_models import AgreementError, ConfigError, FetchError, MissingExtraError
+from deit_models import AgreementError, ConfigError, MissingExtraError, SaveError
 from deit_models.deploy import export as exporting
 from deit_models.deploy import runtimes as formats
 from deit_models.deploy.runtimes import FORMATS, open_exported, read_metadata
@@ -155,7 +155,7 @@ def test_weights_too_large_for_onnx_are_refused(monkeypatch: pytest.MonkeyPatch,
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(FetchError, match=r"cannot write .*model\.pt2"):
+    with pytest.raises(SaveError, match=r"cannot write .*model\.pt2"):
         deit_models.export(build("deit"), tmp_path / "file" / "model.pt2", format="torch-export")
 
 

@@ -7,7 +7,7 @@ import torch
 from tiny_models import answer, assert_same_state, refusal, tiny_model
 
 from deit_models import CheckpointError, create_model
-from deit_models.formats.layouts import FAMILIES, from_native, to_native
+from deit_models.formats.layouts import FAMILIES
 from deit_models.models.deit import DeiTConfig
 
 PUBLISHED = [
@@ -20,14 +20,14 @@ PLAIN, DISTILLED = DeiTConfig(), DeiTConfig(distilled=True)
 
 
 def renamed(model, naming, prefix=""):
-    tensors = from_native(model.state_dict(), family="deit", naming=naming, config=model.config)
+    tensors = DEIT.from_native(model.state_dict(), naming=naming, config=model.config)
     bare = {re.sub(r"^(vit|deit)\.", "", name): tensor for name, tensor in tensors.items()}
     heads = ("classifier", "cls_classifier", "distillation_classifier")
     return {name if name.startswith(heads) else prefix + name: tensor for name, tensor in bare.items()}
 
 
 def read(model, tensors, naming=None):
-    return to_native(tensors, model.state_dict(), family="deit", naming=naming, config=model.config)
+    return DEIT.to_native(tensors, model.state_dict(), naming=naming, config=model.config)
 
 
 @pytest.fixture(params=["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"], ids=["plain", "distilled"])
@@ -38,7 +38,7 @@ def model(request):
 def assert_circle_closes(model):
     state = model.state_dict()
     for naming in ("transformers", "timm", "transformers-5", "native"):
-        mapped = read(model, from_native(state, family="deit", naming=naming, config=model.config))
+        mapped = read(model, DEIT.from_native(state, naming=naming, config=model.config))
         assert mapped[1:] == ([], [], [])
         state = mapped.tensors
     assert_same_state(state, model.state_dict())
@@ -53,7 +53,7 @@ def test_round_trip_through_all_layouts_is_bit_identical(name):
 @pytest.mark.parametrize("name", ["deit3_small_patch16_224", "deit3_huge_patch14_224", "deit3_base_patch16_384"])
 def test_deit3_has_the_authors_and_timms_names(name):
     model = tiny_model(name, depth=12)
-    timm = from_native(model.state_dict(), family="deit", naming="timm", config=model.config)
+    timm = DEIT.from_native(model.state_dict(), naming="timm", config=model.config)
     assert len(timm) == 14 * 12 + 8  # as many as in published files
     assert {"blocks.0.ls1.gamma", "blocks.11.ls2.gamma"} <= set(timm)
     for tensors, naming in ((timm, "timm"), (model.state_dict(), "native")):

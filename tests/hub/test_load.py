@@ -23,13 +23,14 @@ from deit_models import (
     ConfigError,
     FetchError,
     IntegrityError,
+    SaveError,
     UnknownModelError,
     from_pretrained,
     register_model,
     registry,
 )
 from deit_models import checkpoint as manifest
-from deit_models.checkpoint import Checkpoint, Preprocessing, Source
+from deit_models.checkpoint import ModelInfo, Preprocessing, Source
 from deit_models.hub import fetch, load
 from deit_models.hub import fetch as downloads
 from deit_models.hub.fetch import Access
@@ -279,7 +280,7 @@ def test_repository_that_holds_another_model_is_refused(hub):
 
 def test_full_disk_is_one_line_and_a_later_load_works(hub, hub_env, model, full_disk):
     with full_disk(10_000):
-        message = refusal(FetchError, lambda: from_pretrained(REPO))
+        message = refusal(SaveError, lambda: from_pretrained(REPO))
     assert f"{REPO}/{WEIGHTS}" in message
     assert "File too large" in message
     assert bodies(hub) == 1  # no use in asking again
@@ -292,7 +293,7 @@ def test_no_space_left_is_not_tried_again(hub, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(fetch, "hf_hub_download", refuse)
-    assert "No space left on device" in refusal(FetchError, lambda: from_pretrained(REPO))
+    assert "No space left on device" in refusal(SaveError, lambda: from_pretrained(REPO))
     assert hub.requests == []
 
 
@@ -301,7 +302,7 @@ import json, multiprocessing, sys
 import torch
 torch.set_num_threads(1)
 import deit_models
-from deit_models.hub.reference import reference_input
+from deit_models.hub.weights import reference_input
 def work(barrier, answers):
     barrier.wait()
     model = deit_models.from_pretrained(sys.argv[1])
@@ -334,7 +335,7 @@ def publish(monkeypatch, own_registry):
 
     def row(model, *sources, **facts):
         register_model("toy", DeiT, model.config)
-        checkpoint = Checkpoint(
+        checkpoint = ModelInfo(
             name="toy",
             family="deit",
             params=1,
@@ -633,7 +634,7 @@ def test_busy_or_cut_download_is_asked_again(hub, download, pth, reset):
 def test_download_on_a_full_disk_is_one_line_and_resumes_later(hub, download, pth, full_disk):
     url = hub.add_file("authors.pth", pth)
     with full_disk(10_000):
-        assert "File too large" in refusal(FetchError, lambda: download(url, sha256(pth)))
+        assert "File too large" in refusal(SaveError, lambda: download(url, sha256(pth)))
     assert hub.count("GET") == 1
     assert download(url, sha256(pth)).read_bytes() == pth
 

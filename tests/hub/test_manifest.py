@@ -5,8 +5,15 @@ from pathlib import Path, PurePosixPath
 import pytest
 
 from deit_models import ConfigError, ManifestError
-from deit_models import checkpoint as manifest
-from deit_models.checkpoint import Preprocessing, Source, find_repo, load_manifest, parse_manifest, weights_dir
+from deit_models.checkpoint import (
+    Preprocessing,
+    Source,
+    _weights_of,
+    find_repo,
+    load_manifest,
+    parse_manifest,
+    weights_dir,
+)
 
 GOOD = """
 schema = 1
@@ -67,15 +74,14 @@ def test_checkout_has_its_manifest_beside_the_package() -> None:
     assert (weights_dir() / "manifest.toml").is_file()
 
 
-def test_manifest_inside_the_package_goes_before_one_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(manifest, "__file__", str(tmp_path / "package" / "hub" / "manifest.py"))
-    find = weights_dir.__wrapped__  # without its cache
+def test_manifest_inside_the_package_goes_before_one_beside_it(tmp_path: Path) -> None:
+    package = tmp_path / "package"
     with pytest.raises(ManifestError, match=r"no weights/manifest\.toml in or beside .*reinstall"):
-        find()
+        _weights_of(package)
     for folder in (tmp_path / "weights", tmp_path / "package" / "weights"):
         folder.mkdir(parents=True)
         (folder / "manifest.toml").touch()
-        assert find() == folder
+        assert _weights_of(package) == folder
 
 
 def test_every_shipped_file_is_there() -> None:

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from tiny_models import LAYOUTS, answer, assert_same_answer, assert_same_state, published_files, randomise, refusal
 from tiny_models import tiny_model as make
 
-from deit_models import ConfigError, FetchError, create_model, from_pretrained, transform_for
+from deit_models import ConfigError, FetchError, SaveError, create_model, from_pretrained, transform_for
 from deit_models.checkpoint import Preprocessing
 from deit_models.formats import publish
 from deit_models.hub import fetch
@@ -121,7 +121,7 @@ def test_failing_write_leaves_the_old_files(tiny, tmp_path, layout, full_disk):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     other = make(seed=1, num_classes=7)
     with full_disk(10_000):
-        message = refusal(FetchError, lambda: other.save_pretrained(tmp_path, layout=layout))
+        message = refusal(SaveError, lambda: other.save_pretrained(tmp_path, layout=layout))
     assert "model.safetensors" in message
     assert "File too large" in message
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -136,7 +136,7 @@ def test_unknown_layout_is_refused_before_anything_is_written(tiny, tmp_path):
 def test_file_in_place_of_the_folder_is_refused(tiny, tmp_path):
     (tmp_path / "out").write_text("x", encoding="utf-8")
     assert "is a file" in refusal(ConfigError, lambda: tiny.save_pretrained(tmp_path / "out"))
-    refusal(FetchError, lambda: tiny.save_pretrained(tmp_path / "out" / "deeper"))
+    refusal(SaveError, lambda: tiny.save_pretrained(tmp_path / "out" / "deeper"))
     assert (tmp_path / "out").read_text(encoding="utf-8") == "x"
 
 

@@ -8,7 +8,7 @@ from hub_protocol import sha256
 from tiny_models import answer, assert_same_answer, published_files, refusal, tiny_model
 from toy_manifest import HEAD, put_in_force, register_toys, toy_table
 
-from deit_models import CheckpointError, FetchError, ManifestError, UnknownModelError, from_pretrained
+from deit_models import CheckpointError, ManifestError, SaveError, UnknownModelError, from_pretrained
 from deit_models.checkpoint import Source, parse_manifest
 from deit_models.cli import main
 from deit_models.hub.fetch import Access
@@ -263,7 +263,7 @@ def test_manifest_that_cannot_be_written_is_one_line(published, full_disk, tmp_p
     record(published, access=Access(cache_dir=tmp_path / "warm"))
     published.write_text(text, encoding="utf-8")
     with full_disk(1000):
-        message = refusal(FetchError, lambda: record(published, access=Access(cache_dir=tmp_path / "warm")))
+        message = refusal(SaveError, lambda: record(published, access=Access(cache_dir=tmp_path / "warm")))
     assert str(published) in message
     assert published.read_text(encoding="utf-8") == text
 

@@ -12,7 +12,7 @@ from tiny_models import answer, assert_same_answer, assert_same_state, refusal, 
 from toy_manifest import put_checkpoints_in_force
 
 from deit_models import CheckpointError, ConfigError, from_pretrained, register_model
-from deit_models.checkpoint import Checkpoint, Preprocessing, Source, load_manifest
+from deit_models.checkpoint import ModelInfo, Preprocessing, Source, load_manifest
 from deit_models.hub import weights
 from deit_models.models.layers import ImageClassifier
 
@@ -117,7 +117,7 @@ def test_released_file_falls_under_the_manifest(
     hub_server: Any, path: Path, own_model: ImageClassifier, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     register_model("released_t2t", type(own_model), own_model.config)
-    checkpoint = Checkpoint(
+    checkpoint = ModelInfo(
         name="released_t2t",
         family="t2t_vit",
         params=1,

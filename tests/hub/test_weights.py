@@ -11,12 +11,13 @@ from hub_protocol import HTML_PAGE
 from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_state, refusal, tiny_model
 
-from deit_models import CheckpointError, FetchError, IntegrityError
-from deit_models.formats.layouts import from_native
-from deit_models.hub import fetch
+from deit_models import CheckpointError, IntegrityError, SaveError
+from deit_models.files import sha256_of
+from deit_models.formats.layouts import layouts_of
 from deit_models.hub.fetch import Access
-from deit_models.hub.weights import meta_model, native_tensors, read_tensors, unpickle_tensors, verified_state
+from deit_models.hub.weights import read_tensors, unpickle_tensors, verified_state
 from deit_models.models.deit import DeiT
+from deit_models.registry import meta_model
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def state(model):
 
 def verify(state, model):
     expected = meta_model(DeiT, model.config)
-    return verified_state(native_tensors(state, expected), expected)
+    return verified_state(layouts_of("deit").to_native(state, expected.state_dict(), config=model.config), expected)
 
 
 def read(path, access, **known):
@@ -78,7 +79,7 @@ def test_web_page_named_safetensors_is_called_one(access, tmp_path):
 def test_wrong_digest_is_refused_and_the_users_own_file_kept(state, access, tmp_path):
     path = tmp_path / "model.safetensors"
     save_file(state, path)
-    digest = fetch.sha256_of(path)
+    digest = sha256_of(path)
     assert read_tensors(path, access, source="x", digest=digest[:8])[1] == digest
     message = refusal(IntegrityError, lambda: read(path, access, digest="0" * 64))
     assert "the source" in message
@@ -131,7 +132,7 @@ def test_one_bad_number_is_refused_by_name(state, model, value):
 
 
 def test_unevenly_split_projection_is_refused(state, model):
-    tensors = from_native(state, family="deit", naming="transformers", config=model.config)
+    tensors = layouts_of("deit").from_native(state, naming="transformers", config=model.config)
     tensors["deit.encoder.layer.0.attention.attention.key.weight"] = torch.zeros(16, 9)
     message = refusal(CheckpointError, lambda: verify(tensors, model))
     assert "wrong shape" in message
@@ -250,9 +251,9 @@ def converted_copy(tmp_path):
 
 def test_conversion_happens_once(pth, state, access, tmp_path, monkeypatch):
     first, digest = read_tensors(pth, access, source="the source")
-    assert digest == fetch.sha256_of(pth)
+    assert digest == sha256_of(pth)
     facts = json.loads(converted_copy(tmp_path).with_suffix(".json").read_text(encoding="utf-8"))
-    copied = fetch.sha256_of(converted_copy(tmp_path))
+    copied = sha256_of(converted_copy(tmp_path))
     assert facts == {"source": "the source", "source_sha256": digest, "sha256": copied}
     monkeypatch.setattr(torch, "load", None)
     assert_same_state(read(pth, access), first)
@@ -287,7 +288,7 @@ def test_damaged_copy_is_made_again(pth, state, access, tmp_path, damage, caplog
 
 def test_conversion_without_space_leaves_no_copy(pth, state, access, tmp_path, full_disk):
     with full_disk(10_000):
-        message = refusal(FetchError, lambda: read(pth, access))
+        message = refusal(SaveError, lambda: read(pth, access))
     assert "cannot write" in message
     assert "File too large" in message
     assert not list((tmp_path / "cache").rglob("*.*"))
@@ -296,5 +297,5 @@ def test_conversion_without_space_leaves_no_copy(pth, state, access, tmp_path, f
 
 def test_cache_that_cannot_be_made_is_one_line(pth, tmp_path):
     (tmp_path / "file").write_bytes(b"")
-    message = refusal(FetchError, lambda: read(pth, Access(cache_dir=tmp_path / "file")))
+    message = refusal(SaveError, lambda: read(pth, Access(cache_dir=tmp_path / "file")))
     assert "cache" in message

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 import pytest
 
 import deit_models
-from deit_models.checkpoint import Checkpoint, load_manifest, parse_manifest
+from deit_models.checkpoint import ModelInfo, load_manifest, parse_manifest
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
 
@@ -38,14 +38,14 @@ def register_toys(model: ImageClassifier, *names: str) -> None:
         deit_models.register_model(name, DeiT, model.config)
 
 
-def put_in_force(text: str, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, Checkpoint]:
+def put_in_force(text: str, monkeypatch: pytest.MonkeyPatch) -> Mapping[str, ModelInfo]:
     """Have the whole package read this manifest on top of the installed one."""
     return put_checkpoints_in_force(parse_manifest(text), monkeypatch)
 
 
 def put_checkpoints_in_force(
-    checkpoints: Mapping[str, Checkpoint], monkeypatch: pytest.MonkeyPatch
-) -> Mapping[str, Checkpoint]:
+    checkpoints: Mapping[str, ModelInfo], monkeypatch: pytest.MonkeyPatch
+) -> Mapping[str, ModelInfo]:
     """The same for checkpoints made in the test."""
     table = {**load_manifest(), **checkpoints}
     for name, module in list(sys.modules.items()):

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from deit_models import create_model
-from deit_models.errors import FetchError, TrainingError
+from deit_models.errors import SaveError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training import state
 from deit_models.training.learner import Learner
@@ -341,7 +341,7 @@ def test_full_disk_leaves_the_previous_state(tmp_path: Path) -> None:
     save_state(tmp_path, first, Progress(1, 50.0, 0), run=RUN)
     data = (tmp_path / "last.pt").read_bytes()
     for size in (0, 1000, len(data) - 10):
-        with small_disk(size), pytest.raises(FetchError, match=r"cannot write .*last.pt: .*File too large") as caught:
+        with small_disk(size), pytest.raises(SaveError, match=r"cannot write .*last.pt: .*File too large") as caught:
             save_state(tmp_path, learner(), Progress(2), run=RUN)
         assert "\n" not in str(caught.value)
         assert [path.name for path in tmp_path.iterdir()] == ["last.pt"]
@@ -366,7 +366,7 @@ def test_run_that_met_a_full_disk_goes_on_when_there_is_space(
         write(content, path)
 
     monkeypatch.setattr(state, "_write", fail_third)
-    with pytest.raises(FetchError, match=r"cannot write .*last.pt"):
+    with pytest.raises(SaveError, match=r"cannot write .*last.pt"):
         lively(tmp_path / "run")
     assert tiny.state(tmp_path / "run")["progress"]["epoch"] == 2
     lively(tmp_path / "run")

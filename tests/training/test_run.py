@@ -14,7 +14,7 @@ from torch import nn
 
 import deit_models
 from deit_models.augmentation.samples import TrainSampler
-from deit_models.errors import ConfigError, DataError, FetchError, MissingExtraError, TrainingError
+from deit_models.errors import ConfigError, DataError, MissingExtraError, SaveError, TrainingError
 from deit_models.evaluation import evaluate
 from deit_models.models.layers import ImageClassifier
 from deit_models.training import state as logs
@@ -339,7 +339,7 @@ def test_model_built_by_hand_must_say_what_its_input_looks_like(tmp_path: Path) 
 def test_folder_that_cannot_be_written_is_refused_before_training(place: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     rows: list[dict[str, Any]] = []
-    with pytest.raises(FetchError, match=r"cannot write .*(file|proc)") as caught:
+    with pytest.raises(SaveError, match=r"cannot write .*(file|proc)") as caught:
         run(tmp_path / place, on_epoch=rows.append)
     assert "\n" not in str(caught.value)
     assert rows == []
@@ -350,7 +350,7 @@ def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
     log.path = Path("/dev/full")
     if not log.path.exists():
         pytest.skip("no /dev/full here")
-    with pytest.raises(FetchError, match=r"cannot write /dev/full: .*No space left"):
+    with pytest.raises(SaveError, match=r"cannot write /dev/full: .*No space left"):
         log.add({"epoch": 0})
 
 
