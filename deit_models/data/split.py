@@ -1,4 +1,4 @@
-"""Images set aside for validation: by class, by seed, and written down."""
+"""Images set aside for validation: a share of each class, by seed, written to split.json."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class Split:
 
 
 def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Split:
-    """Set a share of every class aside, at random, the same for the same labels and seed.
+    """Set a share of each class aside for validation, at random; the same labels and seed give the same split.
 
     Each class contributes round(fraction * images), at least one and not all; a class of one to three images none,
-    unless there are no others. Images of unknown label, -1, stay in training.
+    unless all classes are that small. Images with label -1 (unknown) stay in training.
 
     Raises: ConfigError: a fraction that is not between 0 and 1. DataError: no class has two images.
     """
@@ -49,21 +49,19 @@ def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Sp
     largest = max((len(members) for members in by_class.values()), default=0)
     if largest < 2:
         raise DataError("no class has two images, so none can be set aside for validation; pass images for it (val)")
+    divided = [members for _, members in sorted(by_class.items()) if len(members) >= min(_WHOLE, largest)]
     val: set[int] = set()
     generator = random.Random(seed)
-    for label in sorted(by_class):
-        members = by_class[label]
-        if len(members) >= min(_WHOLE, largest):
-            count = min(max(math.floor(fraction * len(members) + 0.5), 1), len(members) - 1)
-            val.update(generator.sample(members, count))
-    undivided = sum(len(members) < min(_WHOLE, largest) for members in by_class.values())
-    if undivided:
-        logger.warning("%d of %d classes have too few images to set one aside for validation", undivided, len(by_class))
+    for members in divided:
+        count = min(max(math.floor(fraction * len(members) + 0.5), 1), len(members) - 1)
+        val.update(generator.sample(members, count))
+    if whole := len(by_class) - len(divided):
+        logger.warning("%d of %d classes have too few images to set one aside for validation", whole, len(by_class))
     return Split([index for index in range(len(labels)) if index not in val], sorted(val), fraction, seed)
 
 
 def labels_of(records: ImageRecords) -> list[int]:
-    """The label of each image; -1 where it cannot be told without an image that cannot be read."""
+    """The label of each image; -1 if it comes with the image, and that cannot be read."""
     labels = []
     for index in range(len(records)):
         try:
@@ -74,15 +72,14 @@ def labels_of(records: ImageRecords) -> list[int]:
 
 
 def parts(records: ImageRecords, split: Split) -> tuple[ImageRecords, ImageRecords]:
-    """The two sets of images, with all classes each."""
+    """The images for training and those for validation, both with all classes."""
     return SubsetRecords(records, split.train), SubsetRecords(records, split.val)
 
 
 def keep_split(out: Path, records: ImageRecords, split: Split) -> None:
-    """Write the split into `out`, by the files' names; one that is there already must be the same.
+    """Write the split into `out`, by the images' names; a split that is there already must be the same.
 
-    Raises: TrainingError: the folder holds a run on another split, or on other images. SaveError: no space or no
-        permission.
+    Raises: TrainingError: `out` has the split of other images, or another one. SaveError: no space or no permission.
     """
     path = out / SPLIT_NAME
     names = {part: [records.key(index) for index in getattr(split, part)] for part in ("train", "val")}

@@ -31,7 +31,7 @@ from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, first_trained_layer, only_from_layer
 from .probe import extract_features, fit_heads, judge, put_heads
-from .report import Learned, Scored, write_report
+from .report import Learned, SetOutcomes, write_report
 
 DEFAULT = "finetune"
 PRESET_OF = {
@@ -137,7 +137,7 @@ def finetune(
     torch.manual_seed(recipe.seed)
     adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
     with join_processes(device) as process:
-        run = _Run(
+        run = _Finetuning(
             model=model,
             mode=mode,
             recipe=recipe,
@@ -245,7 +245,7 @@ def _description_of(model: ImageClassifier) -> str:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Run:
+class _Finetuning:
     """One fine-tuning: a model with heads for the new classes; `val` is None to set training images aside."""
 
     model: ImageClassifier
@@ -292,7 +292,7 @@ class _Run:
             "last_val_top1": result.top1,
             "training_seconds": round(sum(row["seconds"] for row in result.log), 2),
         }
-        scored: Scored = {"val": (val, score(val))}
+        scored: SetOutcomes = {"val": (val, score(val))}
         if self.test is not None:
             scored["test"] = (self.test, score(self.test))
         return Learned(best=best, last=self.model, split=split, scored=scored, details=details, curve=result.log)
@@ -318,7 +318,7 @@ class _Run:
             temporary.write_text(self.recipe.to_toml(), encoding="utf-8")
         fit = fit_heads(train, val_features, num_classes=self.model.num_classes, device=device)
         put_heads(self.model, fit)
-        scored: Scored = {"val": (val, judge(fit, val_features, device=device))}
+        scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}
         if self.test is not None:
             scored["test"] = (self.test, judge(fit, features(self.test, folder / "test"), device=device))
         details = {"penalty": fit.penalty, "tried": fit.tried}

@@ -28,7 +28,7 @@ from ..training.state import find_matplotlib, plot_curves
 logger = logging.getLogger(__name__)
 
 METRICS_NAME = "metrics.json"
-Scored = dict[Literal["val", "test"], tuple[ImageRecords, Outcomes]]
+SetOutcomes = dict[Literal["val", "test"], tuple[ImageRecords, Outcomes]]
 """Sets of images that a model was scored on, with the outcomes."""
 _PEERS: tuple[Layout, ...] = ("timm", "transformers")
 _MOST_CLASSES = 30
@@ -52,7 +52,7 @@ class Learned:
     best: ImageClassifier
     last: ImageClassifier
     split: Split | None
-    scored: Scored
+    scored: SetOutcomes
     details: Mapping[str, Any]
     curve: Sequence[Mapping[str, Any]]
 
