@@ -1,33 +1,188 @@
-"""The one loop: an epoch of training. Everything that trains goes through here."""
-# MERGED """What a GPU is tried out for: how much of a step fits into its memory, and whether compiling the model pays. Trying is a whole forward and backward pass that leaves no trace in weights, statistics or random numbers. """
+"""The training loop: one epoch of steps. Everything that trains goes through here.
+
+On a GPU trial passes find the part of a batch that fits into memory, and whether compiling the model pays. A trial is a
+whole forward and backward pass that leaves no trace in weights, statistics or random numbers.
+"""
 
 from __future__ import annotations
 
 import logging
 import math
-import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import TrainingError, first_line
-from .learner import Learner, compiled, forward_backward, in_parts
+from ..evaluation import autocast
+from .learner import Learner
 from .optim import clip_gradients, learning_rate, set_learning_rate
+from .recipe import Precision
 
 logger = logging.getLogger(__name__)
 
-COMPILING_S = 60.0
-"""Time torch.compile takes for the forward and backward pass of a transformer of a dozen blocks, in seconds."""
-COMPILED_SAVES = 0.25
-"""Part of a step's time that a compiled model saves at least."""
+
+@dataclass(frozen=True, slots=True)
+class EpochLoss:
+    """One epoch of training: the mean loss over all processes, the last learning rate, images and time."""
+
+    loss: float
+    lr: float
+    images: int
+    seconds: float
+
+
+def train_epoch(
+    learner: Learner,
+    batches: Iterable[Batch],
+    *,
+    steps: int,
+    epoch: int,
+    damage: DamageCount,
+    watch: Watch = plain_watch,
+    kept: str = "",
+) -> EpochLoss:
+    """One pass over the training set.
+
+    Args:
+        learner: changed in place.
+        batches: `steps * recipe.accumulate` of them.
+        steps: optimiser steps in this epoch.
+        epoch: from 0; decides the learning rate.
+        damage: counts images that could not be read.
+        watch: wraps the batches, for a progress bar.
+        kept: end of the message if the loss diverges: the weights that are left of earlier epochs.
+
+    Raises:
+        TrainingError: the loss or, after the last step, a weight is no longer a number; the step and the learning rate
+            are named. Or the GPU's memory is too small for a single image. All processes raise it together.
+        DataError: too many images cannot be read.
+    """
+    recipe, process = learner.recipe, learner.process
+    learner.heads.train(recipe.train_mode)
+    _rest_frozen_parts(learner.bare)
+    start, images, rate = learner.clock(), 0, 0.0
+    total = torch.zeros((), device=process.device)
+    first_look: tuple[int, float] | None = None
+    for number, batch in enumerate(watch(batches, steps * recipe.accumulate)):
+        step, part = divmod(number, recipe.accumulate)
+        if part == 0:
+            rate = learning_rate(recipe, epoch, step / steps)
+            set_learning_rate(learner.optimizer, rate)
+        damage.add(batch[2])
+        fit_into_memory(learner, batch)
+        last = part == recipe.accumulate - 1
+        for place, piece in enumerate(in_parts(batch, learner.parts), start=1):
+            total += forward_backward(learner, piece, exchange=last and place == learner.parts)
+        images += len(batch[1])
+        if last:
+            look = (step + 1) % learner.look_every == 0 or step + 1 == steps or (step == 0 and learner.undecided)
+            if look:
+                _check_finite("the loss is", process.total(total.clone()), f"at step {step + 1} of", epoch, rate, kept)
+            _apply_gradients(learner)
+            if look and learner.undecided:
+                steps_left = steps * (recipe.total_epochs - epoch) - step - 1
+                first_look = _consider_compiling(learner, batch, first_look, step=step, steps_left=steps_left)
+    # a state is saved next: weights that the last step has spoiled would spoil it, and every start from it
+    _check_finite("the weights are", process.total(_largest_weight(learner.bare)), "after", epoch, rate, kept)
+    mean = process.total(total) / (process.world * steps)
+    count = int(process.total(torch.tensor(images, device=process.device)))
+    return EpochLoss(float(mean), rate, count, learner.clock() - start)
+
+
+def _rest_frozen_parts(model: nn.Module) -> None:
+    """In place: eval mode for modules whose parameters are all frozen, with neither dropout nor moving statistics."""
+    for module in model.modules():
+        parameters = list(module.parameters())
+        if parameters and not any(parameter.requires_grad for parameter in parameters):
+            module.eval()
+
+
+def in_parts(batch: Batch, count: int) -> list[Batch]:
+    """A batch cut into `count` batches of one size, in order; views of it. `count` must divide its size."""
+    return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
+
+
+def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: nn.Module | None = None) -> Tensor:
+    """Add the gradients of one part of a step; gives the part's share of the step's loss, detached.
+
+    Args:
+        learner: gradients of its model are changed in place.
+        batch: its images are changed in place by mixing.
+        exchange: whether the processes exchange gradients; needed in the last part of a step.
+        heads: module to call; default: the learner's.
+    """
+    recipe, device = learner.recipe, learner.process.device
+    heads = learner.heads if heads is None else heads
+    images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1])
+    teacher_logits = None if learner.teacher is None else learner.teacher(images)
+    # DDP exchanges gradients in the last backward pass of a step only; other modules have no such mode
+    no_sync: Callable[[], AbstractContextManager[None]] = getattr(heads, "no_sync", nullcontext)
+    with nullcontext() if exchange else no_sync():
+        with autocast(device, recipe.precision), attention_for_training(device, images, recipe.precision):
+            output = heads(images)
+        loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
+        learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+    return loss.detach()
+
+
+_UNFUSED_UP_TO = 256
+"""Image side in pixels; the score matrix of unfused attention grows with its fourth power."""
+
+
+@contextmanager
+def attention_for_training(device: torch.device, images: Tensor, precision: Precision) -> Iterator[None]:
+    """Choice of torch's attention kernel for training on (B, 3, H, W), which decides the number of tokens.
+
+    On a CPU the fused kernel's backward pass is slow: forward and backward of (16, 6, 197, 64) took 62 ms, unfused
+    attention 62 ms, and 28 ms with its scores in bfloat16, as attention written out under autocast has them.
+    Against float32 the gradients of DeiT-Ti were off by 1.0 % either way.
+    """
+    if device.type != "cpu" or precision == "float32" or max(images.shape[-2:]) > _UNFUSED_UP_TO:
+        yield
+        return
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # despite its name it holds for the CPU too
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def _apply_gradients(learner: Learner) -> None:
+    if learner.recipe.clip_grad:
+        learner.scaler.unscale_(learner.optimizer)
+        clip_gradients(learner.bare, learner.recipe)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    learner.optimizer.zero_grad(set_to_none=True)
+    if learner.average is not None:
+        learner.average.update_parameters(learner.bare)
+
+
+def _check_finite(what: str, value: Tensor, when: str, epoch: int, rate: float, kept: str) -> None:
+    if not math.isfinite(float(value)):
+        raise TrainingError(
+            f"{what} no longer a number {when} epoch {epoch} (learning rate {rate:.3g}); try a lower lr, a longer "
+            f"warm-up, clip_grad=1, or precision float32{kept}"
+        )
+
+
+def _largest_weight(model: nn.Module) -> Tensor:
+    """The largest magnitude in this process's parameters, or NaN; a scalar."""
+    weights = [parameter.detach() for parameter in model.parameters()]
+    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
+    return torch.stack([part.abs().max().float() for part in local if part.numel()]).max()
 
 
 def fit_into_memory(learner: Learner, batch: Batch) -> None:
-    """Find in how many parts a batch of the loader must be done, and note it in the learner.
+    """Find the number of parts that a batch of the loader must be done in, and note it in the learner.
 
     The parts are halved until one fits. Each is mixed and passed through the model by itself, so the result is that of
     a recipe with `accumulate` as many times larger. All processes use the same number.
@@ -62,14 +217,14 @@ def _fits(learner: Learner, batch: Batch) -> bool:
     try:
         # the optimiser takes as much at its first step
         reserved = [] if learner.optimizer.state else [torch.empty_like(p) for p in parameters for _ in range(2)]
-        rehearse(learner, in_parts(batch, learner.parts)[0], heads)
+        _rehearse(learner, in_parts(batch, learner.parts)[0], heads)
     except torch.OutOfMemoryError:
         return False
     del reserved  # not before the pass is over
     return True
 
 
-def rehearse(learner: Learner, batch: Batch, heads: nn.Module) -> None:
+def _rehearse(learner: Learner, batch: Batch, heads: nn.Module) -> None:
     """A forward and backward pass that leaves everything as it was."""
     device, buffers = learner.process.device, list(learner.bare.buffers())
     before = [buffer.clone() for buffer in buffers]
@@ -82,41 +237,36 @@ def rehearse(learner: Learner, batch: Batch, heads: nn.Module) -> None:
             buffer.copy_(value)
 
 
-class CompileChoice:
-    """Decides, where a run leaves it open, whether to compile: once, by the time that its steps take without.
-
-    Args:
-        learner: its `heads` may be replaced.
-    """
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner = learner
-        self._since: tuple[int, float] | None = None  # a step of this epoch and when it ended
-
-    def consider(self, batch: Batch, *, step: int, steps_left: int) -> None:
-        """Look at the clock after a step whose work is done, and decide at the second look."""
-        learner, now = self.learner, time.perf_counter()
-        if not learner.undecided:
-            return
-        if self._since is None:
-            self._since = (step, now)
-            return
-        seconds_left = (now - self._since[1]) / (step - self._since[0]) * steps_left
-        learner.undecided = False
-        if pays(max(learner.process.gather(seconds_left))):
-            _compile(learner, batch, seconds_left)
+COMPILING_S = 60.0
+"""Time of torch.compile for the forward and backward pass of a transformer of a dozen blocks, in seconds."""
+COMPILED_SAVES = 0.25
+"""Part of a step's time that a compiled model saves at least."""
 
 
 def pays(seconds_left: float) -> bool:
-    """Whether what compiling saves in so much training, measured without it, is more than the time it takes."""
+    """Whether compiling takes less time than it saves in so much training, measured without it."""
     return seconds_left * COMPILED_SAVES > COMPILING_S
+
+
+def _consider_compiling(
+    learner: Learner, batch: Batch, first_look: tuple[int, float] | None, *, step: int, steps_left: int
+) -> tuple[int, float]:
+    """Decide after two looks at the clock whether to compile; gives the step and time of the first look."""
+    now = learner.clock()
+    if first_look is None:
+        return step, now
+    seconds_left = (now - first_look[1]) / (step - first_look[0]) * steps_left
+    learner.undecided = False
+    if pays(max(learner.process.gather(seconds_left))):
+        _compile(learner, batch, seconds_left)
+    return first_look
 
 
 def _compile(learner: Learner, batch: Batch, seconds_left: float) -> None:
     """Compile the learner's model if that works here, and log it in one line."""
-    heads, reason = compiled(learner.heads), ""
+    heads, reason = learner.compile(learner.heads), ""
     try:
-        rehearse(learner, in_parts(batch, learner.parts)[0], heads)
+        _rehearse(learner, in_parts(batch, learner.parts)[0], heads)
     except RuntimeError as error:
         reason = first_line(error)
     reasons = [reason for reason in learner.process.gather(reason) if reason]
@@ -129,110 +279,3 @@ def _compile(learner: Learner, batch: Batch, seconds_left: float) -> None:
             seconds_left / 60,
             outcome,
         )
-
-
-@dataclass(frozen=True, slots=True)
-class EpochLoss:
-    """One epoch of training: the mean loss over all processes, the last learning rate, and the speed."""
-
-    loss: float
-    lr: float
-    images: int
-    seconds: float
-
-
-_LOOK_EVERY = 25
-"""Steps on a GPU between readings of the loss, each of which waits until the GPU has done all that is queued."""
-
-
-def train_epoch(
-    learner: Learner,
-    batches: Iterable[Batch],
-    *,
-    steps: int,
-    epoch: int,
-    damage: DamageCount,
-    watch: Watch = plain_watch,
-    kept: str = "",
-) -> EpochLoss:
-    """One pass over the training set.
-
-    Args:
-        learner: changed in place.
-        batches: `steps * recipe.accumulate` of them.
-        steps: optimiser steps in this epoch.
-        epoch: from 0; decides the learning rate.
-        damage: counts images that could not be read.
-        watch: wraps the batches, for a progress bar.
-        kept: what is left of earlier epochs, for the message should the loss diverge.
-
-    Raises:
-        TrainingError: the loss or, after the last step, a weight is no longer a number; the step and the learning rate
-            are named. Or the GPU's memory is too small for a single image. All processes raise it together.
-        DataError: too many images cannot be read.
-    """
-    recipe, process = learner.recipe, learner.process
-    learner.heads.train(recipe.train_mode)
-    _rest_frozen_parts(learner.bare)
-    start, images, rate = time.perf_counter(), 0, 0.0
-    total = torch.zeros((), device=process.device)
-    # On a CPU nothing is lost by looking at every step
-    look_every = _LOOK_EVERY if process.device.type == "cuda" else 1
-    choice = CompileChoice(learner)
-    for number, batch in enumerate(watch(batches, steps * recipe.accumulate)):
-        step, part = divmod(number, recipe.accumulate)
-        if part == 0:
-            rate = learning_rate(recipe, epoch, step / steps)
-            set_learning_rate(learner.optimizer, rate)
-        damage.add(batch[2])
-        fit_into_memory(learner, batch)
-        last = part == recipe.accumulate - 1
-        for place, piece in enumerate(in_parts(batch, learner.parts), start=1):
-            total += forward_backward(learner, piece, exchange=last and place == learner.parts)
-        images += len(batch[1])
-        if last:
-            look = (step + 1) % look_every == 0 or step + 1 == steps or (step == 0 and learner.undecided)
-            if look:
-                _check_finite("the loss is", process.total(total.clone()), f"at step {step + 1} of", epoch, rate, kept)
-            _apply_gradients(learner)
-            if look:
-                choice.consider(batch, step=step, steps_left=steps * (recipe.total_epochs - epoch) - step - 1)
-    # a state is saved next: weights spoiled by the last step would spoil it, and every start from it
-    _check_finite("the weights are", process.total(_largest_weight(learner.bare)), "after", epoch, rate, kept)
-    mean = process.total(total) / (process.world * steps)
-    count = int(process.total(torch.tensor(images, device=process.device)))
-    return EpochLoss(float(mean), rate, count, time.perf_counter() - start)
-
-
-def _rest_frozen_parts(model: nn.Module) -> None:
-    """In place: eval mode for modules whose parameters are all frozen, with neither dropout nor moving statistics."""
-    for module in model.modules():
-        parameters = list(module.parameters())
-        if parameters and not any(parameter.requires_grad for parameter in parameters):
-            module.eval()
-
-
-def _apply_gradients(learner: Learner) -> None:
-    if learner.recipe.clip_grad:
-        learner.scaler.unscale_(learner.optimizer)
-        clip_gradients(learner.bare, learner.recipe)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    learner.optimizer.zero_grad(set_to_none=True)
-    if learner.average is not None:
-        learner.average.update_parameters(learner.bare)
-
-
-def _check_finite(what: str, value: Tensor, when: str, epoch: int, rate: float, kept: str) -> None:
-    if not math.isfinite(float(value)):
-        raise TrainingError(
-            f"{what} no longer a number {when} epoch {epoch} (learning rate {rate:.3g}); try a lower lr, a longer "
-            f"warm-up, clip_grad=1, or precision float32{kept}"
-        )
-
-
-def _largest_weight(model: nn.Module) -> Tensor:
-    """The largest magnitude in this process's parameters, or NaN; a scalar."""
-    weights = [parameter.detach() for parameter in model.parameters()]
-    local = [weight.to_local() if isinstance(weight, DTensor) else weight for weight in weights]
-    return torch.stack([part.abs().max().float() for part in local if part.numel()]).max()

@@ -1,79 +1,27 @@
-"""What learns: a model with its optimiser, averaged weights, mixing, loss and teacher, on its device."""
-# MERGED """One forward and backward pass: of a step, or of the part of it that fits into memory."""
+"""A model in training: with its optimiser, averaged weights, mixing, loss and teacher, on its device."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..augmentation.mixing import Mixing
 from ..checkpoint import Preprocessing
-from ..data.loading import Batch
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
-from ..evaluation import Heads, autocast
+from ..evaluation import Heads
 from ..models.layers import ImageClassifier
 from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
 from .optim import WeightAverage, make_optimizer
-from .recipe import Precision, Recipe
+from .recipe import Recipe
 from .teacher import Teacher, TeacherSpec, load_teacher
 
-_UNFUSED_UP_TO = 256
-"""Image side in pixels; the score matrix that unfused attention keeps grows with its fourth power."""
-
-
-@contextmanager
-def attention_for_training(device: torch.device, images: Tensor, precision: Precision) -> Iterator[None]:
-    """Which of torch's attention kernels to train with; (B, 3, H, W) tells how many tokens there will be.
-
-    On a CPU the fused kernel's backward pass is slow: forward and backward of (16, 6, 197, 64) took 62 ms, unfused
-    attention 62 ms, and 28 ms when it may keep its scores in bfloat16, as attention written out under autocast does.
-    Against float32 the gradients of DeiT-Ti were off by 1.0 % either way.
-    """
-    if device.type != "cpu" or precision == "float32" or max(images.shape[-2:]) > _UNFUSED_UP_TO:
-        yield
-        return
-    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()  # type: ignore[no-untyped-call]
-    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)  # the name says cuda; it rules the CPU too
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
-
-
-def in_parts(batch: Batch, count: int) -> list[Batch]:
-    """A batch cut into `count` batches of one size, in order; views of it. `count` must divide its size."""
-    return list(zip(*(tensor.chunk(count) for tensor in batch), strict=True))
-
-
-def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: nn.Module | None = None) -> Tensor:
-    """Add the gradients of one part of a step; gives the part's share of the step's loss, detached.
-
-    Args:
-        learner: gradients of its model are changed in place.
-        batch: its images are changed in place by mixing.
-        exchange: whether the processes exchange gradients; needed in the last part of a step.
-        heads: what is called; default: the learner's.
-    """
-    recipe, device = learner.recipe, learner.process.device
-    heads = learner.heads if heads is None else heads
-    images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1])
-    teacher_logits = None if learner.teacher is None else learner.teacher(images)
-    # DDP exchanges gradients in the last backward pass of a step only; other modules know no such mode
-    no_sync: Callable[[], AbstractContextManager[None]] = getattr(heads, "no_sync", nullcontext)
-    with nullcontext() if exchange else no_sync():
-        with autocast(device, recipe.precision), attention_for_training(device, images, recipe.precision):
-            output = heads(images)
-        loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
-        learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
-    return loss.detach()
+_LOOK_EVERY = 25
 
 
 class AllHeads(Heads):
@@ -84,19 +32,27 @@ class AllHeads(Heads):
         return cast(HasExtraHeads, self.model).forward_training(x)
 
 
+def compiled(heads: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
+    """The module with torch.compile, for batches of one size: each other size is compiled anew."""
+    return cast(nn.Module, torch.compile(heads, dynamic=False, backend=backend))
+
+
 @dataclass(slots=True)
 class Learner:
-    """All that changes while training, and the functions it is trained with.
+    """Everything that changes while training, and the functions it is trained with.
 
     Attributes:
-        divided: whether each process holds but a part of the parameters (FSDP).
+        divided: whether each process holds only a part of the parameters (FSDP).
         bare: the model behind its heads, neither compiled nor wrapped.
-        heads: what is called in training: `bare`, perhaps distributed, perhaps compiled.
+        heads: the module called in training: `bare`, perhaps distributed, perhaps compiled.
         scaler: scales the loss under fp16, does nothing otherwise.
         average: the moving average of `bare`, or None.
-        parts: how many passes the model needs for a batch of the loader, because of the device's memory.
+        parts: number of passes for a batch of the loader, because of the device's memory.
         fitted: whether `parts` is known to be enough.
-        undecided: whether it is open if `heads` is to be compiled.
+        undecided: whether `heads` may still be compiled.
+        look_every: steps between readings of the loss; on a GPU each waits until all queued work is done.
+        clock: seconds, to measure steps with.
+        compile: compiles `heads`.
     """
 
     recipe: Recipe
@@ -113,9 +69,12 @@ class Learner:
     parts: int = 1
     fitted: bool = True
     undecided: bool = False
+    look_every: int = 1
+    clock: Callable[[], float] = time.perf_counter
+    compile: Callable[[nn.Module], nn.Module] = compiled
 
     def versions(self) -> dict[str, Heads]:
-        """The weights there are, by the prefix of their figures in logs: the learning ones, and their average."""
+        """The weights in training and their average, by the prefix of their figures in logs."""
         return {"": self.bare} if self.average is None else {"": self.bare, "ema_": cast(Heads, self.average.module)}
 
 
@@ -136,11 +95,11 @@ def make_learner(
         recipe: the settings.
         num_classes: of the training set.
         process: this one.
-        preprocessing: what the input looks like, for the teacher's sake.
+        preprocessing: of the input; the teacher depends on it.
         teacher: see `load_teacher`.
         shard: see `spread`.
 
-    Raises: ConfigError: the recipe's size is not the model's. DataError: another number of classes. TrainingError: the
+    Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.
     """
     _check_fit(model, recipe, num_classes, preprocessing)
@@ -159,6 +118,7 @@ def make_learner(
         teacher = load_teacher(
             teacher, num_classes=num_classes, student=preprocessing, device=device, precision=recipe.precision
         )
+    on_gpu = device.type == "cuda"
     return Learner(
         recipe=recipe,
         process=process,
@@ -171,9 +131,10 @@ def make_learner(
         mixing=Mixing(recipe, num_classes, own=None if extra is None else extra.mix),
         loss=DistillationLoss(recipe, teacher=teacher, extra=extra),
         teacher=teacher,
-        # parts of a divided model cannot be tried out by one process, nor are they compiled unless that is asked for
-        fitted=device.type != "cuda" or divided,
-        undecided=device.type == "cuda" and not divided and recipe.compile == "auto",
+        # one process alone cannot try parts of a divided model; that is compiled only on request, too
+        fitted=not on_gpu or divided,
+        undecided=on_gpu and not divided and recipe.compile == "auto",
+        look_every=_LOOK_EVERY if on_gpu else 1,
     )
 
 
@@ -192,11 +153,6 @@ def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
     if hasattr(model.config, "patch_drop_rate"):
         rates["patch_drop_rate"] = recipe.patch_drop_rate
     model.set_drop_rates(**rates)
-
-
-def compiled(heads: nn.Module) -> nn.Module:
-    """The same by torch.compile, for batches of one size: another size is compiled anew, and not for any size."""
-    return cast(nn.Module, torch.compile(heads, dynamic=False))
 
 
 def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:

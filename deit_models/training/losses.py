@@ -1,4 +1,4 @@
-"""What a training step minimises: the labels' loss and, with a teacher, the teacher's.
+"""Losses of a training step: on the labels and, with a teacher, on the teacher's logits.
 
 Source: DeiT, section 3 (losses) and the authors' script (normalisation of the soft form); DeiT III, section 3.3
 (binary cross-entropy). All losses are computed in float32, whatever the logits' type.

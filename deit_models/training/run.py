@@ -1,10 +1,10 @@
-"""A whole run: from a model, a recipe and two sets of images to a folder with checkpoints, log and recipe."""
+"""A whole run of training: from a model, a recipe and images to a folder with checkpoints, log and recipe."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -54,13 +54,13 @@ class Computing:
 
 @dataclass(frozen=True, slots=True)
 class TrainResult:
-    """How a run ended.
+    """Outcome of a run.
 
     Attributes:
         out: the folder; `model/` holds the last weights, `best/` those of the best epoch, `ema/` the averaged ones.
         top1: accuracy of the last weights on the validation images in percent; None without such images.
-        best_top1: the best epoch's; None likewise. That epoch was chosen on these very images: to report a figure, take
-            `top1`, or evaluate `best/` on images that had no part in the choice.
+        best_top1: the best epoch's; None likewise. It is optimistic, because these images selected the epoch: to report
+            a figure, take `top1`, or evaluate `best/` on other images.
         best_epoch: from 0.
         log: the rows of log.jsonl, one an epoch.
     """
@@ -101,13 +101,13 @@ def train(
         val: images to evaluate on, with the same classes, in the same forms; None: no evaluation.
         out: folder for the results: recipe.toml, log.jsonl, last.pt (the state to resume from), and model folders.
         teacher: see `load_teacher`; goes with a recipe that distils.
-        preprocessing: normalisation and size of the input, for modules that do not know theirs (`model.origin`).
+        preprocessing: normalisation and size of the input, for modules without a `model.origin`.
         device: where to compute; default: the GPU if there is one.
-        workers: loading processes; what comes out does not depend on them.
+        workers: loading processes; the result does not depend on them.
         shard: under torchrun, "ddp" (a copy in each process) or "fsdp" (parameters divided).
         tensorboard: also write event files.
-        cache: "auto" keeps small images decoded in memory where they fit in a quarter of what is free; "ram" always,
-            "none" never. What is learned is the same.
+        cache: "auto" keeps small images decoded in memory if they fit in a quarter of what is free; "ram" always,
+            "none" never. The result is the same.
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
         watch: wraps each epoch's batches, for a progress bar.
         on_epoch: called with each finished epoch's row of the log.
@@ -173,7 +173,7 @@ def run_training(
         )
         if learner.divided and val_records is not None and len(val_records) < process.world:
             raise DataError(f"{len(val_records)} images to evaluate on, fewer than the {process.world} processes")
-        run = _Run(
+        run = Run(
             learner=learner,
             records=records,
             val=val_records,
@@ -181,15 +181,14 @@ def run_training(
             preprocessing=preprocessing,
             computing=computing,
             before_epoch=before_epoch,
-            workers=computing.workers_beside(process.device),
         )
         with explained_worker_failure(run.workers):
             return run.to_the_end()
 
 
 @dataclass(slots=True, kw_only=True)
-class _Run:
-    """One call of `train`: what stays the same while epochs go by."""
+class Run:
+    """One call of `run_training`: everything that stays the same from epoch to epoch."""
 
     learner: Learner
     records: ImageRecords
@@ -197,16 +196,19 @@ class _Run:
     out: Path
     preprocessing: Preprocessing
     computing: Computing
-    workers: int
-    before_epoch: Callable[[int], None] | None
-    val_batches: InputBatches | None = None
+    before_epoch: Callable[[int], None] | None = None
+    workers: int = field(init=False)
+    val_batches: InputBatches | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        """Settle the number of loading processes."""
+        self.workers = self.computing.workers_beside(self.learner.process.device)
 
     def to_the_end(self) -> TrainResult:
-        """All epochs from the last saved one on, then the final export."""
-        recipe, process = self.learner.recipe, self.learner.process
-        sampler = self._sampler()
-        identity = identity_of(self.learner, self.records)
-        progress = load_state(self.out, self.learner, run=identity) or Progress()
+        """Run all epochs from the last saved one on, then export the models."""
+        learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
+        sampler, identity = self._sampler(), identity_of(learner, self.records)
+        progress = load_state(self.out, learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
         batches = self._training_batches(sampler) if progress.epoch < recipe.total_epochs else None
@@ -225,20 +227,17 @@ class _Run:
                 row = self._one_epoch(epoch, sampler, batches, damage)
                 if row.get("top1", -1.0) > progress.best_top1:
                     progress.best_top1, progress.best_epoch = row["top1"], epoch
-                    self._export("best", self.learner.bare, row)
+                    self._export("best", learner.bare, row)
                 progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
                 log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
                 if self._is_saved(epoch) or self._gives_up(progress):
-                    save_state(self.out, self.learner, progress, run=identity)
+                    save_state(self.out, learner, progress, run=identity)
                 if self.computing.on_epoch is not None and process.is_main:
                     self.computing.on_epoch(row)
         last = log.rows[-1] if log.rows else {}
-        self._export("model", self.learner.bare, last)
-        if self.learner.average is not None:
-            self._export(
-                "ema", self.learner.versions()["ema_"], {"top1": last.get("ema_top1"), "top5": last.get("ema_top5")}
-            )
-        self.learner.bare.eval()
+        for prefix, heads in learner.versions().items():
+            self._export("ema" if prefix else "model", heads, last, prefix)
+        learner.bare.eval()
         known = progress.best_epoch >= 0
         return TrainResult(
             out=self.out,
@@ -251,7 +250,7 @@ class _Run:
     def _one_epoch(
         self, epoch: int, sampler: TrainSampler, batches: InputBatches, damage: DamageCount
     ) -> dict[str, Any]:
-        """Train, and evaluate where the recipe says so; gives the epoch's row of the log."""
+        """Train, and evaluate if the recipe asks for it after this epoch; gives the epoch's row of the log."""
         recipe, process = self.learner.recipe, self.learner.process
         sampler.set_epoch(epoch)
         # for mixing and stochastic depth; no epoch has 2**40 samples, so none shares its seed with these
@@ -287,7 +286,7 @@ class _Run:
         return (epoch + 1) % recipe.save_every == 0 or epoch + 1 == recipe.total_epochs
 
     def _gives_up(self, progress: Progress) -> bool:
-        """Whether the recipe's patience is over; looked at after an evaluation, by a run that goes on as well."""
+        """Whether the recipe's patience is over, after an evaluation; a resumed run checks it too."""
         recipe = self.learner.recipe
         evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
         return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
@@ -323,39 +322,40 @@ class _Run:
         """Validation figures of the weights and, under names that begin with ema_, of their average."""
         if self.val is None:
             return {}
-        recipe, process = self.learner.recipe, self.learner.process
-        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate * self.learner.parts), 1)
+        learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
+        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate * learner.parts), 1)
         # where parameters are divided, every process must take part in every forward pass
         most = -(-len(self.val) // process.world)
-        rounds = -(-most // size) if self.learner.divided else None
+        rounds = -(-most // size) if learner.divided else None
         if self.val_batches is None:
-            transform, keep = (
-                EvalTransform(self.preprocessing),
-                keeps_pixels(self.val, self.preprocessing, self.computing.cache),
-            )
+            keep = keeps_pixels(self.val, self.preprocessing, self.computing.cache)
             self.val_batches = eval_batches(
-                self.val, transform, process, batch_size=size, workers=self.workers, keep=keep
+                self.val,
+                EvalTransform(self.preprocessing),
+                process,
+                batch_size=size,
+                workers=self.workers,
+                keep=keep,
             )
-        damage, versions = DamageCount(self.val, self.computing.corrupt_limit), self.learner.versions()
+        damage = DamageCount(self.val, self.computing.corrupt_limit)
         found = score_each(
-            versions, self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
+            learner.versions(), self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
         )
+        figures = {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
         row: dict[str, Any] = {}
-        for prefix, outcomes in found.items():
-            result = outcomes.evaluation()
+        for prefix, result in figures.items():
             row |= {f"{prefix}top1": round(result.top1, 4), f"{prefix}top5": round(result.top5, 4)}
             row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
-        plain = found[""].evaluation()
+        plain = figures[""]
         counts = {"val_images": plain.images, "val_unreadable": plain.skipped}
         return row | {"val_loss": round(plain.loss, 6), **counts}
 
-    def _export(self, name: str, heads: Heads, accuracy: dict[str, Any]) -> None:
-        learner = self.learner
+    def _export(self, name: str, heads: Heads, row: dict[str, Any], prefix: str = "") -> None:
         export_model(
             heads.model,
             self.out / name,
-            learner.process,
-            divided=learner.divided,
+            self.learner.process,
+            divided=self.learner.divided,
             records=self.records,
-            accuracy=accuracy,
+            accuracy={figure: row.get(prefix + figure) for figure in ("top1", "top5")},
         )

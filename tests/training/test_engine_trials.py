@@ -1,28 +1,25 @@
-"""What a GPU is tried out for: a batch too large for its memory, and whether compiling pays; without a GPU."""
+"""Trial passes of the engine: a batch too large for a GPU's memory, and whether compiling pays; without a GPU."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
-from fake_gpu import GPU, fake_gpu
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
 from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process
 from deit_models.errors import TrainingError
-from deit_models.training import engine as rehearsal
-from deit_models.training import learner as learners
-from deit_models.training import run
-from deit_models.training.engine import CompileChoice, EpochLoss, fit_into_memory, pays, train_epoch
-from deit_models.training.learner import Learner, make_learner
-from deit_models.training.recipe import Recipe
-from deit_models.training.run import TrainResult, train
+from deit_models.training.engine import EpochLoss, fit_into_memory, pays, train_epoch
+from deit_models.training.learner import Learner, compiled
+from deit_models.training.run import Computing, Run, TrainResult
 
 
 class Hungry(nn.Module):
@@ -103,11 +100,19 @@ def test_what_cannot_be_halved_is_refused_in_one_line(size: int, most: int, left
     assert "\n" not in str(caught.value)
 
 
-def test_all_processes_use_what_the_smallest_memory_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    learner = tiny.learner(Hungry(most=8), tiny.recipe())
+@dataclass(frozen=True)
+class BesideAnother(Process):
+    """A process beside one in which two tries fail, then fit."""
+
+    others: list[bool] = field(default_factory=lambda: [False, True])
+
+    def gather(self, value: Any) -> list[Any]:
+        return [value, self.others.pop(0)]
+
+
+def test_all_processes_use_what_the_smallest_memory_needs() -> None:
+    learner = tiny.learner(Hungry(most=8), tiny.recipe(), process=BesideAnother(0, 1, torch.device("cpu")))
     learner.fitted = False
-    others = iter([False, True])
-    monkeypatch.setattr(Process, "gather", lambda _, value: [value, next(others)])
     fit_into_memory(learner, batches(1, 8)[0])
     assert learner.parts == 2
 
@@ -117,31 +122,18 @@ def memory_run(out: Path, *, most: int, stop_after: int | None = None, **changes
         if row["epoch"] == stop_after:
             raise KeyboardInterrupt
 
-    return train(
-        Hungry(most=most),
-        recipe=tiny.recipe(**{**SETTINGS, **changes}),
-        train=tiny.Pictures(16),
+    learner = tiny.learner(Hungry(most=most), tiny.recipe(**{**SETTINGS, **changes}))
+    learner.fitted = False
+    return Run(
+        learner=learner,
+        records=tiny.Pictures(16),
+        val=None,
         out=out,
-        workers=0,
-        device="cpu",
         preprocessing=tiny.PREPROCESSING,
-        on_epoch=stop,
-    )
+        computing=Computing(workers=0, on_epoch=stop),
+    ).to_the_end()
 
 
-@pytest.fixture
-def _small_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    make = learners.make_learner
-
-    def unfitted(*args: Any, **options: Any) -> Learner:
-        learner = make(*args, **options)
-        learner.fitted = False
-        return learner
-
-    monkeypatch.setattr(run, "make_learner", unfitted)
-
-
-@pytest.mark.usefixtures("_small_memory")
 def test_run_goes_on_in_the_parts_it_began_with(tmp_path: Path) -> None:
     memory_run(tmp_path / "alone", most=4)
     for most, changes in ((8, {}), (2, {"accumulate": 2})):  # more memory, and the same parts given by hand
@@ -168,30 +160,24 @@ class Clock:
     def __init__(self, step: float) -> None:
         self.now, self.step = 0.0, step
 
-    def perf_counter(self) -> float:
+    def read(self) -> float:
         self.now += self.step
         return self.now
 
 
-@pytest.fixture
-def counter(monkeypatch: pytest.MonkeyPatch) -> CompileCounter:
+def undecided(clock: Clock, backend: Callable[..., Any], **changes: Any) -> Learner:
+    """A learner that may be compiled, by `backend`."""
     torch.compiler.reset()
-    counter, compile_ = CompileCounter(), torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=counter, **options))
-    return counter
-
-
-def undecided(**changes: Any) -> Learner:
     learner = tiny.learner(tiny.model(distilled=True), tiny.recipe(**{**SETTINGS, "epochs": 300, **changes}))
-    learner.undecided = True
+    learner.undecided, learner.clock = True, clock.read
+    learner.compile = partial(compiled, backend=backend)
     return learner
 
 
-def test_long_run_is_compiled_after_its_first_steps(
-    counter: CompileCounter, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(rehearsal, "time", Clock(1.0))
-    learner, plain = undecided(), tiny.learner(tiny.model(distilled=True), tiny.recipe(**{**SETTINGS, "epochs": 300}))
+def test_long_run_is_compiled_after_its_first_steps(caplog: pytest.LogCaptureFixture) -> None:
+    counter = CompileCounter()
+    learner = undecided(Clock(1.0), counter)
+    plain = tiny.learner(tiny.model(distilled=True), tiny.recipe(**{**SETTINGS, "epochs": 300}))
     assert epoch(learner, batches(4, 8)).loss == pytest.approx(epoch(plain, batches(4, 8)).loss, rel=1e-4)
     assert not learner.undecided
     assert learner.heads is not learner.bare
@@ -208,32 +194,27 @@ def test_long_run_is_compiled_after_its_first_steps(
     )
 
 
-def test_short_run_is_not_compiled(counter: CompileCounter, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "time", Clock(0.1))
-    learner = undecided()
+def test_short_run_is_not_compiled() -> None:
+    counter = CompileCounter()
+    learner = undecided(Clock(0.1), counter)
     epoch(learner, batches(4, 8))
     assert not learner.undecided
     assert learner.heads is learner.bare
     assert counter.frame_count == 0
 
 
-def test_epoch_of_one_step_leaves_it_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "time", Clock(1000.0))
-    learner = undecided()
+def test_epoch_of_one_step_leaves_it_open() -> None:
+    learner = undecided(Clock(1000.0), CompileCounter())
     for _ in range(3):
         epoch(learner, batches(1, 8))
     assert learner.undecided
 
 
-def test_run_goes_on_where_compiling_fails(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_run_goes_on_where_compiling_fails(caplog: pytest.LogCaptureFixture) -> None:
     def broken(graph: Any, inputs: Any) -> Callable[..., Any]:  # noqa: ARG001
         raise RuntimeError("no compiler\nfound")
 
-    torch.compiler.reset()
-    compile_ = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda module, **options: compile_(module, backend=broken, **options))
-    monkeypatch.setattr(rehearsal, "time", Clock(1.0))
-    learner = undecided()
+    learner = undecided(Clock(1.0), broken)
     epoch(learner, batches(3, 8))
     assert learner.heads is learner.bare
     line = next(line for line in caplog.messages if "torch.compile" in line)
@@ -241,26 +222,10 @@ def test_run_goes_on_where_compiling_fails(monkeypatch: pytest.MonkeyPatch, capl
     assert "\n" not in line
 
 
-def test_clock_is_read_while_it_is_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rehearsal, "_compile", lambda *_: pytest.fail("decided already"))
-    learner = undecided()
-    learner.undecided = False
-    for step in range(3):
-        CompileChoice(learner).consider(batches(1, 8)[0], step=step, steps_left=10**6)
-
-
-@pytest.mark.parametrize(
-    ("device", "choice", "open_"),
-    [(GPU, "auto", True), (GPU, "off", False), (torch.device("cpu"), "auto", False)],
-    ids=str,
-)
-def test_only_a_gpu_leaves_it_open_and_has_its_memory_tried(
-    device: torch.device, choice: Any, open_: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Recipe(**{**tiny.PLAIN, "compile": choice})
-    with fake_gpu(monkeypatch):
-        process = Process(0, 1, device)
-        learner = make_learner(tiny.model(), settings, num_classes=3, process=process, preprocessing=tiny.PREPROCESSING)
-    assert learner.undecided is open_
-    assert learner.fitted is (device.type == "cpu")
+def test_clock_is_read_while_it_is_open() -> None:
+    counter = CompileCounter()
+    learner = undecided(Clock(10.0**6), counter)
+    learner.undecided = False  # decided already
+    epoch(learner, batches(3, 8))
     assert learner.heads is learner.bare
+    assert counter.frame_count == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from torch import nn
 import deit_models
 from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process
-from deit_models.training import engine
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
 
@@ -50,7 +50,8 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
-def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: int) -> None:
+def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: int, **changes: Any) -> None:
+    """An epoch of a learner, some fields of which are changed."""
     recipe = tiny.recipe(LIVELY, **settings)
     with torch.random.fork_rng(devices=[]):
         learner = make_learner(
@@ -61,7 +62,7 @@ def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: in
             preprocessing=tiny.PREPROCESSING,
             teacher=None if recipe.distillation == "none" else tiny.model(seed=1),
         )
-    learner.fitted = True  # trying is done once, before the first step
+    learner = replace(learner, fitted=True, **changes)  # trying is done once, before the first step
     gpu.waits.clear()
     data = [batch_for(gpu, model) for _ in range(steps)]
     train_epoch(learner, data, steps=steps, epoch=2, damage=DamageCount(tiny.Pictures(8), 0.0))
@@ -74,11 +75,11 @@ def batch_for(gpu: FakeGpu, model: nn.Module) -> Batch:
     return torch.zeros(8, 3, height, width, device=GPU), labels, torch.full((8,), FINE)
 
 
-def waits(case: str, steps: int, patch: pytest.MonkeyPatch) -> list[str]:
+def waits(case: str, steps: int, patch: pytest.MonkeyPatch, **changes: Any) -> list[str]:
     build, settings = CASES[case]
     model = build()
     with fake_gpu(patch, model) as gpu:
-        epoch_of(gpu, model, settings, steps=steps)
+        epoch_of(gpu, model, settings, steps=steps, **changes)
     return gpu.waits
 
 
@@ -91,9 +92,5 @@ def test_no_step_waits_for_the_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_loss_is_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "_LOOK_EVERY", 3)
-    assert [len(waits("deit", steps, monkeypatch)) - len(waits("deit", 2, monkeypatch)) for steps in (3, 4, 7)] == [
-        0,
-        1,
-        2,
-    ]
+    few, *more = (len(waits("deit", steps, monkeypatch, look_every=3)) for steps in (2, 3, 4, 7))
+    assert [count - few for count in more] == [0, 1, 2]
