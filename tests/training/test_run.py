@@ -1,6 +1,5 @@
 """A whole run: what it leaves in its folder, and what it refuses."""
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -14,10 +13,9 @@ from torch import nn
 
 import deit_models
 from deit_models.augmentation.samples import TrainSampler
-from deit_models.errors import ConfigError, DataError, MissingExtraError, SaveError, TrainingError
+from deit_models.errors import ConfigError, DataError, SaveError, MissingExtraError, TrainingError
 from deit_models.evaluation import evaluate
 from deit_models.models.layers import ImageClassifier
-from deit_models.training import state as logs
 from deit_models.training.recipe import read_recipe
 from deit_models.training.run import TrainResult, train
 from deit_models.training.state import read_log
@@ -207,7 +205,7 @@ def test_seed_decides_and_leaves_nothing_to_chance(tmp_path: Path) -> None:
     assert results[0] == results[1] != results[2]
 
 
-# ---- log and TensorBoard
+# ---- TensorBoard
 
 
 def test_tensorboard_has_each_epoch_once_also_after_an_interruption(tmp_path: Path) -> None:
@@ -235,18 +233,6 @@ def test_tensorboard_that_is_missing_is_named(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     with pytest.raises(MissingExtraError, match=r"pip install 'deit-models\[train\]'"):
         run(tmp_path, tensorboard=True)
-
-
-def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / logs.LOG_NAME
-    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
-    assert read_log(path) == [{"epoch": 0}, {"epoch": 1}]
-    log = logs.RunLog(tmp_path, first_epoch=1, tensorboard=False, writes=True)
-    log.add({"epoch": 1, "again": True})
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 0}, {"epoch": 1, "again": True}]
-    logs.RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=False).add({"epoch": 0})
-    assert len(read_log(path)) == 2  # only the first process writes
-    assert read_log(tmp_path / "none.jsonl") == []
 
 
 # ---- damaged images
@@ -343,15 +329,6 @@ def test_folder_that_cannot_be_written_is_refused_before_training(place: str, tm
         run(tmp_path / place, on_epoch=rows.append)
     assert "\n" not in str(caught.value)
     assert rows == []
-
-
-def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
-    log = logs.RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=True)
-    log.path = Path("/dev/full")
-    if not log.path.exists():
-        pytest.skip("no /dev/full here")
-    with pytest.raises(SaveError, match=r"cannot write /dev/full: .*No space left"):
-        log.add({"epoch": 0})
 
 
 def test_divergence_names_the_last_good_state(tmp_path: Path) -> None:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import PIL.Image
-import safetensors.torch
 import tiny
 import torch
 import torch.distributed as dist
@@ -30,8 +29,6 @@ from deit_models.data.transforms import EvalTransform
 from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
 from deit_models.evaluation import evaluate
-from deit_models.hub import fetch
-from deit_models.training import run, state
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner
 from deit_models.training.run import train
@@ -111,11 +108,11 @@ def finished_epochs(out: Path) -> int:
 def moments(folder: Path) -> None:
     """A run that kills itself around every step of its second epoch's bookkeeping, and is started again each time."""
     assert status(fork(lambda: lively_run(folder / "alone", 3))) == 0
-    for name, arm in MOMENTS.items():
+    for name, moment in MOMENTS.items():
         out = folder / name
 
-        def armed(out: Path = out, arm: Callable[[], None] = arm) -> None:
-            arm()
+        def armed(out: Path = out, moment: Moment = moment) -> None:
+            sys.addaudithook(moment)
             lively_run(out, 3)
 
         assert status(fork(armed)) == -signal.SIGKILL, name
@@ -124,59 +121,67 @@ def moments(folder: Path) -> None:
         sys.stdout.write(json.dumps({"moment": name, "left": left}) + "\n")
 
 
+Moment = Callable[[str, tuple[Any, ...]], None]
+"""An audit hook: Python calls it with each event, such as the opening of a file, before it happens."""
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_half_a_state() -> None:
-    write = state._write
-
-    def write_half(saved: dict[str, Any], path: Path) -> None:
-        write(saved, path)
-        if saved["progress"]["epoch"] == 2:
-            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-            die()
-
-    state._write = write_half
+def second_state(place: Any) -> bool:
+    """Whether a path is that of a state to be, or its temporary file, beside the state of the first epoch."""
+    path = Path(place) if isinstance(place, (str, Path)) else Path()
+    return path.name.startswith("last.pt") and path.with_name("last.pt").exists()
 
 
-def around_the_state(*, after: bool) -> None:
-    replace = os.replace
-
-    def replace_or_die(source: Any, target: Path) -> None:
-        second = target.name == "last.pt" and target.exists()
-        if second and not after:
-            die()
-        replace(source, target)
-        if second:
-            die()
-
-    fetch.os.replace = replace_or_die
+def moved_into_place(event: str, arguments: tuple[Any, ...]) -> bool:
+    """Whether the second state is about to take the place of the first."""
+    return event == "os.rename" and second_state(arguments[1])
 
 
-def between_log_and_state() -> None:
-    save = run.save_state
-
-    def save_or_die(out: Path, learner: Any, progress: Any, **options: Any) -> None:
-        if progress.epoch == 2:
-            die()
-        save(out, learner, progress, **options)
-
-    run.save_state = save_or_die
+def cut_in_half(path: Path) -> None:
+    os.truncate(path, os.stat(path).st_size // 2)
 
 
-def in_half_a_model() -> None:
-    def write_half(_: Any, path: Path, **__: Any) -> None:
-        path.write_bytes(b"half")
+def in_half_a_state(event: str, arguments: tuple[Any, ...]) -> None:
+    if moved_into_place(event, arguments):
+        cut_in_half(arguments[0])
         die()
 
-    safetensors.torch.save_file = write_half
+
+def before_the_state(event: str, arguments: tuple[Any, ...]) -> None:
+    if moved_into_place(event, arguments):
+        die()
 
 
-MOMENTS: dict[str, Callable[[], None]] = {
+class AfterTheState:
+    """Strikes at the event that follows."""
+
+    def __init__(self) -> None:
+        self.armed = False
+
+    def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
+        armed, self.armed = self.armed, moved_into_place(event, arguments)  # killing is an event, too
+        if armed:
+            die()
+
+
+def between_log_and_state(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and second_state(arguments[0]):
+        die()
+
+
+def in_half_a_model(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "os.rename" and Path(arguments[1]).name == "model.safetensors":
+        cut_in_half(arguments[0])
+        die()
+
+
+MOMENTS: dict[str, Moment] = {
     "half a state": in_half_a_state,
-    "state not in place": lambda: around_the_state(after=False),
-    "state in place": lambda: around_the_state(after=True),
+    "state not in place": before_the_state,
+    "state in place": AfterTheState(),
     "log written": between_log_and_state,
     "half a model": in_half_a_model,
 }

@@ -1,28 +1,30 @@
-"""A run goes on after any interruption to the very weights it would have had, or says in a line why it cannot."""
+"""Files of a run: it goes on after any interruption to the same weights, or refuses in one line; its log and curves."""
 
 import json
 import os
 import random
 import resource
 import shutil
+import sys
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from deit_models import create_model
-from deit_models.errors import SaveError, TrainingError
+from deit_models.data.loading import Watch, plain_watch
+from deit_models.errors import SaveError, MissingExtraError, TrainingError
 from deit_models.models.layers import ImageClassifier
-from deit_models.training import state
 from deit_models.training.learner import Learner
 from deit_models.training.run import TrainResult, train
-from deit_models.training.state import Progress, load_state, read_log, save_state
+from deit_models.training.state import LOG_NAME, Progress, RunLog, load_state, plot_curves, read_log, save_state
 from deit_models.training.teacher import Teacher
 
 RUN = {"model": "m", "data": "d"}
@@ -42,6 +44,7 @@ def lively(
     workers: int = 0,
     stop_after: int | None = None,
     build: Callable[..., ImageClassifier] = distilled,
+    watch: Watch = plain_watch,
     **changes: Any,
 ) -> TrainResult:
     def stop(row: dict[str, Any]) -> None:
@@ -57,6 +60,7 @@ def lively(
         out=out,
         workers=workers,
         device="cpu",
+        watch=watch,
         on_epoch=stop,
     )
 
@@ -94,7 +98,11 @@ def test_everything_that_is_random_or_kept_is_on(uninterrupted: Path, tmp_path: 
     """Bit equality below would be worth little if a part of the recipe did nothing."""
     saved = tiny.state(uninterrupted)
     assert saved["progress"]["epoch"] == 4
-    assert {"model", "ema_model", "optimizer", "scaler"} < saved.keys()
+    # states of earlier releases have these names
+    assert saved.keys() == {"format", "recipe", "parts", "run", "progress", "scaler", "model", "ema_model", "optimizer"}
+    assert saved["format"] == 1
+    assert saved["run"].keys() == {"model", "data"}
+    assert saved["progress"].keys() == {"epoch", "best_top1", "best_epoch", "unreadable"}
     assert max(difference for _, difference in tiny.differences(saved["model"], saved["ema_model"])) > 1e-4
     lively(tmp_path / "usual", epochs=2)
     usual = tiny.state(tmp_path / "usual")["model"]
@@ -353,21 +361,21 @@ def test_full_disk_leaves_the_previous_state(tmp_path: Path) -> None:
     tiny.same_bits(dict(second.bare.state_dict()), dict(first.bare.state_dict()))
 
 
-def test_run_that_met_a_full_disk_goes_on_when_there_is_space(
-    uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    write, written = state._write, []
+def test_run_that_met_a_full_disk_goes_on_when_there_is_space(uninterrupted: Path, tmp_path: Path) -> None:
+    sizes = [(uninterrupted / name).stat().st_size for name in ("best/model.safetensors", "last.pt")]
+    assert sizes[0] < sizes[1] // 2  # the disk has room for models, but not for a state
+    epochs: list[int] = []
 
-    def fail_third(content: dict[str, Any], path: Path) -> None:
-        written.append(path)
-        if len(written) == 3:
-            with small_disk(2000):
-                write(content, path)
-        write(content, path)
+    with ExitStack() as disk:
 
-    monkeypatch.setattr(state, "_write", fail_third)
-    with pytest.raises(SaveError, match=r"cannot write .*last.pt"):
-        lively(tmp_path / "run")
+        def fill_in_the_third(batches: Iterable[Any], _: int) -> Iterator[Any]:
+            yield from batches
+            epochs.append(len(epochs))
+            if len(epochs) == 3:
+                disk.enter_context(small_disk(sizes[1] // 2))
+
+        with pytest.raises(SaveError, match=r"cannot write .*last.pt"):
+            lively(tmp_path / "run", watch=fill_in_the_third)
     assert tiny.state(tmp_path / "run")["progress"]["epoch"] == 2
     lively(tmp_path / "run")
     same_run(tmp_path / "run", uninterrupted)
@@ -381,3 +389,52 @@ def test_loss_scale_of_fp16_is_kept(tmp_path: Path) -> None:
     second = learner(precision="fp16")
     load_state(tmp_path, second, run=RUN)
     assert second.scaler.get_scale() == 512.0
+
+
+# ---- the log and its curves
+
+
+def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / LOG_NAME
+    path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
+    assert read_log(path) == [{"epoch": 0}, {"epoch": 1}]
+    log = RunLog(tmp_path, first_epoch=1, tensorboard=False, writes=True)
+    log.add({"epoch": 1, "again": True})
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 0}, {"epoch": 1, "again": True}]
+    RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=False).add({"epoch": 0})
+    assert len(read_log(path)) == 2  # only the first process writes
+    assert read_log(tmp_path / "none.jsonl") == []
+
+
+def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
+    log = RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=True)
+    log.path = Path("/dev/full")
+    if not log.path.exists():
+        pytest.skip("no /dev/full here")
+    with pytest.raises(SaveError, match=r"cannot write /dev/full: .*No space left"):
+        log.add({"epoch": 0})
+
+
+ROWS = [{"epoch": 0, "loss": 2.0, "top1": 30.0}, {"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.2, "top1": 50.0}]
+
+
+def ink(path: Path) -> int:
+    """Pixels that are neither white nor grey."""
+    with Image.open(path) as image:
+        pixels = image.convert("RGB").get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata()
+        return sum(max(pixel) - min(pixel) > 60 for pixel in pixels)
+
+
+def test_every_run_is_drawn(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="the picture needs the extra [plot]")
+    plot_curves({"one": ROWS}, tmp_path / "new" / "one.png", title="a title")
+    plot_curves({"one": ROWS, "two": [{**row, "loss": row["loss"] + 1} for row in ROWS]}, tmp_path / "two.png")
+    plot_curves({"empty": []}, tmp_path / "empty.png")
+    assert ink(tmp_path / "empty.png") == 0
+    assert 100 < ink(tmp_path / "new" / "one.png") < ink(tmp_path / "two.png")
+
+
+def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(MissingExtraError, match=r"pip install 'deit-models\[plot\]'"):
+        plot_curves({"one": ROWS}, tmp_path / "one.png")

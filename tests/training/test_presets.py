@@ -1,0 +1,119 @@
+"""The presets: figures of the papers and the authors' scripts."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from deit_models.training.presets import PRESETS
+from deit_models.training.recipe import recipe_named
+
+
+def test_distilling_changes_only_the_loss():
+    assert changes("deit_distill_300e", "deit_300e") == {"distillation": "hard"}
+    recipe = recipe_named("deit_distill_300e")
+    assert (recipe.alpha, recipe.distill_on, recipe.tau) == (0.5, "token", 1.0)
+
+
+def test_fine_tuning_at_384_is_the_authors():
+    expected = {
+        "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8, "img_size": 384,
+        "train_mode": False,
+    }  # fmt: skip
+    assert changes("deit_finetune_384", "deit_300e") == expected
+    assert recipe_named("deit_finetune_384").peak_lr == 5e-6
+    assert changes("deit_finetune_384_distill", "deit_finetune_384") == {"distillation": "hard"}
+
+
+def test_levit_is_trained_as_its_authors_did():
+    expected = {
+        "epochs": 1000, "batch_size": 2048, "weight_decay": 0.025, "clip_grad": 0.01, "clip_mode": "agc",
+        "drop_path_rate": 0.0, "precision": "float32", "distillation": "hard", "eval_every": 20,
+    }  # fmt: skip
+    assert changes("levit_1000e", "deit_300e") == expected
+    assert recipe_named("levit_1000e").peak_lr == 2e-3
+    assert changes("levit_384_1000e", "levit_1000e") == {"drop_path_rate": 0.1}
+
+
+def test_small_images_have_the_same_recipe_with_and_without_a_teacher():
+    assert changes("cifar_distill", "cifar_scratch") == {"distillation": "hard"}
+    recipe = recipe_named("cifar_scratch")
+    assert (recipe.peak_lr, recipe.crop, recipe.augment) == (1e-3, "pad", "none")
+
+
+DEIT3_TABLE = {  # preset: batch, epochs, weight decay, pixels, drop path, repeats
+    "deit3_small_800e": (2048, 800, 0.05, 224, 0.05, 3),
+    "deit3_base_800e": (2048, 800, 0.05, 192, 0.2, 3),
+    "deit3_large_800e": (2048, 800, 0.05, 192, 0.45, 3),
+    "deit3_huge_800e": (2048, 800, 0.05, 154, 0.6, 3),
+    "deit3_base_finetune_224": (512, 20, 0.1, 224, 0.2, 1),
+    "deit3_large_finetune_224": (512, 20, 0.1, 224, 0.45, 1),
+    "deit3_huge_finetune_224": (512, 20, 0.1, 224, 0.55, 1),
+    "deit3_small_finetune_384": (512, 20, 0.1, 384, 0.0, 1),
+    "deit3_base_finetune_384": (512, 20, 0.1, 384, 0.15, 1),
+    "deit3_large_finetune_384": (512, 20, 0.1, 384, 0.4, 1),
+    "deit3_small_21k": (2048, 240, 0.02, 224, 0.05, 1),
+    "deit3_base_21k": (2048, 240, 0.02, 224, 0.1, 1),
+    "deit3_large_21k": (2048, 240, 0.02, 224, 0.3, 1),
+    "deit3_huge_21k": (2048, 90, 0.02, 126, 0.5, 1),
+    "deit3_small_21k_to_1k": (2048, 50, 0.02, 224, 0.05, 1),
+    "deit3_base_21k_to_1k": (2048, 50, 0.02, 224, 0.15, 1),
+    "deit3_large_21k_to_1k": (2048, 50, 0.02, 224, 0.4, 1),
+    "deit3_huge_21k_to_1k": (2048, 50, 0.02, 224, 0.45, 1),
+}
+
+
+def test_deit3_presets_are_all_in_the_table():
+    assert set(DEIT3_TABLE) == {name for name in PRESETS if name.startswith("deit3")}
+
+
+@pytest.mark.parametrize("name", DEIT3_TABLE)
+def test_deit3_preset_is_the_authors_but_for_lamb(name):
+    r = recipe_named(name)
+    assert DEIT3_TABLE[name] == (
+        r.batch_size, r.epochs, r.weight_decay, r.img_size, r.drop_path_rate, r.repeats
+    )  # fmt: skip
+    scratch, finetune, from_21k = "800e" in name, "finetune" in name, "21k" in name
+    assert (r.loss, r.label_smoothing) == (("bce", 0.0) if scratch else ("ce", 0.1))
+    assert (r.mixup, r.cutmix) == ((0.0, 1.0) if from_21k else (0.8, 1.0))
+    assert r.augment == ("rand-m9-mstd0.5-inc1" if finetune else "3-augment")
+    assert r.crop == ("simple" if from_21k else "random_resized")
+    assert (r.erase, r.color_jitter, r.warmup_epochs, r.ema_decay, r.train_mode) == (0.0, 0.3, 5, 0.99996, True)
+    assert (r.optimizer, r.lr_batch) == ("adamw", 0)
+    if finetune:
+        assert r.peak_lr == 1e-5
+    if scratch:
+        assert r.peak_lr == recipe_named("deit_300e", batch_size=2048).peak_lr
+    if "21k_to_1k" in name:
+        assert r.peak_lr / 2048 == pytest.approx(recipe_named("deit3_base_finetune_224").peak_lr / 512)
+
+
+def test_deit3_sizes_are_multiples_of_the_patch():
+    for name in DEIT3_TABLE:
+        assert recipe_named(name).img_size % (14 if "huge" in name else 16) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "lr", "weight_decay"),
+    [("t2t_lite_300e", 1e-3, 0.03), ("t2t_14_300e", 5e-4, 0.05), ("t2t_24_300e", 5e-4, 0.065)],
+)
+def test_t2t_presets_are_the_authors(name, lr, weight_decay):
+    r = recipe_named(name)
+    assert (r.peak_lr, r.weight_decay, r.batch_size) == (lr, weight_decay, 512)
+    assert (r.epochs, r.total_epochs, r.warmup_epochs, r.schedule) == (300, 310, 10, "epoch")
+    assert (r.interpolation, r.repeats, r.drop_path_rate, r.min_lr) == ("random", 1, 0.1, 1e-5)
+
+
+def changes(name: str, base: str) -> dict[str, Any]:
+    """The fields in which one preset differs from another, but for its name."""
+    one, other = (dataclasses.asdict(recipe_named(preset)) for preset in (name, base))
+    return {key: value for key, value in one.items() if value != other[key] and key != "preset"}
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_preset_says_what_it_is_and_keeps_its_name(name):
+    source, overrides = PRESETS[name]
+    recipe = recipe_named(name)
+    assert source
+    assert recipe.preset == name
+    assert {key: getattr(recipe, key) for key in overrides} == overrides
