@@ -46,7 +46,7 @@ def soft_distillation(student_logits: Tensor, teacher_logits: Tensor, tau: float
 
     tau^2 / (B * K) * sum_bk p_bk (log p_bk - log q_bk), p = softmax(teacher / tau), q = softmax(student / tau).
     The authors divide by all B * K entries: this is 1/K of the usual mean over the batch, and alpha has to be read with
-    that in mind. No gradient reaches the teacher; a class the teacher rules out with -inf adds nothing.
+    that in mind. No gradient reaches the teacher; a class to which the teacher gives -inf adds nothing.
 
     Shape: both logits (B, K) float -> scalar float32.
     Source: DeiT, equation 2; the normalisation is the authors' script's.
@@ -67,7 +67,7 @@ def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
 
 
 class ExtraHeads(Protocol):
-    """Heads that one model family alone has: their loss, and perhaps a way of their own to mix batches."""
+    """Heads of one model family only: their loss, and perhaps their own way to mix batches."""
 
     @property
     def mix(self) -> Callable[[Tensor, Tensor], tuple[Tensor, Any]] | None:
@@ -79,7 +79,7 @@ class ExtraHeads(Protocol):
 
 @runtime_checkable
 class HasExtraHeads(Protocol):
-    """A model that brings `ExtraHeads`."""
+    """A model with `ExtraHeads`."""
 
     extra_head_names: ClassVar[tuple[str, ...]]
 
@@ -93,13 +93,12 @@ class HasExtraHeads(Protocol):
 class DistillationLoss:
     """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
 
-    The class head learns from the labels, and so do extra heads, with equal weight. The teacher speaks to the
-    distillation head (distill_on="token", the paper's choice) or to the class head as well (distill_on="class"). Where
-    there is no teacher, label_heads="both" has the second head learn from the labels too, each head by its own loss. A
-    second head that is not spoken to is ignored, as the authors do: it gets no gradient and stays untrained, and since
-    evaluation takes the mean of both heads the accuracy suffers. That is logged, once.
+    The class head learns from the labels, and so do extra heads, with equal weight. The distillation head learns from
+    the teacher (distill_on="token", as in the paper), or the class head does (distill_on="class"). Without a teacher,
+    label_heads="both" lets both heads learn from the labels, each by its own loss. A head without a loss stays
+    untrained, as in the authors' code; this is logged once, because evaluation takes the mean of both heads.
 
-    It holds no parameters and is no module, so that a teacher never ends up in a student's state dict.
+    It is no module, so that a teacher never ends up in a student's state dict.
 
     Raises: TrainingError: the recipe distils and there is no teacher, or the other way round.
     """
@@ -126,11 +125,10 @@ class DistillationLoss:
         """The loss of one batch, a float32 scalar.
 
         Args:
-            output: the student's logits: (B, K) of one head, or a pair of them, class head first; `forward_heads` gives
-                the pair in every mode, while calling a distilled model in eval mode gives the mean, which has no heads.
-                Logits of extra heads follow.
+            output: the student's logits: (B, K) of one head, or a pair of them, class head first, then those of extra
+                heads; `forward_heads` gives the pair in every mode.
             targets: the labels as distributions, (B, K), or these and targets of the extra heads.
-            teacher_logits: what the teacher says of the same images, (B, K); needed where the recipe distils.
+            teacher_logits: the teacher's for the same images, (B, K); needed if the recipe distils.
 
         Raises: TrainingError: logits and targets of different shapes, no teacher logits, or no distillation head.
         """

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator
-from functools import partial
+from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import Any, cast
 
@@ -28,25 +27,24 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
     positions and the class token but not the distillation token, which therefore is decayed.
     Source: the authors' scripts, through timm 0.3.2's optimiser factory.
 
-    Raises: ConfigError: a `layer_decay` for a model that does not know its layers.
+    Raises: ConfigError: a `layer_decay` for a model of another package, whose layers are unknown.
     """
     listed: set[str] = getattr(model, "no_weight_decay", set)()
-    if layer_decay == 1.0:
-        layers: list[dict[str, float]] = [{}]
-        layer_of: Callable[[str], int] = _one_layer
-    elif isinstance(model, ImageClassifier):
-        last = layer_count(model)
+    layers: list[dict[str, float]] = [{}]
+    layered = model if isinstance(model, ImageClassifier) and layer_decay != 1.0 else None
+    if layered is not None:
+        last = layer_count(layered)
         layers = [{"lr_scale": layer_decay ** (last - layer)} for layer in range(last + 1)]
-        layer_of = partial(layer_of_parameter, model)
-    else:
+    elif layer_decay != 1.0:
         raise ConfigError(f"layer_decay={layer_decay}: {type(model).__name__} does not tell its layers; use 1")
     groups: list[dict[str, Any]] = [
         {"params": [], "weight_decay": decay, **layer} for layer in layers for decay in (weight_decay, 0.0)
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            layer = 0 if layered is None else layer_of_parameter(layered, name)
             free = parameter.ndim <= 1 or name.endswith(".bias") or name in listed
-            groups[2 * layer_of(name) + free]["params"].append(parameter)
+            groups[2 * layer + free]["params"].append(parameter)
     return groups
 
 
@@ -63,18 +61,13 @@ def layer_of_parameter(model: ImageClassifier, name: str) -> int:
     return layer_count(model) if top in ("norm", *model.head_names) else 0
 
 
-def _one_layer(name: str) -> int:  # noqa: ARG001
-    return 0
-
-
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
     """AdamW or SGD over the groups; the learning rate is set before every step, see `learning_rate`.
 
-    Both are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. That of SGD knows
-    no divided parameters.
+    Both are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. SGD's kernel does
+    not take divided parameters.
     """
-    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
-    groups = [group for group in groups if group["params"]]
+    groups = [group for group in parameter_groups(model, recipe.weight_decay, recipe.layer_decay) if group["params"]]
     if recipe.optimizer == "sgd":
         divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.beta1, fused=not divided)
@@ -87,7 +80,7 @@ def learning_rate(recipe: Recipe, epoch: int, progress: float = 0.0) -> float:
     Args:
         recipe: its peak, ends, lengths and schedule.
         epoch: from 0.
-        progress: the part of the epoch that is done, from 0 to 1; matters to the schedule "step" alone.
+        progress: the part of the epoch that is done, from 0 to 1; for the schedules "step" and "constant".
 
     A linear warm-up from `warmup_lr`, then half a cosine from the peak to `min_lr`. The cosine counts from epoch 0, so
     that it meets the end of the warm-up a little below the peak: the authors' schedulers do not shift it.

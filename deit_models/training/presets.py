@@ -1,13 +1,13 @@
-"""The papers' recipes by name, a table for each family: what differs from the defaults of `recipe.Recipe`."""
+"""The papers' recipes by name, a table for each family: fields that differ from the defaults of `recipe.Recipe`."""
 
 from __future__ import annotations
 
 from typing import Any
 
-_Settings = dict[str, Any]
-_Presets = dict[str, tuple[str, _Settings]]
+_Changes = dict[str, Any]
+_Presets = dict[str, tuple[str, _Changes]]
 
-_FINETUNE_384: _Settings = {
+_FINETUNE_384: _Changes = {
     "epochs": 30,
     "batch_size": 512,
     "lr": 5e-6,
@@ -16,7 +16,7 @@ _FINETUNE_384: _Settings = {
     "img_size": 384,
     "train_mode": False,
 }
-_SMALL_IMAGES: _Settings = {
+_SMALL_IMAGES: _Changes = {
     "epochs": 100,
     "batch_size": 128,
     "lr": 1e-3,
@@ -42,7 +42,7 @@ _DEIT: _Presets = {
         {**_FINETUNE_384, "distillation": "hard"},
     ),
 }
-_LEVIT_1000E: _Settings = {
+_LEVIT_1000E: _Changes = {
     "epochs": 1000,
     "batch_size": 2048,
     "weight_decay": 0.025,
@@ -61,7 +61,7 @@ _LEVIT: _Presets = {
     ),
 }
 # One network serves 32 and 64 pixels; rates after Page, How to train your ResNet, 2018, for batches of 512.
-_CONVNET_TEACHER: _Settings = {
+_CONVNET_TEACHER: _Changes = {
     **_SMALL_IMAGES,
     "epochs": 40,
     "batch_size": 512,
@@ -75,7 +75,7 @@ _CONVNET_TEACHER: _Settings = {
     "ema_decay": 0.98,
 }
 # An alpha of 10 / 11 weighs both losses of ten classes alike: `soft_distillation` divides by their number
-_TOKEN_DISTILL: _Settings = {
+_TOKEN_DISTILL: _Changes = {
     **_SMALL_IMAGES,
     "epochs": 300,
     "distillation": "soft",
@@ -95,9 +95,9 @@ _CIFAR: _Presets = {
 
 # DeiT III pre-trains with LAMB, which neither torch nor torchvision has. In its place stands AdamW, at rates of ours:
 # from scratch DeiT's rule of 5e-4 for 512 images; from 21k to 1k classes the authors' AdamW rate, 1e-5 for 512 images.
-# H has patches of 14 pixels: of the authors' 160 and 128 pixels they use 154 and 126, which is what stands here.
-_DEIT3_ALL: _Settings = {"lr_batch": 0, "erase": 0.0}
-_DEIT3_SCRATCH: _Settings = {
+# H has patches of 14 pixels, so the authors' 160 and 128 pixels are 154 and 126 here.
+_DEIT3_ALL: _Changes = {"lr_batch": 0, "erase": 0.0}
+_DEIT3_SCRATCH: _Changes = {
     **_DEIT3_ALL,
     "epochs": 800,
     "batch_size": 2048,
@@ -106,7 +106,7 @@ _DEIT3_SCRATCH: _Settings = {
     "loss": "bce",
     "label_smoothing": 0.0,
 }
-_DEIT3_FINETUNE: _Settings = {
+_DEIT3_FINETUNE: _Changes = {
     **_DEIT3_ALL,
     "epochs": 20,
     "batch_size": 512,
@@ -114,7 +114,7 @@ _DEIT3_FINETUNE: _Settings = {
     "weight_decay": 0.1,
     "repeats": 1,
 }
-_DEIT3_21K: _Settings = {
+_DEIT3_21K: _Changes = {
     **_DEIT3_ALL,
     "epochs": 240,
     "batch_size": 2048,
@@ -125,11 +125,11 @@ _DEIT3_21K: _Settings = {
     "repeats": 1,
     "mixup": 0.0,
 }
-_DEIT3_21K_TO_1K: _Settings = {**_DEIT3_21K, "epochs": 50, "lr": 4e-5}
+_DEIT3_21K_TO_1K: _Changes = {**_DEIT3_21K, "epochs": 50, "lr": 4e-5}
 
 
-def _deit3(settings: _Settings, drop_path_rate: float, img_size: int = 224, **more: Any) -> _Settings:
-    """The settings of a stage of DeiT III, with what hangs on the size of the model."""
+def _deit3(settings: _Changes, drop_path_rate: float, img_size: int = 224, **more: Any) -> _Changes:
+    """The settings of a stage of DeiT III for one size of the model."""
     return {**settings, "drop_path_rate": drop_path_rate, "img_size": img_size, **more}
 
 
@@ -153,7 +153,7 @@ _DEIT3: _Presets = {
     "deit3_large_21k_to_1k": ("DeiT III-L from 21k to 1k classes, likewise", _deit3(_DEIT3_21K_TO_1K, 0.4)),
     "deit3_huge_21k_to_1k": ("DeiT III-H from 21k to 1k classes, likewise", _deit3(_DEIT3_21K_TO_1K, 0.45)),
 }
-_T2T_300E: _Settings = {
+_T2T_300E: _Changes = {
     "cooldown_epochs": 10,
     "batch_size": 512,
     "lr_batch": 0,
@@ -172,15 +172,10 @@ _T2T: _Presets = {
     "t2t_24_300e": ("T2T-ViT-19, 24, t-19 and t-24 from scratch, likewise", {**_T2T_300E, "weight_decay": 0.065}),
 }
 
-_VIT_RESNAS: _Settings = {
-    "schedule": "epoch",
-    "drop_path_rate": 0.2,
-    "repeats": 1,
-    "mix_mode": "patch",
-}
-_SUPERNET: _Settings = {**_VIT_RESNAS, "epochs": 120, "ema_decay": 0.0}
+_VIT_RESNAS: _Changes = {"schedule": "epoch", "drop_path_rate": 0.2, "repeats": 1, "mix_mode": "patch"}
+_SUPERNET: _Changes = {**_VIT_RESNAS, "epochs": 120, "ema_decay": 0.0}
 # The end of their cosine, 5e-6, lies above its peak, 2.5e-6: the rate rises after the warm-up.
-_VIT_RESNAS_FINETUNE: _Settings = {
+_VIT_RESNAS_FINETUNE: _Changes = {
     **_VIT_RESNAS,
     "epochs": 30,
     "batch_size": 256,
@@ -200,8 +195,8 @@ _VIT_RES: _Presets = {
     "supernet_small_120e": ("the super-network of the space small, likewise", {**_SUPERNET, "drop_path_rate": 0.3}),
 }
 
-# What the authors answered in issue 45 of their repository; its moving average is off, since it was never the result
-_FINETUNE_SGD: _Settings = {
+# The authors' answer in issue 45 of their repository; without their moving average, which was never the result
+_FINETUNE_SGD: _Changes = {
     "epochs": 1000,
     "batch_size": 768,
     "optimizer": "sgd",
@@ -213,7 +208,7 @@ _FINETUNE_SGD: _Settings = {
     "erase": 0.0,
     "label_heads": "both",
 }
-_FINETUNE_INATURALIST: _Settings = {
+_FINETUNE_INATURALIST: _Changes = {
     "epochs": 100,
     "batch_size": 768,
     "lr": 7.5e-5,
@@ -221,7 +216,7 @@ _FINETUNE_INATURALIST: _Settings = {
     "ema_decay": 0.0,
     "label_heads": "both",
 }
-_FINETUNE: _Settings = {
+_FINETUNE: _Changes = {
     "epochs": 30,
     "batch_size": 64,
     "lr": 5e-4,
@@ -250,4 +245,4 @@ _TRANSFER: _Presets = {
 }
 
 PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_VIT_RES, **_CIFAR, **_TRANSFER}
-"""Name to (what it is and where it comes from, what differs from the defaults)."""
+"""Name to (description with source, fields that differ from the defaults)."""

@@ -1,8 +1,8 @@
-"""What one training run is made of: a frozen record with the papers' settings as named presets.
+"""The settings of a training run: a frozen record, with the papers' settings as named presets.
 
 Every field can be overridden from Python (`recipe_named("deit_300e", epochs=100)`), from a TOML file (`read_recipe`)
-and on the command line (one option per field). No field is ever None: 0 or "none" switches a thing off, so that a
-recipe can be written to TOML and read back unchanged.
+and on the command line (one option per field). No field is ever None: 0 or "none" means off, so that a recipe can be
+written to TOML and read back unchanged.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ LabelHeads = Literal["class", "both"]
 DistillOn = Literal["token", "class"]
 Compile = Literal["auto", "on", "off"]
 CUSTOM = "custom"
-"""The label of a recipe that began as no preset."""
+"""The label of a recipe without a preset."""
 
 
 def _option(default: Any, text: str) -> Any:
-    """A field with its explanation, which the command line and the documentation show."""
+    """A field with its explanation for the command line and the documentation."""
     return field(default=default, metadata={"help": text})
 
 
@@ -111,9 +111,7 @@ class Recipe:
         "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
     )
     distillation: Distillation = _option("none", "none, soft (KL to the teacher) or hard (the teacher's decision)")
-    distill_on: DistillOn = _option(
-        "token", "where the teacher speaks: the distillation token's head, or the class head"
-    )
+    distill_on: DistillOn = _option("token", "head that learns from the teacher: token (distillation head) or class")
     alpha: float = _option(0.5, "weight of the teacher's loss; the labels get 1 - alpha")
     tau: float = _option(1.0, "temperature of soft distillation")
 
@@ -184,7 +182,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("crop_scale", "layer_decay"), lambda v: 0 < v <= 1, "more than 0 and at most 1"),
     (("seed",), lambda v: 0 <= v < 2**63, "0 or more, less than 2**63"),
 )
-"""Every number among the fields: which ones, whether a value is in range, and how to say so."""
+"""Ranges of all numbers among the fields: names, test, and text of the error."""
 
 
 def recipe_named(name: str, /, **overrides: Any) -> Recipe:
