@@ -16,7 +16,9 @@ _FINETUNE_384: _Changes = {
     "img_size": 384,
     "train_mode": False,
 }
+_LIGHT: _Changes = {"augment": "none", "erase": 0.0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "ema_decay": 0.0}
 _SMALL_IMAGES: _Changes = {
+    **_LIGHT,
     "epochs": 100,
     "batch_size": 128,
     "lr": 1e-3,
@@ -24,13 +26,7 @@ _SMALL_IMAGES: _Changes = {
     "warmup_epochs": 5,
     "schedule": "step",
     "crop": "pad",
-    "augment": "none",
     "color_jitter": 0.0,
-    "erase": 0.0,
-    "repeats": 1,
-    "mixup": 0.0,
-    "cutmix": 0.0,
-    "ema_decay": 0.0,
     "drop_path_rate": 0.0,
 }
 _DEIT: _Presets = {
@@ -217,6 +213,7 @@ _FINETUNE_INATURALIST: _Changes = {
     "label_heads": "both",
 }
 _FINETUNE: _Changes = {
+    **_LIGHT,
     "epochs": 30,
     "batch_size": 64,
     "lr": 5e-4,
@@ -227,14 +224,8 @@ _FINETUNE: _Changes = {
     "schedule": "step",
     "layer_decay": 0.75,
     "clip_grad": 1.0,
-    "ema_decay": 0.0,
     "crop_scale": 0.5,
-    "augment": "none",
     "color_jitter": 0.2,
-    "erase": 0.0,
-    "repeats": 1,
-    "mixup": 0.0,
-    "cutmix": 0.0,
     "label_heads": "both",
     "patience": 10,
 }

@@ -13,7 +13,7 @@ from torch import nn
 
 import deit_models
 from deit_models.augmentation.samples import TrainSampler
-from deit_models.errors import ConfigError, DataError, SaveError, MissingExtraError, TrainingError
+from deit_models.errors import ConfigError, DataError, MissingExtraError, SaveError, TrainingError
 from deit_models.evaluation import evaluate
 from deit_models.models.layers import ImageClassifier
 from deit_models.training.recipe import read_recipe

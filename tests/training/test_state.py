@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from deit_models import create_model
 from deit_models.data.loading import Watch, plain_watch
-from deit_models.errors import SaveError, MissingExtraError, TrainingError
+from deit_models.errors import MissingExtraError, SaveError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training.learner import Learner
 from deit_models.training.run import TrainResult, train
