@@ -113,7 +113,7 @@ class Run:
 
 def card(device: torch.device) -> str:
     """The name of the GPU, or of the processor in a rehearsal."""
-    from deit_models.deploy.timing import machine
+    from deit_models.deploy.hardware import machine
 
     return f"{machine(device)['device']}{' (rehearsal)' if device.type == 'cpu' else ''}"
 
@@ -223,7 +223,7 @@ def inference(run: Run) -> None:
 def inference_cell(run: Run, name: str, batch: int, peak: float, *, rounds: int, seconds: float) -> None:
     """All sides of one model at one batch size, in turns."""
     import deit_models
-    from deit_models.deploy.timing import call_times
+    from deit_models.deploy.hardware import call_times
 
     images = torch.randn(batch, 3, 224, 224, device=run.device)
     times: dict[str, list[float]] = {}

@@ -118,7 +118,7 @@ def report(name: str, rounds: int, medians: dict[str, dict[str, float]], file_mb
 
 def machine(packages: Sequence[str] = ("torch", "timm", "transformers", "safetensors")) -> str:
     """Processor, cores and versions, for the head of a table."""
-    from deit_models.deploy.timing import processor_name
+    from deit_models.deploy.hardware import processor_name
 
     versions = []
     for package in packages:

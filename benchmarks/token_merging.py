@@ -22,8 +22,8 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
-from deit_models.deploy.network import TokenMerging, decreasing, prepare
-from deit_models.deploy.runtimes import BACKENDS, BackendName, Job
+from deit_models.deploy.network import TokenMerging, decreasing, merging_plan, prepare
+from deit_models.deploy.runtimes import BACKENDS, BackendName, build_runner
 from deit_models.models.layers import ImageClassifier
 
 SHIPPED = "deit_micro_patch4_32"
@@ -45,7 +45,7 @@ def cifar(folder: Path, model: ImageClassifier, limit: int | None) -> tuple[Tens
 
 def answers(model: ImageClassifier, images: Tensor, merging: TokenMerging) -> Tensor:
     """The likeliest class of every image."""
-    network = prepare(model, token_merging=merging)
+    network = prepare(model, plan=merging_plan(model, merging))
     return torch.cat([network(batch).argmax(dim=1) for batch in images.split(ANSWER_BATCH)])
 
 
@@ -61,7 +61,7 @@ def speeds(
 ) -> list[Speed]:
     """Of each number of merged tokens, from medians of calls in turns."""
     runs: list[Callable[[Tensor], Tensor]] = [
-        BACKENDS[backend].build(Job(prepare(model, token_merging=r), example, "float32")) for r in merged
+        build_runner(model, "float32", BACKENDS[backend], example, plan=merging_plan(model, r)) for r in merged
     ]
     times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for call in range(calls + 2):

@@ -16,7 +16,7 @@ import deit_models
 from deit_models.checkpoint import load_manifest
 from deit_models.cli import build_parser
 from deit_models.data.datasets import DATASETS
-from deit_models.deploy.runtimes import BACKENDS, FORMATS
+from deit_models.deploy.runtimes import BACKENDS, EXPORT_FORMATS
 from deit_models.finetuning.finetune import PRESET_OF
 from deit_models.nas.space import space_from_toml
 from deit_models.training.presets import PRESETS
@@ -196,7 +196,9 @@ def test_fine_tuning_guide_names_the_preset_of_every_data_set() -> None:
 def test_deployment_guide_names_the_backends_and_formats_there_are() -> None:
     text = DOCS["docs/deployment.md"]
     assert re.findall(r"^\| `(\w+)` \|.*\|.*\|$", text, re.MULTILINE)[: len(BACKENDS)] == list(BACKENDS)
-    assert {kind.suffix for kind in FORMATS.values()} == set(re.findall(r"deit-models export \S+ \w+(\.\w+)", text))
+    assert {kind.suffix for kind in EXPORT_FORMATS.values()} == set(
+        re.findall(r"deit-models export \S+ \w+(\.\w+)", text)
+    )
 
 
 def test_public_names_are_importable_and_documented() -> None:

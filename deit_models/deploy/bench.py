@@ -1,36 +1,34 @@
-"""How fast this machine is with a model: every backend in a process of its own, as a table for an issue."""
+"""`bench`: speed of a model on this machine, each backend in a process of its own, as a table for an issue."""
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
 from ..errors import ConfigError, first_line
 from ..macs import count_macs
 from ..models import create_model
-from ..models.layers import ImageClassifier
-from .network import prepare
-from .runtimes import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
-from .timing import Runner, call_times, machine, quiet
+from .hardware import Runner, call_times, has_bf16, machine, quiet
+from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, build_runner, ways_on
 
 _WARM_UP = 3
 
 
 class Case(NamedTuple):
-    """What is measured: `backend` "model" is the model as it is, without what `optimize` does."""
+    """One measurement to make; the backend "model" is the model itself, not prepared for inference."""
 
     model: str
     backend: BackendName | Literal["model"]
-    precision: Precision
+    precision: InferencePrecision
     batch_size: int
     device: str
     seconds: float
@@ -38,18 +36,18 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """What one process found.
+    """Result of one process; zeros if it failed.
 
     Attributes:
-        backend: what computed; "model" is the model as it is.
-        precision: in what.
-        batch_size: images a call.
-        images_per_second: over all timed calls; 0 where it failed, as the others.
-        p50_ms: the median of a call.
-        p95_ms: what 95 of 100 calls stay below.
-        peak_mb: in MiB. On a GPU the most of its memory that torch held while calls were timed, weights and CUDA graphs
-            included, compiling not; else the most resident memory the process had.
-        error: why there are no figures, in one line.
+        backend: of the case.
+        precision: of the case.
+        batch_size: images in a call.
+        images_per_second: over all timed calls.
+        p50_ms: median of a call.
+        p95_ms: 95 of 100 calls are faster.
+        peak_mb: in MiB. On a GPU the most memory that torch reserved while calls were timed, with weights and CUDA
+            graphs, without compiling; else the peak of the process's resident memory.
+        error: reason of a failure, in one line.
     """
 
     backend: str
@@ -67,20 +65,20 @@ def bench(
     *,
     batch_sizes: Sequence[int] = (1, 8, 32),
     backends: Sequence[str] = (),
-    precision: Precision | None = None,
+    precision: InferencePrecision | None = None,
     device: str = "cpu",
     seconds: float = 3.0,
 ) -> Iterator[Measurement]:
     """Measure a model with random weights, each backend, precision and batch size in a fresh process.
 
     Args:
-        model: a name or an architecture file, as `create_model` takes it; speed does not depend on the weights.
-        batch_sizes: images a call.
-        backends: of those `optimize` knows, and "model" for the model as it is; all if empty.
-        precision: "float32", "bf16" or "int8", whose ranges random images give; by default float32, and bf16 where the
-            device computes in it by itself.
-        device: where to run.
-        seconds: how long each is timed; two calls at least.
+        model: a name or an architecture file, as for `create_model`; speed does not depend on the weights.
+        batch_sizes: images in a call.
+        backends: of those of `optimize`, and "model" for the model itself; all if empty.
+        precision: "float32", "bf16", or "int8" with ranges from random images; by default float32, and bf16 where the
+            device computes in it natively.
+        device: to run on.
+        seconds: time for each, at least two calls.
 
     Raises: ConfigError: an unknown backend or precision, a batch below 1. UnknownModelError: the name.
     """
@@ -90,30 +88,35 @@ def bench(
             raise ConfigError(f"backend {name!r}; expected one of {', '.join(known)}")
     if not batch_sizes or min(batch_sizes) < 1:
         raise ConfigError(f"batch_sizes={list(batch_sizes)}; expected numbers of images, 1 or more")
-    if precision not in (None, *get_args(Precision)):
-        raise ConfigError(f"precision={precision!r}; expected one of {', '.join(get_args(Precision))}")
-    create_model(model, device="meta")  # an unknown name is told here, not by every process
-    ways = _ways(backends or known, precision, torch.device(device))
-    cases = [Case(model, *way, batch_size, device, seconds) for batch_size in batch_sizes for way in ways]
+    if precision not in (None, *get_args(InferencePrecision)):
+        raise ConfigError(f"precision={precision!r}; expected one of {', '.join(get_args(InferencePrecision))}")
+    create_model(model, device="meta")  # an unknown name is an error here, not in each process
+    cases = _cases(model, batch_sizes, backends or known, precision, device=device, seconds=seconds)
     return map(_in_own_process, cases)
 
 
-def _ways(
-    wanted: Sequence[str], precision: Precision | None, device: torch.device
-) -> list[tuple[BackendName | Literal["model"], Precision]]:
-    kinds = (precision,) if precision else precisions_here(device)
-    ways: list[tuple[BackendName | Literal["model"], Precision]] = [("model", "float32")] if "model" in wanted else []
-    for name, backend in BACKENDS.items():
-        if name in wanted and device.type in backend.devices:
-            ways += [(name, kind) for kind in backend.precisions if kind in kinds]
-    return ways
+def _cases(
+    model: str,
+    batch_sizes: Sequence[int],
+    wanted: Sequence[str],
+    precision: InferencePrecision | None,
+    *,
+    device: str,
+    seconds: float,
+    native_bf16: Callable[[torch.device], bool] = has_bf16,
+) -> list[Case]:
+    ways: list[tuple[BackendName | Literal["model"], InferencePrecision]] = [("model", "float32")]
+    named = {name: backend for name, backend in BACKENDS.items() if name in wanted}
+    found = ways_on(torch.device(device), backends=named, precision=precision, native_bf16=native_bf16)
+    ways = [*(ways if "model" in wanted else []), *found]
+    return [Case(model, *way, batch_size, device, seconds) for batch_size in batch_sizes for way in ways]
 
 
-def _in_own_process(case: Case) -> Measurement:
-    # thread pools of several runtimes would disturb each other, and peak memory is a process's own
+def _in_own_process(case: Case, run: Callable[[Case], Measurement] | None = None) -> Measurement:
+    # thread pools of several runtimes disturb each other, and a process has one peak of memory
     try:
         with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            return pool.submit(measure, case).result()
+            return pool.submit(run or measure, case).result()
     except BrokenProcessPool:
         return _failed(case, "the process died, most often for want of memory")
 
@@ -122,18 +125,59 @@ def _failed(case: Case, reason: str) -> Measurement:
     return Measurement(backend=case.backend, precision=case.precision, batch_size=case.batch_size, error=reason)
 
 
+class PeakMemory:
+    """Peak of memory: of torch on a GPU since `forget`, else of this process."""
+
+    def __init__(self, device: torch.device, cuda: Any = torch.cuda) -> None:
+        self.cuda = cuda if device.type == "cuda" else None
+        self.device = device
+
+    def forget(self) -> None:
+        """Start the peak of a GPU anew, without the memory for building and compiling."""
+        if self.cuda:
+            self.cuda.empty_cache()
+            self.cuda.reset_peak_memory_stats(self.device)
+
+    def mb(self) -> float:
+        """The peak in MiB."""
+        if self.cuda:
+            # reserved, not allocated: the memory of a CUDA graph is reserved for it and counts as free
+            return self.cuda.max_memory_reserved(self.device) / 2**20
+        status = Path("/proc/self/status")
+        if status.exists():
+            line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+            return int(line.split()[1]) / 2**10
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, in KiB elsewhere
+        return peak / (2**20 if sys.platform == "darwin" else 2**10)
+
+
 def measure(case: Case) -> Measurement:
-    """Build what a case asks for, and time it, in this process."""
+    """Build the network of a case and time it in this process."""
+    return _measure(case, PeakMemory(torch.device(case.device)))
+
+
+def _measure(
+    case: Case,
+    memory: PeakMemory,
+    *,
+    backends: Mapping[BackendName, Backend] = BACKENDS,
+    timer: Callable[..., list[float]] = call_times,
+) -> Measurement:
     device = torch.device(case.device)
     try:
         with quiet(), torch.no_grad():
             model = create_model(case.model).eval().to(device)
             images = torch.randn(case.batch_size, model.config.in_chans, *model.config.image_hw, device=device)
-            run = _runner(model, case, images)
-            call_times(run, images, seconds=0, warm_up=_WARM_UP)
-            _forget_peak(device)
-            times = call_times(run, images, seconds=case.seconds, warm_up=0)
-    except Exception as error:  # noqa: BLE001  # whatever a compiler or a runtime raises is a row of the table
+            if case.backend == "model":
+                run: Runner = model
+            else:
+                run = build_runner(model, case.precision, backends[case.backend], images, calibration=images)
+            timer(run, images, seconds=0, warm_up=_WARM_UP)
+            memory.forget()
+            times = timer(run, images, seconds=case.seconds, warm_up=0)
+    except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: each is a row of the table
         return _failed(case, first_line(error))
     return Measurement(
         backend=case.backend,
@@ -142,40 +186,12 @@ def measure(case: Case) -> Measurement:
         images_per_second=case.batch_size * len(times) / sum(times),
         p50_ms=1000 * statistics.median(times),
         p95_ms=1000 * statistics.quantiles(times, n=20, method="inclusive")[-1],
-        peak_mb=_peak_mb(device),
+        peak_mb=memory.mb(),
     )
 
 
-def _runner(model: ImageClassifier, case: Case, images: torch.Tensor) -> Runner:
-    if case.backend == "model":
-        return lambda x: model(x)
-    prepared = prepare(model, dtype=network_dtype(case.backend, case.precision))
-    return BACKENDS[case.backend].build(Job(prepared, images, case.precision, calibration=images))
-
-
-def _forget_peak(device: torch.device) -> None:
-    """Begin a GPU's peak anew, without what building and compiling took."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-
-
-def _peak_mb(device: torch.device) -> float:
-    if device.type == "cuda":
-        # not what is allocated: the memory that a CUDA graph computes in is reserved for it, and counts as free
-        return torch.cuda.max_memory_reserved(device) / 2**20
-    status = Path("/proc/self/status")
-    if status.exists():
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) / 2**10
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on a Mac, in KiB elsewhere
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def table(model: str, rows: Sequence[Measurement], device: str = "cpu") -> str:
-    """What was measured as Markdown, with all that the figures depend on."""
+    """Measurements as Markdown, with the machine and the versions they depend on."""
     config = create_model(model, device="meta").config
     height, width = config.image_hw
     about = ", ".join(f"{key} {value}" for key, value in machine(torch.device(device)).items() if value is not None)

@@ -1,25 +1,28 @@
-"""A model as it goes out: one network for inference, from images to final logits, with all folded that folds exactly.
+"""Inference copy of a model: from images to final logits, with layers folded where that is exact, and tokens merged.
 
-What is folded gives the same logits up to rounding, and every fold has a test that says so:
+Folding gives the same logits up to rounding:
 
-- LeViT's BatchNorms and score biases (`LeViT.fuse`).
-- DeiT III's layer scale, into the linear layer before it.
-- Scale and shift of the LayerNorms in transformer blocks, into the linear layer behind each.
-- The last block of a model whose heads read the prefix tokens alone: only their rows are computed. At 197 tokens that
-  saves five sixths of one block in twelve.
-- On request the normalisation of the pixels: into DeiT's patch projection; in front of the other families, whose first
-  layer pads with zeros that mean something else before the normalisation than after it.
+- LeViT: BatchNorms and score biases (`LeViT.fuse`).
+- DeiT III: layer scale goes into the linear layer before it.
+- Transformer blocks: scale and shift of each LayerNorm go into the linear layer after it.
+- The last block, if the heads read the prefix tokens only: it computes only their rows. With 197 tokens this saves five
+  sixths of one block in twelve.
+- On request the normalisation of the pixels: into DeiT's patch projection, and as a layer in front of other families.
+  Their first layer pads with zeros, and zero means another colour before the normalisation than after it.
 
-Merging tokens, on request, is no fold: it gives other logits, see `merging`.
+Merging tokens, on request, changes the logits: the tokens most alike become one, which counts for all tokens in it.
+Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461; written from the paper, no code
+of its authors was used.
+
+Reading order: `prepare`, the folds, the merging from its plan to the blocks.
 """
-# MERGED """Fewer tokens from block to block: those most alike become one, which counts for as many as it holds. Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461, written from the paper's text; no code of its authors was used. Other than the folds of `prepared` this changes the answers: not training, but a check on images decides whether they stay good enough. Reading order: the plan (how many tokens a block merges), the pairs, the merge, the blocks. """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,13 +36,198 @@ from ..models.levit import LeViT
 from ..models.transformer import Block, VisionTransformer, scaled
 
 TokenMerging = int | Sequence[int]
-"""Tokens that every block merges, or those of each block in turn; 0 merges none."""
+"""Tokens to merge in every block, or one number for each block; 0 merges none."""
+
+
+class Prepared(nn.Module):
+    """A network in eval mode that computes in one dtype: (B, C, H, W) -> (B, num_classes) float32.
+
+    Attributes:
+        network: the folded copy, with the normalisation in front if it takes pixels.
+        dtype: dtype of its weights.
+    """
+
+    def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.network = network.to(dtype)
+        self.dtype = dtype
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Cast to `dtype`, compute, cast to float32."""
+        return self.network(x.to(self.dtype)).float()
+
+
+@torch.no_grad()
+def prepare(
+    model: ImageClassifier,
+    *,
+    pixels: bool = False,
+    dtype: torch.dtype = torch.float32,
+    fold: bool = True,
+    plan: tuple[int, ...] = (),
+) -> Prepared:
+    """Inference copy of a model. The model stays as it is; unchanged tensors are shared.
+
+    Args:
+        model: any family, in any mode.
+        pixels: take pixels from 0 to 255 instead of normalised floats.
+        dtype: dtype to compute in; folding is done in float32.
+        fold: whether to fold; networks without folding serve as reference.
+        plan: tokens to merge in each block, from `merging_plan`; empty for the model's own logits.
+
+    Raises: ConfigError: `pixels`, but the normalisation of the model is unknown.
+    """
+    network = _sharing_copy(model).float()
+    if fold:
+        network = _folded(network)
+    if plan and isinstance(network, VisionTransformer):
+        network.blocks = MergingBlocks(network.blocks, plan, network.config.num_prefix_tokens)
+    whole: nn.Module = network
+    if pixels:
+        if model.origin is None:
+            raise ConfigError(
+                "this model was not made by create_model or from_pretrained; its normalisation is unknown"
+            )
+        if fold and isinstance(network, DeiT):
+            _fold_normalisation(network.patch_embed.proj, model.origin.preprocessing)
+        else:
+            device = next(network.parameters()).device
+            whole = nn.Sequential(Normalise(model.origin.preprocessing).to(device), network)
+    return Prepared(whole, dtype).eval().requires_grad_(False)
+
+
+def _sharing_copy(model: ImageClassifier) -> ImageClassifier:
+    """New modules on the same tensors, in eval mode."""
+    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, {**parameters, **{id(buffer): buffer for buffer in model.buffers()}}).eval()
+
+
+class Normalise(nn.Module):
+    """Normalise pixels from 0 to 255 as the model's evaluation transform does: (B, C, H, W) -> (B, C, H, W)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        super().__init__()
+        mean, std = _channels(preprocessing)
+        self.register_buffer("scale", (1 / (255 * std)).float())
+        self.register_buffer("shift", (-mean / std).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scale and shift each channel."""
+        return x * self.scale + self.shift
+
+
+def _channels(preprocessing: Preprocessing) -> Tensor:
+    """Mean and standard deviation, (2, C, 1, 1) float64."""
+    return torch.tensor([preprocessing.mean, preprocessing.std], dtype=torch.float64)[..., None, None]
+
+
+def random_images(model: ImageClassifier, count: int, *, pixels: bool) -> Tensor:
+    """Smooth random images to compare networks on, the same ones in each call; noise in every pixel all looks alike.
+
+    Returns:
+        (count, C, H, W) on the CPU: uint8 pixels, or floats normalised by the model's transform if it is known.
+    """
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(count, model.config.in_chans, 5, 5, generator=generator)
+    levels = F.interpolate(coarse, model.config.image_hw, mode="bilinear", align_corners=True) * 255
+    levels = levels.to(torch.uint8)
+    if pixels:
+        return levels
+    if model.origin is None or len(model.origin.preprocessing.mean) != levels.shape[1]:
+        return levels.float() / 64 - 2
+    return Normalise(model.origin.preprocessing)(levels.float())
+
+
+# Folds
+
+
+def _folded(network: ImageClassifier) -> ImageClassifier:
+    """A network with the same logits from fewer operations; changes `network` in place or replaces it."""
+    if isinstance(network, LeViT) and not network.is_fused:
+        return network.fuse()
+    for module in network.modules():
+        if isinstance(module, Block):
+            _fold_layer_scale(module)
+            module.norm1 = _fold_norm(module.norm1, module.attn.qkv)
+            module.norm2 = _fold_norm(module.norm2, module.mlp.fc1)
+    if isinstance(network, VisionTransformer) and not getattr(network.config, "token_head", False):
+        last = network.blocks[-1]
+        if isinstance(last, Block):
+            network.blocks[-1] = PrefixBlock(last, network.config.num_prefix_tokens)
+    return network
+
+
+def _fold_layer_scale(block: Block) -> None:
+    """Multiply the factors of each branch into its last layer, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
+    for layer, gamma in ((block.attn.proj, block.gamma_1), (block.mlp.fc2, block.gamma_2)):
+        if gamma is not None:
+            layer.weight = nn.Parameter(layer.weight * gamma[:, None], requires_grad=False)
+            layer.bias = nn.Parameter(layer.bias * gamma, requires_grad=False)
+    block.gamma_1 = block.gamma_2 = None
+
+
+def _fold_norm(norm: nn.LayerNorm, layer: nn.Linear) -> nn.LayerNorm:
+    """Move scale and shift of a norm into the layer after it: W (g x + s) + b = (W g) x + (W s + b)."""
+    shift = layer.weight @ norm.bias
+    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift, requires_grad=False)
+    layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
+    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+
+
+def _fold_normalisation(projection: nn.Conv2d, preprocessing: Preprocessing) -> None:
+    """Make a convolution without padding take pixels, in place: W (x / 255 - m) / s = (W / 255 s) x - sum(W m / s)."""
+    mean, std = _channels(preprocessing).to(projection.weight.device)
+    weight = projection.weight.double() / std
+    shift = (weight * mean).sum(dim=(1, 2, 3))
+    bias = -shift if projection.bias is None else projection.bias.double() - shift
+    projection.weight = nn.Parameter((weight / 255).to(projection.weight.dtype), requires_grad=False)
+    projection.bias = nn.Parameter(bias.to(projection.weight.dtype), requires_grad=False)
+
+
+class PrefixBlock(nn.Module):
+    """The prefix tokens' rows of a block's output, from fewer operations: (B, P + N, D) -> (B, P, D).
+
+    Keys and values are those of all tokens.
+    """
+
+    def __init__(self, block: Block, num_prefix: int) -> None:
+        super().__init__()
+        attention, width = block.attn, block.attn.proj.in_features
+        self.num_prefix, self.num_heads = num_prefix, attention.num_heads
+        self.norm1, self.proj, self.norm2, self.mlp = block.norm1, attention.proj, block.norm2, block.mlp
+        self.query = _rows(attention.qkv, 0, width)
+        self.key_value = _rows(attention.qkv, width, 3 * width)
+
+    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
+        """Both residual steps; `attn_bias` (B, 1, 1, P + N) is added to the attention logits."""
+        normed, prefix = self.norm1(x), x[:, : self.num_prefix]
+        query = self.query(normed[:, : self.num_prefix]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        # (B, P + N, 2 * D) -> twice (B, heads, P + N, D / heads)
+        key_value = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1], attn_mask=attn_bias)
+        prefix = prefix + self.proj(mixed.transpose(1, 2).flatten(2))
+        return prefix + self.mlp(self.norm2(prefix))
+
+
+def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
+    """A layer with some of the outputs of another, on the same memory."""
+    part = nn.Linear(layer.in_features, stop - start, bias=layer.bias is not None, device="meta")
+    part.weight = nn.Parameter(layer.weight[start:stop], requires_grad=False)
+    if layer.bias is not None:
+        part.bias = nn.Parameter(layer.bias[start:stop], requires_grad=False)
+    return part
+
+
+# Merging
 
 
 def decreasing(r: int, depth: int) -> tuple[int, ...]:
-    """A plan that starts with 2 * r tokens and falls linearly to 0 at the last block: r a block on average.
+    """A plan that falls linearly from 2 * r tokens in the first block to 0 in the last; r a block on average.
 
-    Source: section 3 of the paper. Rounded so that the first blocks together are never off by more than half a token.
+    Source: section 3 of the paper. Rounded so that the sum over the first blocks is off by half a token at most.
     """
     falling = [2 * r * (1 - i / (depth - 1)) if depth > 1 else float(r) for i in range(depth)]
     totals = [round(sum(falling[:i])) for i in range(depth + 1)]
@@ -47,7 +235,7 @@ def decreasing(r: int, depth: int) -> tuple[int, ...]:
 
 
 def merging_plan(model: ImageClassifier, token_merging: TokenMerging) -> tuple[int, ...]:
-    """The tokens that each block is to merge; empty if none does.
+    """The number of tokens to merge in each block; empty if no block merges.
 
     Raises: ConfigError: a model whose tokens cannot be merged, a negative number, a plan for another number of blocks.
     """
@@ -72,13 +260,13 @@ def merging_plan(model: ImageClassifier, token_merging: TokenMerging) -> tuple[i
 
 
 class Pairs(NamedTuple):
-    """Which tokens go where. Past the prefix, tokens are counted in turns: first, second, first, second, ...
+    """Tokens to merge. Tokens after the prefix alternate: F first tokens at even places, S second tokens at odd ones.
 
     Attributes:
-        num_prefix: tokens in front that are left alone.
-        kept: the first tokens that stay, by their place among the first, in order: (B, F - r).
-        gone: the first tokens that are merged away, likewise: (B, r).
-        into: 1 where a second token takes one of those in, else 0: (B, S, r) float32.
+        num_prefix: number of leading tokens that are never merged.
+        kept: indices of the first tokens that stay, in order: (B, F - r).
+        gone: indices of the first tokens that are merged away: (B, r).
+        into: 1 where a second token takes in a gone one, else 0: (B, S, r) float32.
     """
 
     num_prefix: int
@@ -88,17 +276,17 @@ class Pairs(NamedTuple):
 
 
 def match_tokens(keys: Tensor, r: int, *, num_prefix: int = 0) -> Pairs:
-    """The r pairs most alike of a first and a second token, every first token with the second most like it.
+    """The r most similar pairs of a first token and the second token most similar to it.
 
-    Shape: (B, P + N, D), what tokens are compared by; r is at most N // 2.
-    Source: section 3 of the paper, "bipartite soft matching"; likeness is the cosine of the angle.
+    Shape: keys (B, P + N, D); r is at most N // 2.
+    Source: section 3 of the paper, "bipartite soft matching"; the similarity is the cosine of the angle.
     """
-    # in float32 always: half precision would not tell the last pair that is merged from the first that is not
+    # always float32: in half precision many similarities are equal, and the choice among them is arbitrary
     unit = F.normalize(keys.float(), dim=-1)
-    first, second = _in_turns(unit, num_prefix)
-    likeness, partner = (first @ second.transpose(1, 2)).max(dim=2)
-    order = likeness.argsort(dim=1, descending=True)
-    # in order, or a difference in rounding would decide which tokens are first and second at the next merge
+    first, second = _alternating(unit, num_prefix)
+    similarity, partner = (first @ second.transpose(1, 2)).max(dim=2)
+    order = similarity.argsort(dim=1, descending=True)
+    # sorted, since otherwise rounding would decide which tokens are first and second at the next merge
     gone, kept = order[:, :r], order[:, r:].sort(dim=1).values
     seconds = torch.arange(second.shape[1], device=keys.device)
     into = (partner.gather(1, gone)[:, None] == seconds[:, None]).float()
@@ -106,35 +294,35 @@ def match_tokens(keys: Tensor, r: int, *, num_prefix: int = 0) -> Pairs:
 
 
 def merge_tokens(tokens: Tensor, sizes: Tensor, pairs: Pairs) -> tuple[Tensor, Tensor]:
-    """Means of the tokens that belong together, weighted by size, and the sums of their sizes.
+    """Merge each pair into its mean, weighted by size; the sizes are added.
 
     Shape: (B, P + N, D) and (B, P + N, 1) float32 -> the same with r tokens fewer: prefix, first tokens, second tokens.
     """
-    first, second = _in_turns(tokens, pairs.num_prefix)
-    first_sizes, second_sizes = _in_turns(sizes, pairs.num_prefix)
-    gone_sizes = _at(first_sizes, pairs.gone)
-    # products with zeros and ones, not a scatter: every backend has them, and adds in the same order
+    first, second = _alternating(tokens, pairs.num_prefix)
+    first_sizes, second_sizes = _alternating(sizes, pairs.num_prefix)
+    gone_sizes = _take(first_sizes, pairs.gone)
+    # products with zeros and ones instead of a scatter: every backend has them and adds in the same order
     merged_sizes = second_sizes + pairs.into @ gone_sizes
     share = pairs.into * gone_sizes.transpose(1, 2) / merged_sizes
     merged = second * (second_sizes / merged_sizes).to(tokens.dtype)
-    merged = merged + share.to(tokens.dtype) @ _at(first, pairs.gone)
+    merged = merged + share.to(tokens.dtype) @ _take(first, pairs.gone)
     return (
-        torch.cat([tokens[:, : pairs.num_prefix], _at(first, pairs.kept), merged], dim=1),
-        torch.cat([sizes[:, : pairs.num_prefix], _at(first_sizes, pairs.kept), merged_sizes], dim=1),
+        torch.cat([tokens[:, : pairs.num_prefix], _take(first, pairs.kept), merged], dim=1),
+        torch.cat([sizes[:, : pairs.num_prefix], _take(first_sizes, pairs.kept), merged_sizes], dim=1),
     )
 
 
-def _in_turns(x: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
+def _alternating(x: Tensor, num_prefix: int) -> tuple[Tensor, Tensor]:
     return x[:, num_prefix::2], x[:, num_prefix + 1 :: 2]
 
 
-def _at(x: Tensor, index: Tensor) -> Tensor:
-    """The rows of each item: (B, N, D) at (B, n) -> (B, n, D)."""
+def _take(x: Tensor, index: Tensor) -> Tensor:
+    """Rows of each item by index: (B, N, D) and (B, n) -> (B, n, D)."""
     return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[2]))
 
 
-def log_sizes(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """What is added to attention logits so that a key counts once for every token in it: (B, N, 1) -> (B, 1, 1, N).
+def _log_sizes(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """Bias for attention logits: a key counts once for every token in it. (B, N, 1) -> (B, 1, 1, N).
 
     Source: equation 1 of the paper, "proportional attention".
     """
@@ -142,220 +330,41 @@ def log_sizes(sizes: Tensor | None, dtype: torch.dtype) -> Tensor | None:
 
 
 class MergingBlock(nn.Module):
-    """A block that merges tokens between attention and MLP, in eval mode: (B, P + N, D) -> (B, P + N - r, D).
+    """A block that merges r tokens between attention and MLP, in eval mode: (B, P + N, D) -> (B, P + N - r, D).
 
-    Takes and gives the sizes too, (B, P + N, 1); None while every token is one patch. At most half of the N go.
+    The sizes (B, P + N, 1) go along; None means that every token is one patch. At most half of the N tokens are merged.
     """
 
     def __init__(self, block: Block, r: int, num_prefix: int) -> None:
         super().__init__()
-        self.r, self.num_prefix = r, num_prefix
-        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
-        self.gamma_1, self.gamma_2 = block.gamma_1, block.gamma_2
+        self.block, self.r, self.num_prefix = block, r, num_prefix
 
     def forward(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both residual steps."""
-        query, key, value = self.attn.heads(self.norm1(x))
-        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=log_sizes(sizes, x.dtype))
-        x = x + scaled(self.attn.proj(mixed.transpose(1, 2).flatten(2)), self.gamma_1)
+        """Both residual steps, with the merge between them."""
+        block = self.block
+        query, key, value = block.attn.heads(block.norm1(x))
+        mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=_log_sizes(sizes, x.dtype))
+        x = x + scaled(block.attn.proj(mixed.transpose(1, 2).flatten(2)), block.gamma_1)
         r = min(self.r, (x.shape[1] - self.num_prefix) // 2)
         if r:
             sizes = torch.ones_like(x[..., :1], dtype=torch.float32) if sizes is None else sizes
             x, sizes = merge_tokens(x, sizes, match_tokens(key.mean(dim=1), r, num_prefix=self.num_prefix))
-        return x + scaled(self.mlp(self.norm2(x)), self.gamma_2), sizes
+        return x + scaled(block.mlp(block.norm2(x)), block.gamma_2), sizes
 
 
-class MergingBlocks(nn.Module):
-    """All blocks of a network in turn: (B, P + N, D) -> (B, P + fewer, D).
-
-    A last block that computes the prefix alone has no tokens to merge; it is given the sizes.
-    """
+class MergingBlocks(nn.Sequential):
+    """All blocks of a network, with merging: (B, P + N, D) -> (B, P + fewer, D). A final PrefixBlock merges none."""
 
     def __init__(self, blocks: nn.Sequential, plan: Sequence[int], num_prefix: int) -> None:
-        super().__init__()
-        whole = [block for block in blocks if isinstance(block, Block)]
-        self.merging = nn.ModuleList(MergingBlock(b, r, num_prefix) for b, r in zip(whole, plan, strict=False))
-        self.last = None if len(whole) == len(blocks) else blocks[-1]
+        pairs = zip(blocks, plan, strict=True)
+        super().__init__(*(MergingBlock(b, r, num_prefix) if isinstance(b, Block) else b for b, r in pairs))
 
     def forward(self, x: Tensor) -> Tensor:
         """The tokens after the last block."""
         sizes: Tensor | None = None
-        for block in self.merging:
-            x, sizes = block(x, sizes)
-        return x if self.last is None else cast(Tensor, self.last(x, log_sizes(sizes, x.dtype)))
-
-
-class Prepared(nn.Module):
-    """A network in eval mode and what comes before and after it: (B, C, H, W) -> (B, num_classes) float32.
-
-    Attributes:
-        network: what computes the logits.
-        pixels: whether the input is pixels, 0 to 255 as uint8 or floats; otherwise it is normalised already.
-        dtype: what the network computes in.
-    """
-
-    def __init__(self, network: nn.Module, *, pixels: bool, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.network = network
-        self.pixels = pixels
-        self.dtype = dtype
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits, in float32 whatever the network computes in."""
-        return self.network(x.to(self.dtype)).float()
-
-
-class Normalise(nn.Module):
-    """Pixels from 0 to 255 to what a network was trained on, (B, C, H, W) -> (B, C, H, W)."""
-
-    def __init__(self, preprocessing: Preprocessing) -> None:
-        super().__init__()
-        # (C, 1, 1) each
-        self.register_buffer("scale", 1 / (255 * torch.tensor(preprocessing.std, dtype=torch.float64)).view(-1, 1, 1))
-        mean = torch.tensor(preprocessing.mean, dtype=torch.float64).view(-1, 1, 1)
-        self.register_buffer("shift", -mean * 255 * cast(Tensor, self.scale))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift each channel."""
-        return x * cast(Tensor, self.scale) + cast(Tensor, self.shift)
-
-
-def as_input(model: ImageClassifier, levels: Tensor, *, pixels: bool) -> Tensor:
-    """Pixels as uint8 (B, C, H, W), or as the model takes them normalised: float32, by its own transform if known."""
-    if pixels:
-        return levels
-    if model.origin is None or len(model.origin.preprocessing.mean) != levels.shape[1]:
-        return levels.float() / 64 - 2
-    return Normalise(model.origin.preprocessing).float()(levels.float())
-
-
-class PrefixBlock(nn.Module):
-    """A block of which only the prefix tokens' rows are wanted: (B, P + N, D) -> (B, P, D).
-
-    Keys and values are still those of all tokens. The same rows as the block's own, from fewer operations.
-    """
-
-    def __init__(self, block: Block, num_prefix: int) -> None:
-        super().__init__()
-        attention, width = block.attn, block.attn.proj.in_features
-        self.num_prefix, self.num_heads = num_prefix, attention.num_heads
-        self.norm1, self.proj, self.norm2, self.mlp = block.norm1, attention.proj, block.norm2, block.mlp
-        self.query = _rows(attention.qkv, 0, width)
-        self.key_value = _rows(attention.qkv, width, 3 * width)
-
-    def forward(self, x: Tensor, attn_bias: Tensor | None = None) -> Tensor:
-        """Both residual steps; the bias is added to the attention logits, (B, 1, 1, P + N)."""
-        normed, prefix = self.norm1(x), x[:, : self.num_prefix]
-        query = self.query(normed[:, : self.num_prefix]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        # (B, P + N, 2 * D) -> twice (B, heads, P + N, D / heads)
-        key_value = self.key_value(normed).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key_value[0], key_value[1], attn_mask=attn_bias)
-        prefix = prefix + self.proj(mixed.transpose(1, 2).flatten(2))
-        return prefix + self.mlp(self.norm2(prefix))
-
-
-def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
-    """A layer that gives some of the outputs of another, from the same memory."""
-    part = nn.Linear(layer.in_features, stop - start, bias=layer.bias is not None, device="meta")
-    part.weight = nn.Parameter(layer.weight[start:stop], requires_grad=False)
-    if layer.bias is not None:
-        part.bias = nn.Parameter(layer.bias[start:stop], requires_grad=False)
-    return part
-
-
-@torch.no_grad()
-def prepare(
-    model: ImageClassifier,
-    *,
-    pixels: bool = False,
-    dtype: torch.dtype = torch.float32,
-    fold: bool = True,
-    token_merging: TokenMerging = 0,
-) -> Prepared:
-    """A network for inference from a model, which is left as it is; memory is shared where nothing changes.
-
-    Args:
-        model: any family, in any mode.
-        pixels: take pixels from 0 to 255 rather than normalised floats.
-        dtype: what to compute in; folding is done in float32.
-        fold: whether to fold; a network that is not folded is what others are compared with.
-        token_merging: patch tokens that every block merges, or those of each block; with 0 the logits are the model's.
-
-    Raises: ConfigError: pixels are asked for, and the model does not know its normalisation; tokens that cannot be
-        merged, see `merging_plan`.
-    """
-    if pixels and model.origin is None:
-        raise ConfigError("this model was not made by create_model or from_pretrained; its normalisation is unknown")
-    plan = merging_plan(model, token_merging)
-    network = _sharing_copy(model).float()
-    if fold:
-        network = _folded(network)
-    if plan:
-        blocks = cast(nn.Sequential, network.blocks)
-        network.blocks = MergingBlocks(blocks, plan, network.config.num_prefix_tokens)
-    whole: nn.Module = network
-    if pixels and model.origin is not None:
-        if fold and isinstance(network, DeiT):
-            _fold_normalisation(network.patch_embed.proj, model.origin.preprocessing)
-        else:
-            device = next(network.parameters()).device
-            whole = nn.Sequential(Normalise(model.origin.preprocessing).to(device, torch.float32), network)
-    return Prepared(whole.to(dtype), pixels=pixels, dtype=dtype).eval().requires_grad_(False)
-
-
-def _sharing_copy(model: ImageClassifier) -> ImageClassifier:
-    """The same modules anew, on the same tensors."""
-    parameters = {id(p): nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
-    return copy.deepcopy(model, {**parameters, **{id(buffer): buffer for buffer in model.buffers()}}).eval()
-
-
-def _folded(network: ImageClassifier) -> ImageClassifier:
-    """A network that does less for the same logits; the one given is used up."""
-    if isinstance(network, LeViT) and not network.is_fused:
-        return network.fuse()
-    for module in network.modules():
-        if isinstance(module, Block):
-            _fold_layer_scale(module)
-            module.norm1 = _fold_norm(module.norm1, module.attn.qkv)
-            module.norm2 = _fold_norm(module.norm2, module.mlp.fc1)
-    if isinstance(network, VisionTransformer):
-        if not getattr(network.config, "token_head", False):
-            last = cast(Block, network.blocks[-1])
-            network.blocks[-1] = PrefixBlock(last, network.config.num_prefix_tokens)
-    return network
-
-
-def _fold_layer_scale(block: Block) -> None:
-    """Multiply the factors of each branch into its last layer, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
-    if block.gamma_1 is not None:
-        _scale(block.attn.proj, block.gamma_1)
-        block.gamma_1 = None
-    if block.gamma_2 is not None:
-        _scale(block.mlp.fc2, block.gamma_2)
-        block.gamma_2 = None
-
-
-def _scale(layer: nn.Linear, factors: Tensor) -> None:
-    layer.weight = nn.Parameter(layer.weight * factors[:, None], requires_grad=False)
-    layer.bias = nn.Parameter(layer.bias * factors, requires_grad=False)
-
-
-def _fold_norm(norm: nn.LayerNorm, layer: nn.Linear) -> nn.LayerNorm:
-    """The norm without scale and shift, which go into the layer behind it: W (g x + s) + b = (W g) x + (W s + b)."""
-    shift = layer.weight @ norm.bias
-    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift, requires_grad=False)
-    layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
-
-
-def _fold_normalisation(projection: nn.Conv2d, preprocessing: Preprocessing) -> None:
-    """Have a convolution without padding take pixels, in place: W (x / 255 - m) / s = (W / 255 s) x - sum(W m / s)."""
-    mean, std = (
-        torch.tensor(values, dtype=torch.float64, device=projection.weight.device).view(-1, 1, 1)
-        for values in (preprocessing.mean, preprocessing.std)
-    )
-    weight = projection.weight.double() / std
-    shift = (weight * mean).sum(dim=(1, 2, 3))
-    bias = -shift if projection.bias is None else projection.bias.double() - shift
-    projection.weight = nn.Parameter((weight / 255).to(projection.weight.dtype), requires_grad=False)
-    projection.bias = nn.Parameter(bias.to(projection.weight.dtype), requires_grad=False)
+        for block in self:
+            if isinstance(block, MergingBlock):
+                x, sizes = block(x, sizes)
+            else:
+                x = block(x, _log_sizes(sizes, x.dtype))
+        return x

@@ -1,6 +1,4 @@
-"""One call that makes a model fast where it runs: try what is installed, check the answers, time it, keep the best."""
-# MERGED """What was found fastest on this machine, kept in the package's cache so that it is measured once."""
-# MERGED """What `optimize` gives: a model for inference that is called like any other, whatever computes it."""
+"""`optimize`: a fast form of a model for this machine, from backends that are tried, compared and timed."""
 
 from __future__ import annotations
 
@@ -9,8 +7,10 @@ import json
 import logging
 import os
 import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import torch
@@ -22,62 +22,42 @@ from ..errors import AgreementError, ConfigError, SaveError, first_line
 from ..files import atomic_write
 from ..hub.fetch import Access, assets_dir
 from ..models.layers import HeadLogits, ImageClassifier
-from .gpu import exact_float32
-from .network import TokenMerging, as_input, merging_plan, prepare
-from .runtimes import BACKENDS, BackendName, Job, Precision, network_dtype, precisions_here
-from .timing import Runner, call_times, machine, quiet
+from .hardware import Runner, call_times, exact_float32, machine, quiet
+from .network import TokenMerging, merging_plan, prepare, random_images
+from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Way, build_runner, ways_on
 
 logger = logging.getLogger(__name__)
+
+FLOAT32_TOLERANCE = 1e-4
+"""Largest difference of a float32 network's logits to the model's; with merging, to the merged network's in torch."""
+_ROUNDS, _JUDGES = 2, 32
+_DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """How fast one way to compute was.
+    """Speed of one backend in one precision; zeros if it was the only one that works, and so was not timed.
 
     Attributes:
-        backend: what computed.
-        precision: in what.
+        backend: name of the backend.
+        precision: it computed in.
         images_per_second: over all timed calls.
-        latency_ms: the median of a call with one batch.
+        latency_ms: median of a call with one batch.
     """
 
     backend: BackendName
-    precision: Precision
-    images_per_second: float
-    latency_ms: float
-
-
-def decision_key(question: dict[str, Any], device: torch.device) -> str:
-    """A name for a question on this machine: it changes with the processor, the threads and the versions."""
-    text = json.dumps({**question, **machine(device)}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def recall(key: str, access: Access) -> list[Timing]:
-    """The kept timings, fastest first; empty if there are none that can be read."""
-    try:
-        rows = json.loads((assets_dir("deploy", access) / f"{key}.json").read_text(encoding="utf-8"))
-        return [Timing(**row) for row in rows]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def keep(key: str, timings: list[Timing], access: Access) -> None:
-    """Write timings down; a cache that cannot be written costs a log line and the next measurement."""
-    try:
-        with atomic_write(assets_dir("deploy", access) / f"{key}.json") as temporary:
-            temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
-    except SaveError as error:
-        logger.warning("the choice is not kept: %s", error)
+    precision: InferencePrecision
+    images_per_second: float = 0.0
+    latency_ms: float = 0.0
 
 
 class Agreement(NamedTuple):
-    """How well a network's answers are those of the model in float32.
+    """Comparison of a network's logits with the model's in float32.
 
     Attributes:
-        top1: share of the images with the same likeliest class.
-        max_abs_diff: the largest difference of a logit.
-        images: how many were compared.
+        top1: share of the images with the same most likely class.
+        max_abs_diff: largest difference of a logit.
+        images: number of images compared.
     """
 
     top1: float
@@ -87,19 +67,19 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """What `optimize` chose.
+    """Result of `optimize`.
 
     Attributes:
-        backend: what computes.
-        precision: in what.
+        backend: that computes.
+        precision: it computes in.
         agreement: with the model in float32; if tokens are merged, with the merged network in torch's float32.
-        timings: all that was timed, fastest first.
-        token_merging: the tokens that each block merges; empty if none does.
-        merging_agreement: of the merged network, in torch's float32, with the model; None if nothing is merged.
+        timings: everything timed, fastest first.
+        token_merging: tokens that each block merges; empty if none.
+        merging_agreement: of the merged network in torch's float32 with the model; None if nothing is merged.
     """
 
     backend: BackendName
-    precision: Precision
+    precision: InferencePrecision
     agreement: Agreement
     timings: tuple[Timing, ...] = ()
     token_merging: tuple[int, ...] = ()
@@ -107,10 +87,11 @@ class Choice:
 
 
 class OptimizedClassifier(ImageClassifier):
-    """A model for inference that another backend may compute; called as the model it was made from.
+    """An inference model that any backend may compute; it is called like the model it was made from.
 
-    `choice` says what computes, `device` where, `takes_pixels` whether uint8 pixels are taken. `config`, `origin` and
-    `num_classes` are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or saved.
+    `choice` tells the backend, `device` where it computes, `takes_pixels` whether it takes uint8 pixels. `config`,
+    `origin` and `num_classes` are the model's. `forward_heads` gives the final logits as `cls`. It cannot be trained or
+    saved.
     """
 
     def __init__(
@@ -122,7 +103,7 @@ class OptimizedClassifier(ImageClassifier):
         self.eval()
 
     def forward_heads(self, x: Tensor) -> HeadLogits:
-        """The logits of x, (B, C, H, W) -> (B, num_classes) float32. Raises: ConfigError: x is no such batch."""
+        """The logits of x, (B, C, H, W) -> (B, num_classes) float32. Raises: ConfigError: wrong shape or dtype of x."""
         self.check_input(x)
         if self.takes_pixels != (x.dtype == torch.uint8):
             wanted = "uint8 pixels" if self.takes_pixels else "normalised floats"
@@ -146,81 +127,6 @@ class OptimizedClassifier(ImageClassifier):
     push_to_hub = save_pretrained
 
 
-FLOAT32_TOLERANCE = 1e-4
-"""By how much a logit of a float32 network may differ from the model's, or from the merged network's in torch."""
-_ROUNDS, _ROUND_S, _JUDGES = 2, 0.5, 32
-_DEFAULT_BATCH = {"throughput": 32, "latency": 1}
-
-
-@dataclass(slots=True)
-class _Trial:
-    """Everything the candidates are tried with, and what has come of each so far."""
-
-    model: ImageClassifier
-    example: Tensor
-    judges: Tensor
-    calibration: Tensor | None
-    pixels: bool
-    min_agreement: float
-    plan: tuple[int, ...] = ()
-    tried: dict[tuple[BackendName, Precision], tuple[Runner, Agreement] | None] = field(default_factory=dict)
-    worst: list[str] = field(default_factory=list)
-    expected: Tensor | None = None
-
-    def get(self, backend: BackendName, precision: Precision) -> tuple[Runner, Agreement] | None:
-        """A runner that works and agrees; None after one log line that says why not."""
-        if (backend, precision) not in self.tried:
-            self.tried[backend, precision] = self._try(backend, precision)
-        return self.tried[backend, precision]
-
-    def _try(self, backend: BackendName, precision: Precision) -> tuple[Runner, Agreement] | None:
-        try:
-            with quiet(), torch.no_grad():
-                run = BACKENDS[backend].build(self._job(backend, precision))
-                run(self.example)
-                agreement = self._judge(run)
-        except Exception as error:  # noqa: BLE001  # whatever a compiler or a runtime raises: another backend takes over
-            logger.warning("%s in %s is not used: %s", backend, precision, first_line(error))
-            return None
-        exact = precision == "float32"
-        if agreement.max_abs_diff <= FLOAT32_TOLERANCE if exact else agreement.top1 >= self.min_agreement:
-            return run, agreement
-        found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
-        wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"
-        self.worst.append(f"{backend} in {precision}: {found} on {agreement.images} images, {wanted}")
-        logger.warning("not used: %s", self.worst[-1])
-        return None
-
-    def _job(self, backend: BackendName, precision: Precision) -> Job:
-        dtype = network_dtype(backend, precision)
-        prepared = prepare(self.model, pixels=self.pixels, dtype=dtype, token_merging=self.plan)
-        return Job(prepared, self.example, precision, self.calibration)
-
-    def merging_agreement(self) -> Agreement | None:
-        """How the merged network agrees with the model, None if nothing is. Raises: AgreementError: too little."""
-        if not self.plan:
-            return None
-        with exact_float32(self.judges.device):
-            agreement = self._judge(prepare(self.model, pixels=self.pixels, fold=False))
-        if agreement.top1 < self.min_agreement:
-            raise AgreementError(
-                f"token_merging={','.join(map(str, self.plan))}: {agreement.top1:.1%} agree with the unmerged model on "
-                f"{agreement.images} images, min_agreement={self.min_agreement:g} is asked for; merge fewer tokens"
-            )
-        return agreement
-
-    def _judge(self, run: Runner) -> Agreement:
-        if self.expected is None:
-            plain = prepare(self.model, pixels=self.pixels, fold=False, token_merging=self.plan)
-            with exact_float32(self.judges.device):
-                self.expected = torch.cat([plain(batch) for batch in torch.split(self.judges, len(self.example))])
-        found = torch.cat([run(batch) for batch in torch.split(self.judges, len(self.example))])
-        if found.shape != self.expected.shape or not found.isfinite().all():
-            return Agreement(0.0, float("inf"), len(self.judges))
-        same = (found.argmax(1) == self.expected.argmax(1)).double().mean()
-        return Agreement(float(same), float((found - self.expected).abs().max()), len(self.judges))
-
-
 def optimize(
     model: ImageClassifier,
     *,
@@ -234,54 +140,41 @@ def optimize(
     token_merging: TokenMerging = 0,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> OptimizedClassifier:
-    """A model that gives the same logits faster, by the backend that a short measurement finds best here.
+    """A model that gives the same logits faster, on the backend that a short measurement finds fastest here.
 
-    A backend that is not installed, has no compiler or fails costs one log line; torch itself is always left. What was
-    measured is kept in the cache by configuration, batch size, processor and versions; agreement is checked each time.
+    A backend that is not installed, has no compiler or fails costs one log line; torch itself always remains. Timings
+    are kept in the cache, by configuration, batch size, processor and versions; agreement is checked in each call.
 
     Args:
-        model: in any mode, on the CPU or a GPU; left as it is.
-        sample: a batch like those to come, or its number of images; default 32 for throughput, 1 for latency.
+        model: in any mode, on the CPU or a GPU; it stays as it is.
+        sample: a typical batch, or its number of images; default 32 for throughput, 1 for latency.
         precision: "float32" gives the model's logits within 1e-4. "bf16" and "int8" must agree, see `min_agreement`.
             "auto" takes bf16 where it is faster and agrees, and float32 otherwise. "int8" needs OpenVINO, NNCF and
             calibration images; where a library is missing, float32 is used.
-        goal: compare images a second, or the median time of a call.
-        backend: "auto" times all there are; one by name is used if it works, and torch itself otherwise.
-        calibration: images to judge half precision and int8 by, and to find int8's ranges: a batch as the model takes
-            it, or a list of files and other images. Without it the sample, or else random images, judge.
-        min_agreement: share of those images whose likeliest class must be that of float32.
+        goal: compare images per second, or the median time of a call.
+        backend: "auto" times all that work; one by name is used if it works, and torch itself otherwise.
+        calibration: images to check bf16 and int8 on, and to find the ranges of int8: a batch as the model takes it, or
+            a list of files and other images. Without it the check uses the sample, or random images.
+        min_agreement: share of those images that must have the same most likely class as in float32.
         preprocessing: take uint8 pixels and normalise inside.
-        token_merging: patch tokens that every block merges into others like them, or those of each block in turn, see
-            `deploy.merging`: faster, and other logits. The merged network in torch's float32 must agree with the model
-            on `min_agreement` of the images, and is then what every backend and precision is compared with.
-        cache_dir: where to keep what was measured; by default the Hub's cache.
+        token_merging: patch tokens that every block merges into similar ones, or one number for each block, see
+            `deploy.network`: faster, with other logits. The merged network in torch's float32 must agree with the model
+            on `min_agreement` of the images; every backend and precision is then compared with it.
+        cache_dir: folder for the timings; by default the Hub's cache.
 
     Raises: ConfigError: options that do not exist or do not fit. AgreementError: bf16, int8 or merging was asked for,
         and does not agree.
     """
-    _check(precision, goal, backend, min_agreement)
-    trial = _trial(model, sample, goal, calibration, preprocessing, min_agreement, token_merging)
-    if precision == "int8" and trial.calibration is None:
-        raise ConfigError(
-            "precision='int8' needs calibration images: pass calibration=, a few hundred of those to come"
-        )
-    merging = trial.merging_agreement()
-    candidates = _candidates(precision, backend, trial.example.device)
-    access = Access(cache_dir=cache_dir)
-    question = {
-        "model": type(model).__name__, "config": repr(model.config), "batch": tuple(trial.example.shape), "goal": goal,
-        "candidates": candidates, "pixels": preprocessing, "token_merging": trial.plan,
-    }  # fmt: skip
-    key = decision_key(question, trial.example.device)
-    timings = recall(key, access) if len(candidates) > 1 else []
-    if not timings:
-        timings = _measure(trial, candidates, goal)
-        if len(timings) > 1:
-            keep(key, timings, access)
-    return _best(trial, timings, precision, merging)
+    _check(precision, goal, backend, min_agreement, calibration)
+    search = _Search(
+        model, sample, calibration, goal=goal, pixels=preprocessing, min_agreement=min_agreement, merging=token_merging
+    )
+    named = {name: made for name, made in BACKENDS.items() if backend in ("auto", name)}
+    candidates = ways_on(search.device, backends=named, precision=None if precision == "auto" else precision)
+    return search.best(candidates, Access(cache_dir=cache_dir))
 
 
-def _check(precision: str, goal: str, backend: str, min_agreement: float) -> None:
+def _check(precision: str, goal: str, backend: str, min_agreement: float, calibration: object) -> None:
     for name, value, known in (
         ("precision", precision, ("auto", "float32", "bf16", "int8")),
         ("goal", goal, tuple(_DEFAULT_BATCH)),
@@ -291,36 +184,174 @@ def _check(precision: str, goal: str, backend: str, min_agreement: float) -> Non
             raise ConfigError(f"{name}={value!r}; expected one of {', '.join(known)}{nearest(value, known)}")
     if not 0 <= min_agreement <= 1:
         raise ConfigError(f"min_agreement={min_agreement}; expected a share from 0 to 1")
+    if precision == "int8" and calibration is None:
+        raise ConfigError(
+            "precision='int8' needs calibration images: pass calibration=, a few hundred of those to come"
+        )
 
 
-def _trial(
-    model: ImageClassifier,
-    sample: Any,
-    goal: str,
-    calibration: Any,
-    pixels: bool,
-    min_agreement: float,
-    token_merging: TokenMerging,
-) -> _Trial:
-    if isinstance(model, OptimizedClassifier):
-        raise ConfigError("this model is optimised already; optimise the model it was made from")
-    plan, device = merging_plan(model, token_merging), next(model.parameters()).device
-    given = sample if isinstance(sample, Tensor) else None
-    count = len(given) if given is not None else _DEFAULT_BATCH[goal] if sample is None else int(sample)
-    if count < 1:
-        raise ConfigError(f"sample={sample!r}; expected a batch of images, or how many are to come at once")
-    example = _random_images(model, count, pixels=pixels) if given is None else given
-    images = None if calibration is None else _as_batch(model, calibration, pixels=pixels)
-    judges = images if images is not None else given
-    judges = _random_images(model, max(_JUDGES, count), pixels=pixels) if judges is None else judges
-    shape = (model.config.in_chans, *model.config.image_hw)
-    for name, batch in (("sample", example), ("calibration", judges)):
-        if batch.ndim != 4 or tuple(batch.shape[1:]) != shape or not len(batch):
-            raise ConfigError(f"{name} of shape {tuple(batch.shape)}; expected (B, {', '.join(map(str, shape))})")
-    return _Trial(model, example.to(device), judges.to(device), images, pixels, min_agreement, plan)
+class _Trial(NamedTuple):
+    """A way to compute that works and agrees."""
+
+    way: Way
+    run: Runner
+    agreement: Agreement
 
 
-def _as_batch(model: ImageClassifier, images: Any, *, pixels: bool) -> Tensor:
+class _Search:
+    """A search for the fastest way to compute one model: each candidate is tried once, then timed."""
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        sample: Tensor | int | None,
+        calibration: Tensor | Sequence[Any] | None,
+        *,
+        goal: str,
+        pixels: bool,
+        min_agreement: float,
+        merging: TokenMerging,
+        backends: Mapping[BackendName, Backend] = BACKENDS,
+        timer: Callable[..., list[float]] = call_times,
+        round_s: float = 0.5,
+        exact: Callable[[torch.device], AbstractContextManager[None]] = exact_float32,
+    ) -> None:
+        """Plan the merging and make the batches, from the arguments of `optimize`. Raises: ConfigError: see there."""
+        if isinstance(model, OptimizedClassifier):
+            raise ConfigError("this model is optimised already; optimise the model it was made from")
+        self.model, self.goal, self.pixels, self.min_agreement = model, goal, pixels, min_agreement
+        self.backends, self.timer, self.round_s, self.exact = backends, timer, round_s, exact
+        self.plan, self.device = merging_plan(model, merging), next(model.parameters()).device
+        given = sample if isinstance(sample, Tensor) else None
+        count = len(given) if given is not None else _DEFAULT_BATCH[goal] if sample is None else int(sample)
+        if count < 1:
+            raise ConfigError(f"sample={sample!r}; expected a batch of images, or how many are to come at once")
+        self.calibration = None if calibration is None else _as_batch(model, calibration, pixels=pixels)
+        example = random_images(model, count, pixels=pixels) if given is None else given
+        judges = given if self.calibration is None else self.calibration
+        judges = random_images(model, max(_JUDGES, count), pixels=pixels) if judges is None else judges
+        shape = (model.config.in_chans, *model.config.image_hw)
+        for name, batch in (("sample", example), ("calibration", judges)):
+            if batch.ndim != 4 or tuple(batch.shape[1:]) != shape or not len(batch):
+                raise ConfigError(f"{name} of shape {tuple(batch.shape)}; expected (B, {', '.join(map(str, shape))})")
+        self.example, self.judges = example.to(self.device), judges.to(self.device)
+        self.tried: dict[Way, _Trial | None] = {}
+        self.disagreements: list[str] = []
+
+    def best(self, candidates: list[Way], access: Access) -> OptimizedClassifier:
+        """The fastest candidate that works and agrees; torch in float32 if none does.
+
+        Raises: AgreementError: the merged network differs too much from the model, or so does each bf16 or int8 network
+            that was asked for, or torch itself fails.
+        """
+        merging = self._merging_agreement()
+        key = self._key(candidates)
+        timings = recall(key, access) if len(candidates) > 1 else []
+        if not timings:
+            timings = self._measure(candidates)
+            if len(timings) > 1:
+                keep(key, timings, access)
+        found = next(filter(None, (self._try(Way(timing.backend, timing.precision)) for timing in timings)), None)
+        asked_for_less = all(way.precision != "float32" for way in candidates)
+        if found is None and not (asked_for_less and self.disagreements):
+            found = self._try(Way("eager", "float32"))
+        if found is None:
+            raise AgreementError(
+                "; ".join(self.disagreements) or "no backend could compute this model, not even torch itself"
+            )
+        choice = Choice(
+            backend=found.way.backend, precision=found.way.precision, agreement=found.agreement,
+            timings=tuple(timings), token_merging=self.plan, merging_agreement=merging,
+        )  # fmt: skip
+        return OptimizedClassifier(self.model, found.run, choice, device=self.device, pixels=self.pixels)
+
+    def _merging_agreement(self) -> Agreement | None:
+        """Compare the merged network with the model; None without merging. Raises: AgreementError: it disagrees."""
+        if not self.plan:
+            return None
+        with self.exact(self.device):
+            agreement = self._compare(prepare(self.model, pixels=self.pixels, fold=False))
+        if agreement.top1 < self.min_agreement:
+            raise AgreementError(
+                f"token_merging={','.join(map(str, self.plan))}: {agreement.top1:.1%} agree with the unmerged model on "
+                f"{agreement.images} images, min_agreement={self.min_agreement:g} is asked for; merge fewer tokens"
+            )
+        return agreement
+
+    def _key(self, candidates: list[Way]) -> str:
+        question = {
+            "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
+            "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
+        }  # fmt: skip
+        return decision_key(question, self.device)
+
+    def _measure(self, candidates: list[Way]) -> list[Timing]:
+        """Timings of the candidates that work, fastest first; a single one is not timed.
+
+        Each runs by itself, in two rounds: the thread pools of two runtimes would disturb each other.
+        """
+        working = [trial for way in candidates if (trial := self._try(way)) is not None]
+        if len(working) == 1:
+            return [Timing(backend=working[0].way.backend, precision=working[0].way.precision)]
+        times: dict[Way, list[float]] = {trial.way: [] for trial in working}
+        for trial in working * _ROUNDS:
+            times[trial.way] += self.timer(trial.run, self.example, seconds=self.round_s)
+        timings = [
+            Timing(
+                backend=way.backend,
+                precision=way.precision,
+                images_per_second=len(self.example) * len(taken) / sum(taken),
+                latency_ms=1000 * statistics.median(taken),
+            )
+            for way, taken in times.items()
+        ]
+        return sorted(timings, key=lambda t: t.latency_ms if self.goal == "latency" else -t.images_per_second)
+
+    def _try(self, way: Way) -> _Trial | None:
+        """Build and check a way once; None after one log line if it fails or disagrees."""
+        if way not in self.tried:
+            self.tried[way] = self._built(way)
+        return self.tried[way]
+
+    def _built(self, way: Way) -> _Trial | None:
+        try:
+            with quiet(), torch.no_grad():
+                run = build_runner(
+                    self.model, way.precision, self.backends[way.backend], self.example,
+                    pixels=self.pixels, plan=self.plan, calibration=self.calibration,
+                )  # fmt: skip
+                run(self.example)
+                agreement = self._compare(run)
+        except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: another backend is used
+            logger.warning("%s is not used: %s", way, first_line(error))
+            return None
+        exact = way.precision == "float32"
+        if agreement.max_abs_diff <= FLOAT32_TOLERANCE if exact else agreement.top1 >= self.min_agreement:
+            return _Trial(way, run, agreement)
+        found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
+        wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"
+        self.disagreements.append(f"{way}: {found} on {agreement.images} images, {wanted}")
+        logger.warning("not used: %s", self.disagreements[-1])
+        return None
+
+    @cached_property
+    def _expected(self) -> Tensor:
+        """Reference logits: the model without folds, in exact float32; with merging, the merged network."""
+        with self.exact(self.device):
+            return self._logits(prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan))
+
+    def _logits(self, run: Runner) -> Tensor:
+        return torch.cat([run(batch) for batch in torch.split(self.judges, len(self.example))])
+
+    def _compare(self, run: Runner) -> Agreement:
+        expected, found = self._expected, self._logits(run)
+        if found.shape != expected.shape or not found.isfinite().all():
+            return Agreement(0.0, float("inf"), len(self.judges))
+        same = (found.argmax(1) == expected.argmax(1)).double().mean()
+        return Agreement(float(same), float((found - expected).abs().max()), len(self.judges))
+
+
+def _as_batch(model: ImageClassifier, images: Tensor | Sequence[Any], *, pixels: bool) -> Tensor:
     if isinstance(images, Tensor):
         return images.cpu()
     if model.origin is None:
@@ -329,65 +360,25 @@ def _as_batch(model: ImageClassifier, images: Any, *, pixels: bool) -> Tensor:
     return torch.stack([transform(image) for image in images])
 
 
-def _random_images(model: ImageClassifier, count: int, *, pixels: bool) -> Tensor:
-    """Smooth random images, since noise from pixel to pixel looks the same to a network whatever the seed."""
-    generator = torch.Generator().manual_seed(0)
-    chans, (height, width) = model.config.in_chans, model.config.image_hw
-    coarse = torch.rand(count, chans, 5, 5, generator=generator)
-    levels = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear", align_corners=True) * 255
-    return as_input(model, levels.to(torch.uint8), pixels=pixels)
+def decision_key(question: dict[str, Any], device: torch.device) -> str:
+    """File name for the timings of a question on this machine; depends on processor, threads and versions."""
+    text = json.dumps({**question, **machine(device)}, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def _candidates(precision: str, backend: str, device: torch.device) -> list[tuple[BackendName, Precision]]:
-    wanted = precisions_here(device) if precision == "auto" else (precision,)
-    return [
-        (name, kind)
-        for name, known in BACKENDS.items()
-        if backend in ("auto", name) and device.type in known.devices
-        for kind in known.precisions
-        if kind in wanted
-    ]
+def recall(key: str, access: Access) -> list[Timing]:
+    """Timings from the cache, fastest first; empty if there are none or the file is damaged."""
+    try:
+        rows = json.loads((assets_dir("deploy", access) / f"{key}.json").read_text(encoding="utf-8"))
+        return [Timing(**row) for row in rows]
+    except (OSError, ValueError, TypeError):
+        return []
 
 
-def _measure(trial: _Trial, candidates: list[tuple[BackendName, Precision]], goal: str) -> list[Timing]:
-    """Time every candidate that works, fastest first.
-
-    Each runs by itself for half a second, twice, in turns: the thread pools of two runtimes would disturb each other.
-    """
-    working = [candidate for candidate in candidates if trial.get(*candidate) is not None]
-    if len(working) == 1:
-        return [Timing(backend=working[0][0], precision=working[0][1], images_per_second=0.0, latency_ms=0.0)]
-    times: dict[tuple[BackendName, Precision], list[float]] = {candidate: [] for candidate in working}
-    for _ in range(_ROUNDS):
-        for candidate in working:
-            kept = trial.get(*candidate)
-            if kept is not None:
-                times[candidate] += call_times(kept[0], trial.example, seconds=_ROUND_S)
-    count = len(trial.example)
-    timings = [
-        Timing(
-            backend=backend,
-            precision=precision,
-            images_per_second=count * len(taken) / sum(taken),
-            latency_ms=1000 * statistics.median(taken),
-        )
-        for (backend, precision), taken in times.items()
-    ]
-    return sorted(timings, key=lambda t: t.latency_ms if goal == "latency" else -t.images_per_second)
-
-
-def _best(trial: _Trial, timings: list[Timing], precision: str, merging: Agreement | None) -> OptimizedClassifier:
-    """The fastest that works and agrees; torch itself if nothing else does."""
-    ways: list[tuple[BackendName, Precision]] = [(timing.backend, timing.precision) for timing in timings]
-    if precision in ("bf16", "int8") and trial.worst and not any(trial.get(*way) for way in ways):
-        raise AgreementError("; ".join(trial.worst))
-    for way in [*ways, ("eager", "float32")]:
-        kept = trial.get(*way)
-        if kept is not None:
-            choice = Choice(
-                backend=way[0], precision=way[1], agreement=kept[1], timings=tuple(timings),
-                token_merging=trial.plan, merging_agreement=merging,
-            )  # fmt: skip
-            device = trial.example.device
-            return OptimizedClassifier(trial.model, kept[0], choice, device=device, pixels=trial.pixels)
-    raise AgreementError("; ".join(trial.worst) or "no backend could compute this model, not even torch itself")
+def keep(key: str, timings: list[Timing], access: Access) -> None:
+    """Write timings to the cache; if that fails, one log line, and the next call measures again."""
+    try:
+        with atomic_write(assets_dir("deploy", access) / f"{key}.json") as temporary:
+            temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
+    except SaveError as error:
+        logger.warning("the choice is not kept: %s", error)

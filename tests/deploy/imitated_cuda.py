@@ -1,4 +1,4 @@
-"""CUDA graphs without CUDA: what is recorded is computed again, into the same memory, each time it is replayed."""
+"""CUDA graphs without CUDA: recorded operations are computed again, into the same memory, at each replay."""
 
 from __future__ import annotations
 
@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import pytest
-import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -17,11 +15,9 @@ from torch.utils._pytree import tree_leaves
 class Graph(TorchDispatchMode):
     """Operations and the tensors that they read and wrote, in order."""
 
-    replays = 0
-    fails = False
-
-    def __init__(self) -> None:
+    def __init__(self, cuda: ImitatedCuda) -> None:
         super().__init__()
+        self.cuda = cuda
         self.steps: list[tuple[Any, Any, Any, Any]] = []
         self.busy = threading.Lock()
 
@@ -33,7 +29,7 @@ class Graph(TorchDispatchMode):
     def replay(self) -> None:
         assert self.busy.acquire(blocking=False), "replayed while another thread replays it"
         try:
-            type(self).replays += 1
+            self.cuda.replays += 1
             for func, args, kwargs, out in self.steps:
                 again = func(*args, **kwargs)
                 for old, new in zip(tree_leaves(out), tree_leaves(again), strict=True):
@@ -54,27 +50,35 @@ class Stream:
     def wait_event(self, event: object) -> None: ...
 
 
-@contextmanager
-def recording(graph: Graph, **options: object) -> Iterator[None]:
-    assert options["capture_error_mode"] == "thread_local"
-    if Graph.fails:
-        raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
-    with graph:
-        yield
+class ImitatedCuda:
+    """The part of `torch.cuda` that `deploy.hardware` uses; counts replays of all graphs.
 
+    With `fails`, nothing can be recorded.
+    """
 
-def imitate(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    """Replace what `deploy.gpu` takes from torch.cuda; gives the graphs' class, which counts replays."""
-    monkeypatch.setattr(Graph, "replays", 0)
-    monkeypatch.setattr(Graph, "fails", False)
-    for name, value in {
-        "CUDAGraph": Graph,
-        "Event": Event,
-        "Stream": Stream,
-        "current_stream": lambda _=None: Stream(),
-        "stream": lambda _: nullcontext(),
-        "device": lambda _: nullcontext(),
-        "graph": recording,
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, value)
-    return Graph
+    Event = Event
+    Stream = Stream
+
+    def __init__(self, *, fails: bool = False) -> None:
+        self.replays = 0
+        self.fails = fails
+
+    def CUDAGraph(self) -> Graph:  # noqa: N802  # torch's name
+        return Graph(self)
+
+    @contextmanager
+    def graph(self, graph: Graph, **options: object) -> Iterator[None]:
+        assert options["capture_error_mode"] == "thread_local"
+        if self.fails:
+            raise RuntimeError("operation not permitted when stream is capturing\nand a long story")
+        with graph:
+            yield
+
+    def current_stream(self, _: object = None) -> Stream:
+        return Stream()
+
+    def stream(self, _: Stream) -> nullcontext[None]:
+        return nullcontext()
+
+    def device(self, _: object) -> nullcontext[None]:
+        return nullcontext()

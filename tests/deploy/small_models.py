@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
 import deit_models
+from deit_models.deploy.hardware import quiet
 from deit_models.models.layers import ImageClassifier
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
@@ -54,3 +56,10 @@ def normalised(model: ImageClassifier, images: torch.Tensor) -> torch.Tensor:
     spec = model.origin.preprocessing
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (spec.mean, spec.std))
     return (images.float() / 255 - mean) / std
+
+
+def needs(*names: str) -> None:
+    """Skip a test whose libraries are not installed."""
+    for name in names:
+        with quiet():
+            pytest.importorskip(name, reason="needs the extra [export]")

@@ -1,18 +1,16 @@
-"""`bench`: what one process measures, and the table that is made of it."""
+"""`bench`: the figures of one process, and the table of them."""
 
 import os
-from concurrent.futures.process import BrokenProcessPool
 
 import pytest
 import torch
 
 from deit_models import ConfigError, UnknownModelError
 from deit_models.deploy import bench as benching
-from deit_models.deploy import runtimes as backends
-from deit_models.deploy import timing
-from deit_models.deploy.bench import Case, Measurement, bench, measure, table
+from deit_models.deploy import hardware
+from deit_models.deploy.bench import Case, Measurement, PeakMemory, bench, measure, table
+from deit_models.deploy.hardware import Runner
 from deit_models.deploy.runtimes import BACKENDS, Job
-from deit_models.deploy.timing import Runner
 
 MICRO = "deit_micro_patch4_32"
 
@@ -34,48 +32,57 @@ def test_a_measurement_is_consistent_in_itself(backend: str, precision: str) -> 
     assert 50 < row.peak_mb < 50_000
 
 
-def test_rates_and_quantiles_come_from_the_timed_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+class Memory(PeakMemory):
+    """Notes when a peak is forgotten and read."""
+
+    def __init__(self, steps: list[object]) -> None:
+        super().__init__(torch.device("cpu"))
+        self.steps = steps
+
+    def forget(self) -> None:
+        self.steps.append("forget")
+
+    def mb(self) -> float:
+        self.steps.append("read")
+        return 99.0
+
+
+def test_rates_and_quantiles_come_from_the_timed_calls() -> None:
     times = [0.1] * 95 + [0.5] * 5
-    monkeypatch.setattr(benching, "call_times", lambda *_, **__: times)
-    row = measure(case(batch_size=4))
+    row = benching._measure(case(batch_size=4), Memory([]), timer=lambda *_, **__: times)
     assert row.images_per_second == pytest.approx(4 * 100 / 12)
     assert row.p50_ms == pytest.approx(100)
     assert 100 <= row.p95_ms <= 500
+    assert row.peak_mb == 99
 
 
-def test_building_and_warming_up_do_not_count_as_peak_of_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_building_and_warming_up_do_not_count_as_peak_of_a_gpu() -> None:
     steps: list[object] = []
-    monkeypatch.setattr(benching, "call_times", lambda *_, seconds, warm_up: steps.append((seconds, warm_up)) or [1, 1])
-    monkeypatch.setattr(benching, "_forget_peak", lambda _: steps.append("forget"))
-    monkeypatch.setattr(benching, "_peak_mb", lambda _: steps.append("read"))
-    measure(case())
+
+    def timer(*_: object, seconds: float, warm_up: int) -> list[float]:
+        steps.append((seconds, warm_up))
+        return [1, 1]
+
+    benching._measure(case(), Memory(steps), timer=timer)
     assert steps == [(0, 3), "forget", (0.01, 0), "read"]
-    monkeypatch.undo()
+
+    class Cuda:
+        def empty_cache(self) -> None:
+            called.append("empty_cache")
+
+        def reset_peak_memory_stats(self, _: torch.device) -> None:
+            called.append("reset_peak_memory_stats")
+
+        def max_memory_reserved(self, _: torch.device) -> int:
+            return 3 * 2**20
+
     called: list[str] = []
-    for name in ("empty_cache", "reset_peak_memory_stats"):
-        monkeypatch.setattr(torch.cuda, name, lambda *_, name=name: called.append(name))
-    benching._forget_peak(torch.device("cpu"))
+    PeakMemory(torch.device("cpu"), Cuda()).forget()
     assert called == []
-    benching._forget_peak(torch.device("cuda"))
+    memory = PeakMemory(torch.device("cuda"), Cuda())
+    memory.forget()
     assert called == ["empty_cache", "reset_peak_memory_stats"]
-
-
-def test_a_call_is_timed_alone_and_to_its_end() -> None:
-    class Answer:
-        """Still being computed, until somebody waits for it."""
-
-        def cpu(self) -> None:
-            running.pop()
-
-    running: list[Answer] = []
-
-    def launch(_: torch.Tensor) -> Answer:
-        assert running == [], "the last call is still at work"
-        running.append(Answer())
-        return running[-1]
-
-    assert len(timing.call_times(launch, torch.zeros(1), seconds=0, warm_up=3)) == 2
-    assert running == []
+    assert memory.mb() == 3
 
 
 def test_each_case_has_a_process_of_its_own() -> None:
@@ -84,40 +91,33 @@ def test_each_case_has_a_process_of_its_own() -> None:
     assert row.images_per_second > 0
 
 
-def test_all_ways_are_measured_and_bf16_only_where_it_is_native(monkeypatch: pytest.MonkeyPatch) -> None:
-    cases: list[Case] = []
-    monkeypatch.setattr(benching, "_in_own_process", cases.append)
-    for native in (False, True):
-        monkeypatch.setattr(backends, "has_bf16", lambda _, native=native: native)
-        cases.clear()
-        list(bench(MICRO, batch_sizes=(1, 8)))
-        assert {c.batch_size for c in cases} == {1, 8}
-        assert {c.backend for c in cases} == {"model", *BACKENDS}
-        assert ("bf16" in {c.precision for c in cases}) == native
-        assert "int8" not in {c.precision for c in cases}
+@pytest.mark.parametrize("native", [False, True])
+def test_all_ways_are_measured_and_bf16_only_where_it_is_native(native: bool) -> None:
+    options = {"device": "cpu", "seconds": 0.01}
+    cases = benching._cases(MICRO, (1, 8), ("model", *BACKENDS), None, native_bf16=lambda _: native, **options)
+    assert {c.batch_size for c in cases} == {1, 8}
+    assert {c.backend for c in cases} == {"model", *BACKENDS}
+    assert ("bf16" in {c.precision for c in cases}) == native
+    assert "int8" not in {c.precision for c in cases}
+    (only,) = benching._cases(MICRO, (1,), ("eager",), "bf16", **options)
+    assert only == Case(MICRO, "eager", "bf16", 1, "cpu", 0.01)
 
 
-def test_a_backend_that_fails_is_a_row_with_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(BACKENDS, "inductor", BACKENDS["inductor"]._replace(build=broken))
-    row = measure(case("inductor"))
+def test_a_backend_that_fails_is_a_row_with_its_reason() -> None:
+    backends = {"inductor": BACKENDS["inductor"]._replace(build=broken)}
+    row = benching._measure(case("inductor"), Memory([]), backends=backends)
     assert (row.error, row.images_per_second) == ("no compiler here", 0.0)
     text = table(MICRO, [measure(case()), row, row])
     assert text.count("| inductor | float32 | 2 | - | - | - | - |") == 2
     assert text.count("inductor in float32: no compiler here") == 1
 
 
-def test_a_process_that_dies_is_a_row_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Dying:
-        def __init__(self, *_: object, **__: object) -> None: ...
-        def __enter__(self) -> "Dying":
-            return self
+def die(_: Case) -> Measurement:
+    os._exit(9)
 
-        def __exit__(self, *_: object) -> None: ...
-        def submit(self, *_: object) -> None:
-            raise BrokenProcessPool("killed")
 
-    monkeypatch.setattr(benching, "ProcessPoolExecutor", Dying)
-    (row,) = bench(MICRO, batch_sizes=(1,), backends=("eager",), precision="float32")
+def test_a_process_that_dies_is_a_row_too() -> None:
+    row = benching._in_own_process(case("eager"), die)
     assert row.error == "the process died, most often for want of memory"
 
 
@@ -128,7 +128,7 @@ def test_the_table_says_what_the_figures_depend_on() -> None:
     text = table(MICRO, [row])
     assert "| eager | float32 | 8 | 12.3 | 1.3 | 2.0 | 100 |" in text
     assert text.startswith(f"{MICRO}, 32x32 pixels, 0.08 G MACs, random weights, cpu")
-    for part in (timing.processor_name(), f"torch {torch.__version__.partition('+')[0]}", f"cores {os.cpu_count()}"):
+    for part in (hardware.processor_name(), f"torch {torch.__version__.partition('+')[0]}", f"cores {os.cpu_count()}"):
         assert part in text
 
 
@@ -149,14 +149,6 @@ def test_what_cannot_be_measured_is_refused(options: dict[str, object], message:
         bench(MICRO, **options)
     with pytest.raises(UnknownModelError):
         bench("deit_micro_patch4_33")
-
-
-@pytest.mark.parametrize(("known", "found"), [({"avx2": True, "avx512_vnni": True}, True), ({"avx2": True}, False)])
-def test_products_of_8_bits_are_known_from_the_processor(
-    known: dict[str, bool], found: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
-    assert timing.has_int8_products() is found
 
 
 def test_int8_is_measured_with_random_ranges() -> None:

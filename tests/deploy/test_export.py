@@ -2,39 +2,36 @@
 
 import json
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from small_models import TINY, build, normalised, pixels
+from small_models import TINY, build, needs, normalised, pixels
+from torch import Tensor
 
 import deit_models
 from deit_models import AgreementError, ConfigError, MissingExtraError, SaveError
 from deit_models.deploy import export as exporting
-from deit_models.deploy import runtimes as formats
-from deit_models.deploy.runtimes import FORMATS, open_exported, read_metadata
+from deit_models.deploy.hardware import Runner
+from deit_models.deploy.network import prepare
+from deit_models.deploy.runtimes import EXPORT_FORMATS, open_exported, read_metadata
 from deit_models.models.deit import DeiT, DeiTConfig
 
 NEEDS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "openvino": ("openvino",), "torch-export": ()}
 
 
-def needs(kind: str) -> None:
-    for name in NEEDS[kind]:
-        with formats.quiet():
-            pytest.importorskip(name, reason="needs the extra [export]")
-
-
-@pytest.fixture(params=FORMATS)
+@pytest.fixture(params=EXPORT_FORMATS)
 def kind(request: pytest.FixtureRequest) -> str:
-    needs(request.param)
+    needs(*NEEDS[request.param])
     return request.param
 
 
 @torch.inference_mode()
 def test_file_gives_the_models_logits_for_other_batch_sizes(kind: str, tmp_path: Path) -> None:
     model = build("distilled")
-    path = tmp_path / f"model{FORMATS[kind].suffix}"
+    path = tmp_path / f"model{EXPORT_FORMATS[kind].suffix}"
     done = deit_models.export(model, path, format=kind)
     assert (done.path, done.format, done.tolerance) == (path, kind, 1e-4)
     assert done.max_abs_diff <= 1e-4
@@ -50,7 +47,7 @@ def test_file_gives_the_models_logits_for_other_batch_sizes(kind: str, tmp_path:
 @torch.inference_mode()
 def test_file_with_preprocessing_takes_pixels(kind: str, tmp_path: Path) -> None:
     model = build("levit")
-    path = tmp_path / f"model{FORMATS[kind].suffix}"
+    path = tmp_path / f"model{EXPORT_FORMATS[kind].suffix}"
     deit_models.export(model, path, format=kind, preprocessing=True)
     expected = model(normalised(model, pixels(4)))
     torch.testing.assert_close(open_exported(path)(pixels(4)), expected, atol=1e-4, rtol=0)
@@ -59,7 +56,7 @@ def test_file_with_preprocessing_takes_pixels(kind: str, tmp_path: Path) -> None
 def test_file_tells_class_names_and_transform(kind: str, tmp_path: Path) -> None:
     model = build("deit")
     model.origin = replace(model.origin, class_names=("ant", "bee", "猫", 'a "b"', "&c"), licence="Apache-2.0")
-    path = tmp_path / f"model{FORMATS[kind].suffix}"
+    path = tmp_path / f"model{EXPORT_FORMATS[kind].suffix}"
     deit_models.export(model, path, format=kind, preprocessing=True)
     found = read_metadata(path)
     assert found["class_names"] == ["ant", "bee", "猫", 'a "b"', "&c"]
@@ -80,7 +77,7 @@ def test_every_family_goes_through_torch_export(shape: str, takes_pixels: bool, 
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", TINY)
 def test_every_family_goes_through_every_format(shape: str, kind: str, tmp_path: Path) -> None:
-    path = tmp_path / f"m{FORMATS[kind].suffix}"
+    path = tmp_path / f"m{EXPORT_FORMATS[kind].suffix}"
     assert deit_models.export(build(shape), path, format=kind, tolerance=1e-3).max_abs_diff <= 1e-3
 
 
@@ -90,37 +87,48 @@ def test_shipped_checkpoint_goes_out_and_comes_back_with_its_names(tmp_path: Pat
     assert read_metadata(done.path)["class_names"][:2] == ["airplane", "automobile"]
 
 
+@pytest.mark.parametrize(
+    ("suffix", "libraries"), [("onnx", ("onnxscript", "onnxruntime")), ("xml", ("openvino",)), ("pt2", ())]
+)
+@torch.inference_mode()
+def test_files_merge_too_and_say_so(suffix: str, libraries: tuple[str, ...], tmp_path: Path) -> None:
+    needs(*libraries)
+    model, path = build("distilled"), tmp_path / f"model.{suffix}"
+    kind = {"onnx": "onnx", "xml": "openvino", "pt2": "torch-export"}[suffix]
+    deit_models.export(model, path, format=kind, token_merging=(3, 1), preprocessing=True)
+    expected = prepare(model, fold=False, plan=(3, 1))(normalised(model, pixels(5)))
+    torch.testing.assert_close(open_exported(path)(pixels(5)), expected, atol=1e-4, rtol=0)
+    assert read_metadata(path)["token_merging"] == [3, 1]
+
+
 # Refusals
 
 
-def test_wrong_logits_are_refused_and_nothing_is_left(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def write_with(answer: Callable[[Tensor], Tensor], path: Path) -> None:
+    """Export, to a runtime whose logits are changed."""
+    real = EXPORT_FORMATS["torch-export"]
+
+    def wrong(file: Path) -> Runner:
+        run = real.open(file)
+        return lambda images: answer(run(images))
+
+    exporting._write(build("deit"), path, real._replace(open=wrong), pixels=False, tolerance=1e-4, plan=())
+
+
+def test_wrong_logits_are_refused_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "model.pt2").write_text("what was there before")
-    real = formats._open_torch
-
-    def wrong(path: Path) -> formats.Runner:
-        run = real(path)
-        return lambda images: run(images) + 0.01
-
-    monkeypatch.setitem(FORMATS, "torch-export", FORMATS["torch-export"]._replace(open=wrong))
     with pytest.raises(
         AgreementError, match=r"model\.pt2: a logit differs by 0\.01 from the model's, 0\.0001 is allowed"
     ):
-        deit_models.export(build("deit"), tmp_path / "model.pt2", format="torch-export")
+        write_with(lambda logits: logits + 0.01, tmp_path / "model.pt2")
     assert [file.name for file in tmp_path.iterdir()] == ["model.pt2"]
     assert (tmp_path / "model.pt2").read_text() == "what was there before"
 
 
 @pytest.mark.parametrize("answer", [lambda logits: logits * float("nan"), lambda logits: logits[:1]])
-def test_no_numbers_and_a_fixed_batch_are_refused(answer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = formats._open_torch
-
-    def wrong(path: Path) -> formats.Runner:
-        run = real(path)
-        return lambda images: answer(run(images))
-
-    monkeypatch.setitem(FORMATS, "torch-export", FORMATS["torch-export"]._replace(open=wrong))
+def test_no_numbers_and_a_fixed_batch_are_refused(answer: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
     with pytest.raises(AgreementError, match="differs by nan"):
-        deit_models.export(build("deit"), tmp_path / "model.pt2", format="torch-export")
+        write_with(answer, tmp_path / "model.pt2")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -137,20 +145,19 @@ def test_wrong_format_or_suffix_is_refused(name: str, kind: str, message: str, t
         deit_models.export(build("deit"), tmp_path / name, format=kind)
 
 
+def test_merging_is_refused_where_every_patch_is_needed(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="token_merging=8: LeViT needs its tokens on a grid"):
+        deit_models.export(build("levit"), tmp_path / "model.onnx", token_merging=8)
+
+
 @pytest.mark.parametrize(("name", "library"), [("onnx", "onnx"), ("onnx", "onnxscript"), ("openvino", "openvino")])
 def test_missing_library_is_one_line_with_what_to_install(
     name: str, library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(MissingExtraError, match=r"needs .*pip install 'deit-models\[export\]'"):
-        deit_models.export(build("deit"), tmp_path / f"model{FORMATS[name].suffix}", format=name)
+        deit_models.export(build("deit"), tmp_path / f"model{EXPORT_FORMATS[name].suffix}", format=name)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_weights_too_large_for_onnx_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(formats, "_MAX_ONNX_BYTES", 1000)
-    with pytest.raises(ConfigError, match=r"an ONNX file holds 2\.1; use 'openvino' or 'torch-export'"):
-        deit_models.export(build("deit"), tmp_path / "model.onnx")
 
 
 def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
@@ -159,20 +166,9 @@ def test_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         deit_models.export(build("deit"), tmp_path / "file" / "model.pt2", format="torch-export")
 
 
-def test_file_of_another_program_is_told_apart(tmp_path: Path) -> None:
-    program = torch.export.export(torch.nn.Linear(2, 2), (torch.zeros(1, 2),))
-    with formats.quiet():
-        torch.export.save(program, tmp_path / "other.pt2")
-    with pytest.raises(ConfigError, match=r"other\.pt2 holds no metadata of deit-models"):
-        read_metadata(tmp_path / "other.pt2")
-    with pytest.raises(ConfigError, match=r"model\.bin: unknown kind of file; expected \.onnx \(onnx\)"):
-        open_exported(tmp_path / "model.bin")
-
-
 def test_model_built_by_hand_is_exported_but_not_with_preprocessing(tmp_path: Path) -> None:
     model = DeiT(DeiTConfig(img_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=3))
     done = deit_models.export(model, tmp_path / "m.pt2", format="torch-export")
-    assert exporting.describe(model, pixels=False)["class_names"] == ["class 0", "class 1", "class 2"]
-    assert done.path.is_file()
+    assert read_metadata(done.path)["class_names"] == ["class 0", "class 1", "class 2"]
     with pytest.raises(ConfigError, match="its normalisation is unknown"):
         deit_models.export(model, tmp_path / "m.pt2", format="torch-export", preprocessing=True)

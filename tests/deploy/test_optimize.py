@@ -4,28 +4,28 @@ import itertools
 import json
 import logging
 import sys
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
 import torch
 from cifar10 import first_images, needs_cifar10
-from small_models import TINY, build, normalised, pixels
+from small_models import TINY, build, needs, normalised, pixels
 from torch import Tensor
 
 import deit_models
 from deit_models import AgreementError, ConfigError
-from deit_models.deploy import optimize as optimizing
-from deit_models.deploy import runtimes as backends
-from deit_models.deploy.network import prepare
-from deit_models.deploy.optimize import decision_key
-from deit_models.deploy.runtimes import BACKENDS, Backend, BackendName, Job
-from deit_models.deploy.timing import Runner, quiet
+from deit_models.deploy import hardware
+from deit_models.deploy.network import decreasing, prepare, random_images
+from deit_models.deploy.optimize import OptimizedClassifier, _Search, decision_key, optimize
+from deit_models.deploy.runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, ways_on
+from deit_models.hub.fetch import Access
 from deit_models.models.layers import ImageClassifier
 
-
-@pytest.fixture(autouse=True)
-def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizing, "_ROUND_S", 0.001)
+CPU = torch.device("cpu")
+EAGER = BACKENDS["eager"]
 
 
 @pytest.fixture
@@ -33,34 +33,40 @@ def options(tmp_path: Path) -> dict[str, object]:
     return {"cache_dir": tmp_path, "sample": 2}
 
 
-@pytest.fixture
-def only_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No compiler and no runtime: what is left on a bare machine."""
-    for name in ("inductor", "openvino", "onnxruntime"):
-        monkeypatch.setitem(BACKENDS, name, BACKENDS[name]._replace(build=broken))
-
-
-def broken(_: Job) -> Runner:
+def broken(_: Job) -> hardware.Runner:
     raise RuntimeError("no compiler here\nand a long story")
+
+
+ONLY_TORCH = {name: EAGER if name == "eager" else BACKENDS[name]._replace(build=broken) for name in BACKENDS}
+"""No compiler and no runtime: a bare machine."""
+
+
+def search(
+    cache_dir: Path,
+    backends: Mapping[BackendName, Backend],
+    *,
+    model: ImageClassifier | None = None,
+    sample: int = 2,
+    precision: InferencePrecision | None = None,
+    native_bf16: bool = False,
+    calibration: Tensor | None = None,
+    **changed: Any,
+) -> OptimizedClassifier:
+    """As `optimize`, but on these backends, rounds of a millisecond, and bf16 as told."""
+    options = {"goal": "throughput", "pixels": False, "min_agreement": 0.99, "merging": 0, "round_s": 0.001, **changed}
+    found = _Search(model or build("deit"), sample, calibration, backends=backends, **options)
+    candidates = ways_on(CPU, backends=backends, precision=precision, native_bf16=lambda _: native_bf16)
+    return found.best(candidates, Access(cache_dir=cache_dir))
 
 
 def shifted(by: float) -> Backend:
     """Torch itself, with every logit but the first lifted: another likeliest class, if by enough."""
 
-    def build_shifted(job: Job) -> Runner:
-        lift = torch.zeros(5).index_fill(0, torch.arange(1, 5), by)
-        return lambda images: prepare_run(job)(images) + lift
+    def build_shifted(job: Job) -> hardware.Runner:
+        lift, run = torch.zeros(5).index_fill(0, torch.arange(1, 5), by), EAGER.build(job)
+        return lambda images: run(images) + lift
 
     return Backend(build_shifted, ("float32", "bf16", "int8"))
-
-
-def prepare_run(job: Job) -> Runner:
-    return backends._eager(job)
-
-
-def needs(name: str) -> None:
-    with quiet():
-        pytest.importorskip(name, reason="needs the extra [export]")
 
 
 @pytest.mark.parametrize("kind", TINY)
@@ -121,43 +127,54 @@ def test_it_is_used_like_the_model_it_was_made_from(options: dict[str, object]) 
 # Choosing
 
 
-def test_the_fastest_backend_is_chosen_and_remembered(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_the_fastest_backend_is_chosen_and_remembered(tmp_path: Path) -> None:
     seconds = {"eager": 0.3, "inductor": 0.2, "openvino": 0.1, "onnxruntime": 0.4}
+    names: dict[hardware.Runner, str] = {}
     measured: list[str] = []
-    for name in BACKENDS:
 
-        def build_named(job: Job, name: str = name) -> Runner:
-            inner = backends._eager(job)
+    def named(name: BackendName) -> Backend:
+        def build_named(job: Job) -> hardware.Runner:
+            run = EAGER.build(job)
+            names[run] = name
+            return run
 
-            def named(images: Tensor) -> Tensor:
-                return inner(images)
+        return Backend(build_named, ("float32",))
 
-            named.__name__ = name
-            return named
+    def timer(run: hardware.Runner, *_: Tensor, **__: float) -> list[float]:
+        measured.append(names[run])
+        return [seconds[names[run]]]
 
-        monkeypatch.setitem(BACKENDS, name, Backend(build_named, ("float32",)))
-
-    def timed(run: Runner, *_: Tensor, **__: float) -> list[float]:
-        measured.append(run.__name__)
-        return [seconds.get(run.__name__, 0.5)]
-
-    monkeypatch.setattr(optimizing, "call_times", timed)
-    fast = deit_models.optimize(build("deit"), **options)
+    backends = {name: named(name) for name in BACKENDS}
+    fast = search(tmp_path, backends, timer=timer)
     assert fast.choice.backend == "openvino"
     assert [t.backend for t in fast.choice.timings] == ["openvino", "inductor", "eager", "onnxruntime"]
     assert fast.choice.timings[0].images_per_second == pytest.approx(20)
     assert fast.choice.timings[0].latency_ms == pytest.approx(100)
     assert len(measured) == 8
-    assert deit_models.optimize(build("deit"), **options).choice == fast.choice
+    assert search(tmp_path, backends, timer=timer).choice == fast.choice
     assert len(measured) == 8, "measured again"
-    deit_models.optimize(build("deit"), sample=3, cache_dir=tmp_path)
+    search(tmp_path, backends, timer=timer, sample=3)
     assert len(measured) == 16, "another batch size is another question"
     for file in tmp_path.rglob("*.json"):
         file.write_text("{ torn")
-    assert deit_models.optimize(build("deit"), **options).choice.backend == "openvino"
+    assert search(tmp_path, backends, timer=timer).choice.backend == "openvino"
     assert len(measured) == 24
+
+
+def test_the_goal_decides_between_rate_and_latency(tmp_path: Path) -> None:
+    steady: dict[hardware.Runner, bool] = {}
+
+    def build_noted(job: Job) -> hardware.Runner:
+        run = EAGER.build(job)
+        steady[run] = len(steady) % 2 == 0  # the first of each search
+        return run
+
+    def timer(run: hardware.Runner, *_: Tensor, **__: float) -> list[float]:
+        return [0.2, 0.2, 0.2] if steady[run] else [0.1, 0.1, 0.9]
+
+    backends = {name: Backend(build_noted, ("float32",)) for name in ("eager", "openvino")}
+    assert search(tmp_path, backends, timer=timer).choice.backend == "eager"
+    assert search(tmp_path, backends, timer=timer, goal="latency").choice.backend == "openvino"
 
 
 def test_the_question_holds_what_changes_the_answer() -> None:
@@ -172,79 +189,77 @@ def test_the_question_holds_what_changes_the_answer() -> None:
     assert len(keys) == 3
 
 
-@pytest.mark.usefixtures("only_torch")
 def test_a_kept_choice_that_no_longer_works_falls_back_to_the_next(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setitem(BACKENDS, "openvino", Backend(backends._eager, ("float32",)))
     times = itertools.cycle([0.2, 0.1])  # of torch itself, then of the other
-    monkeypatch.setattr(optimizing, "call_times", lambda *_, **__: [next(times)])
-    assert deit_models.optimize(build("deit"), precision="float32", **options).choice.backend == "openvino"
-    monkeypatch.setitem(BACKENDS, "openvino", Backend(broken, ("float32",)))
-    assert deit_models.optimize(build("deit"), precision="float32", **options).choice.backend == "eager"
-    assert "openvino in float32 is not used: no compiler here" in caplog.text
+    working = {**ONLY_TORCH, "openvino": Backend(EAGER.build, ("float32",))}
+    assert search(tmp_path, working, timer=lambda *_, **__: [next(times)]).choice.backend == "openvino"
+    caplog.clear()
+    assert search(tmp_path, {**working, "openvino": Backend(broken, ("float32",))}).choice.backend == "eager"
+    assert caplog.messages == ["openvino in float32 is not used: no compiler here"]
 
 
-@pytest.mark.usefixtures("only_torch")
-def test_half_precision_is_taken_only_where_it_is_faster_and_agrees(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    slow = {torch.float32: 0.2, torch.bfloat16: 0.1}
-    built: dict[Runner, torch.dtype] = {}
+def test_half_precision_is_taken_only_where_it_is_faster_and_agrees(tmp_path: Path) -> None:
+    slow = {"float32": 0.2, "bf16": 0.1}
+    built: dict[hardware.Runner, str] = {}
+    odd = 100.0  # marks images that are answered otherwise in half precision
 
-    def noted(job: Job) -> Runner:
-        run = backends._eager(job)
-        built[run] = job.prepared.dtype
+    def noted(job: Job) -> hardware.Runner:
+        exact = prepare(build("deit"))
+
+        def run(images: Tensor) -> Tensor:
+            wrong = (images[:, 0, 0, 0] == odd) & (job.precision == "bf16")
+            return torch.where(wrong[:, None], -exact(images), exact(images))
+
+        built[run] = job.precision
         return run
 
-    monkeypatch.setitem(BACKENDS, "eager", Backend(noted, ("float32", "bf16")))
-    monkeypatch.setattr(backends, "has_bf16", lambda _: True)
-    monkeypatch.setattr(optimizing, "call_times", lambda run, *_, **__: [slow[built[run]]])
-    assert deit_models.optimize(build("deit"), min_agreement=0, **options).choice.precision == "bf16"
-    strict = {**options, "cache_dir": tmp_path / "other"}
-    monkeypatch.setattr(optimizing._Trial, "_judge", lambda *_: optimizing.Agreement(0.98, 0.0, 100))
-    assert deit_models.optimize(build("deit"), **strict).choice.precision == "float32"
-    slow[torch.bfloat16] = 0.3
-    assert deit_models.optimize(build("deit"), min_agreement=0, **strict).choice.precision == "float32"
+    images = random_images(build("deit"), 100, pixels=False)
+    images[:2, 0, 0, 0] = odd
+    options = {
+        "calibration": images, "native_bf16": True, "timer": lambda run, *_, **__: [slow[built[run]]],
+    }  # fmt: skip
+    backends = {"eager": EAGER._replace(build=noted)}
+    loose = search(tmp_path, backends, min_agreement=0, **options).choice
+    assert (loose.precision, loose.agreement.top1, loose.agreement.images) == ("bf16", pytest.approx(0.98), 100)
+    assert search(tmp_path / "other", backends, **options).choice.precision == "float32"
+    slow["bf16"] = 0.3
+    assert search(tmp_path / "third", backends, min_agreement=0, **options).choice.precision == "float32"
 
 
-@pytest.mark.usefixtures("only_torch")
 def test_a_bare_machine_is_served_by_torch_with_one_line_a_backend(
-    options: dict[str, object], caplog: pytest.LogCaptureFixture
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING, logger="deit_models"):
-        fast = deit_models.optimize(build("deit"), precision="float32", **options)
-    assert fast.choice.backend == "eager"
+        assert search(tmp_path, ONLY_TORCH).choice.backend == "eager"
     lines = [record.getMessage() for record in caplog.records if record.name.startswith("deit_models")]
     assert lines == [
         f"{name} in float32 is not used: no compiler here" for name in ("inductor", "openvino", "onnxruntime")
     ]
 
 
-@pytest.mark.usefixtures("only_torch")
-def test_half_precision_is_not_even_tried_where_the_device_would_imitate_it(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def never_in_half(job: Job) -> Runner:
+def test_half_precision_is_not_even_tried_where_the_device_would_imitate_it(tmp_path: Path) -> None:
+    def never_in_half(job: Job) -> hardware.Runner:
         assert job.precision == "float32"
-        return backends._eager(job)
+        return EAGER.build(job)
 
-    monkeypatch.setitem(BACKENDS, "eager", Backend(never_in_half, ("float32", "bf16")))
-    monkeypatch.setattr(backends, "has_bf16", lambda _: False)
-    assert deit_models.optimize(build("deit"), **options).choice.precision == "float32"
+    backends = {**ONLY_TORCH, "eager": EAGER._replace(build=never_in_half)}
+    assert search(tmp_path, backends, native_bf16=False).choice.precision == "float32"
 
 
-@pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
-def test_a_large_batch_is_computed_in_pieces_and_comes_back_in_order(name: BackendName) -> None:
-    prepared, sizes = prepare(build("deit")), []
-    if name == "eager":  # what is traced would take a hook's length for a constant
-        prepared.register_forward_pre_hook(lambda _, given: sizes.append(len(given[0])))
-    else:
-        needs(name)
-    images = torch.randn(19, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-    run = BACKENDS[name].build(Job(prepared, images, "float32"))
-    assert torch.allclose(run(images), prepare(build("deit"))(images), atol=1e-4)
-    assert name != "eager" or sizes == [8, 8, 3]
+def test_the_reference_of_the_judge_is_exact(tmp_path: Path) -> None:
+    seen: list[str] = []
+    model = build("deit")
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
+    options = {"model": model, "exact": lambda _: hardware.exact_float32(torch.device("cuda"))}
+    fast = search(tmp_path, {"eager": EAGER}, **options)
+    assert (len(seen), set(seen[1:17])) == (33, {"ieee"}), "32 judges, two at a time, after one call of the candidate"
+    assert set(seen[17:]) == {"tf32"}, "on a CPU the candidate has nothing to switch off"
+    assert fast.choice.agreement.max_abs_diff <= 1e-4
+    seen.clear()
+    search(tmp_path, {"eager": EAGER}, merging=1, min_agreement=0, **options)
+    assert set(seen[:32]) == {"ieee"}, "the merged network and the model are both compared exactly"
 
 
 @pytest.mark.parametrize("precision", ["float32", "bf16"])
@@ -260,31 +275,28 @@ def test_a_missing_library_costs_one_line_with_what_to_install(
     )
 
 
-@pytest.mark.usefixtures("only_torch")
-def test_wrong_answers_of_a_backend_are_never_used(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setitem(BACKENDS, "openvino", shifted(0.001))
-    assert deit_models.optimize(build("deit"), precision="float32", **options).choice.backend == "eager"
+def test_wrong_answers_of_a_backend_are_never_used(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert search(tmp_path, {**ONLY_TORCH, "openvino": shifted(0.001)}).choice.backend == "eager"
     assert "not used: openvino in float32: logits differ by 0.001 on 32 images, 0.0001 is allowed" in caplog.text
 
 
 # Half precision and int8 that were asked for
 
 
-@pytest.mark.usefixtures("only_torch")
 @pytest.mark.parametrize("precision", ["bf16", "int8"])
-def test_disagreement_is_refused_with_the_measured_share(
-    precision: str, options: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(BACKENDS, "openvino", shifted(1e6))
-    monkeypatch.setitem(BACKENDS, "eager", Backend(broken, ("bf16",)))
+def test_disagreement_is_refused_with_the_measured_share(precision: InferencePrecision, tmp_path: Path) -> None:
+    backends = {**ONLY_TORCH, "openvino": shifted(1e6), "eager": Backend(broken, ("bf16",))}
     model = build("deit")
     with torch.no_grad():
         model.head.bias[0] += 1000  # so that the first class is the model's answer to everything
     images = normalised(model, pixels(8))
     with pytest.raises(AgreementError, match=rf"openvino in {precision}: 0\.0% agree on 8 images, min_agreement=0\.99"):
-        deit_models.optimize(model, precision=precision, calibration=images, **options)
+        search(tmp_path, backends, model=model, precision=precision, calibration=images)
+
+
+def test_a_machine_on_which_nothing_works_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(AgreementError, match="no backend could compute this model, not even torch itself"):
+        search(tmp_path, {name: Backend(broken, ("float32",)) for name in BACKENDS})
 
 
 def photograph_crops(model: ImageClassifier) -> torch.Tensor:
@@ -345,6 +357,48 @@ def test_calibration_may_be_any_images(options: dict[str, object]) -> None:
     assert fast.choice.agreement.images == 6
 
 
+# Merging
+
+
+def test_the_choice_carries_the_plan_and_the_agreement_with_the_model(tmp_path: Path) -> None:
+    model = deit_models.from_pretrained("deit_micro_patch4_32")
+    x = torch.randn(5, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    options = {"sample": x, "backend": "eager", "precision": "float32", "cache_dir": tmp_path}
+    choice = deit_models.optimize(model, token_merging=decreasing(1, 6), min_agreement=0, **options).choice
+    assert choice.token_merging == decreasing(1, 6)
+    difference = (prepare(model, plan=decreasing(1, 6))(x) - prepare(model)(x)).abs().max()
+    assert choice.merging_agreement.max_abs_diff == pytest.approx(float(difference), abs=1e-4)
+    assert choice.merging_agreement.images == 5
+    plain = deit_models.optimize(model, **options).choice
+    assert (plain.token_merging, plain.merging_agreement) == ((), None)
+
+
+def test_too_little_agreement_is_refused_with_the_measured_share(tmp_path: Path) -> None:
+    model = deit_models.from_pretrained("deit_micro_patch4_32")
+    x = random_images(model, 40, pixels=False)
+    merged, plain = (prepare(model, plan=plan)(x).argmax(1) for plan in ((8,) * 6, ()))
+    share = float((merged == plain).double().mean())
+    assert share < 1, "the test needs a model that answers otherwise when merged"
+    options = {"sample": x, "backend": "eager", "token_merging": 8, "cache_dir": tmp_path}
+    message = (
+        rf"token_merging=8,8,8,8,8,8: {100 * share:.1f}% agree with the unmerged model on 40 images, min_agreement=1 is"
+    )
+    with pytest.raises(AgreementError, match=message):
+        deit_models.optimize(model, min_agreement=1, **options)
+    assert deit_models.optimize(model, min_agreement=share, precision="float32", **options).choice.backend == "eager"
+
+
+def test_a_kept_choice_is_kept_for_its_plan(tmp_path: Path) -> None:
+    for merging in (0, 2, (2, 2), (4, 0)):
+        search(tmp_path, {"eager": EAGER}, native_bf16=True, sample=1, min_agreement=0, merging=merging)
+    assert len(list(tmp_path.rglob("*.json"))) == 3
+
+
+def test_merging_is_refused_where_every_patch_is_needed(options: dict[str, object]) -> None:
+    with pytest.raises(ConfigError, match="token_merging=8: LeViT needs its tokens on a grid"):
+        deit_models.optimize(build("levit"), token_merging=8, **options)
+
+
 # Refusals
 
 
@@ -368,7 +422,8 @@ def test_what_does_not_fit_is_refused(wrong: dict[str, object], message: str, op
 
 def test_wrong_input_training_and_saving_are_refused(options: dict[str, object], tmp_path: Path) -> None:
     model = build("deit")
-    fast = deit_models.optimize(model, backend="eager", **options)
+    options |= {"backend": "eager", "precision": "float32"}
+    fast = deit_models.optimize(model, **options)
     with pytest.raises(ConfigError, match=r"input of shape \(1, 3, 32, 32\); this model takes \(B, 3, 64, 64\)"):
         fast(torch.zeros(1, 3, 32, 32))
     with pytest.raises(
@@ -381,27 +436,46 @@ def test_wrong_input_training_and_saving_are_refused(options: dict[str, object],
         fast.save_pretrained(tmp_path / "out")
     with pytest.raises(ConfigError, match="optimised already"):
         deit_models.optimize(fast, **options)
-    inside = deit_models.optimize(model, backend="eager", preprocessing=True, **options)
+    inside = deit_models.optimize(model, preprocessing=True, **options)
     with pytest.raises(ConfigError, match="this model was optimised for uint8 pixels"):
         inside(torch.zeros(1, 3, 64, 64))
 
 
-@pytest.mark.usefixtures("only_torch")
-def test_a_cache_that_cannot_be_written_costs_a_line(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_cache_that_cannot_be_written_costs_a_line(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "file").touch()
-    monkeypatch.setitem(BACKENDS, "openvino", Backend(backends._eager, ("float32",)))
-    fast = deit_models.optimize(build("deit"), precision="float32", sample=1, cache_dir=tmp_path / "file")
-    assert fast.choice.backend in ("eager", "openvino")
+    backends = {**ONLY_TORCH, "openvino": Backend(EAGER.build, ("float32",))}
+    assert search(tmp_path / "file", backends, sample=1).choice.backend in ("eager", "openvino")
     assert "the choice is not kept: the cache folder cannot be made" in caplog.text
 
 
-@pytest.mark.usefixtures("only_torch")
-def test_what_is_kept_is_json_for_readers(
-    options: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(backends, "has_bf16", lambda _: True)
-    deit_models.optimize(build("deit"), backend="eager", min_agreement=0, **options)
+def test_what_is_kept_is_json_for_readers(tmp_path: Path) -> None:
+    search(tmp_path, {"eager": EAGER}, native_bf16=True, min_agreement=0)
     (file,) = tmp_path.rglob("*.json")
-    assert {row["precision"] for row in json.loads(file.read_text())} == {"float32", "bf16"}
+    rows = json.loads(file.read_text())
+    assert {row["precision"] for row in rows} == {"float32", "bf16"}
+    assert all(row.keys() == {"backend", "precision", "images_per_second", "latency_ms"} for row in rows)
+
+
+def modules_run(call: Callable[[], object]) -> set[str]:
+    """Names of the package's modules whose functions run in a call."""
+    found: set[str] = set()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        name = str(frame.f_globals.get("__name__"))
+        if event == "call" and name.startswith("deit_models"):
+            found.add(name)
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_a_reader_of_one_call_passes_few_modules(tmp_path: Path) -> None:
+    model = build("deit")
+    for _ in ("measured", "remembered"):
+        modules = modules_run(lambda: optimize(model, sample=2, backend="eager", cache_dir=tmp_path))
+        assert "deit_models.deploy.network" in modules
+        assert len(modules) <= 9, sorted(modules)

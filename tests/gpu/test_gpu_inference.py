@@ -122,12 +122,7 @@ def test_kernels_are_recorded(
     assert [record.message for record in caplog.records if record.name.startswith("deit_models")] == []
 
 
-def test_the_fastest_of_all_agrees_with_the_plain_model(
-    device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from deit_models.deploy import optimize as optimizing
-
-    monkeypatch.setattr(optimizing, "_ROUND_S", 0.05)
+def test_the_fastest_of_all_agrees_with_the_plain_model(device: torch.device, tmp_path: Path) -> None:
     options: dict[str, Any] = {} if device.type == "cuda" else {"backend": "eager"}
     model, images = trained("deit")
     with torch.inference_mode():

@@ -1,26 +1,20 @@
-"""Graph runners and exact float32, on an imitation of CUDA graphs and on torch's own switches."""
+"""The machine: its description, timed calls, exact float32 on torch's own switches, CUDA graphs on an imitation."""
 
 import logging
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 from fake_gpu import GPU, fake_gpu
-from imitated_cuda import Graph, imitate
+from imitated_cuda import ImitatedCuda
 from small_models import TINY, build, normalised, pixels
-from torch import Tensor, nn
+from torch import Tensor
 
-import deit_models
-from deit_models.deploy import gpu
-from deit_models.deploy import optimize as optimizing
-from deit_models.deploy import runtimes as backends
-from deit_models.deploy.gpu import exact_float32, launched_at_once
-from deit_models.deploy.network import prepare
-from deit_models.deploy.runtimes import Job
-from deit_models.deploy.timing import Runner
+from deit_models.deploy import hardware
+from deit_models.deploy.hardware import GraphRunner, Runner, exact_float32, on_gpu
+from deit_models.deploy.network import merging_plan, prepare
 
 SWITCHES = (
     torch.backends.cuda.matmul,
@@ -32,22 +26,58 @@ CUDA = torch.device("cuda")
 
 
 @pytest.fixture
-def graphs(monkeypatch: pytest.MonkeyPatch) -> type[Graph]:
-    return imitate(monkeypatch)
+def graphs() -> ImitatedCuda:
+    return ImitatedCuda()
 
 
-def runner(kind: str = "deit", count: int = 4) -> Runner:
-    """What the eager backend makes of a small model for this many images, graph and all."""
+def runner(graphs: ImitatedCuda, kind: str = "deit", count: int = 4) -> Runner:
+    """A small model by a graph for this many images, as the eager backend makes it."""
     prepared = prepare(build(kind), pixels=True)
-    return backends._on_gpu(lambda x: prepared(x), Job(prepared, pixels(count), "float32"))
+    return on_gpu(prepared, pixels(count), plain=prepared, exact=True, cuda=graphs)
+
+
+# The machine
+
+
+@pytest.mark.parametrize(("known", "found"), [({"avx2": True, "avx512_vnni": True}, True), ({"avx2": True}, False)])
+def test_products_of_8_bits_are_known_from_the_processor(
+    known: dict[str, bool], found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: known)
+    assert hardware.has_int8_products() is found
+
+
+def test_a_call_is_timed_alone_and_to_its_end() -> None:
+    class Answer:
+        """Still being computed, until somebody waits for it."""
+
+        def cpu(self) -> None:
+            running.pop()
+
+    running: list[Answer] = []
+
+    def launch(_: torch.Tensor) -> Answer:
+        assert running == [], "the last call is still at work"
+        running.append(Answer())
+        return running[-1]
+
+    assert len(hardware.call_times(launch, torch.zeros(1), seconds=0, warm_up=3)) == 2
+    assert running == []
+
+
+def test_the_machine_is_described_by_processor_threads_and_versions() -> None:
+    found = hardware.machine(torch.device("cpu"))
+    assert found["device"] == hardware.processor_name()
+    assert found["threads"] == torch.get_num_threads()
+    assert str(found["torch"]).partition("+")[0] == torch.__version__.partition("+")[0]
 
 
 # CUDA graphs
 
 
 @pytest.mark.parametrize("kind", TINY)
-def test_batches_like_the_example_are_replayed_and_others_are_not(kind: str, graphs: type[Graph]) -> None:
-    run, model = runner(kind, 4), build(kind)
+def test_batches_like_the_example_are_replayed_and_others_are_not(kind: str, graphs: ImitatedCuda) -> None:
+    run, model = runner(graphs, kind, 4), build(kind)
     for count, replays in ((4, 1), (4, 2), (3, 2), (8, 2), (1, 2)):
         with torch.inference_mode():
             expected = model(normalised(model, pixels(count)))
@@ -56,9 +86,8 @@ def test_batches_like_the_example_are_replayed_and_others_are_not(kind: str, gra
 
 
 @pytest.mark.parametrize("count", [1, 8])
-@pytest.mark.usefixtures("graphs")
-def test_an_answer_is_not_overwritten_by_the_next(count: int) -> None:
-    run = runner(count=count)
+def test_an_answer_is_not_overwritten_by_the_next(count: int, graphs: ImitatedCuda) -> None:
+    run = runner(graphs, count=count)
     first = run(pixels(count))
     kept, other = first.clone(), run(255 - pixels(count))
     assert torch.equal(first, kept)
@@ -66,9 +95,8 @@ def test_an_answer_is_not_overwritten_by_the_next(count: int) -> None:
     assert not first.is_inference()
 
 
-@pytest.mark.usefixtures("graphs")
-def test_threads_take_turns() -> None:
-    run, batches = runner(), [pixels(4).roll(shift, 0) for shift in range(4)]
+def test_threads_take_turns(graphs: ImitatedCuda) -> None:
+    run, batches = runner(graphs), [pixels(4).roll(shift, 0) for shift in range(4)]
     expected = [run(batch) for batch in batches]
 
     def classify(number: int) -> bool:
@@ -79,11 +107,11 @@ def test_threads_take_turns() -> None:
         assert all(pool.map(classify, range(40)))
 
 
-def test_other_types_and_layouts_of_images(graphs: type[Graph]) -> None:
+def test_other_types_and_layouts_of_images(graphs: ImitatedCuda) -> None:
     model = build("deit")
     prepared = prepare(model)
     x = normalised(model, pixels(2))
-    run = launched_at_once(prepared, x, plain=prepared)
+    run = on_gpu(prepared, x, plain=prepared, exact=True, cuda=graphs)
     strided = x.to(memory_format=torch.channels_last)
     torch.testing.assert_close(run(strided), model(x).detach(), atol=1e-4, rtol=1e-4)
     assert graphs.replays == 1
@@ -98,7 +126,8 @@ def test_prepared_networks_wait_for_nothing_so_that_they_can_be_recorded(
 ) -> None:
     if token_merging and kind in ("levit", "vit_resnas", "token head"):
         pytest.skip("merges no tokens")
-    prepared = prepare(build(kind), pixels=True, dtype=torch.bfloat16, token_merging=token_merging)
+    model = build(kind)
+    prepared = prepare(model, pixels=True, dtype=torch.bfloat16, plan=merging_plan(model, token_merging))
     with fake_gpu(monkeypatch) as gpu, torch.no_grad():
         prepared.to(GPU)
         gpu.waits.clear()
@@ -108,11 +137,11 @@ def test_prepared_networks_wait_for_nothing_so_that_they_can_be_recorded(
 
 
 def test_what_cannot_be_recorded_is_launched_one_by_one_with_one_line(
-    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    monkeypatch.setattr(graphs, "fails", True)
-    run, model = runner(count=2), build("deit")
+    graphs, model = ImitatedCuda(fails=True), build("deit")
     with caplog.at_level(logging.WARNING, logger="deit_models"):
+        run = runner(graphs, count=2)
         for count in (2, 3):
             expected = model(normalised(model, pixels(count))).detach()
             torch.testing.assert_close(run(pixels(count)), expected, atol=1e-4, rtol=1e-4)
@@ -121,49 +150,22 @@ def test_what_cannot_be_recorded_is_launched_one_by_one_with_one_line(
 
 
 def test_a_network_that_fails_by_itself_is_no_matter_of_graphs(
-    graphs: type[Graph], caplog: pytest.LogCaptureFixture
+    graphs: ImitatedCuda, caplog: pytest.LogCaptureFixture
 ) -> None:
     def broken(_: Tensor) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     with pytest.raises(torch.OutOfMemoryError):
-        launched_at_once(broken, pixels(), plain=broken)
+        on_gpu(broken, pixels(), plain=broken, exact=True, cuda=graphs)
     assert caplog.messages == []
     assert graphs.replays == 0
 
 
-def test_compiled_network_is_recorded_in_one_shape_and_torch_serves_the_others(
-    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shapes, options = [], {}
-
-    def compile_(network: nn.Module, **given: object) -> Callable[[Tensor], Tensor]:
-        options.update(given)
-
-        def compiled(images: Tensor) -> Tensor:
-            assert not torch.is_inference_mode_enabled()
-            assert not torch.is_grad_enabled()
-            shapes.append(len(images))
-            return network(images)
-
-        return compiled
-
-    class OnGpu(Tensor):
-        device = CUDA
-
-    monkeypatch.setattr(torch, "compile", compile_)
-    monkeypatch.setattr(backends, "exactly", lambda run, _: run)
-    monkeypatch.setattr(
-        backends, "launched_at_once", lambda run, x, **k: launched_at_once(run, x.as_subclass(Tensor), **k)
-    )
-    prepared = prepare(build("deit"), pixels=True)
-    with torch.inference_mode():
-        run = backends._inductor(Job(prepared, pixels(2).as_subclass(OnGpu), "float32"))
-        for count in (2, 5):
-            torch.testing.assert_close(run(pixels(count)), prepared(pixels(count)))
-    assert set(shapes) == {2}
-    assert options["dynamic"] is False
-    assert graphs.replays == 1
+def test_a_graph_fits_batches_of_its_shape_and_type(graphs: ImitatedCuda) -> None:
+    graph = GraphRunner(prepare(build("deit"), pixels=True), pixels(2), graphs)
+    assert graph.fits(255 - pixels(2))
+    assert not graph.fits(pixels(3))
+    assert not graph.fits(pixels(2).float())
 
 
 # Exact float32
@@ -241,32 +243,13 @@ def test_only_cuda_needs_it() -> None:
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
 
 
-def test_float32_is_exact_and_half_precision_is_not_bothered(
-    graphs: type[Graph], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(gpu, "exact_float32", lambda _: gpu._exact_float32)  # as if it were a GPU
+@pytest.mark.parametrize(("exact", "found"), [(True, "ieee"), (False, "tf32")])
+def test_float32_is_exact_and_half_precision_is_not_bothered(exact: bool, found: str, graphs: ImitatedCuda) -> None:
     seen: list[str] = []
     prepared = prepare(build("deit"), pixels=True)
     prepared.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
-    for precision, found in (("float32", "ieee"), ("bf16", "tf32")):
-        seen.clear()
-        run = backends._on_gpu(lambda x: prepared(x), Job(prepared, pixels(2), precision))
-        run(pixels(2))
-        run(pixels(3))
-        assert set(seen) == {found}
-    assert graphs.replays == 2
-
-
-def test_the_reference_of_the_judge_is_exact(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(optimizing, "exact_float32", lambda _: gpu._exact_float32)
-    seen: list[str] = []
-    model = build("deit")
-    model.register_forward_pre_hook(lambda *_: seen.append(torch.backends.cudnn.conv.fp32_precision))
-    options = {"sample": 2, "backend": "eager", "precision": "float32", "cache_dir": tmp_path}
-    fast = deit_models.optimize(model, **options)
-    assert (len(seen), set(seen[1:17])) == (33, {"ieee"}), "32 judges, two at a time, after one call of the candidate"
-    assert set(seen[17:]) == {"tf32"}, "on a CPU the candidate has nothing to switch off"
-    assert fast.choice.agreement.max_abs_diff <= 1e-4
-    seen.clear()
-    deit_models.optimize(model, token_merging=1, min_agreement=0, **options)
-    assert set(seen[:32]) == {"ieee"}, "the merged network and the model are both compared exactly"
+    run = on_gpu(prepared, pixels(2), plain=prepared, exact=exact, cuda=graphs)
+    run(pixels(2))
+    run(pixels(3))
+    assert set(seen) == {found}
+    assert graphs.replays == 1

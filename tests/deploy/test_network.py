@@ -1,5 +1,7 @@
-"""Token merging: what a merge keeps, when it is exact, that every backend gives it, and where it is refused."""
+"""Folds give the model's logits, for every family and shape; merges keep sums and sizes; refusals."""
 
+import copy
+import re
 from itertools import pairwise
 from pathlib import Path
 
@@ -8,16 +10,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_models import TINY, build, normalised, pixels
+from torch import nn
 
 import deit_models
-from deit_models import AgreementError, ConfigError
-from deit_models.deploy import optimize as optimizing
-from deit_models.deploy import runtimes as backends
-from deit_models.deploy.network import MergingBlocks, decreasing, match_tokens, merge_tokens, merging_plan, prepare
-from deit_models.deploy.runtimes import open_exported, read_metadata
-from deit_models.deploy.timing import quiet
+from deit_models import ConfigError
+from deit_models.deploy.network import (
+    MergingBlocks,
+    PrefixBlock,
+    decreasing,
+    match_tokens,
+    merge_tokens,
+    merging_plan,
+    prepare,
+    random_images,
+)
 from deit_models.models.deit import DeiT, DeiTConfig
-from deit_models.models.layers import ImageClassifier
+from deit_models.models.transformer import Block
 
 MERGEABLE = ["deit", "distilled", "deit3", "one block", "t2t_vit"]
 FIXED = ["token head", "levit", "vit_resnas"]
@@ -27,10 +35,92 @@ def draw(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def needs(*names: str) -> None:
-    for name in names:
-        with quiet():
-            pytest.importorskip(name, reason="needs the extra [export]")
+@pytest.mark.parametrize("takes_pixels", [False, True])
+@pytest.mark.parametrize("kind", TINY)
+@torch.inference_mode()
+def test_prepared_network_gives_the_models_logits(kind: str, takes_pixels: bool) -> None:
+    model = build(kind)
+    x = normalised(model, pixels())
+    prepared = prepare(model, pixels=takes_pixels)
+    torch.testing.assert_close(prepared(pixels() if takes_pixels else x), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", TINY)
+@torch.inference_mode()
+def test_model_is_left_as_it_is(kind: str) -> None:
+    model = build(kind).train()
+    before, logits = copy.deepcopy(model.state_dict()), copy.deepcopy(model).eval()(normalised(model, pixels()))
+    prepared = prepare(model, pixels=True, dtype=torch.bfloat16)
+    assert not any(module.training for module in prepared.modules())
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert torch.equal(model.eval()(normalised(model, pixels())), logits)
+
+
+def test_unchanged_tensors_are_shared() -> None:
+    model = build("deit")
+    prepared = prepare(model)
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    folded = re.compile(r"qkv|query|key_value|fc1")  # which take in the LayerNorm before them
+    shared = {parameter.data_ptr() for name, parameter in prepared.named_parameters() if not folded.search(name)}
+    assert shared
+    assert shared <= own
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_last_block_computes_the_prefix_alone_unless_a_head_reads_the_patches() -> None:
+    def last(kind: str) -> nn.Module:
+        return prepare(build(kind)).network.blocks[-1]
+
+    assert isinstance(last("distilled"), PrefixBlock)
+    assert last("distilled")(torch.zeros(1, 18, 24)).shape == (1, 2, 24)
+    assert not isinstance(last("token head"), PrefixBlock)
+
+
+@pytest.mark.parametrize("kind", ["deit", "vit_resnas"])
+def test_norms_in_blocks_lose_scale_and_shift(kind: str) -> None:
+    blocks = [module for module in prepare(build(kind)).modules() if isinstance(module, (Block, PrefixBlock))]
+    assert blocks
+    assert all(norm.weight is None and norm.bias is None for block in blocks for norm in (block.norm1, block.norm2))
+
+
+@torch.inference_mode()
+def test_half_precision_gives_float32_logits_close_to_the_models() -> None:
+    model = build("distilled")
+    logits = prepare(model, dtype=torch.bfloat16)(normalised(model, pixels()))
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, model(normalised(model, pixels())), atol=0.5, rtol=0.1)
+
+
+def test_half_precision_model_is_computed_in_float32() -> None:
+    model = build("deit").to(torch.bfloat16)
+    prepared = prepare(model)
+    assert {parameter.dtype for parameter in prepared.parameters()} == {torch.float32}
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def test_pixels_of_a_model_built_by_hand_are_refused() -> None:
+    model = DeiT(DeiTConfig(img_size=16, embed_dim=16, depth=1, num_heads=2))
+    with pytest.raises(ConfigError, match="its normalisation is unknown"):
+        prepare(model, pixels=True)
+    assert prepare(model)(torch.zeros(1, 3, 16, 16)).shape == (1, 1000)
+
+
+@pytest.mark.parametrize("kind", ["deit", "levit"])
+def test_random_images_are_the_same_ones_as_pixels_and_normalised(kind: str) -> None:
+    model = build(kind)
+    levels = random_images(model, 3, pixels=True)
+    assert (levels.dtype, levels.shape) == (torch.uint8, (3, 3, 64, 64))
+    assert len(levels.unique(dim=0)) == 3
+    assert torch.equal(levels, random_images(model, 3, pixels=True))
+    torch.testing.assert_close(random_images(model, 3, pixels=False), normalised(model, levels))
+
+
+def test_random_images_of_a_model_built_by_hand_have_its_channels() -> None:
+    model = DeiT(DeiTConfig(img_size=16, in_chans=1, embed_dim=16, depth=1, num_heads=2))
+    images = random_images(model, 2, pixels=False)
+    assert (images.dtype, images.shape) == (torch.float32, (2, 1, 16, 16))
+    assert -2 <= images.min() < images.max() <= 2
 
 
 # The merge
@@ -115,7 +205,7 @@ def test_merging_tokens_that_are_the_same_changes_nothing(kind: str, times: int,
     tokens, prefix = repeated(model, times), model.config.num_prefix_tokens
     expected = model.blocks(tokens)
     for fold in (False, True):
-        blocks = prepare(model, fold=fold, token_merging=plan).network.blocks
+        blocks = prepare(model, fold=fold, plan=plan).network.blocks
         assert isinstance(blocks, MergingBlocks)
         found = blocks(tokens)
         assert found.shape[1] == (prefix if fold else tokens.shape[1] - sum(plan))
@@ -130,8 +220,8 @@ def test_without_the_sizes_it_would_change_something() -> None:
         for parameter in model.blocks.parameters():
             parameter.normal_(0.1, 0.2, generator=torch.Generator().manual_seed(0))
     tokens = repeated(model, 2)
-    blocks = prepare(model, fold=False, token_merging=(3, 0)).network.blocks
-    unsized, _ = blocks.merging[1](blocks.merging[0](tokens, None)[0], None)
+    blocks = prepare(model, fold=False, plan=(3, 0)).network.blocks
+    unsized, _ = blocks[1](blocks[0](tokens, None)[0], None)
     assert (unsized[:, :1] - model.blocks(tokens)[:, :1]).abs().max() > 1e-3
 
 
@@ -141,7 +231,8 @@ def test_merging_nothing_is_the_network_as_it_was(kind: str) -> None:
     model = build(kind)
     x = normalised(model, pixels())
     for nothing in (0, (0, 0, 0)):
-        prepared = prepare(model, token_merging=nothing)
+        assert merging_plan(model, nothing) == ()
+        prepared = prepare(model, plan=merging_plan(model, nothing))
         assert not any(isinstance(module, MergingBlocks) for module in prepared.modules())
         assert torch.equal(prepared(x), prepare(model)(x))
 
@@ -150,23 +241,23 @@ def test_merging_nothing_is_the_network_as_it_was(kind: str) -> None:
 @torch.inference_mode()
 def test_folds_and_merging_go_together(kind: str) -> None:
     model = build(kind)
-    x = normalised(model, pixels())
-    plain = prepare(model, fold=False, token_merging=3)(x)
-    torch.testing.assert_close(prepare(model, token_merging=3)(x), plain, atol=1e-4, rtol=1e-4)
-    torch.testing.assert_close(prepare(model, pixels=True, token_merging=3)(pixels()), plain, atol=1e-4, rtol=1e-4)
+    x, plan = normalised(model, pixels()), merging_plan(model, 3)
+    plain = prepare(model, fold=False, plan=plan)(x)
+    torch.testing.assert_close(prepare(model, plan=plan)(x), plain, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(prepare(model, pixels=True, plan=plan)(pixels()), plain, atol=1e-4, rtol=1e-4)
     if kind != "one block":  # whose one merge comes after all attention
         assert (plain - prepare(model)(x)).abs().max() > 2e-4
-    assert prepare(model, dtype=torch.bfloat16, token_merging=3)(x).dtype == torch.float32
+    assert prepare(model, dtype=torch.bfloat16, plan=plan)(x).dtype == torch.float32
 
 
 @torch.inference_mode()
 def test_at_most_half_of_the_tokens_go() -> None:
     model = build("distilled")
     tokens = draw(2, 2 + 16, 24)
-    assert prepare(model, fold=False, token_merging=100).network.blocks(tokens).shape == (2, 2 + 4, 24)
+    assert prepare(model, fold=False, plan=(100, 100)).network.blocks(tokens).shape == (2, 2 + 4, 24)
     lonely = DeiT(DeiTConfig(img_size=16, embed_dim=16, depth=2, num_heads=2)).eval()
     x = draw(1, 3, 16, 16)
-    torch.testing.assert_close(prepare(lonely, token_merging=8)(x), lonely(x), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(prepare(lonely, plan=merging_plan(lonely, 8))(x), lonely(x), atol=1e-5, rtol=1e-5)
 
 
 @given(r=st.integers(0, 20), depth=st.integers(1, 24))
@@ -178,85 +269,6 @@ def test_a_decreasing_plan_falls_from_twice_to_nothing_and_merges_as_many(r: int
     assert all(after <= before + 1 for before, after in pairwise(plan))
 
 
-# Backends
-
-
-def trained() -> tuple[ImageClassifier, torch.Tensor]:
-    model = deit_models.from_pretrained("deit_micro_patch4_32")
-    return model, draw(5, 3, 32, 32)
-
-
-@pytest.mark.parametrize("name", ["eager", "openvino", "onnxruntime", pytest.param("inductor", marks=pytest.mark.slow)])
-@torch.inference_mode()
-def test_every_backend_gives_the_merged_networks_logits(name: str, tmp_path: Path) -> None:
-    if name in ("openvino", "onnxruntime"):
-        needs(name)
-    model = build("distilled")
-    fast = deit_models.optimize(
-        model, sample=2, backend=name, precision="float32", token_merging=3, min_agreement=0, cache_dir=tmp_path
-    )
-    assert (fast.choice.backend, fast.choice.token_merging) == (name, (3, 3))
-    assert fast.choice.agreement.max_abs_diff <= 1e-4
-    merged, x = prepare(model, fold=False, token_merging=3), normalised(model, pixels(5))
-    for count in (1, 2, 5):
-        torch.testing.assert_close(fast(x[:count]), merged(x[:count]), atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize(
-    ("suffix", "libraries"), [("onnx", ("onnxscript", "onnxruntime")), ("xml", ("openvino",)), ("pt2", ())]
-)
-@torch.inference_mode()
-def test_files_merge_too_and_say_so(suffix: str, libraries: tuple[str, ...], tmp_path: Path) -> None:
-    needs(*libraries)
-    model, path = build("distilled"), tmp_path / f"model.{suffix}"
-    kind = {"onnx": "onnx", "xml": "openvino", "pt2": "torch-export"}[suffix]
-    deit_models.export(model, path, format=kind, token_merging=(3, 1), preprocessing=True)
-    expected = prepare(model, fold=False, token_merging=(3, 1))(normalised(model, pixels(5)))
-    torch.testing.assert_close(open_exported(path)(pixels(5)), expected, atol=1e-4, rtol=0)
-    assert read_metadata(path)["token_merging"] == [3, 1]
-
-
-# optimize
-
-
-def test_the_choice_carries_the_plan_and_the_agreement_with_the_model(tmp_path: Path) -> None:
-    model, x = trained()
-    options = {"sample": x, "backend": "eager", "precision": "float32", "cache_dir": tmp_path}
-    choice = deit_models.optimize(model, token_merging=decreasing(1, 6), min_agreement=0, **options).choice
-    assert choice.token_merging == decreasing(1, 6)
-    difference = (prepare(model, token_merging=decreasing(1, 6))(x) - prepare(model)(x)).abs().max()
-    assert choice.merging_agreement.max_abs_diff == pytest.approx(float(difference), abs=1e-4)
-    assert choice.merging_agreement.images == 5
-    plain = deit_models.optimize(model, **options).choice
-    assert (plain.token_merging, plain.merging_agreement) == ((), None)
-
-
-def test_too_little_agreement_is_refused_with_the_measured_share(tmp_path: Path) -> None:
-    model, _ = trained()
-    x = optimizing._random_images(model, 40, pixels=False)
-    merged, plain = (prepare(model, token_merging=r)(x).argmax(1) for r in (8, 0))
-    share = float((merged == plain).double().mean())
-    assert share < 1, "the test needs a model that answers otherwise when merged"
-    options = {"sample": x, "backend": "eager", "token_merging": 8, "cache_dir": tmp_path}
-    message = (
-        rf"token_merging=8,8,8,8,8,8: {100 * share:.1f}% agree with the unmerged model on 40 images, min_agreement=1 is"
-    )
-    with pytest.raises(AgreementError, match=message):
-        deit_models.optimize(model, min_agreement=1, **options)
-    assert deit_models.optimize(model, min_agreement=share, precision="float32", **options).choice.backend == "eager"
-
-
-def test_a_kept_choice_is_kept_for_its_plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(optimizing, "_ROUND_S", 0.001)
-    monkeypatch.setattr(backends, "has_bf16", lambda _: True)  # or there would be one way only, and nothing to keep
-    model = build("deit")
-    for merging in (0, 2, (2, 2), (4, 0)):
-        deit_models.optimize(
-            model, sample=1, backend="eager", min_agreement=0, token_merging=merging, cache_dir=tmp_path
-        )
-    assert len(list(tmp_path.rglob("*.json"))) == 3
-
-
 # Refusals
 
 
@@ -265,7 +277,7 @@ def test_models_that_need_every_patch_are_refused(kind: str, tmp_path: Path) -> 
     expected = "has a head that reads every patch" if kind == "token head" else "needs its tokens on a grid"
     message = rf"token_merging=8: \w+ {expected}; expected DeiT, DeiT III or T2T-ViT"
     with pytest.raises(ConfigError, match=message):
-        prepare(build(kind), token_merging=8)
+        merging_plan(build(kind), 8)
     with pytest.raises(ConfigError, match=message):
         deit_models.optimize(build(kind), token_merging=8, cache_dir=tmp_path)
     with pytest.raises(ConfigError, match=message):
