@@ -1,5 +1,4 @@
-"""What images there are: class folders, data sets known by name, and any torch Dataset."""
-# MERGED """Data sets known by name, in the layouts that torchvision and the DeiT authors' scripts keep them in."""
+"""Data sets: class folders, sets known by name as torchvision and the DeiT authors keep them, any torch Dataset."""
 
 from __future__ import annotations
 
@@ -7,7 +6,8 @@ import json
 import os
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from operator import index as whole_number
@@ -21,7 +21,7 @@ from torchvision import datasets
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
-from ..errors import ConfigError, DataError, ImageError, MissingExtraError
+from ..errors import ConfigError, DataError, ImageError, MissingExtraError, first_line
 from .decoding import load_image
 from .records import (
     IMAGE_SUFFIXES,
@@ -29,66 +29,146 @@ from .records import (
     FileRecords,
     ImageRecords,
     check_classes,
+    is_image,
     read_class_folders,
     some,
     subfolders,
 )
 
+Split = Literal["train", "val"]
+
+_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
+"""Names of a split's folder, in the order they are looked for."""
+
+
+def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None) -> ImageRecords:
+    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
+    if isinstance(data, (str, PathLike)):
+        return open_dataset(data, split, classes=classes, own_folder=True)
+    records = wrap(data)
+    if classes is not None and records.classes != classes:
+        check_classes(records.classes, classes, where=records.name)
+        raise DataError(
+            f"{records.name}: the classes of the training set in another order, so labels would be mixed up"
+        )
+    return records
+
+
+def open_dataset(
+    source: str | os.PathLike[str],
+    split: Split,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    classes: Sequence[str] | None = None,
+    own_folder: bool = False,
+) -> ImageRecords:
+    """The training or the validation images of a data set.
+
+    Args:
+        source: a folder with train/ and val/ (or validation/, valid/, test/), each with one folder of images a class; a
+            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
+            stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
+            "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
+            "./cifar10".
+        split: "train" or "val".
+        root: where a named data set lies, "data" by default; not for folders.
+        download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
+        classes: the training set's class names, which this set must have too; their order numbers the classes.
+        own_folder: the folder was named for this split, so class folders right in it are accepted for "val" too.
+
+    Raises:
+        DataError: no such folder or name, another layout, a class without images, fewer than two classes, classes other
+            than `classes`, a named data set that is not there. One line each, with what to do.
+        ConfigError: an unknown split; root or download with a folder; coarser classes that the set does not have.
+        MissingExtraError: the labels of a named data set are MATLAB files, and scipy to read them is not installed.
+    """
+    if split not in _FOLDERS:
+        raise ConfigError(f"split={split!r}; expected 'train' or 'val'")
+    if _is_named(source):
+        where = Path("data" if root is None else root).expanduser()
+        return _open_named(_Wanted(str(source), split, where, download, str(source).partition(":")[2]), classes)
+    if root is not None or download:
+        raise ConfigError(f"root and download belong to the data sets known by name ({', '.join(DATASETS)})")
+    folder = Path(source).expanduser()
+    if not folder.is_dir():
+        raise DataError(_not_there(source, folder))
+    return _open_folder(folder, split, classes=classes, own_folder=own_folder)
+
+
+def has_validation(source: str | os.PathLike[str]) -> bool:
+    """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
+    folder = Path(source).expanduser()
+    return _is_named(source) or (folder.is_dir() and any(name in _FOLDERS["val"] for name in _split_folders(folder)))
+
+
+def _is_named(source: str | os.PathLike[str]) -> bool:
+    return isinstance(source, str) and source.partition(":")[0] in DATASETS
+
 
 class _Wanted(NamedTuple):
+    """A split of a data set known by name; `name` is as the user wrote it, `rank` stands behind its colon or is ""."""
+
     name: str
-    """As the user wrote it: "inaturalist-2018:genus"."""
     split: str
     root: Path
     download: bool
     rank: str
-    """What stands behind the colon: "genus", or ""."""
 
 
-def open_named(
-    source: str, split: str, root: Path, *, download: bool, classes: Sequence[str] | None = None
-) -> ImageRecords:
-    """One split of a data set known by name; the arguments are those of `datasets.open_dataset`.
-
-    Raises: DataError: not there, damaged, or other classes than `classes`. ConfigError: coarser classes that it does
-        not have. MissingExtraError: ImageNet's archives are there, and scipy to read them is not.
-    """
-    name, _, rank = source.partition(":")
-    records = _OPENERS[name](_Wanted(source, split, root, download, rank))
+def _open_named(wanted: _Wanted, classes: Sequence[str] | None) -> ImageRecords:
+    name = wanted.name.partition(":")[0]
+    if wanted.rank and not name.startswith("inaturalist"):
+        raise ConfigError(f"{wanted.name}: only the iNaturalist sets have coarser classes to choose after a colon")
+    records = _OPENERS[name](wanted)
     if len(records.classes) < 2:
-        raise DataError(f"{source}: only one class, {', '.join(records.classes)}; a classifier needs two or more")
+        raise DataError(f"{wanted.name}: only one class, {records.classes[0]}; a classifier needs two or more")
     if classes is not None and tuple(classes) != records.classes:
-        check_classes(records.classes, classes, where=source)
-        raise DataError(f"{source}: the training set's classes stand in another order; use the same data set for both")
+        check_classes(records.classes, classes, where=wanted.name)
+        raise DataError(
+            f"{wanted.name}: the training set's classes stand in another order; use the same data set for both"
+        )
     return records
 
 
-def _cifar(wanted: _Wanted, kind: type[Any]) -> ImageRecords:
-    _refuse_rank(wanted)
+@contextmanager
+def _explained(wanted: _Wanted, advice: str | None = None, *, folder: str = "") -> Iterator[None]:
+    """Turn torchvision's errors into one line: our `advice`, or the state of the set's `folder`."""
     try:
-        with warnings.catch_warnings():
-            # The files were pickled long ago, in a way that NumPy 2.4 and later warn of
-            warnings.simplefilter("ignore")
-            found = kind(wanted.root, train=wanted.split == "train", download=wanted.download)
-    except (OSError, RuntimeError) as error:
-        raise DataError(_absent(wanted, kind.base_folder, error)) from error
+        yield
+    except (OSError, RuntimeError, ModuleNotFoundError) as error:
+        if isinstance(error, ModuleNotFoundError) or "scipy" in str(error):
+            raise MissingExtraError(
+                f"the labels of {wanted.name} are MATLAB files, which scipy reads: pip install scipy"
+            ) from error
+        place, reason = wanted.root / folder, first_line(error)
+        if advice is not None:
+            raise DataError(wanted.name + advice.format(folder=place, reason=reason)) from error
+        raise DataError(_absent(wanted, place, reason)) from error
+
+
+def _absent(wanted: _Wanted, folder: Path, reason: str = "") -> str:
+    if wanted.download:
+        return f"{wanted.name} could not be downloaded to {wanted.root}: {reason}"
+    state = "damaged or incomplete" if folder.exists() else "not there"
+    return f"{wanted.name}: {folder} is {state}; pass download=True (--download) or another root"
+
+
+def _cifar(wanted: _Wanted, kind: type[Any]) -> ImageRecords:
+    with warnings.catch_warnings(), _explained(wanted, folder=kind.base_folder):
+        # the files were pickled long ago, in a way that NumPy 2.4 and later warn of
+        warnings.simplefilter("ignore")
+        found = kind(wanted.root, train=wanted.split == "train", download=wanted.download)
     return ArrayRecords(wanted.name, found.data, found.targets, found.classes)
 
 
 def _imagenet(wanted: _Wanted) -> ImageRecords:
-    _refuse_rank(wanted)
     archives = "ILSVRC2012_devkit_t12.tar.gz and ILSVRC2012_img_train.tar or ILSVRC2012_img_val.tar"
     advice = f"put {archives} from image-net.org there, or give the folder that holds train/ and val/ instead of a name"
     if wanted.download:
         raise DataError(f"{wanted.name} cannot be downloaded without an account; {advice}")
-    try:
+    with _explained(wanted, f" is not in {{folder}} ({{reason}}); {advice}"):
         found = datasets.ImageNet(wanted.root, split=wanted.split)
-    except (OSError, RuntimeError) as error:
-        raise DataError(f"{wanted.name} is not in {wanted.root} ({_first_line(error)}); {advice}") from error
-    except ModuleNotFoundError as error:
-        raise MissingExtraError(
-            f"reading {archives.split()[0]} needs {error.name}: pip install {error.name}"
-        ) from error
     labels = [", ".join(words) for words in found.classes]
     count = Counter(labels)  # "crane" is a bird and a machine
     classes = [
@@ -99,42 +179,27 @@ def _imagenet(wanted: _Wanted) -> ImageRecords:
 
 def _flowers(wanted: _Wanted) -> ImageRecords:
     """Oxford Flowers: trained on the official training and validation images together, scored on the test images."""
-    _refuse_rank(wanted)
     splits = ("train", "val") if wanted.split == "train" else ("test",)
-    try:
+    with _explained(wanted, folder="flowers-102"):
         parts = [datasets.Flowers102(wanted.root, split, download=wanted.download) for split in splits]
-    except ModuleNotFoundError as error:
-        raise _needs_scipy(wanted) from error
-    except (OSError, RuntimeError) as error:
-        raise DataError(_absent(wanted, "flowers-102", error)) from error
     files = (str(file) for part in parts for file in part._image_files)
     labels = [label for part in parts for label in part._labels]
     return FileRecords(wanted.name, "", files, labels, parts[0].classes)
 
 
 def _cars(wanted: _Wanted) -> ImageRecords:
-    _refuse_rank(wanted)
-    folder = wanted.root / "stanford_cars"
-    names = "devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat"
-    try:
+    advice = (
+        ": devkit/, cars_train/, cars_test/ and cars_test_annos_withlabels.mat must lie in {folder} ({reason}); its "
+        "authors' address is gone, so it is not downloaded for you"
+    )
+    with _explained(wanted, advice, folder="stanford_cars"):
         found = datasets.StanfordCars(wanted.root, split="train" if wanted.split == "train" else "test")
-    except (OSError, RuntimeError) as error:
-        if "scipy" in str(error):
-            raise _needs_scipy(wanted) from error
-        raise DataError(
-            f"{wanted.name}: {names} must lie in {folder} ({_first_line(error)}); its authors' address is gone, so it "
-            "is not downloaded for you"
-        ) from error
     files, labels = zip(*found._samples, strict=True)
     return FileRecords(wanted.name, "", files, map(int, labels), found.classes)
 
 
-def _needs_scipy(wanted: _Wanted) -> MissingExtraError:
-    return MissingExtraError(f"the labels of {wanted.name} are MATLAB files, which scipy reads: pip install scipy")
-
-
 _RANKS_2021 = ("kingdom", "phylum", "class", "order", "family", "genus")
-"""What a class folder's name gives after its number: 00000_Animalia_Annelida_Clitellata_Haplotaxida_..."""
+"""Names in a class folder's name, after its number: 00000_Animalia_Annelida_Clitellata_Haplotaxida_..."""
 
 
 def _inaturalist_2021(wanted: _Wanted) -> ImageRecords:
@@ -142,13 +207,11 @@ def _inaturalist_2021(wanted: _Wanted) -> ImageRecords:
         raise ConfigError(f"{wanted.name}: no classes by {wanted.rank!r}{nearest(wanted.rank, _RANKS_2021)}")
     version = "2021_train" if wanted.split == "train" else "2021_valid"
     folder = wanted.root / version
-    try:
+    with _explained(wanted, folder=version):
         if wanted.download:
             datasets.INaturalist(wanted.root, version, download=True)
-    except (OSError, RuntimeError) as error:
-        raise DataError(_absent(wanted, version, error)) from error
     if not folder.is_dir():
-        raise DataError(_absent(wanted, version, None))
+        raise DataError(_absent(wanted, folder))
     class_of = partial(_taxon, position=1 + _RANKS_2021.index(wanted.rank)) if wanted.rank else str
     return read_class_folders(folder, name=wanted.name, class_of=class_of)
 
@@ -198,7 +261,7 @@ def _classes_of_categories(wanted: _Wanted, categories: list[dict[str, Any]]) ->
 
 
 def _place_of_files(wanted: _Wanted, files: Sequence[str]) -> Callable[[str], str]:
-    """Where a listed file lies: as the archive has it, or without the super-category, as the authors moved them."""
+    """From a listed file to its place: as in the archive, or without the super-category, as the authors moved it."""
     if not files:
         raise DataError(f"{wanted.name}: no images for {wanted.split!r}")
     for place in (str, _without_supercategory):
@@ -222,22 +285,6 @@ def _read_json(path: Path) -> Any:
         raise DataError(f"{path}: not readable as JSON ({error})") from error
 
 
-def _refuse_rank(wanted: _Wanted) -> None:
-    if wanted.rank:
-        raise ConfigError(f"{wanted.name}: only the iNaturalist sets have coarser classes to choose after a colon")
-
-
-def _absent(wanted: _Wanted, folder: str, error: Exception | None) -> str:
-    if wanted.download:
-        return f"{wanted.name} could not be downloaded to {wanted.root}: {_first_line(error)}"
-    reason = "damaged or incomplete" if (wanted.root / folder).exists() else "not there"
-    return f"{wanted.name}: {wanted.root / folder} is {reason}; pass download=True (--download) or another root"
-
-
-def _first_line(error: Exception | None) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 _OPENERS: dict[str, Callable[[_Wanted], ImageRecords]] = {
     "cifar10": partial(_cifar, kind=datasets.CIFAR10),
     "cifar100": partial(_cifar, kind=datasets.CIFAR100),
@@ -249,54 +296,7 @@ _OPENERS: dict[str, Callable[[_Wanted], ImageRecords]] = {
     "inaturalist-2021": _inaturalist_2021,
 }
 DATASETS = tuple(_OPENERS)
-"""The names."""
-
-
-Split = Literal["train", "val"]
-
-_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
-"""Names of a split's folder, in the order they are looked for."""
-
-
-def open_dataset(
-    source: str | os.PathLike[str],
-    split: Split,
-    *,
-    root: str | os.PathLike[str] | None = None,
-    download: bool = False,
-    classes: Sequence[str] | None = None,
-    own_folder: bool = False,
-) -> ImageRecords:
-    """The training or the validation images of a data set.
-
-    Args:
-        source: a folder with train/ and val/ (or validation/, valid/, test/), each with one folder of images a class; a
-            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
-            stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
-            "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
-            "./cifar10".
-        split: "train" or "val".
-        root: where a named data set lies, "data" by default; not for folders.
-        download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
-        classes: the training set's class names, which this set must have too; their order numbers the classes.
-        own_folder: the folder was named for this split, so class folders right in it are accepted for "val" too.
-
-    Raises:
-        DataError: no such folder or name, another layout, a class without images, fewer than two classes, classes other
-            than `classes`, a named data set that is not there. One line each, with what to do.
-        ConfigError: an unknown split; root or download with a folder.
-    """
-    if split not in _FOLDERS:
-        raise ConfigError(f"split={split!r}; expected 'train' or 'val'")
-    if isinstance(source, str) and source.partition(":")[0] in DATASETS:
-        where = Path("data" if root is None else root).expanduser()
-        return open_named(source, split, where, download=download, classes=classes)
-    if root is not None or download:
-        raise ConfigError(f"root and download belong to the data sets known by name ({', '.join(DATASETS)})")
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise DataError(_not_there(source, folder))
-    return _open_folder(folder, split, classes=classes, own_folder=own_folder)
+"""The names of data sets."""
 
 
 def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
@@ -305,14 +305,6 @@ def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
     if not isinstance(source, str) or os.path.dirname(source):
         return f"{folder}: no such folder"
     return f"{source}: neither a folder nor a data set known by name{nearest(source, DATASETS)}"
-
-
-def has_validation(source: str | os.PathLike[str]) -> bool:
-    """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
-    if isinstance(source, str) and source.partition(":")[0] in DATASETS:
-        return True
-    folder = Path(source).expanduser()
-    return folder.is_dir() and any(name in _FOLDERS["val"] for name in _split_folders(folder))
 
 
 def _split_folders(folder: Path) -> list[str]:
@@ -424,7 +416,7 @@ def _own_classes(dataset: Any) -> Sequence[Any] | None:
 
 
 def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted: by suffix, see IMAGE_SUFFIXES; hidden files are left out.
+    """The image files of a folder, sorted; they are known by IMAGE_SUFFIXES, and hidden files are left out.
 
     Raises: ImageError: no such folder, or no image in it.
     """
@@ -435,22 +427,9 @@ def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[
         Path(parent, name)
         for parent, _, names in islice(os.walk(root), None if recursive else 1)
         for name in names
-        if not name.startswith(".") and os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+        if is_image(name)
     ]
     if not found:
         where = "in it or below" if recursive else "directly in it"
         raise ImageError(f"{root}: no image {where}; looked for {' '.join(IMAGE_SUFFIXES)}")
     return sorted(found)
-
-
-def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None) -> ImageRecords:
-    """Images in any of the accepted forms; with `classes`, numbered as those are."""
-    if isinstance(data, (str, PathLike)):
-        return open_dataset(data, split, classes=classes, own_folder=True)
-    records = wrap(data)
-    if classes is not None and records.classes != classes:
-        check_classes(records.classes, classes, where=records.name)
-        raise DataError(
-            f"{records.name}: the classes of the training set in another order, so labels would be mixed up"
-        )
-    return records

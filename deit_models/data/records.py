@@ -21,6 +21,11 @@ IMAGE_SUFFIXES = tuple(
 """Files with these suffixes, in upper or lower case, are images."""
 
 
+def is_image(name: str) -> bool:
+    """Whether a file's name is that of an image, and not hidden."""
+    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+
+
 class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
     """Labelled images: item i is (RGB PIL image, label from 0 to len(classes) - 1).
 
@@ -259,11 +264,9 @@ def _images_in(folder: str | Path, prefix: str) -> list[str]:
     try:
         with os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.startswith("."):
-                    continue
                 if entry.is_dir():
-                    folders.append(entry.name)
-                elif entry.name.lower().endswith(IMAGE_SUFFIXES):
+                    folders += [] if entry.name.startswith(".") else [entry.name]
+                elif is_image(entry.name):
                     files.append(prefix + entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
