@@ -16,12 +16,12 @@ from ..checkpoint import Preprocessing
 from ..data.transforms import to_device
 from ..errors import ConfigError
 from ..training.recipe import Recipe
-from .levels import ErasingBox, Frame, Levels, Plan, box_sides, cut
+from .levels import ErasingBox, Levels, Plan, box_sides, cut
 from .randaugment import ENHANCE, RandAugment, Resampling
 
 
 class Resize:
-    """Antialiased resize, with one of some interpolations drawn for each image.
+    """Antialiased resize, with one of some interpolations drawn for each image; with `pillow` by Pillow, as timm does.
 
     Differs from Pillow's by default: torch's integer kernel, which takes a quarter to a half of the time. About 0.3 %
     of the levels (of 255) come out different by 1, hardly any by 2; Pillow 13, which began to resize tall crops column
@@ -173,9 +173,7 @@ class TrainTransform:
     Source: DeiT, table 9; DeiT III (arXiv:2204.07118) for 3-Augment and the simple crop.
     """
 
-    def __init__(
-        self, recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool = False
-    ) -> None:
+    def __init__(self, recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int]) -> None:
         """Build the parts.
 
         Args:
@@ -183,11 +181,10 @@ class TrainTransform:
             preprocessing: its resize and crop serve `crop="none"`, its mean fills places that geometric operations
                 leave empty.
             size: (height, width) of the input in pixels.
-            pillow_resize: resize crops with Pillow, as timm does, in twice to four times the time; see `Resize`.
 
         Raises: ConfigError: an `augment` that is neither none, 3-augment nor rand-...-inc1.
         """
-        self.crop = _crop(recipe, preprocessing, size, pillow_resize=pillow_resize)
+        self.crop = _crop(recipe, preprocessing, size)
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
         self.erase = ErasingBox(recipe.erase)
@@ -217,7 +214,7 @@ class TrainTransform:
         Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, 3, H, W), (B, 5).
         """
         rngs = [sample_rng(seed) for seed in seeds]
-        values = cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs), self._frame)
+        values = self._cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs))
         if self.changes:
             values = self._changed(values, rngs)
         return Levels(values, self._boxes(rngs))
@@ -229,12 +226,11 @@ class TrainTransform:
 
     def carry_out(self, images: Tensor, plan: Plan) -> Levels:
         """The levels of a `plan`, made on the device where the images are."""
-        return Levels(cut(images, to_device(plan.cuts, images.device), self._frame), plan.erase)
+        return Levels(self._cut(images, to_device(plan.cuts, images.device)), plan.erase)
 
-    @property
-    def _frame(self) -> Frame:
+    def _cut(self, images: Tensor, cuts: Tensor) -> Tensor:
         crop = self._cutter()
-        return Frame(self.size, crop.padding, crop.mode)
+        return cut(images, cuts, self.size, padding=crop.padding, mode=crop.mode)
 
     def _cuts(self, size: tuple[int, int], rows: Sequence[int], rngs: Sequence[Random]) -> Tensor:
         place = self._cutter().place
@@ -274,10 +270,10 @@ def sample_rng(seed: int) -> Random:
     return Random(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))))
 
 
-def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int], *, pillow_resize: bool) -> Crop:
+def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int]) -> Crop:
     if recipe.crop == "none":
         return EvalCrop(preprocessing, size)
-    change = Resize(_INTERPOLATIONS[recipe.interpolation], pillow=pillow_resize)
+    change = Resize(_INTERPOLATIONS[recipe.interpolation])
     if recipe.crop == "random_resized":
         return RandomResizedCrop(size, recipe.crop_scale, change)
     if recipe.crop == "pad":

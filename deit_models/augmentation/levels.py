@@ -42,30 +42,29 @@ class Plan(NamedTuple):
     erase: Tensor
 
 
-class Frame(NamedTuple):
-    """The crops of a set of images: (height, width), padding above and beside them, "constant" or "reflect"."""
-
-    size: tuple[int, int]
-    padding: tuple[int, int]
-    mode: str
-
-
-def cut(images: Tensor, cuts: Tensor, frame: Frame) -> Tensor:
+def cut(images: Tensor, cuts: Tensor, size: tuple[int, int], *, padding: tuple[int, int], mode: str) -> Tensor:
     """Pad, crop and mirror a batch at once, with no copy of the padded images.
 
-    Shape: (N, 3, h, w) uint8 and (B, 4) int64 (see `Plan`), on one device -> (B, 3, H, W) uint8.
+    Args:
+        images: (N, 3, h, w) uint8.
+        cuts: (B, 4) int64 on the same device, see `Plan`.
+        size: (H, W) of the crops.
+        padding: pixels above and below, and beside the images.
+        mode: "constant" or "reflect".
+
+    Gives (B, 3, H, W) uint8.
     """
-    (_, _, height, width), (rows, columns) = images.shape, frame.size
+    (_, _, height, width), (rows, columns) = images.shape, size
     index, top, left, mirrored = cuts[:, :, None].unbind(1)
     down, across = torch.arange(rows, device=images.device), torch.arange(columns, device=images.device)
-    down = top + down - frame.padding[0]
-    across = left + torch.where(mirrored > 0, columns - 1 - across, across) - frame.padding[1]
-    if frame.mode == "reflect":
+    down = top + down - padding[0]
+    across = left + torch.where(mirrored > 0, columns - 1 - across, across) - padding[1]
+    if mode == "reflect":
         down, across = _mirrored_inside(down, height), _mirrored_inside(across, width)
     places = down.clamp(0, height - 1)[:, :, None] * width + across.clamp(0, width - 1)[:, None, :]
     pixels = images.flatten(2)[index[:, 0]].gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
     values = pixels.view(len(cuts), 3, rows, columns)
-    if frame.mode == "reflect" or frame.padding == (0, 0):
+    if mode == "reflect" or padding == (0, 0):
         return values
     inside = ((down >= 0) & (down < height))[:, :, None] & ((across >= 0) & (across < width))[:, None, :]
     return values.mul_(inside[:, None])

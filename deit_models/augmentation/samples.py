@@ -24,7 +24,6 @@ from .levels import TrainInput
 Keys = Sequence[tuple[int, int]]
 """Indices of images, each with the seed of its augmentation."""
 
-_WORD = (1 << 64) - 1
 _ODD, _FIRST, _SECOND = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 _AT_ONCE = 1 << 16
 """Positions whose seeds are computed together."""
@@ -33,36 +32,29 @@ _SELECTED_ROUND = 256
 
 
 def sample_seed(seed: int, epoch: int, position: int) -> int:
-    """The seed of one sample's augmentation: 63 well mixed bits, computed from the three numbers.
+    """The seed of one sample's augmentation, see `sample_seeds`."""
+    return int(sample_seeds(seed, epoch, torch.tensor([position])))
+
+
+def sample_seeds(seed: int, epoch: int, positions: Tensor) -> Tensor:
+    """Seeds of the augmentation of samples, (N,) int64: 63 well mixed bits, computed from the three numbers.
 
     Within one seed and epoch, no two positions share their 64-bit word before it is shortened.
     Source: the finalizer of SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number generators, 2014),
     applied once for each number.
     """
-    word = 0
-    for part in (seed, epoch, position):
-        word = _mixed(word, part)
-    return word >> 1
-
-
-def _mixed(word: int, part: int) -> int:
-    word = (word + part + _ODD) & _WORD
-    word = ((word ^ (word >> 30)) * _FIRST) & _WORD
-    word = ((word ^ (word >> 27)) * _SECOND) & _WORD
-    return word ^ (word >> 31)
-
-
-def sample_seeds(seed: int, epoch: int, positions: Tensor) -> Tensor:
-    """`sample_seed` of many positions at once, (N,) int64: a hundredth of the time."""
-    word = positions + _signed((_mixed(_mixed(0, seed), epoch) + _ODD) & _WORD)
-    word = (word ^ _shifted(word, 30)) * _signed(_FIRST)
-    word = (word ^ _shifted(word, 27)) * _signed(_SECOND)
-    return _shifted(word ^ _shifted(word, 31), 1)
+    word = torch.zeros((), dtype=torch.int64)
+    for part in (_signed(seed), _signed(epoch), positions):
+        word = word + part + _signed(_ODD)
+        word = (word ^ _shifted(word, 30)) * _signed(_FIRST)
+        word = (word ^ _shifted(word, 27)) * _signed(_SECOND)
+        word = word ^ _shifted(word, 31)
+    return _shifted(word, 1)
 
 
 def _signed(word: int) -> int:
-    """The int64 with the same bits."""
-    return word - (1 << 64) if word >> 63 else word
+    """The int64 with the same lowest 64 bits."""
+    return ((word + (1 << 63)) & ((1 << 64) - 1)) - (1 << 63)
 
 
 def _shifted(word: Tensor, bits: int) -> Tensor:

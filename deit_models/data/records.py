@@ -1,4 +1,4 @@
-"""Images with labels: the interface that training and evaluation read, and the scan of a folder of class folders."""
+"""Labelled images: the interface for training and evaluation, its implementations, and the scan of class folders."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
     """
 
     name: str
-    """What messages call the set."""
+    """The set's name in messages."""
     classes: tuple[str, ...]
     """Class names in the order of their labels."""
 
@@ -45,15 +45,15 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
         raise NotImplementedError(f"{type(self).__name__} does not define __getitem__")
 
     def describe(self, index: int) -> str:
-        """Where an image comes from, for messages: its file, or its number and the set's name."""
+        """The source of an image, for messages: its file, or its number and the set's name."""
         return f"image {index} of {self.name}"
 
     def key(self, index: int) -> str:
-        """What an image is called within its set, wherever the set lies: its file below the root, or its number."""
+        """A name of an image that does not depend on the set's place: its file below the root, or its number."""
         return str(index)
 
     def label(self, index: int) -> int:
-        """The label alone. Subclasses that know it give it without reading the image."""
+        """The label alone; subclasses give it without reading the image where they can."""
         return self[index][1]
 
     def __repr__(self) -> str:
@@ -61,12 +61,12 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
 
 
 class FileRecords(ImageRecords):
-    """Images in files, decoded when read as `deit_models.decoding.load_image` does it."""
+    """Images in files, decoded by `load_image` when they are read."""
 
     def __init__(
         self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[int], classes: Iterable[str]
     ) -> None:
-        """Note the files, relative to root, and their labels; nothing is opened."""
+        """Note the files, relative to root, and their labels; no file is opened."""
         self.name = name
         self.classes = tuple(classes)
         self._root = os.fspath(root)
@@ -100,7 +100,6 @@ class ArrayRecords(ImageRecords):
     """Images in memory: an (N, H, W, 3) uint8 array."""
 
     def __init__(self, name: str, images: Any, labels: Iterable[int], classes: Iterable[str]) -> None:
-        """Keep the array as it is."""
         self.name = name
         self.classes = tuple(classes)
         self._images = images
@@ -126,7 +125,6 @@ class CachedRecords(ImageRecords):
     """
 
     def __init__(self, records: ImageRecords, images: Tensor, labels: Tensor, broken: Mapping[int, str]) -> None:
-        """Join a set and its pixels, which are taken as they are."""
         self.name, self.classes = records.name, records.classes
         self.images, self.labels, self.broken = images, labels, dict(broken)
         self._records = records
@@ -193,7 +191,7 @@ class SubsetRecords(ImageRecords):
 
 
 def always_the_same(records: ImageRecords) -> bool:
-    """Whether an image is the same each time it is read: it is in our own sets; others, and subclasses, may draw."""
+    """Whether an image is the same each time it is read, as in our own sets; other sets and subclasses may draw."""
     if type(records) is SubsetRecords:
         return always_the_same(records._records)
     return type(records) in (FileRecords, ArrayRecords, CachedRecords)
@@ -219,9 +217,9 @@ def read_class_folders(
 
     Args:
         folder: holds the class folders.
-        name: what messages call the set; the folder's path by default.
-        classes: the names to expect, whose order then numbers the classes.
-        class_of: a folder's name to its class's, where several folders make one class.
+        name: of the set in messages; default: the folder's name.
+        classes: expected names; their order numbers the classes.
+        class_of: from a folder's name to its class's, where several folders make one class.
 
     Raises: DataError: fewer than two classes, a class without images, other classes than expected.
     """
@@ -250,7 +248,7 @@ def read_class_folders(
 
 
 def _check_spelling(folder: Path, names: Sequence[str]) -> None:
-    """Class names are written into config.json. Raises: DataError: one is no Unicode text, as after a bad unzip."""
+    """Raise DataError for a name that is no Unicode text, as after a bad unzip: names are written into config.json."""
     for name in names:
         try:
             name.encode()

@@ -41,7 +41,10 @@ def coordinates(size: int = 32) -> Image.Image:
 
 def build(size: tuple[int, int] = (32, 32), *, pillow_resize: bool = False, **changes: object) -> TrainTransform:
     recipe = Recipe(**{**PLAIN, **changes})  # type: ignore[arg-type]
-    return TrainTransform(recipe, PREPROCESSING, size, pillow_resize=pillow_resize)
+    transform = TrainTransform(recipe, PREPROCESSING, size)
+    if pillow_resize:
+        transform.crop.resize.pillow = True
+    return transform
 
 
 def batch(*images: Levels) -> Levels:
