@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import tiny
 import torch
-import worker
 from torch import nn
+from training import worker
 
 import deit_models
 from deit_models import distributed
@@ -194,9 +194,10 @@ def test_one_process_needs_no_group() -> None:
 
 
 def test_process_without_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    with pytest.raises(ConfigError, match="process 3 has no GPU 3: there are 1 here"), join_processes("cuda"):
+    count = torch.cuda.device_count()
+    monkeypatch.setenv("LOCAL_RANK", str(count))
+    text = f"process {count} has no GPU {count}: there are {count} here"
+    with pytest.raises(ConfigError, match=text), join_processes("cuda"):
         pass
 
 

@@ -19,7 +19,7 @@ from deit_models.errors import ConfigError
 from deit_models.models.deit import DeiT, DeiTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "imagenet_sample"
+PHOTOS = Path(__file__).resolve().parents[3] / "shared" / "data" / "imagenet_sample"
 
 
 def gradient(width: int = 60, height: int = 40) -> PIL.Image.Image:

@@ -26,7 +26,7 @@ from deit_models.training.recipe import Recipe
 SIZE = 8
 PREPROCESSING = Preprocessing(resize=SIZE, crop=(SIZE, SIZE), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))
 ALONE = Process(0, 1, torch.device("cpu"))
-WORKER = Path(__file__).with_name("worker.py")
+WORKER = Path(__file__).parent / "training" / "worker.py"
 
 LIVELY: dict[str, Any] = {**PLAIN, **RANDOM, "repeats": 3}
 """Everything that draws random numbers or keeps a state."""
