@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
 from ..files import check_digest, read_json, sha256_of, write_json, write_tensors
@@ -170,7 +170,7 @@ def _forget(path: Path, access: Access) -> None:
         path.unlink(missing_ok=True)
 
 
-def verified_state(mapped: Mapped, model: ImageClassifier, *, made_for: Any = None) -> dict[str, Tensor]:
+def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) -> dict[str, Tensor]:
     """Native tensors, fitted to the model and compared with it.
 
     Args:
@@ -184,7 +184,8 @@ def verified_state(mapped: Mapped, model: ImageClassifier, *, made_for: Any = No
     """
     expected, tensors = model.state_dict(), mapped.tensors
     problems = [_listing("missing", mapped.missing), _listing("unexpected", mapped.unexpected)]
-    if made_for is not None and made_for != model.config and not (mapped.missing or mapped.uneven):
+    whole = not (mapped.missing or mapped.uneven)
+    if whole and isinstance(model, ImageClassifier) and made_for not in (None, model.config):
         tensors = _fitted(tensors, model, made_for)
     shapes = mapped.uneven + [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -204,7 +204,7 @@ def _try_out(teacher: Teacher, *, num_classes: int, student: Preprocessing) -> N
 
 def _other_classes(given: int, expected: int) -> TrainingError:
     advice = "both need the same, in the same order: fine-tune the teacher on this data, then pass its weights"
-    return TrainingError(f"the teacher knows {given} classes, the student's data has {expected}; {advice}")
+    return TrainingError(f"the teacher has {given} classes, the student's data {expected}; {advice}")
 
 
 def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _Found:
@@ -283,8 +283,7 @@ def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
     if len(heads) == 1 and 0 not in heads and not missing and not unexpected:
         raise _other_classes(heads.pop(), num_classes)
     try:
-        mapped = Mapped({k: given[k] for k in own.keys() & given}, missing, unexpected, [])
-        state = verified_state(mapped, cast(ImageClassifier, network))
+        state = verified_state(Mapped({k: given[k] for k in own.keys() & given}, missing, unexpected, []), network)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     # not load_state_dict: some torchvision models refuse tensors without a version there

@@ -337,7 +337,7 @@ def test_teachers_weights_and_precision_reach_it(data, tmp_path, monkeypatch):
     ("options", "reason"),
     [
         (["--teacher", "resnet_1"], "unknown teacher 'resnet_1'"),
-        (["--teacher", "resnet18"], "the teacher knows 1000 classes"),
+        (["--teacher", "resnet18"], "the teacher has 1000 classes"),
         (["--teacher", "resnet18", "--distillation", "none"], "would not use the teacher; pass --distillation hard"),
         (["--teacher", "resnet18", "--recipe", "cifar_scratch"], "would not use the teacher"),
     ],

@@ -68,7 +68,7 @@ def fifteen(images: Tensor) -> Tensor:
         (
             lambda: tiny.learner(tiny.model(distilled=True), tiny.recipe(distillation="hard"), teacher=fifteen),
             TrainingError,
-            "teacher knows 15 classes, the student's data has 3",
+            "teacher has 15 classes, the student's data 3",
         ),
         (lambda: tiny.learner(nn.Linear(3, 3), tiny.recipe(patch_drop_rate=0.5)), ConfigError, "patch_drop_rate=0.5"),
         (lambda: tiny.learner(tiny.model().requires_grad_(False), tiny.recipe()), ConfigError, "nothing to train"),

@@ -203,7 +203,7 @@ def test_outputs_that_hold_the_logits():
         (lambda x: channel_means(x)[:1], "gives (1, 3) for 2 images"),
         (lambda x: channel_means(x) / 0, "NaN or infinity"),
         (nn.Conv2d(4, 3, 1), "fails on images of shape (2, 3, 32, 32)"),
-        (network(7), "knows 7 classes, the student's data has 3"),
+        (network(7), "has 7 classes, the student's data 3"),
     ],
 )
 def test_what_is_no_teacher_is_refused(answers: object, told: str):
@@ -284,7 +284,7 @@ def test_batch_statistics_come_from_the_file(name: str, tmp_path: Path):
 def test_foreign_and_damaged_files_are_refused(torchvision_file: tuple[nn.Module, Path], tmp_path: Path):
     model, path = torchvision_file
     message = refusal(TrainingError, lambda: load(SMALL, weights=path, num_classes=37))
-    assert "knows 10 classes, the student's data has 37" in message
+    assert "has 10 classes, the student's data 37" in message
     message = refusal(CheckpointError, lambda: load("squeezenet1_0", weights=path))
     assert str(path) in message
     assert "wrong shape" in message
@@ -324,7 +324,7 @@ def test_published_weights_bring_their_normalisation(weights: str | None, downlo
 
 
 def test_published_weights_of_other_classes_are_refused_before_the_download(download: Mock):
-    assert "knows 1000 classes" in refusal(TrainingError, lambda: load("torchvision:regnet_y_16gf"))
+    assert "has 1000 classes" in refusal(TrainingError, lambda: load("torchvision:regnet_y_16gf"))
     assert not download.called
 
 
@@ -434,7 +434,7 @@ def test_factories_that_are_none(factory: Path):
 def test_a_teacher_is_used_as_it_is():
     teacher = Teacher(channel_means, student=STUDENT)
     assert load(teacher, num_classes=3) is teacher
-    assert "knows 3 classes" in refusal(TrainingError, lambda: load(teacher))
+    assert "has 3 classes" in refusal(TrainingError, lambda: load(teacher))
 
 
 def test_unknown_names_get_the_nearest_of_both_kinds():
