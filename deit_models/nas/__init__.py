@@ -1,1 +1,1 @@
-"""Architecture search for ViT-ResNAS: a super-network, the networks inside it, and evolution among them."""
+"""Architecture search for ViT-ResNAS; no other part of the package needs this one."""

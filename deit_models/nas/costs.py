@@ -1,9 +1,9 @@
-"""What a candidate costs: multiply-accumulates counted, or milliseconds measured on the machine at hand."""
-# MERGED """What was found out, line by line in a file: an interrupted search finds it there and need not find it out again."""
+"""Cost of a candidate: multiply-accumulates in closed form, or milliseconds measured on this machine."""
 
 from __future__ import annotations
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -16,16 +16,15 @@ from torch import Tensor
 from ..distributed import Process
 from ..errors import ConfigError
 from ..files import append_text, write_text
-from ..macs import count_macs
 from ..models.vit_resnas import ViTResNAS, ViTResNASConfig
 from ..training.state import read_log
 from .space import Candidate, SearchSpace
 
 
 class Ledger:
-    """A dictionary that is also a file of JSON lines, each written as soon as it is known.
+    """Results by key, kept in a file of JSON lines; an interrupted search finds there the results it had.
 
-    A line that a killed process left unfinished is dropped.
+    Each line is written as soon as it is known. A line that a killed process left unfinished is dropped.
 
     Args:
         path: the file; made with the first entry.
@@ -36,8 +35,7 @@ class Ledger:
 
     def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path, self._writes = path, writes
-        rows = read_log(path)
-        self._entries: dict[str, dict[str, Any]] = {row.pop("key"): row for row in rows}
+        self._entries: dict[str, dict[str, Any]] = {row.pop("key"): row for row in read_log(path)}
         if writes and path.exists():
             write_text(path, "".join(_line(*entry) for entry in self._entries.items()))
 
@@ -51,11 +49,10 @@ class Ledger:
         return len(self._entries)
 
     def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Note what was found out of `key`. Raises: SaveError: no space or no permission."""
+        """Keep the result of `key`. Raises: SaveError: no space or no permission."""
         self._entries[key] = entry
-        if not self._writes:
-            return
-        append_text(self.path, _line(key, entry))
+        if self._writes:
+            append_text(self.path, _line(key, entry))
 
 
 def _line(key: str, entry: Mapping[str, Any]) -> str:
@@ -67,7 +64,7 @@ LATENCY_NAME = "latency.jsonl"
 
 
 class Cost(Protocol):
-    """A number for each candidate, which a search keeps below a limit; `unit` stands behind it in tables."""
+    """A number for each candidate, which a search keeps below a limit; `unit` is printed behind it in tables."""
 
     unit: str
 
@@ -85,15 +82,45 @@ class Macs:
         self.space, self.num_classes = space, num_classes
 
     def __call__(self, candidate: Candidate) -> float:
-        """Exact, see `count_macs`."""
-        return count_macs(self.space.config_of(candidate, num_classes=self.num_classes))
+        """Exact, see `closed_form_macs`."""
+        return closed_form_macs(self.space.config_of(candidate, num_classes=self.num_classes))
+
+
+def closed_form_macs(config: ViTResNASConfig) -> int:
+    """Multiply-accumulates of a ViT-ResNAS for one image, without building it: a search asks for thousands.
+
+    Equal to `deit_models.count_macs`: matrix products and convolutions count; norms, activations, softmax, pooling and
+    padding do not. The patch head is not counted, since it is not used in eval mode.
+    """
+    prefix, before, total = config.num_prefix_tokens, 0, _stem_macs(config)
+    for stage, (height, width) in zip(config.stages, config.grids, strict=True):
+        dim, patches = stage.embed_dim, height * width
+        tokens = prefix + patches
+        if before:  # a reduction: a 3x3 convolution for the patches, a linear layer for the prefix tokens
+            total += (9 * patches + prefix) * before * dim
+        for heads, hidden in zip(stage.num_heads, stage.mlp_hidden, strict=True):
+            attn_dim = heads * stage.head_dim
+            projections, attention, mlp = 4 * dim * attn_dim, 2 * tokens * attn_dim, 2 * dim * hidden
+            total += tokens * (projections + attention + mlp)
+        before = dim
+    return total + prefix * before * config.num_classes
+
+
+def _stem_macs(config: ViTResNASConfig) -> int:
+    """Three 3x3 convolutions on a map of half the sides, if there are any, then one for each patch."""
+    total, chans, side = 0, config.in_chans, config.patch_size
+    if config.stem == "conv":
+        height, width = config.image_hw
+        total = (height // 2) * (width // 2) * 9 * (chans + 2 * config.stem_dim) * config.stem_dim
+        chans, side = config.stem_dim, side // 2
+    return total + math.prod(config.grids[0]) * chans * side**2 * config.stages[0].embed_dim
 
 
 class Latency:
-    """Milliseconds for a batch of images, as the sum over a candidate's parts, each measured once and kept in a file.
+    """Milliseconds for a batch of images: the sum over a candidate's parts, each measured once and kept in a file.
 
-    There are few different parts and very many candidates, and a search that goes on must meet the same numbers again.
-    A part's time is the median of several runs behind two that do not count. Of several processes the first measures.
+    There are few different parts and very many candidates, and a search that goes on must find the same numbers again.
+    The time of a part is the median of five runs after two that do not count. Of several processes the first measures.
 
     Args:
         space: the space.
@@ -111,7 +138,7 @@ class Latency:
         self._known = Ledger(folder / LATENCY_NAME, writes=process.is_main)
 
     def __call__(self, candidate: Candidate) -> float:
-        """The sum of what its parts take."""
+        """Sum of the times of its parts."""
         config = self.space.config_of(candidate, num_classes=self.num_classes)
         keys = [f"{self.device.type} {self.batch}: {part}" for part in _parts(config)]
         if any(key not in self._known for key in keys):
@@ -147,7 +174,7 @@ class Latency:
 
 
 def _parts(config: ViTResNASConfig) -> Iterator[str]:
-    """What the stem, each entry of `blocks` and the heads are, in order: parts of one name take the same time."""
+    """Names of the stem, each entry of `blocks` and the heads, in order; parts of one name take the same time."""
     yield f"stem {config.stages[0].embed_dim}"
     for number, stage in enumerate(config.stages):
         if number:
@@ -161,7 +188,7 @@ def _parts(config: ViTResNASConfig) -> Iterator[str]:
 def make_cost(
     kind: CostKind, space: SearchSpace, num_classes: int, folder: Path, *, process: Process, batch: int
 ) -> Cost:
-    """The cost a search is limited by: "macs" or "latency". Raises: ConfigError: neither."""
+    """The cost that a search limits: "macs" or "latency". Raises: ConfigError: neither."""
     if kind not in get_args(CostKind):
         raise ConfigError(f"cost={kind!r}; expected {' or '.join(map(repr, get_args(CostKind)))}")
     if kind == "macs":

@@ -1,8 +1,8 @@
 """Evolution among the networks of a space: the best of a generation are varied and crossed to make the next.
 
-Nothing here knows of weights or images: a score is whatever the caller's function says of a candidate. All draws come
-from one generator, so that the same seed and scores give the same search; one that was interrupted is simply run again,
-and finds the scores it had in its ledger. Source: section 4.3 of the ViT-ResNAS paper; numbers as in the authors' code.
+It needs no weights and no images: the caller's function scores the candidates. All draws come from one generator, so
+that the same seed and scores give the same search. A search that was interrupted is run again from the start, and finds
+the scores it had in its ledger. Source: section 4.3 of the ViT-ResNAS paper; numbers as in the authors' code.
 """
 
 from __future__ import annotations
@@ -10,20 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from random import Random
+from typing import TypeVar
 
 from ..errors import ConfigError
 from .costs import Cost
-from .space import BlockChoice, Candidate, Evolution, SearchSpace, StageChoice, StageChoices, candidates_of
+from .settings import Evolution
+from .space import BlockChoice, Candidate, SearchSpace, StageChoice, StageChoices, candidates_of
 
+T = TypeVar("T")
 _TRIES = 1000
-"""Draws that may come out too large, too small or known already before a search takes it that there is no other."""
+"""Draws in a row that are too large, too small or known already, after which a search takes it that there is no other."""
 _FEW = 5000
-"""Networks up to which a space is looked through one by one."""
+"""Networks up to which every one of a space is looked at."""
 
 
 @dataclass(frozen=True, slots=True)
-class Scored:
-    """A candidate with what it costs and how good it is, and the generation (from 0) that brought it up."""
+class ScoredCandidate:
+    """A candidate with its cost, its accuracy in percent, and the generation (from 0) that brought it up."""
 
     candidate: Candidate
     cost: float
@@ -38,30 +41,30 @@ def evolve(
     cost: Cost,
     limit: float,
     score: Callable[[Sequence[Candidate]], list[float]],
-    on_generation: Callable[[list[Scored]], None] | None = None,
-) -> list[Scored]:
+    on_generation: Callable[[list[ScoredCandidate]], None] | None = None,
+) -> list[ScoredCandidate]:
     """Search a space for the best network whose cost is from `settings.floor * limit` to `limit`.
 
     Args:
         space: the space.
-        settings: how.
-        cost: what a candidate costs.
-        limit: the most it may.
+        settings: numbers of the evolution.
+        cost: gives the cost of a candidate.
+        limit: the largest cost.
         score: gives the accuracy of each of some candidates.
         on_generation: called with all candidates so far after each generation.
 
-    Returns: every scored candidate, the best first, the cheaper first where two are as good. It is fewer than
-        asked for where the space has no more.
+    Returns: every scored candidate, the best first; of equally good ones the cheaper first. Fewer than asked for where
+        the space has no more.
     Raises: ConfigError: no network of the space is within the limit.
     """
     hunt = _Hunt(space, settings, cost, limit)
-    found: list[Scored] = []
+    found: list[ScoredCandidate] = []
     for generation in range(settings.generations):
         fresh = hunt.first() if generation == 0 else hunt.next(found)
         if not fresh:
             break
         for candidate, top1 in zip(fresh, score(fresh), strict=True):
-            found.append(Scored(candidate, cost(candidate), top1, generation))
+            found.append(ScoredCandidate(candidate, cost(candidate), top1, generation))
         found.sort(key=lambda one: (-one.top1, one.cost, one.candidate.key()))
         if on_generation is not None:
             on_generation(found)
@@ -69,14 +72,14 @@ def evolve(
 
 
 def check_limit(space: SearchSpace, settings: Evolution, *, cost: Cost, limit: float) -> None:
-    """Raise ConfigError where `evolve` would find no network within the limit; draws no more than it takes to know."""
+    """Raise ConfigError where `evolve` would find no network within the limit; draws as few as that takes."""
     # a small space is looked through as in the search; in a large one the search's first network is enough
     population = settings.population if space.count() <= _FEW else 1
     _Hunt(space, replace(settings, population=population), cost, limit).first()
 
 
 class _Hunt:
-    """What a search knows while it goes on: its generator, and the networks it has met."""
+    """State of a search: its generator, and the networks it has met."""
 
     def __init__(self, space: SearchSpace, settings: Evolution, cost: Cost, limit: float) -> None:
         self.space, self.settings, self.cost, self.limit = space, settings, cost, limit
@@ -84,7 +87,7 @@ class _Hunt:
         self.met: set[str] = set()
 
     def first(self) -> list[Candidate]:
-        """The random generation: every legal network where there are no more than it asks for."""
+        """The random generation; every legal network where there are no more than it asks for."""
         self._check_limit()
         if self.space.count() <= _FEW:
             legal = {c.key(): c for c in candidates_of(self.space) if self._legal(c)}
@@ -97,7 +100,7 @@ class _Hunt:
             raise ConfigError(f"{self._nothing()} ({_TRIES} tries)")
         return fresh
 
-    def next(self, found: list[Scored]) -> list[Candidate]:
+    def next(self, found: list[ScoredCandidate]) -> list[Candidate]:
         """A generation made from the best so far; empty where it brings up nothing new."""
         parents = [one.candidate for one in found[: self.settings.parents]]
         mutants = self._new(self._mutants(parents), self.settings.mutants)
@@ -144,10 +147,10 @@ class _Hunt:
             yield self._cut_down(Candidate(tuple(stages)))
 
     def _present(self, choices: StageChoices, place: int) -> bool:
-        return place not in choices.removable or self.rng.random() < 0.5
+        return place not in choices.removable or self._happens(0.5)
 
     def _cut_down(self, candidate: Candidate) -> Candidate | None:
-        """The candidate, made smaller step by step at random until it is within the limit; None: it cannot be."""
+        """The candidate, made smaller at random until it is within the limit; None: that is not possible."""
         for step in range(_TRIES):
             if self.cost(candidate) <= self.limit:
                 return candidate
@@ -160,24 +163,22 @@ class _Hunt:
         choices, stage = self.space.stages[number], candidate.stages[number]
         place = self.rng.randrange(choices.depth)
         block = stage.blocks[place]
-        what = self.rng.choice(("heads", "hidden", "width", "block") if anything else ("heads", "hidden"))
-        if what == "width":
+        part = self.rng.choice(("heads", "hidden", "width", "block") if anything else ("heads", "hidden"))
+        if part == "width":
             stage = replace(stage, embed_dim=_below(stage.embed_dim, choices.embed_dim))
-        elif what == "block":
+        elif part == "block":
             block = replace(block, kept=block.kept and place not in choices.removable)
-        elif what == "heads":
+        elif part == "heads":
             block = replace(block, num_heads=_below(block.num_heads, choices.num_heads))
         else:
             block = replace(block, mlp_hidden=_below(block.mlp_hidden, choices.mlp_hidden))
-        blocks = (*stage.blocks[:place], block, *stage.blocks[place + 1 :])
-        stages = (*candidate.stages[:number], replace(stage, blocks=blocks), *candidate.stages[number + 1 :])
-        return Candidate(stages)
+        stage = replace(stage, blocks=_exchanged(stage.blocks, place, block))
+        return Candidate(_exchanged(candidate.stages, number, stage))
 
     def _mutants(self, parents: list[Candidate]) -> Iterator[Candidate]:
         while True:
             parent = self.rng.choice(parents)
-            stages = zip(self.space.stages, parent.stages, strict=True)
-            yield Candidate(tuple(self._mutated(choices, stage) for choices, stage in stages))
+            yield Candidate(tuple(map(self._mutated, self.space.stages, parent.stages)))
 
     def _mutated(self, choices: StageChoices, stage: StageChoice) -> StageChoice:
         blocks = []
@@ -200,21 +201,26 @@ class _Hunt:
             yield Candidate(tuple(map(self._crossed_stage, one.stages, other.stages)))
 
     def _crossed_stage(self, one: StageChoice, other: StageChoice) -> StageChoice:
-        blocks = (
+        blocks = (  # drawn after the width
             BlockChoice(
                 self._either(a.num_heads, b.num_heads),
                 self._either(a.mlp_hidden, b.mlp_hidden),
-                bool(self._either(a.kept, b.kept)),
+                self._either(a.kept, b.kept),
             )
             for a, b in zip(one.blocks, other.blocks, strict=True)
         )
         return StageChoice(self._either(one.embed_dim, other.embed_dim), tuple(blocks))
 
-    def _either(self, one: int, other: int) -> int:
+    def _either(self, one: T, other: T) -> T:
         return other if self._happens(self.settings.crossover) else one
 
     def _happens(self, probability: float) -> bool:
         return self.rng.random() < probability
+
+
+def _exchanged(values: tuple[T, ...], place: int, value: T) -> tuple[T, ...]:
+    """The tuple with another value at one place."""
+    return (*values[:place], value, *values[place + 1 :])
 
 
 def _below(value: int, choices: tuple[int, ...]) -> int:

@@ -1,7 +1,9 @@
-"""The search spaces that come with the package, and those in files."""
-# MERGED """Networks in the authors' notation: nested tuples, read into stages."""
-# MERGED """The numbers of a search, which the command line shows without loading torch."""
-# MERGED """What a search may choose from, and one choice of it: a candidate. A space is a stack of stages; each has some possible widths, and a number of block places, each with some possible numbers of heads and hidden widths, and some of which may stay empty. Source: section 4 of the ViT-ResNAS paper. """
+"""Search spaces: the choices of every stage, candidates (one choice of everything), and spaces in files.
+
+A space is a row of stages. Each has some possible widths, and a number of places for blocks; each block has some
+possible numbers of heads and hidden widths, and some places may stay empty.
+Source: section 4 of the ViT-ResNAS paper.
+"""
 
 from __future__ import annotations
 
@@ -13,119 +15,18 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Preprocessing
-from ..config import check_rates, check_whole, nearest, override
+from ..config import check_whole, nearest, override
 from ..errors import ConfigError
 from ..files import parse_toml, toml_lines
 from ..models.vit_resnas import Stage, ViTResNASConfig
 
 
-def stages_of(network_def: Iterable[Sequence[Any]]) -> tuple[Stage, ...]:
-    """The stages of a network written the authors' way.
-
-    Args:
-        network_def: nested tuples, one an entry: (4, D) or (0, D) for the stem; (1, (D, heads, head_dim), (D, hidden),
-            kept) for a block, which is left out where `kept` is 0; (3, D, D') for a reduction; (2, D, classes) for the
-            head.
-
-    Raises: ConfigError: an entry of another kind, widths that do not meet, or stages with heads of several widths.
-    """
-    stages: list[Stage] = []
-    width, blocks = 0, list[tuple[int, int, int]]()
-    for entry in network_def:
-        kind = entry[0]
-        if kind in (0, 4):
-            width = entry[1]
-        elif kind == 1:
-            (block_width, heads, head_dim), (mlp_width, hidden), kept = entry[1:]
-            if not block_width == mlp_width == width:
-                raise ConfigError(f"network_def: the block {entry} follows tokens of width {width}")
-            blocks += [(heads, head_dim, hidden)] if kept else []
-        elif kind in (2, 3) and entry[1] == width:
-            stages.append(_closed_stage(width, blocks))
-            width, blocks = entry[2], []
-        else:
-            raise ConfigError(f"network_def: the entry {entry} is of no known kind, or follows tokens of width {width}")
-    return tuple(stages)
-
-
-def _closed_stage(width: int, blocks: list[tuple[int, int, int]]) -> Stage:
-    head_dims = {head_dim for _, head_dim, _ in blocks}
-    if len(head_dims) != 1:
-        raise ConfigError(
-            f"network_def: a stage of width {width} has heads of widths {sorted(head_dims)}; expected one"
-        )
-    return Stage(
-        embed_dim=width,
-        head_dim=head_dims.pop(),
-        num_heads=tuple(heads for heads, _, _ in blocks),
-        mlp_hidden=tuple(hidden for _, _, hidden in blocks),
-    )
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How candidates are drawn while the super-network trains; the defaults are the paper's.
-
-    Attributes:
-        images: images of a batch for each candidate; a batch of 128 trains two candidates with 64.
-        warmup_epochs: epochs until every choice may be drawn. At first all is at its largest; smaller choices join one
-            by one, and at the start of each of these epochs channels are sorted by importance.
-    """
-
-    images: int = 64
-    warmup_epochs: int = 30
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot work."""
-        check_whole(self, "images")
-        if self.warmup_epochs < 0:
-            raise ConfigError(f"warmup_epochs={self.warmup_epochs}; expected 0 or more")
-
-    def enabled(self, choices: int, epoch: int) -> int:
-        """How many of an item's choices, the largest first, may be drawn in an epoch (from 0)."""
-        if epoch >= self.warmup_epochs:
-            return choices
-        return min(1 + epoch * (choices - 1) // self.warmup_epochs, choices)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Evolution:
-    """The numbers of a search; the defaults are the paper's, 3,350 candidates in all.
-
-    Attributes:
-        population: candidates drawn at random to begin with.
-        generations: rounds, the random one counted.
-        parents: the best so far, from which a generation is made.
-        mutants: candidates of a generation that are varied parents.
-        crossovers: candidates of a generation that are crossed parents.
-        mutation: probability that a mutant draws an item anew.
-        crossover: probability that a crossed candidate takes an item from its second parent.
-        floor: smallest cost, as a fraction of the limit; larger networks are better, so smaller ones need no scoring.
-        seed: of all draws.
-    """
-
-    population: int = 500
-    generations: int = 20
-    parents: int = 75
-    mutants: int = 75
-    crossovers: int = 75
-    mutation: float = 0.3
-    crossover: float = 0.5
-    floor: float = 0.975
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Raise ConfigError for numbers that cannot work."""
-        check_whole(self, "population", "generations", "parents", "mutants", "crossovers")
-        check_rates(self, "mutation", "crossover", "floor")
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageChoices:
-    """What one stage may be.
+    """The choices of one stage.
 
     Attributes:
-        embed_dim: widths, the largest first, as all choices are given.
+        embed_dim: widths, from the largest to the smallest, like all choices.
         head_dim: width of a head.
         num_heads: heads of a block.
         mlp_hidden: hidden widths of a block's MLP.
@@ -141,7 +42,7 @@ class StageChoices:
     removable: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for choices that are no whole numbers from large to small, or places that are not there."""
+        """Raise ConfigError for choices that are no whole numbers from large to small, or places that do not exist."""
         check_whole(self, "head_dim", "depth")
         for name in ("embed_dim", "num_heads", "mlp_hidden", "removable"):
             values = getattr(self, name)
@@ -176,12 +77,12 @@ class StageChoice:
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """One choice of everything in a space. Empty places remember what they would hold: evolution can bring it back."""
+    """One choice of everything in a space. Empty places keep their heads and MLP, so that evolution can fill them."""
 
     stages: tuple[StageChoice, ...]
 
     def key(self) -> str:
-        """The network in one line, such as "48: 2x96 - 1x72 | ...": equal for candidates that are the same network."""
+        """The network in one line, such as "48: 2x96 1x72 | ...": equal for candidates that are the same network."""
         return " | ".join(
             f"{stage.embed_dim}: {' '.join(f'{b.num_heads}x{b.mlp_hidden}' for b in stage.blocks if b.kept)}"
             for stage in self.stages
@@ -190,7 +91,7 @@ class Candidate:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchSpace:
-    """The stages' choices, and what all networks of the space have in common.
+    """The choices of each stage, and the settings that all networks of the space share.
 
     Attributes:
         stages: the choices, stage by stage.
@@ -226,7 +127,7 @@ class SearchSpace:
         )
 
     def smallest(self) -> Candidate:
-        """The network that all others contain."""
+        """The network that is contained in all others."""
         return Candidate(
             tuple(
                 StageChoice(
@@ -241,20 +142,13 @@ class SearchSpace:
         """The config that builds a candidate; `overrides` replace its other fields."""
         stages = []
         for choices, stage in zip(self.stages, candidate.stages, strict=True):
-            kept = [block for block in stage.blocks if block.kept]
-            stages.append(
-                Stage(
-                    embed_dim=stage.embed_dim,
-                    head_dim=choices.head_dim,
-                    num_heads=tuple(block.num_heads for block in kept),
-                    mlp_hidden=tuple(block.mlp_hidden for block in kept),
-                )
-            )
+            kept = [(block.num_heads, block.mlp_hidden) for block in stage.blocks if block.kept]
+            stages.append(_stage_of(stage.embed_dim, choices.head_dim, kept))
         config: ViTResNASConfig = override(ViTResNASConfig(), {**self.settings, **overrides, "stages": tuple(stages)})
         return config
 
     def count(self) -> int:
-        """How many choices there are; a network that comes about in two ways counts twice."""
+        """Number of candidates; a network that several candidates describe counts several times."""
         total = 1
         for stage in self.stages:
             block, free = len(stage.num_heads) * len(stage.mlp_hidden), len(stage.removable)
@@ -267,6 +161,85 @@ class SearchSpace:
         if self.preprocessing is not None:
             tables.append(f"[preprocessing]\n{toml_lines(self.preprocessing.to_dict())}")
         return "\n".join([*tables, *(f"[[stages]]\n{toml_lines(asdict(stage))}" for stage in self.stages)])
+
+
+def _stage_of(width: int, head_dim: int, blocks: Sequence[tuple[int, int]]) -> Stage:
+    """A stage whose blocks have these heads and hidden widths."""
+    heads, hidden = zip(*blocks, strict=True)
+    return Stage(embed_dim=width, head_dim=head_dim, num_heads=heads, mlp_hidden=hidden)
+
+
+def candidates_of(space: SearchSpace) -> Iterator[Candidate]:
+    """Every candidate of a space; only for small ones, see `SearchSpace.count`."""
+    stages = []
+    for stage in space.stages:
+        filled = [BlockChoice(*chosen) for chosen in product(stage.num_heads, stage.mlp_hidden)]
+        empty = BlockChoice(stage.num_heads[0], stage.mlp_hidden[0], kept=False)
+        places = [[*filled, empty] if place in stage.removable else filled for place in range(stage.depth)]
+        stages.append([StageChoice(width, blocks) for width in stage.embed_dim for blocks in product(*places)])
+    return map(Candidate, product(*stages))
+
+
+def candidate_from_key(space: SearchSpace, key: str) -> Candidate:
+    """The network of a `Candidate.key`: its blocks fill the places in order, the last removable places stay empty.
+
+    Raises: ConfigError: no network of this space.
+    """
+    try:
+        parts = [part.partition(": ") for part in key.split(" | ")]
+        stages = [
+            _placed(choices, int(width), [(int(b.split("x")[0]), int(b.split("x")[1])) for b in blocks.split()])
+            for choices, (width, _, blocks) in zip(space.stages, parts, strict=True)
+        ]
+    except (ValueError, TypeError, IndexError) as error:
+        raise ConfigError(f"{key!r} is no network of this space") from error
+    return Candidate(tuple(stages))
+
+
+def _placed(choices: StageChoices, width: int, blocks: list[tuple[int, int]]) -> StageChoice:
+    """A stage of these blocks. Raises: ValueError: another depth or width."""
+    missing = choices.depth - len(blocks)
+    empty = set(choices.removable[len(choices.removable) - missing :]) if missing else set()
+    if not 0 <= missing <= len(choices.removable) or width not in choices.embed_dim:
+        raise ValueError("another depth or width")
+    left = iter(blocks)
+    nothing = BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], kept=False)
+    return StageChoice(width, tuple(nothing if i in empty else BlockChoice(*next(left)) for i in range(choices.depth)))
+
+
+def stages_of(network_def: Iterable[Sequence[Any]]) -> tuple[Stage, ...]:
+    """The stages of a network in the authors' notation.
+
+    Args:
+        network_def: nested tuples, one an entry: (4, D) or (0, D) for the stem; (1, (D, heads, head_dim), (D, hidden),
+            kept) for a block, which is left out where `kept` is 0; (3, D, D') for a reduction; (2, D, classes) for the
+            head.
+
+    Raises: ConfigError: an entry of another kind, widths that do not meet, or stages with heads of several widths.
+    """
+    stages: list[Stage] = []
+    width, blocks, head_dims = 0, list[tuple[int, int]](), set[int]()
+    for entry in network_def:
+        kind = entry[0]
+        if kind in (0, 4):
+            width = entry[1]
+        elif kind == 1:
+            (block_width, heads, head_dim), (mlp_width, hidden), kept = entry[1:]
+            if not block_width == mlp_width == width:
+                raise ConfigError(f"network_def: the block {entry} follows tokens of width {width}")
+            if kept:
+                blocks.append((heads, hidden))
+                head_dims.add(head_dim)
+        elif kind in (2, 3) and entry[1] == width:
+            if len(head_dims) != 1:
+                raise ConfigError(
+                    f"network_def: a stage of width {width} has heads of widths {sorted(head_dims)}; expected one"
+                )
+            stages.append(_stage_of(width, head_dims.pop(), blocks))
+            width, blocks = entry[2], []
+        else:
+            raise ConfigError(f"network_def: the entry {entry} is of no known kind, or follows tokens of width {width}")
+    return tuple(stages)
 
 
 def space_from_toml(text: str) -> SearchSpace:
@@ -295,51 +268,6 @@ def _read_stage(table: Mapping[str, Any]) -> StageChoices:
     if missing:
         raise ConfigError(f"a stage lacks {', '.join(missing)}")
     return StageChoices(**table)
-
-
-def candidate_from_key(space: SearchSpace, key: str) -> Candidate:
-    """The network behind a `Candidate.key`: its blocks stand in the first places that must or may hold one.
-
-    Raises: ConfigError: no network of this space.
-    """
-    try:
-        parts = [part.partition(": ") for part in key.split(" | ")]
-        stages = [
-            _placed(choices, int(width), [(int(b.split("x")[0]), int(b.split("x")[1])) for b in blocks.split()])
-            for choices, (width, _, blocks) in zip(space.stages, parts, strict=True)
-        ]
-    except (ValueError, TypeError, IndexError) as error:
-        raise ConfigError(f"{key!r} is no network of this space") from error
-    return Candidate(tuple(stages))
-
-
-def _placed(choices: StageChoices, width: int, blocks: list[tuple[int, int]]) -> StageChoice:
-    """A stage of these blocks; the last removable places stay empty. Raises: ValueError: they do not fit."""
-    missing = choices.depth - len(blocks)
-    empty = set(choices.removable[len(choices.removable) - missing :]) if missing else set()
-    if not 0 <= missing <= len(choices.removable) or width not in choices.embed_dim:
-        raise ValueError("another depth or width")
-    left = iter(blocks)
-    nothing = BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], kept=False)
-    return StageChoice(width, tuple(nothing if i in empty else BlockChoice(*next(left)) for i in range(choices.depth)))
-
-
-def candidates_of(space: SearchSpace) -> Iterator[Candidate]:
-    """Every candidate of a space; only for small ones, see `SearchSpace.count`."""
-    stages = []
-    for stage in space.stages:
-        places = [
-            [
-                BlockChoice(heads, hidden, kept)
-                for kept in ((True, False) if place in stage.removable else (True,))
-                for heads in (stage.num_heads if kept else stage.num_heads[:1])
-                for hidden in (stage.mlp_hidden if kept else stage.mlp_hidden[:1])
-            ]
-            for place in range(stage.depth)
-        ]
-        stages.append([StageChoice(width, blocks) for width in stage.embed_dim for blocks in product(*places)])
-    for chosen in product(*stages):
-        yield Candidate(chosen)
 
 
 def _paper_space(depth: int, unit: int, heads: tuple[tuple[int, ...], ...], widths: tuple[int, ...]) -> SearchSpace:

@@ -1,4 +1,4 @@
-"""What a search found, for people: a table of the best, a list of all, and accuracy against cost as a picture."""
+"""Result of a search for people: a table of the best networks, a list of all, and accuracy against cost as a picture."""
 
 from __future__ import annotations
 
@@ -8,24 +8,24 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ..errors import MissingExtraError, TrainingError
-from ..files import atomic_write, read_toml
+from ..errors import ConfigError, MissingExtraError, TrainingError
+from ..files import atomic_write, read_toml, write_text
 from ..training.state import find_matplotlib, read_log
-from .evolution import Scored
+from .evolution import ScoredCandidate
 
 SETTINGS_NAME = "search.toml"
 CANDIDATES_NAME, REPORT_NAME, PICTURE_NAME = "candidates.jsonl", "report.md", "candidates.png"
-Row = Mapping[str, Any]
+CandidateRow = Mapping[str, Any]
 
 
-class Settings(NamedTuple):
-    """What a search was limited by."""
+class SearchLimit(NamedTuple):
+    """Largest cost of a search, and its unit."""
 
     unit: str
     limit: float
 
 
-def write_report(folder: Path, found: Sequence[Scored], *, unit: str, limit: float) -> None:
+def write_tables(folder: Path, found: Sequence[ScoredCandidate], *, unit: str, limit: float) -> None:
     """Write candidates.jsonl (all, the best first), report.md and, where matplotlib is installed, candidates.png.
 
     Raises: SaveError: no space or no permission.
@@ -33,11 +33,9 @@ def write_report(folder: Path, found: Sequence[Scored], *, unit: str, limit: flo
     rows = [
         {"key": one.candidate.key(), "top1": one.top1, "cost": one.cost, "generation": one.generation} for one in found
     ]
-    with atomic_write(folder / CANDIDATES_NAME) as temporary:
-        temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    with atomic_write(folder / REPORT_NAME) as temporary:
-        temporary.write_text(table(rows, unit=unit, limit=limit), encoding="utf-8")
-    with suppress(MissingExtraError):  # the table says the same
+    write_text(folder / CANDIDATES_NAME, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(folder / REPORT_NAME, candidates_table(rows, unit=unit, limit=limit))
+    with suppress(MissingExtraError):  # the table has the same figures
         plot_candidates(rows, folder / PICTURE_NAME, unit=unit)
 
 
@@ -49,24 +47,24 @@ def read_candidates(folder: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def read_settings(folder: Path) -> Settings:
-    """What a search was limited by. Raises: TrainingError: there is none in the folder."""
+def read_limit(folder: Path) -> SearchLimit:
+    """The limit of the search in a folder. Raises: TrainingError: there is none."""
     path = folder / SETTINGS_NAME
     try:
         data = read_toml(path)
-        return Settings({"macs": "MACs", "latency": "ms"}[data["cost"]], float(data["limit"]))
-    except (LookupError, ValueError) as error:
+        return SearchLimit({"macs": "MACs", "latency": "ms"}[data["cost"]], float(data["limit"]))
+    except (ConfigError, LookupError, ValueError) as error:
         raise TrainingError(f"{path} does not say what the search was limited by: {error}") from error
 
 
-def table(rows: Sequence[Row], *, unit: str, limit: float, most: int = 10) -> str:
-    """The search in Markdown: how it went from generation to generation, and the best networks."""
+def candidates_table(rows: Sequence[CandidateRow], *, unit: str, limit: float, most: int = 10) -> str:
+    """The search in Markdown: a line for each generation, and the best networks."""
     lines = [
         f"# {len(rows)} networks within {_number(limit)} {unit}",
         "",
         "| generation | networks | best top-1 | mean |",
+        "| ---: | ---: | ---: | ---: |",
     ]
-    lines.append("| ---: | ---: | ---: | ---: |")
     for generation in sorted({row["generation"] for row in rows}):
         own = [row["top1"] for row in rows if row["generation"] == generation]
         lines.append(f"| {generation} | {len(own)} | {max(own):.2f} | {sum(own) / len(own):.2f} |")
@@ -79,7 +77,7 @@ def table(rows: Sequence[Row], *, unit: str, limit: float, most: int = 10) -> st
 
 
 def plot_candidates(
-    rows: Sequence[Row], path: Path, *, unit: str, marked: Mapping[str, tuple[float, float]] | None = None
+    rows: Sequence[CandidateRow], path: Path, *, unit: str, marked: Mapping[str, tuple[float, float]] | None = None
 ) -> None:
     """Draw accuracy against cost, a dot for each candidate, later generations darker, as PNG.
 
