@@ -27,13 +27,13 @@ from deit_models.data.datasets import open_dataset
 from deit_models.distributed import join_processes
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.costs import Macs
-from deit_models.nas.report import plot_candidates, read_candidates
-from deit_models.nas.run import SUPERNET_FOLDER, WINNER_NAME, search, split_images, train_supernet
-from deit_models.nas.scoring import HeldOut, Scorer
-from deit_models.nas.space import Candidate, Evolution, Sampling, SearchSpace, candidate_from_key, read_space
+from deit_models.nas.search import SUPERNET_FOLDER, WINNER_NAME, CandidateScores, search, split_images, train_supernet
+from deit_models.nas.settings import Evolution, Sampling
+from deit_models.nas.space import Candidate, SearchSpace, candidate_from_key, read_space
 from deit_models.nas.supernet import SuperNetwork
+from deit_models.nas.tables import plot_candidates, read_candidates
 from deit_models.training.recipe import recipe_named
-from deit_models.training.run import train
+from deit_models.training.run import Computing, train
 
 UNSEARCHED = "vit_res_micro_patch4_32"
 ALONE = "alone"
@@ -89,8 +89,7 @@ def main() -> None:
         val=held_out,
         out=args.out / SUPERNET_FOLDER,
         sampling=Sampling(images=32, warmup_epochs=int(0.4 * args.supernet_epochs)),
-        workers=args.workers,
-        on_epoch=say,
+        computing=Computing(workers=args.workers, on_epoch=say),
     )
     search(
         space,
@@ -106,7 +105,7 @@ def main() -> None:
             crossovers=args.offspring,
         ),
         precision="float32",
-        workers=args.workers,
+        computing=Computing(workers=args.workers),
         on_generation=lambda found: say({"candidates": len(found), "best": found[0].top1}),
     )
     train_alone(args, space)
@@ -160,9 +159,16 @@ def shared_accuracy(args: argparse.Namespace, space: SearchSpace, networks: dict
     largest = deit_models.from_pretrained(args.out / SUPERNET_FOLDER / "model")
     _, held_out = split_images(args.data, args.out, fraction=0.05, seed=0)
     with join_processes() as process:
-        preprocessing = space.preprocessing or largest.origin.preprocessing
-        images = HeldOut(held_out, preprocessing, process, workers=args.workers, watch=lambda batches, _: batches)
-        scorer = Scorer(largest, space, images, args.out / ALONE, precision="float32", batch_size=250)
+        scorer = CandidateScores(
+            largest,
+            space,
+            held_out,
+            args.out / ALONE,
+            process,
+            computing=Computing(workers=args.workers),
+            precision="float32",
+            batch_size=250,
+        )
         return dict(zip(networks, scorer(list(networks.values())), strict=True))
 
 

@@ -33,8 +33,9 @@ from .long_runs import (
 if TYPE_CHECKING:
     from ..data.records import ImageRecords
     from ..distributed import Process
-    from ..nas.evolution import Scored
-    from ..nas.space import Evolution, SearchSpace
+    from ..nas.evolution import ScoredCandidate
+    from ..nas.settings import Evolution
+    from ..nas.space import SearchSpace
     from ..training.recipe import Recipe
 
 
@@ -100,7 +101,7 @@ def _add_sampling(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
-    from ..nas.space import Evolution
+    from ..nas.settings import Evolution
 
     text = "the most a network may cost: multiply-accumulates, or milliseconds a batch"
     parser.add_argument("--limit", type=float, required=True, metavar="X", help=text)
@@ -127,7 +128,7 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
 
 def _run(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
-    from ..nas.run import split_images
+    from ..nas.search import split_images
     from ..nas.space import read_space
 
     space = read_space(args.space)
@@ -160,7 +161,7 @@ def _recipe(args: argparse.Namespace) -> Recipe:
 
 
 def _evolution(args: argparse.Namespace) -> Evolution:
-    from ..nas.space import Evolution
+    from ..nas.settings import Evolution
 
     return Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
 
@@ -183,8 +184,9 @@ def _train(
     display: TrainingDisplay,
     process: Process,
 ) -> None:
-    from ..nas.run import SUPERNET_FOLDER, train_supernet
-    from ..nas.space import Sampling
+    from ..nas.search import SUPERNET_FOLDER, train_supernet
+    from ..nas.settings import Sampling
+    from ..training.run import Computing
 
     say(f"super-network of {args.space}: {len(images)} images to learn from, {len(held_out)} to score on")
     warmup = recipe.epochs // 4 if args.choice_warmup is None else args.choice_warmup
@@ -195,11 +197,13 @@ def _train(
         val=held_out,
         out=args.out / SUPERNET_FOLDER,
         sampling=Sampling(images=args.images_per_network, warmup_epochs=warmup),
-        device=process.device,
-        workers=args.workers,
-        cache=args.cache,
-        watch=display.watch,
-        on_epoch=display.show_epoch,
+        computing=Computing(
+            device=process.device,
+            workers=args.workers,
+            cache=args.cache,
+            watch=display.watch,
+            on_epoch=display.show_epoch,
+        ),
     )
     say(f"the largest network: top-1 {result.top1:.2f} %; wrote {result.out / 'model'}")
 
@@ -212,7 +216,8 @@ def _search(
     held_out: ImageRecords,
     process: Process,
 ) -> None:
-    from ..nas.run import SUPERNET_FOLDER, WINNER_NAME, search
+    from ..nas.search import SUPERNET_FOLDER, WINNER_NAME, search
+    from ..training.run import Computing
 
     result = search(
         space,
@@ -224,9 +229,7 @@ def _search(
         evolution=evolution,
         batch_size=args.score_batch,
         precision=args.precision if recipe is None else recipe.precision,
-        device=process.device,
-        workers=args.workers,
-        watch=watcher("images"),
+        computing=Computing(device=process.device, workers=args.workers, watch=watcher("images")),
         on_generation=_show_generation,
     )
     best = result.scored[0]
@@ -234,7 +237,7 @@ def _search(
     say(f"wrote {args.out / WINNER_NAME}; train it: deit-models train {args.data} --model {args.out / WINNER_NAME} ...")
 
 
-def _show_generation(found: list[Scored]) -> None:
+def _show_generation(found: list[ScoredCandidate]) -> None:
     generation = max(one.generation for one in found)
     fresh = sum(one.generation == generation for one in found)
     if process_number() == 0:
@@ -242,13 +245,13 @@ def _show_generation(found: list[Scored]) -> None:
 
 
 def _show(args: argparse.Namespace) -> int:
-    from ..nas.report import read_candidates, read_settings, table
+    from ..nas.tables import candidates_table, read_candidates, read_limit
 
-    rows, settings = read_candidates(args.folder), read_settings(args.folder)
+    rows, limit = read_candidates(args.folder), read_limit(args.folder)
     if args.json:
         import json
 
         print(json.dumps(rows[: args.top], indent=2))
     else:
-        print(table(rows, unit=settings.unit, limit=settings.limit, most=args.top), end="")
+        print(candidates_table(rows, unit=limit.unit, limit=limit.limit, most=args.top), end="")
     return EXIT_OK

@@ -261,8 +261,6 @@ class ViTResNAS(ImageClassifier):
 
     family: ClassVar[str] = "vit_resnas"
     head_names: ClassVar[tuple[str, ...]] = ("cls_head", "dst_head", "patch_head")
-    extra_head_names: ClassVar[tuple[str, ...]] = ("patch_head",)
-    """Heads that are used in training mode only."""
 
     def __init__(self, config: ViTResNASConfig) -> None:
         super().__init__(config)

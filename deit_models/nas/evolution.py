@@ -19,7 +19,7 @@ from .space import BlockChoice, Candidate, SearchSpace, StageChoice, StageChoice
 
 T = TypeVar("T")
 _TRIES = 1000
-"""Draws in a row that are too large, too small or known already, after which a search takes it that there is no other."""
+"""Draws in a row that are too large, too small or known already, after which a search assumes there is no other."""
 _FEW = 5000
 """Networks up to which every one of a space is looked at."""
 

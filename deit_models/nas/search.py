@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -12,13 +12,15 @@ import torch
 
 from ..checkpoint import Origin, Preprocessing
 from ..data.datasets import open_images
-from ..data.loading import Watch, default_workers, plain_watch
-from ..data.memory import Cache
+from ..data.inputs import eval_batches
+from ..data.loading import DamageCount, explained_worker_failure
 from ..data.records import ImageRecords
 from ..data.split import keep_split, labels_of, parts, stratified_split
-from ..distributed import join_processes
-from ..errors import ConfigError, TrainingError
-from ..files import atomic_write, toml_lines
+from ..data.transforms import EvalTransform
+from ..distributed import Process, join_processes
+from ..errors import ConfigError, DataError, TrainingError
+from ..evaluation import Heads, score
+from ..files import toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
 from ..models.vit_resnas import ViTResNAS
@@ -26,20 +28,20 @@ from ..registry import default_preprocessing
 from ..training.recipe import Precision, Recipe
 from ..training.run import Computing, TrainResult, run_training
 from ..training.state import digest_of_numbers, export_model
-from .costs import CostKind, make_cost
-from .evolution import Scored, evolve
-from .report import SETTINGS_NAME, write_report
-from .scoring import HeldOut, Scorer
-from .space import Evolution, Sampling, SearchSpace
+from .costs import CostKind, Ledger, make_cost
+from .evolution import ScoredCandidate, evolve
+from .settings import Evolution, Sampling
+from .space import Candidate, SearchSpace
 from .supernet import SuperNetwork, extract
+from .tables import SETTINGS_NAME, write_tables
 
 SUPERNET_FOLDER, WINNER_FOLDER = "supernet", "winner"
-SPACE_NAME, WINNER_NAME = "space.toml", "winner.toml"
+SPACE_NAME, SCORES_NAME, WINNER_NAME = "space.toml", "scores.jsonl", "winner.toml"
 
 
 @dataclass(frozen=True, slots=True)
 class SearchResult:
-    """How a search ended.
+    """Result of a search.
 
     Attributes:
         out: the folder; `winner.toml` is the best network's architecture, `winner/` the same with inherited weights.
@@ -47,16 +49,15 @@ class SearchResult:
     """
 
     out: Path
-    scored: list[Scored]
+    scored: list[ScoredCandidate]
 
 
 def split_images(
     data: Any, out: str | PathLike[str], *, fraction: float, seed: int
 ) -> tuple[ImageRecords, ImageRecords]:
-    """The images the super-network learns from, and those that candidates are scored on; noted in `out/split.json`.
+    """Images for the super-network to learn from, and images to score candidates on; noted in `out/split.json`.
 
-    Both come from the training set: the test set must have no part in a search. Source: the paper's sub-train and
-    sub-val.
+    Both come from the training set: a search must not use the test set. Source: the paper's sub-train and sub-val.
 
     Raises: DataError: see `open_dataset`. TrainingError: `out` holds another split.
     """
@@ -74,28 +75,20 @@ def train_supernet(
     val: ImageRecords | None = None,
     out: str | PathLike[str],
     sampling: Sampling | None = None,
-    device: str | torch.device | None = None,
-    workers: int | None = None,
-    cache: Cache = "auto",
-    watch: Watch = plain_watch,
-    on_epoch: Callable[[dict[str, Any]], None] | None = None,
+    computing: Computing | None = None,
 ) -> TrainResult:
     """Train the super-network of a space; a second call with the same `out` goes on after the last finished epoch.
 
     Args:
-        space: what may be chosen.
-        recipe: without a moving average, which sorting the channels would spoil.
+        space: the choices.
+        recipe: without a moving average, because channels are sorted during training.
         images: to learn from, see `split_images`.
         val: to evaluate the largest network on after each epoch.
         out: the folder, see `training.run.train`; `model/` is the largest network, which contains all others.
         sampling: how candidates are drawn; default: the paper's numbers.
-        device: where to compute; default: the GPU if there is one.
-        workers: loading processes.
-        cache: whether to keep the images decoded in memory, see `training.run.train`.
-        watch: wraps each epoch's batches, for a progress bar.
-        on_epoch: called with each finished epoch's row of the log.
+        computing: device, workers and so on.
 
-    Raises: ConfigError: a recipe with `ema_decay`. TrainingError: `out` holds another search. And what `train` raises.
+    Raises: ConfigError: a recipe with `ema_decay`. TrainingError: `out` holds another search. Those of `train`.
     """
     if recipe.ema_decay:
         raise ConfigError(f"ema_decay={recipe.ema_decay}: channels are sorted while training; a super-network needs 0")
@@ -104,7 +97,7 @@ def train_supernet(
     _keep(Path(out) / "sampling.toml", toml_lines(asdict(sampling)))
     torch.manual_seed(recipe.seed)
     network = ViTResNAS(space.config_of(space.largest(), num_classes=len(images.classes)))
-    network.origin = Origin(name="supernet", preprocessing=_preprocessing(space))
+    network.origin = Origin(name="supernet", preprocessing=preprocessing_for(space))
     whole = SuperNetwork(network, space, sampling)
     return run_training(
         whole,
@@ -112,7 +105,7 @@ def train_supernet(
         train=images,
         val=val,
         out=Path(out),
-        computing=Computing(device=device, workers=workers, cache=cache, watch=watch, on_epoch=on_epoch),
+        computing=computing or Computing(),
         before_epoch=whole.begin_epoch,
     )
 
@@ -128,38 +121,34 @@ def search(
     evolution: Evolution | None = None,
     batch_size: int = 250,
     precision: Precision = "bf16",
-    device: str | torch.device | None = None,
-    workers: int | None = None,
-    watch: Watch = plain_watch,
-    on_generation: Callable[[list[Scored]], None] | None = None,
+    computing: Computing | None = None,
+    on_generation: Callable[[list[ScoredCandidate]], None] | None = None,
 ) -> SearchResult:
     """Find the best network of a space within a limit; a second call with the same `out` goes on where it stopped.
 
     Under torchrun the candidates of a generation are shared by the processes.
 
     Args:
-        space: what may be chosen.
+        space: the choices.
         supernet: the trained super-network, as `from_pretrained` takes it.
         images: held out from its training, see `split_images`.
-        limit: the most a network may cost, in multiply-accumulates or in milliseconds a batch.
-        out: folder for the scores, the report and the winner.
-        cost: "macs", or "latency", measured on `device`.
-        evolution: how to search; default: the paper's numbers.
+        limit: largest cost of a network, in multiply-accumulates or in milliseconds a batch.
+        out: folder for the scores, the tables and the winner.
+        cost: "macs", or "latency", measured on the device.
+        evolution: numbers of the evolution; default: the paper's.
         batch_size: images at once; also the batch whose latency is measured.
         precision: of the forward pass.
-        device: where to compute; default: the GPU if there is one.
-        workers: loading processes.
-        watch: wraps the batches of images while they are decoded, for a progress bar.
+        computing: device, workers, and the progress bar while images are decoded.
         on_generation: called with all candidates so far after each generation.
 
     Raises: ConfigError: no network is within the limit, or the super-network is not this space's. DataError: too many
         images cannot be read. TrainingError: `out` holds a search with other settings.
     """
-    evolution, folder = evolution or Evolution(), Path(out)
+    evolution, computing, folder = evolution or Evolution(), computing or Computing(), Path(out)
     largest = from_pretrained(supernet)
     if not isinstance(largest, ViTResNAS) or largest.config.stages != space.config_of(space.largest()).stages:
         raise ConfigError(f"{supernet} is not the super-network of this space")
-    with join_processes(device) as process:
+    with join_processes(computing.device) as process:
         _keep(
             folder / SETTINGS_NAME,
             toml_lines({"limit": limit, "cost": cost, **asdict(evolution), "precision": precision})
@@ -167,14 +156,14 @@ def search(
         )
         _keep(folder / SPACE_NAME, space.to_toml())
         price = make_cost(cost, space, largest.num_classes, folder, process=process, batch=batch_size)
-        workers = default_workers(process.device) if workers is None else workers
-        held_out = HeldOut(images, _preprocessing(space), process, workers=workers, watch=watch)
-        scorer = Scorer(largest, space, held_out, folder, precision=precision, batch_size=batch_size)
-        found = evolve(space, evolution, cost=price, limit=limit, score=scorer, on_generation=on_generation)
+        scores = CandidateScores(
+            largest, space, images, folder, process, computing=computing, precision=precision, batch_size=batch_size
+        )
+        found = evolve(space, evolution, cost=price, limit=limit, score=scores, on_generation=on_generation)
         winner = extract(largest, space, found[0].candidate)
-        winner.origin = Origin(name=WINNER_FOLDER, preprocessing=_preprocessing(space))
+        winner.origin = Origin(name=WINNER_FOLDER, preprocessing=preprocessing_for(space))
         if process.is_main:
-            write_report(folder, found, unit=price.unit, limit=limit)
+            write_tables(folder, found, unit=price.unit, limit=limit)
             _write_architecture(folder / WINNER_NAME, winner)
         export_model(
             winner,
@@ -187,6 +176,68 @@ def search(
     return SearchResult(folder, found)
 
 
+class CandidateScores:
+    """Accuracies of candidates with shared weights, each computed once; the processes of a search share the work.
+
+    The images are decoded once and kept in memory as bytes, in every process: a search scores on them hundreds of
+    times. Images that cannot be read are left out.
+
+    Args:
+        largest: the trained super-network.
+        space: its space.
+        images: to score on.
+        folder: for scores.jsonl, which belongs to these weights and images.
+        process: this one.
+        computing: loading processes, limit of unreadable images, progress bar.
+        precision: of the forward pass.
+        batch_size: images at once.
+
+    Raises: DataError: too many images cannot be read, or none can.
+    """
+
+    def __init__(
+        self,
+        largest: ViTResNAS,
+        space: SearchSpace,
+        images: ImageRecords,
+        folder: Path,
+        process: Process,
+        *,
+        computing: Computing,
+        precision: Precision,
+        batch_size: int,
+    ) -> None:
+        self.largest, self.space, self.process = largest, space, process
+        self.precision: Precision = precision
+        self.known = Ledger(folder / SCORES_NAME, writes=process.is_main)
+        self._alone = Process(0, 1, process.device)  # each process scores candidates of its own, on all images
+        workers, self._damage = computing.workers_beside(process.device), DamageCount(images, computing.corrupt_limit)
+        transform = EvalTransform(preprocessing_for(space))
+        self._batches = eval_batches(images, transform, self._alone, batch_size=batch_size, workers=workers, keep=True)
+        with explained_worker_failure(workers):
+            for _, _, failures in computing.watch(self._batches, len(self._batches)):
+                self._damage.add(failures)
+        if len(self._damage.failed) == len(images):
+            raise DataError(f"no image of {images.name} is left to score candidates on")
+
+    def __call__(self, candidates: Sequence[Candidate]) -> list[float]:
+        """The accuracy of each candidate in percent; every process passes the same candidates and gets all results."""
+        process = self.process
+        new = list({c.key(): c for c in candidates if c.key() not in self.known}.values())
+        # in rounds of one candidate a process, so that little is lost if the search is killed
+        for start in range(0, len(new), process.world):
+            mine = new[start + process.rank : start + process.world][:1]
+            for found in process.gather([(c.key(), self._top1(c)) for c in mine]):
+                for key, top1 in found:
+                    self.known.add(key, {"top1": top1})
+        return [self.known[candidate.key()]["top1"] for candidate in candidates]
+
+    def _top1(self, candidate: Candidate) -> float:
+        heads = Heads(extract(self.largest, self.space, candidate).to(self.process.device))
+        outcomes = score(heads, self._batches, self._alone, precision=self.precision, damage=self._damage)
+        return round(outcomes.evaluation().top1, 4)
+
+
 def _write_architecture(path: Path, network: ViTResNAS) -> None:
     settings = {name: getattr(network.config, name) for name in network.config.__slots__ if "drop" not in name}
     origin = network.origin
@@ -196,23 +247,18 @@ def _write_architecture(path: Path, network: ViTResNAS) -> None:
         settings=settings,
         preprocessing=None if origin is None else origin.preprocessing,
     )
-    with atomic_write(path) as temporary:
-        temporary.write_text(record.to_toml(), encoding="utf-8")
+    write_text(path, record.to_toml())
 
 
-def _preprocessing(space: SearchSpace) -> Preprocessing:
+def preprocessing_for(space: SearchSpace) -> Preprocessing:
+    """How images become the input of the networks of a space."""
     return space.preprocessing or default_preprocessing("", space.config_of(space.largest()).image_hw)
 
 
 def _keep(path: Path, text: str) -> None:
     """Write a file of settings; one that is there already must be the same. Raises: TrainingError: it is not."""
-    if path.exists():
-        before = path.read_text(encoding="utf-8")
-        if before != text:
-            changed = [line for line in before.splitlines() if line not in text.splitlines()]
-            raise TrainingError(
-                f"{path} says {'; '.join(changed[:3]) or 'otherwise'}; use those settings, or a new folder"
-            )
-        return
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    if not path.exists():
+        write_text(path, text)
+    elif (before := path.read_text(encoding="utf-8")) != text:
+        changed = [line for line in before.splitlines() if line not in text.splitlines()]
+        raise TrainingError(f"{path} says {'; '.join(changed[:3]) or 'otherwise'}; use those settings, or a new folder")

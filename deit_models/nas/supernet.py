@@ -1,6 +1,10 @@
-"""One network of the space, alone: the shared weights cut down to a candidate's."""
-# MERGED """Important channels first: what a small network keeps is the front of each tensor, so the front should be the best."""
-# MERGED """The super-network: the largest network of a space, trained so that every network inside it works too. In training each batch is divided between several candidates, drawn anew, whose missing channels are masked: all of them share one forward and one backward pass (multi-architectural sampling). In eval mode it is the largest network. Source: section 4 of the ViT-ResNAS paper; details as in the authors' code. """
+"""The super-network: the largest network of a space, trained so that every network inside it works too.
+
+In training each batch is divided between several candidates, drawn anew, whose missing channels are masked; all of them
+share one forward and one backward pass (multi-architectural sampling). A small network keeps the front of each tensor,
+so channels are sorted by importance. In eval mode it is the largest network; `extract` cuts any candidate out of it.
+Source: section 4 of the ViT-ResNAS paper; details as in the authors' code.
+"""
 
 from __future__ import annotations
 
@@ -19,12 +23,13 @@ from ..models.patch_training import PatchLogits, PatchTraining
 from ..models.transformer import Attention, Block, Mlp
 from ..models.vit_resnas import SpatialReduction, ViTResNAS
 from ..registry import meta_model
-from .space import BlockChoice, Candidate, Sampling, SearchSpace, StageChoice
+from .settings import Sampling
+from .space import BlockChoice, Candidate, SearchSpace, StageChoice
 
 
 @torch.no_grad()
 def reorder_channels(blocks: Iterable[nn.Module]) -> None:
-    """Sort the hidden units and the heads of every block by importance, in place; what the network computes stays.
+    """Sort the hidden units and the heads of every block by importance, in place; the network computes the same.
 
     Importance is the sum of the magnitudes of all weights and biases of a unit or head. Stage widths are not sorted.
     Source: the paper's channel re-ordering, as in the authors' code.
@@ -60,7 +65,7 @@ def _by_head(tensor: Tensor, heads: int) -> Tensor:
 
 
 class _BlockMask(NamedTuple):
-    """What is kept of one block for each image; None: all of it. Shapes (B, 1, channels), and (B, 1, 1) for `kept`."""
+    """The kept parts of one block for each image; None: all. Shapes (B, 1, channels), and (B, 1, 1) for `kept`."""
 
     heads: Tensor | None
     hidden: Tensor | None
@@ -68,11 +73,10 @@ class _BlockMask(NamedTuple):
 
 
 class SuperNetwork(ImageClassifier):
-    """See the module docstring. `net` is the largest network, `space` what it is trained to contain."""
+    """See the module docstring. `net` is the largest network of `space`."""
 
     family: ClassVar[str] = ViTResNAS.family
     head_names: ClassVar[tuple[str, ...]] = ()
-    extra_head_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, net: ViTResNAS, space: SearchSpace, sampling: Sampling) -> None:
         """Wrap a network. Raises: ConfigError: it is not the space's largest."""
@@ -85,7 +89,7 @@ class SuperNetwork(ImageClassifier):
         self.epoch = sampling.warmup_epochs
 
     def begin_epoch(self, epoch: int) -> None:
-        """Get ready for an epoch (from 0), in place: which choices may be drawn, and the order of channels."""
+        """Prepare for an epoch (from 0), in place: the choices that may be drawn, and the order of channels."""
         self.epoch = epoch
         if epoch <= self.sampling.warmup_epochs:
             reorder_channels(self.net.blocks)
@@ -93,7 +97,7 @@ class SuperNetwork(ImageClassifier):
     def draw(self, count: int) -> list[Candidate]:
         """Candidates for one batch, from torch's global generator.
 
-        Each item (a width, a block's heads, its MLP, its presence) deals its enabled choices out evenly, on its own.
+        The enabled choices of each item (a width, a block's heads, its MLP, its presence) are dealt out evenly.
         """
         stages = []
         for choices in self.space.stages:
@@ -132,19 +136,19 @@ class SuperNetwork(ImageClassifier):
         """Mixing and loss for the patch head, as for the network inside."""
         return self.net.extra_heads(mix_mode=mix_mode, mixup=mixup, cutmix=cutmix)
 
-    # what is drawn must be no part of a compiled graph
+    # the draw must be no part of a compiled graph
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch gives it no types
     def _draw_kept(self, images: int, device: torch.device) -> Tensor:
-        """What `_kept_of` gives of candidates for so many images, brought to the device without waiting for it."""
+        """`_kept_of` the candidates for so many images, on the device, without waiting for it."""
         kept = _kept_of(self.space, self.draw(max(images // self.sampling.images, 1)))
         return kept.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else kept.to(device)
 
     def forward_masked(self, x: Tensor, candidates: Sequence[Candidate]) -> PatchLogits:
-        """Logits of the heads, image i seen by candidate i modulo their number; x is (B, C, H, W)."""
+        """Logits of the heads, image i through candidate i modulo their number; x is (B, C, H, W)."""
         return self._forward_kept(x, _kept_of(self.space, candidates).to(x.device))
 
     def _forward_kept(self, x: Tensor, kept: Tensor) -> PatchLogits:
-        """`forward_masked` of candidates as `_kept_of` writes them: the same operators whichever they are."""
+        """`forward_masked` for the result of `_kept_of`; the operators are the same for all candidates."""
         owner = torch.arange(len(x), device=x.device) % len(kept)
         counts, layers = iter(kept[owner].unbind(1)), iter(self.net.blocks)
         tokens, width = self.net.forward_tokens(x), None
@@ -168,17 +172,17 @@ class SuperNetwork(ImageClassifier):
         self.config = self.net.config
 
     def no_weight_decay(self) -> set[str]:
-        """Those of the network inside."""
+        """Names of the network inside."""
         return {f"net.{name}" for name in self.net.no_weight_decay()}
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
-        """Write the largest network, from which every other one can be cut."""
+        """Write the largest network; every other one can be cut out of it."""
         self.net.origin = self.origin
         self.net.save_pretrained(save_directory, layout=layout)
 
 
 def _kept_of(space: SearchSpace, candidates: Sequence[Candidate]) -> Tensor:
-    """How much is kept of each item, (candidates, items) int64.
+    """Kept size of each item, (candidates, items) int64.
 
     Of each stage its width, then of each place the heads' channels, the hidden units, and 1 or 0 for the block.
     """
@@ -194,9 +198,9 @@ def _kept_of(space: SearchSpace, candidates: Sequence[Candidate]) -> Tensor:
 
 
 def _channels(kept: Tensor, choices: Sequence[int]) -> Tensor | None:
-    """For each image which of an item's channels are kept: (B,) int64 -> (B, 1, the largest choice) of ones and zeros.
+    """Mask of an item's channels for each image: (B,) int64 -> (B, 1, the largest choice) of ones and zeros.
 
-    None where there is no choice, so that all of all is kept.
+    None where there is no choice, so that all channels are kept.
     """
     if len(choices) == 1:
         return None
@@ -210,7 +214,7 @@ def _masked(x: Tensor, *masks: Tensor | None) -> Tensor:
 
 
 def _normed(norm: nn.LayerNorm, x: Tensor, width: Tensor | None) -> Tensor:
-    """LayerNorm over the kept channels alone; the others, which are zero in x, stay so."""
+    """LayerNorm over the kept channels only; the others are zero in x and stay zero."""
     if width is None:
         return norm(x)
     count = width.sum(-1, keepdim=True)
@@ -225,7 +229,7 @@ def _reduce(layer: SpatialReduction, x: Tensor, width: Tensor | None) -> Tensor:
 
 
 def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) -> Tensor:
-    """What the block does to x, (B, N, D), without the channels that are masked."""
+    """A block without its masked channels, (B, N, D) -> (B, N, D)."""
     attn, mlp = block.attn, block.mlp
     mixed = F.scaled_dot_product_attention(*attn.heads(_normed(block.norm1, x, width))).transpose(1, 2).flatten(2)
     x = x + block.drop_path(_masked(attn.proj_drop(attn.proj(_masked(mixed, mask.heads))), width, mask.kept))
@@ -236,7 +240,7 @@ def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) 
 def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViTResNAS:
     """A candidate as a network of its own, in eval mode, with copies of the weights it shares.
 
-    A tensor's leading corner is what a smaller network shares of it; q, k and v have a corner each.
+    A smaller network shares the leading corner of each tensor; q, k and v have a corner each.
 
     Args:
         largest: the space's largest network, see `SearchSpace.largest`.
@@ -260,7 +264,7 @@ def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViT
 
 
 def _source_names(candidate: Candidate) -> list[int]:
-    """Which entry of the largest network's `blocks` each entry of the candidate's comes from."""
+    """For each entry of the candidate's `blocks` the number of the entry in the largest network's."""
     numbers, number = [], 0
     for place, stage in enumerate(candidate.stages):
         if place:  # the reduction in front of the stage

@@ -1,4 +1,4 @@
-"""Result of a search for people: a table of the best networks, a list of all, and accuracy against cost as a picture."""
+"""Result of a search for people: a table of the best networks, a list of all, and a picture of accuracy and cost."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -80,8 +80,6 @@ class ExtraHeads(Protocol):
 @runtime_checkable
 class HasExtraHeads(Protocol):
     """A model with `ExtraHeads`."""
-
-    extra_head_names: ClassVar[tuple[str, ...]]
 
     def forward_training(self, x: Tensor) -> tuple[Any, ...]:
         """Logits of class head, distillation head or None, then of the extra heads, for training mode."""

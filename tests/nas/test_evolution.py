@@ -7,8 +7,9 @@ from nas.toy import toy_space
 
 from deit_models import ConfigError
 from deit_models.nas.costs import Macs
-from deit_models.nas.evolution import Scored, _Hunt, check_limit, evolve
-from deit_models.nas.space import SPACES, BlockChoice, Candidate, Evolution, SearchSpace, StageChoices, candidates_of
+from deit_models.nas.evolution import ScoredCandidate, _Hunt, check_limit, evolve
+from deit_models.nas.settings import Evolution
+from deit_models.nas.space import SPACES, BlockChoice, Candidate, SearchSpace, StageChoices, candidates_of
 
 SPACE = toy_space()
 COST = Macs(SPACE, 3)
@@ -23,7 +24,7 @@ def units(candidates: Sequence[Candidate]) -> list[float]:
 
 def search(
     settings: Evolution = SHORT, *, space: SearchSpace = SPACE, limit: float = LIMIT, **changes: object
-) -> list[Scored]:
+) -> list[ScoredCandidate]:
     return evolve(space, settings, cost=Macs(space, 3), limit=limit, **{"score": units, **changes})  # type: ignore[arg-type]
 
 

@@ -1,6 +1,7 @@
 """Whole searches at toy size: a super-network trained, searched, broken off anywhere and gone on with."""
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -12,12 +13,21 @@ import pytest
 import torch
 from nas.toy import coloured, supernet, toy_space
 
-from deit_models import ConfigError, TrainingError, create_model, from_pretrained, recipe_named
+from deit_models import (
+    ConfigError,
+    DataError,
+    ImageError,
+    TrainingError,
+    create_model,
+    evaluate,
+    from_pretrained,
+    recipe_named,
+)
 from deit_models.checkpoint import Origin
+from deit_models.data.records import ImageRecords, SubsetRecords
 from deit_models.nas.costs import Macs
-from deit_models.nas.run import search, split_images, train_supernet
-from deit_models.nas.scoring import Scorer
-from deit_models.nas.space import Evolution, Sampling
+from deit_models.nas.search import search, split_images, train_supernet
+from deit_models.nas.settings import Evolution, Sampling
 from deit_models.nas.supernet import extract
 from deit_models.training.recipe import Recipe
 from deit_models.training.run import Computing, run_training, train
@@ -44,17 +54,16 @@ def train_toy(out: Path, **options: Any) -> Any:
         val=held_out,
         out=out / "supernet",
         sampling=Sampling(images=4, warmup_epochs=1),
-        workers=0,
-        device="cpu",
-        **options,
+        computing=Computing(device="cpu", workers=0, **options),
     )
 
 
-def search_toy(out: Path, **options: Any) -> Any:
+def search_toy(out: Path, *, images: Any = None, **options: Any) -> Any:
     _, held_out = split_images(coloured(96), out, fraction=0.25, seed=0)
     settings = {"limit": LIMIT, "evolution": EVOLUTION, "precision": "float32", "batch_size": 16, **options}
     source = settings.pop("supernet", out / "supernet" / "model")
-    return search(SPACE, supernet=source, images=held_out, out=out, workers=0, device="cpu", **settings)
+    computing = Computing(device="cpu", workers=0)
+    return search(SPACE, supernet=source, images=images or held_out, out=out, computing=computing, **settings)
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +99,6 @@ def test_winner_is_the_best_candidate_with_inherited_weights(finished: Path) -> 
     assert winner.origin.top1 == best["top1"]
     assert winner.origin.class_names == ("red", "green", "blue")
     _, held_out = split_images(coloured(96), finished, fraction=0.25, seed=0)
-    from deit_models import evaluate
-
     assert evaluate(winner, held_out, workers=0).top1 == pytest.approx(best["top1"], abs=1e-3)
 
 
@@ -148,34 +155,60 @@ def test_super_network_is_prepared_for_each_epoch_also_when_training_goes_on(tmp
 
 
 @pytest.mark.parametrize("after", [0, 3, 7, 11])
-def test_search_broken_off_at_any_score_goes_on_to_the_same_result(
-    finished: Path, tmp_path: Path, after: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    original, count = Scorer._top1, [0]
-
-    def counted(self: Scorer, candidate: Any) -> float:
-        count[0] += 1
-        if count[0] == after + 1:
-            raise Stop
-        return original(self, candidate)
-
-    source = finished / "supernet" / "model"
-    total = len((finished / "candidates.jsonl").read_text().splitlines())
-    with monkeypatch.context() as patch:
-        patch.setattr(Scorer, "_top1", counted)
-        with pytest.raises(Stop):
-            search_toy(tmp_path, supernet=source)
-        assert not (tmp_path / "winner.toml").exists()
-        count[0] = -1000
-        search_toy(tmp_path, supernet=source)
-        assert count[0] == -1000 + total - after  # none was scored twice
+def test_search_broken_off_at_any_score_goes_on_to_the_same_result(finished: Path, tmp_path: Path, after: int) -> None:
+    scores = (finished / "scores.jsonl").read_text().splitlines(keepends=True)
+    # a process that is killed leaves the scores so far, and perhaps a part of the next
+    for name in ("search.toml", "space.toml", "split.json"):
+        shutil.copy(finished / name, tmp_path)
+    (tmp_path / "scores.jsonl").write_text("".join(scores[:after]) + scores[after][:9])
+    search_toy(tmp_path, supernet=finished / "supernet" / "model")
+    assert (tmp_path / "scores.jsonl").read_text().splitlines(keepends=True) == scores  # none was scored twice
     for name in ("candidates.jsonl", "winner.toml", "report.md"):
         assert (tmp_path / name).read_text() == (finished / name).read_text()
 
 
-def test_finished_search_scores_nothing_again(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Scorer, "_top1", lambda *_: pytest.fail("scored again"))
-    assert len(search_toy(finished).scored) >= 12
+def test_finished_search_scores_nothing_again(finished: Path, tmp_path: Path) -> None:
+    for name in ("search.toml", "space.toml", "split.json"):
+        shutil.copy(finished / name, tmp_path)
+    # no network has these accuracies
+    rows = [json.loads(line) for line in (finished / "scores.jsonl").read_text().splitlines()]
+    lines = [json.dumps({**row, "top1": 200 + row["top1"]}) + "\n" for row in rows]
+    (tmp_path / "scores.jsonl").write_text("".join(lines))
+    found = search_toy(tmp_path, supernet=finished / "supernet" / "model").scored
+    assert len(found) >= 12
+    assert all(one.top1 >= 200 for one in found)
+    assert (tmp_path / "scores.jsonl").read_text() == "".join(lines)
+
+
+class Damaged(ImageRecords):
+    """The images of another set, some of which cannot be read."""
+
+    def __init__(self, records: ImageRecords, damaged: set[int]) -> None:
+        self.records, self.damaged = records, damaged
+        self.name, self.classes = records.name, records.classes
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        if index in self.damaged:
+            raise ImageError(f"image {index} cannot be read")
+        return self.records[index]
+
+
+def test_unreadable_images_do_not_count(finished: Path, tmp_path: Path) -> None:
+    source, one = finished / "supernet" / "model", Evolution(population=1, generations=1, floor=0.0)
+    _, held_out = split_images(coloured(96), finished, fraction=0.25, seed=0)
+    best = search_toy(tmp_path / "a", supernet=source, evolution=one, images=Damaged(held_out, {0, 5})).scored[0]
+    network = extract(from_pretrained(source), SPACE, best.candidate)
+    network.origin = Origin(name="toy", preprocessing=SPACE.preprocessing)
+    fine = SubsetRecords(held_out, [i for i in range(len(held_out)) if i not in (0, 5)])
+    assert best.top1 == pytest.approx(evaluate(network, fine, workers=0).top1, abs=1e-3)
+    with pytest.raises(DataError, match=r"at least \d+ of the 24 images of .* cannot be read"):
+        search_toy(tmp_path / "b", supernet=source, evolution=one, images=Damaged(held_out, set(range(24))))
+    two = SubsetRecords(held_out, [0, 1])
+    with pytest.raises(DataError, match=r"no image of .* is left to score candidates on"):
+        search_toy(tmp_path / "c", supernet=source, evolution=one, images=Damaged(two, {0, 1}))
 
 
 def test_other_settings_need_another_folder(finished: Path) -> None:

@@ -8,7 +8,8 @@ from torch import Tensor
 from deit_models.checkpoint import Preprocessing
 from deit_models.data.records import ArrayRecords
 from deit_models.models.vit_resnas import ViTResNAS
-from deit_models.nas.space import Sampling, SearchSpace, StageChoices
+from deit_models.nas.settings import Sampling
+from deit_models.nas.space import SearchSpace, StageChoices
 from deit_models.nas.supernet import SuperNetwork
 
 SETTINGS: dict[str, Any] = {"img_size": 16, "patch_size": 4, "stem_dim": 4, "num_classes": 3}
