@@ -19,10 +19,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.inputs import EvalSamples
-from ..data.loading import DamageCount, explained_worker_failure, make_loader
-from ..data.records import ImageRecords
-from ..data.transforms import EvalInput, EvalTransform, preprocessing_of
+from ..data.inputs import eval_batches
+from ..data.loading import DamageCount, explained_worker_failure
+from ..data.records import ImageRecords, SubsetRecords
+from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
@@ -92,20 +92,19 @@ def extract_features(
     damage = DamageCount(records, computing.corrupt_limit)
     for shard in shards.values():
         damage.add(shard["failures"])
-    preprocessing = preprocessing_of(model)
-    samples = EvalSamples(records, EvalTransform(preprocessing).levels)
-    to_input = EvalInput(preprocessing, process.device)
     # all shards but the last hold whole batches, so no batch belongs to two shards
     order = [index for start, size in sizes.items() for index in range(start, start + size)]
+    missing, transform = SubsetRecords(records, order), EvalTransform(preprocessing_of(model))
     workers = computing.workers_beside(process.device)
-    loader = make_loader(samples, order, batch_size=_BATCH, workers=workers, device=process.device)
+    loader = eval_batches(missing, transform, process, batch_size=_BATCH, workers=workers)
     batches = iter(computing.watch(loader, len(loader)))
     with _inputs_of(heads, model.to(process.device)) as inputs, explained_worker_failure(workers):
 
         def features_of(images: Tensor, labels: Tensor, failures: Tensor) -> dict[str, Tensor]:
+            failures = torch.tensor([number if number < 0 else order[number] for number in failures.tolist()])
             damage.add(failures)
             with autocast(process.device, precision):
-                model.forward_heads(to_input(images))
+                model.forward_heads(images)
             # copies, because a view would keep the tokens of all patches
             rows = {name: tensor.to("cpu", torch.float32, copy=True) for name, tensor in inputs.items()}
             return {**rows, "labels": labels, "failures": failures}

@@ -17,9 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def readme_commands() -> list[list[str]]:
-    section = (
-        (ROOT / "README.md").read_text(encoding="utf-8").split("## From a folder of images to a model on the Hub")[1]
-    )
+    section = (ROOT / "README.md").read_text(encoding="utf-8").split("From a folder of images to a model on the Hub")[1]
     block = re.search(r"```sh\n(.*?)```", section, re.DOTALL)
     return [shlex.split(line) for line in block[1].splitlines()]
 
