@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, ImageError, TrainingError
-from ..files import atomic_write
+from ..files import write_text
 from .records import ImageRecords, SubsetRecords
 
 logger = logging.getLogger(__name__)
@@ -88,5 +88,4 @@ def keep_split(out: Path, records: ImageRecords, split: Split) -> None:
         raise TrainingError(
             f"{path} is the split of other images, or with another seed or fraction; use a new folder for this run"
         )
-    with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    write_text(path, text)

@@ -22,7 +22,7 @@ from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
 from ..errors import ConfigError
 from ..evaluation import collect_outcomes
-from ..files import atomic_write
+from ..files import write_text
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe, recipe_named
@@ -56,8 +56,7 @@ class FinetuneResult:
 
     Attributes:
         model: with the best weights, in eval mode.
-        out: the folder; `best/` and `model/` (the last weights) are for `from_pretrained`, `timm/best` and
-            `transformers/best` for those libraries.
+        out: the folder; `from_pretrained` reads best/ and model/ (the last weights), timm and transformers theirs.
         metrics: contents of metrics.json: figures in percent under "val" and, with test images, "test".
         address: of the Hub repository, if the model was pushed.
     """
@@ -314,8 +313,7 @@ class _Finetuning:
             train, val_features = train.of(split.train), train.of(split.val)
         else:
             val_features = features(val, folder / "val")
-        with atomic_write(self.out / RECIPE_NAME) as temporary:
-            temporary.write_text(self.recipe.to_toml(), encoding="utf-8")
+        write_text(self.out / RECIPE_NAME, self.recipe.to_toml())
         fit = fit_heads(train, val_features, num_classes=self.model.num_classes, device=device)
         put_heads(self.model, fit)
         scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}

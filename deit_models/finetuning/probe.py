@@ -26,7 +26,7 @@ from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
-from ..files import atomic_write, write_tensors
+from ..files import write_tensors, write_text
 from ..models.layers import ImageClassifier
 from ..training.recipe import Precision
 from ..training.run import Computing
@@ -68,15 +68,9 @@ def extract_features(
     precision: Precision,
     computing: Computing,
 ) -> Features:
-    """Send each image through the backbone once, without augmentation; shards that are in `folder` are read instead.
+    """Send each image through the backbone once, in eval mode, without augmentation.
 
-    Args:
-        model: in any mode; used in eval mode, on the device of the process.
-        records: the images.
-        folder: for the shards, of 1024 images each.
-        process: this one, without others.
-        precision: of the forward pass.
-        computing: workers, limit of unreadable images and progress bar.
+    The features go to `folder`, in shards of 1024 images; images whose shard is there already are not read.
 
     Raises: ConfigError: several processes, or a head that is not one linear layer. TrainingError: `folder` holds the
         features of other images, or of another model. DataError: too many images cannot be read. SaveError: no space
@@ -183,8 +177,7 @@ def _claim(folder: Path, model: ImageClassifier, records: ImageRecords, precisio
             if json.loads(path.read_text(encoding="utf-8")) == identity:
                 return
         raise TrainingError(f"{folder} holds the features of other images, or of another model; use a new folder")
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(identity, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(identity, indent=1) + "\n")
 
 
 def _digest_of_data(records: ImageRecords) -> str:
@@ -201,7 +194,6 @@ def _digest_of_data(records: ImageRecords) -> str:
 STRENGTHS = tuple(10.0**-power for power in range(0, 8))
 """L2 penalties to choose from, strongest first: on the weights for features of mean 0 and variance 1."""
 _CELLS = 1 << 24
-"""Logits that exist at once."""
 _MOST_ITERATIONS, _FEWEST_ITERATIONS, _LOGITS = 200, 30, 10**10
 """Each solution may take so many logits in all. Beyond some 10^8 at once, as with a thousand classes and a million
 images, it ends early, and the next penalty goes on from there."""
@@ -230,15 +222,8 @@ def fit_heads(
     Penalties go from strong to weak, each beginning where the one before ended, and stop after two that improve
     neither accuracy nor loss. Of equal accuracies, the lower loss wins. Unreadable images are left out.
 
-    Args:
-        train: features to fit to.
-        val: features to choose the penalty by.
-        num_classes: K.
-        device: where to compute.
-        cells: logits that exist at once; the result does not depend on it.
-
     The objective is mean cross-entropy + penalty / 2 * sum of squared weights, biases free; it is convex, so the
-    minimum depends neither on a seed nor on the order of the images.
+    minimum depends neither on a seed nor on the order of the images. At most `cells` logits exist at once.
 
     Raises: DataError: no image to fit to, or to choose by. TrainingError: the features are not finite.
     """

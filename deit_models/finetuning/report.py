@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from ..data.records import ImageRecords
 from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
 from ..evaluation import Outcomes
-from ..files import atomic_write
+from ..files import atomic_write, write_json
 from ..formats.layouts import CARD_NAME, write_config
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
@@ -62,14 +61,9 @@ def write_report(
 ) -> dict[str, Any]:
     """Write models, metrics.json, accuracies by class and, with `plot`, pictures; returns the contents of metrics.json.
 
-    Args:
-        out: the best model goes to best/, timm/best/ and transformers/best/ in this folder, the last one to model/ and
-            so on, each with a card.
-        learned: the origins of its models change in place.
-        recipe: the settings.
-        facts: first entries of metrics.json: started_from, mode, recipe, data, classes and train_images.
-        seconds: duration of the run.
-        plot: whether to draw pictures.
+    The best model goes to best/, timm/best/ and transformers/best/ in `out`, the last one to model/ and so on, with
+    cards; the origins of both change in place. `facts` are the first entries of metrics.json: started_from, mode,
+    recipe, data, classes and train_images.
 
     Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
     """
@@ -82,8 +76,7 @@ def write_report(
         "seconds": round(seconds, 2),
     }
     _write_models(out, learned, metrics, _card_section(metrics, recipe))
-    with atomic_write(out / METRICS_NAME) as temporary:
-        temporary.write_text(json.dumps(metrics, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(out / METRICS_NAME, metrics)
     for part, (_, outcomes) in learned.scored.items():
         _write_classes(out / f"per_class_{part}.csv", classes, outcomes)
     if plot:
