@@ -4,6 +4,7 @@ import csv
 import json
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import PIL.Image
 import pytest
 import torch
 from coloured import CLASSES, Counted, atom, pixels, recipe, save_folders
+from tracing import modules_run
 
 import deit_models
 from deit_models.data.datasets import DATASETS
@@ -103,6 +105,17 @@ def test_model_may_be_a_folder(tmp_path, photos):
     atom().save_pretrained(tmp_path / "start")
     result = finetune(tmp_path / "out", model=tmp_path / "start", train=photos, mode="head")
     assert result.metrics["val"]["top1"] == 100
+
+
+def test_head_mode_runs_functions_of_few_modules(photos, tmp_path):
+    act = partial(deit_models.finetune, train=photos, mode="head", recipe=recipe(), workers=0, device="cpu")
+    act(atom(), out=tmp_path / "before")  # everything is imported
+    model = atom()
+    passed = modules_run(lambda: act(model, out=tmp_path / "out"))
+    assert {"finetuning.finetune", "finetuning.probe", "finetuning.report", "models.deit"} <= passed
+    assert not passed & {"training.engine", "training.learner", "training.losses", "training.teacher", "hub.load"}
+    # eight for the data, six that write three layouts, four each of fine-tuning and training, three of the model
+    assert len(passed) <= 31, sorted(passed)
 
 
 # Settings
