@@ -2,8 +2,8 @@
 
     model = torch.hub.load("owner/deit-models", "deit_tiny_patch16_224", pretrained=True)
 
-The checkout brings its own copy of the package. It is imported under a name of its own where another `deit_models` is
-installed, so that neither sees the other.
+The checkout has its own copy of the package. If another `deit_models` is installed, the copy is imported under a name
+of its own, so that the two stay apart.
 """
 
 # whole modules: torch.hub.list takes every callable without an underscore for an entry point

@@ -1,9 +1,9 @@
-"""Do the faster forms of a model keep its answers? Agreement and accuracy on labelled images, by backend and precision.
+"""Predictions of the faster forms of a model: agreement and accuracy on labelled images, by backend and precision.
 
     python benchmarks/accuracy.py CIFAR10 [--backends eager openvino] [--write benchmarks/results/accuracy.md]
 
 CIFAR10 is a folder with train/<class>/ and test/<class>/. The test images are classified by the model and by every form
-that `optimize` can make of it here, asked for by name and accepted however it agrees; int8 finds its ranges on images
+that `optimize` can make of it here, chosen by name and accepted at any agreement. The ranges of int8 come from images
 of the training set, the same number from each class, spread over its files.
 """
 

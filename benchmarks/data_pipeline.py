@@ -1,4 +1,4 @@
-"""How many augmented training images a second one loading process gives: deit-models beside timm, from the same files.
+"""Augmented training images a second of one loading process: deit-models beside timm, from the same files.
 
     python benchmarks/data_pipeline.py PHOTOS [--sizes 32 64 224] [--images 4096] [--rounds 5]
                                        [--write benchmarks/results/data_pipeline.md]
@@ -10,13 +10,13 @@ crop is a random resized one (bicubic) at 224 pixels; at 32 and 64 the image is 
 timm gets torchvision's RandomCrop in the place of its first transform, as the DeiT authors' script does. timm runs with
 its prefetcher, its scripts' default, which sends bytes to the main process and normalises and erases there.
 
-deit-models runs as it does by itself, "in memory": small images are decoded once, before the clock starts; "from files"
-decodes each time, as timm does; "cut where the model is" needs no loading process: what the main process does is all.
+By default deit-models runs "in memory": small images are decoded once, before the clock starts; "from files" decodes
+each time, as timm does; "cut where the model is" needs no loading process: the main process does everything.
 
 Each side has a process of its own and one loading process, each with one thread; it reads one epoch to warm up and as
 many as take two seconds of CPU time for the clock; the sides take turns, and ratios are taken within a round. The
-figure is CPU time, which a busy machine disturbs least: that of the loading process, which there are many of, and that
-of the main process, of which there is one.
+figure is CPU time, which a busy machine disturbs least: of the loading process, of which a run has many, and of the
+main process, of which it has one.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Images/s of LeViT and DeiT beside timm's models, and of LeViT beside torchvision's EfficientNet, as its paper has it.
+"""Images/s of LeViT and DeiT beside timm's models, and of LeViT beside torchvision's EfficientNet, as in its paper.
 
     python benchmarks/families.py [--device cuda] [--threads 1] [--write benchmarks/results/families.md]
 

@@ -3,7 +3,7 @@
     python benchmarks/finetune_head.py [--data FOLDER --model NAME] [--write benchmarks/results/finetune_head.md]
 
 Both sides get the same training, validation and test images, the same transform, the same bfloat16 forward pass and the
-same number of loading processes. The loop is what people write: the backbone in eval mode under no_grad, AdamW on the
+same number of loading processes. The loop is the usual one: the backbone in eval mode under no_grad, AdamW on the
 head with a cosine, and the epoch with the best validation accuracy counts. It gets one learning rate, the best of 0.003
 to 0.3 on the digits, where ours chooses among penalties as it goes. Each measurement is a process of its own, the sides
 take turns, medians are compared. Without --data: scikit-learn's handwritten digits.
@@ -48,7 +48,7 @@ def images(args: argparse.Namespace) -> tuple[ImageRecords, ImageRecords, ImageR
 
 
 def head_on_features(args: argparse.Namespace) -> dict[str, float]:
-    """`finetune` as it comes."""
+    """`finetune` with its defaults."""
     train, val, test = images(args)
     with tempfile.TemporaryDirectory() as out:
         start = time.perf_counter()
@@ -60,7 +60,7 @@ def head_on_features(args: argparse.Namespace) -> dict[str, float]:
 
 
 def frozen_loop(args: argparse.Namespace) -> dict[str, float]:
-    """The loop that people write."""
+    """The usual loop."""
     train, val, test = images(args)
     start = time.perf_counter()
     torch.manual_seed(0)

@@ -1,14 +1,14 @@
-"""How many photographs a second a folder is classified at: deit-models beside a timm loop and transformers' pipeline.
+"""Photographs a second, classified from a folder: deit-models beside a timm loop and transformers' pipeline.
 
     python benchmarks/folder.py PHOTOS [--files 1000] [--many 10000] [--rounds 5] [--write benchmarks/results/folder.md]
 
 PHOTOS is a folder of JPEG files; they are linked under new names until there are enough. The same weights are saved in
-each library's layout. They are random, with a head whose bias takes away the mean of the photos' features, so that the
-photos get many different classes, by small margins: a harsh test of agreement.
+each library's layout. They are random, with a head whose bias subtracts the mean of the photos' features, so that the
+photos get many different classes, by small margins: a hard test of agreement.
 
 All sides use the authors' evaluation transform: shorter side to 256, bicubic, centre crop of 224. timm's own transform
 is given crop_pct=0.875, transformers' processor size={"shortest_edge": 256}; timm reads through a DataLoader. Each peer
-runs with and without worker processes, and the better counts.
+runs with and without worker processes, and the better of the two counts.
 
 Each side has a process of its own, the sides take turns, the medians are compared. Images/s are those from the first
 file to the last result, with the model loaded; what `optimize` chose was measured and kept before. With --many the
@@ -268,7 +268,7 @@ def report(rows: dict[str, list[dict[str, Any]]], many: dict[str, float], args: 
 
 
 def photo_count(photos: Path) -> int:
-    """How many different ones there are."""
+    """Number of different photos."""
     return sum(path.suffix.lower() in SUFFIXES for path in photos.iterdir())
 
 

@@ -1,13 +1,13 @@
-"""All that is to be measured on a GPU, in stages; a stage whose result is there is skipped.
+"""Measurements on a GPU, in stages; a stage that has a result is skipped.
 
     python benchmarks/gpu.py [--stage check inference] [--again] [--data FOLDER] [--out FOLDER]
     python benchmarks/gpu.py --toy --out FOLDER      (a rehearsal of every stage on a CPU, with tiny models)
 
 Each stage is a process of its own with a time limit. It writes `<stage>.json` and `<stage>.md` after every figure, so
-that a stage which is broken off leaves what it had; the next call measures the rest, if it is on the same card. The
+that an interrupted stage keeps its figures; the next call measures the rest, if it is on the same card. The
 data folder holds CIFAR-10 and Tiny ImageNet as archives (`cifar10_jpeg.tar.gz`, `tiny_imagenet_1.tar.gz` to `_3`),
 which are unpacked there, or unpacked already as `cifar10/` and `tiny_imagenet/` with `train/` and `test/` or `val/`;
-what is missing is said, its stages are skipped.
+missing data is named, and its stages are skipped.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Stage(NamedTuple):
 
     Attributes:
         run: measures, and adds rows to the result.
-        limit_s: seconds after which it is ended; at most nine minutes, the length of one loan.
+        limit_s: seconds after which it is ended; at most nine minutes.
         columns: key of a row to its heading, in the order of the table.
         data: the data sets it needs.
     """
@@ -58,7 +58,7 @@ class Stage(NamedTuple):
 
 
 class Run:
-    """What a stage reads, and where its figures go."""
+    """Input of a stage, and the place of its figures."""
 
     def __init__(self, stage: str, args: argparse.Namespace) -> None:
         self.stage, self.toy, self.data, self.out = stage, args.toy, args.data, args.out
@@ -70,7 +70,7 @@ class Run:
         self.start = time.perf_counter() - (before["seconds"] if same else 0)
 
     def has(self, **values: Any) -> bool:
-        """Whether a row with these values is there, from a run that was broken off."""
+        """Whether an interrupted run has left a row with these values."""
         return any(values.items() <= row.items() for row in self.rows)
 
     def add(self, **row: Any) -> None:
@@ -83,7 +83,7 @@ class Run:
         self.save(complete=False)
 
     def save(self, *, complete: bool) -> None:
-        """Write what there is as JSON and as Markdown."""
+        """Write the rows as JSON and as Markdown."""
         found = {
             "stage": self.stage,
             "complete": complete,
@@ -262,7 +262,7 @@ Build = Callable[[Run, str, Tensor, Path], Call]
 
 
 def _shape(run: Run) -> dict[str, int]:
-    """What a rehearsal changes of a model."""
+    """Changes to a model for a rehearsal."""
     return {"depth": 1} if run.toy else {}
 
 
@@ -538,7 +538,7 @@ def toy_images(root: Path, name: str) -> Path:
 
 
 def unpack(data: Path) -> list[str]:
-    """Unpack the archives that are there; gives what is missing."""
+    """Unpack the archives; returns the names of missing ones."""
     missing = []
     for name, archives in ARCHIVES.items():
         for archive in archives:
@@ -553,14 +553,14 @@ def unpack(data: Path) -> list[str]:
 
 
 def result_of(stage: str, folder: Path) -> dict[str, Any]:
-    """What a folder holds of a stage; empty if nothing."""
+    """Result of a stage in a folder; empty if there is none."""
     file = folder / f"{stage}.json"
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     return found
 
 
 def run_stage(stage: str, args: argparse.Namespace, missing: list[str]) -> bool:
-    """One stage in a process of its own; gives whether it ended well."""
+    """Run one stage in a process of its own; returns whether it succeeded."""
     lacking = [archive for name in STAGES[stage].data for archive in ARCHIVES[name] if archive in missing]
     if lacking and not args.toy:
         print(f"{stage}: skipped, {args.data} lacks {', '.join(lacking)}", flush=True)

@@ -1,4 +1,4 @@
-"""What `import deit_models` and `deit-models list` cost beside `import torch`.
+"""Cost of `import deit_models` and `deit-models list` beside `import torch`.
 
     python benchmarks/imports.py [--rounds 15] [--write benchmarks/results/imports.md]
 

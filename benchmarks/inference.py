@@ -5,9 +5,9 @@
 
 Random weights at the model's own size. Each side is a process of its own that builds its model once, then waits; the
 sides are timed in turns, and medians over the rounds are compared. A side that is not installed is left out, and so are
-the bf16 sides where the processor would only imitate bf16. What `optimize` chooses it has chosen before, in another
-process, as on any second call. How forms in bf16 and int8 agree is not asked here, since random weights have no answers
-worth keeping: see accuracy.py. `--write` writes the tables after every cell, and the picture beside it at the end.
+the bf16 sides where the processor would only imitate bf16. The choice of `optimize` is made before, in another process,
+as on any second call. The agreement of bf16 and int8 is not measured here, because predictions of random weights mean
+nothing: see accuracy.py. `--write` writes the tables after every cell, and the picture beside it at the end.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Run = Callable[[Tensor], Any]
 
 
 class Side(NamedTuple):
-    """A way to compute: what makes it from a model's name and a batch, the package it needs, and its precision."""
+    """A way to compute: its builder (from a model's name and a batch), the package it needs, and its precision."""
 
     build: Callable[[str, Tensor, Path], Run]
     package: str
@@ -105,7 +105,7 @@ def in_openvino_bf16(name: str, images: Tensor, folder: Path) -> Run:
 
 
 def in_openvino_int8(name: str, images: Tensor, _: Path) -> Run:
-    """The same quantised by NNCF with its options for transformers; the default precision for what stays in floats."""
+    """The same quantised by NNCF with its options for transformers; the default precision for the parts in floats."""
     import nncf
     import openvino
 
@@ -127,13 +127,13 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
 
 
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
-    """What `optimize` gives, chosen before: see `measure`."""
+    """Result of `optimize`, chosen before: see `measure`."""
     options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
     return deit_models.optimize(deit_models.create_model(name), backend=os.environ[BACKEND], **options)
 
 
 def optimized_int8(name: str, images: Tensor, folder: Path) -> Run:
-    """The same in int8, for which it has to be asked."""
+    """The same in int8, chosen by name."""
     options: dict[str, Any] = {"precision": "int8", "calibration": images[:8], "cache_dir": folder, "min_agreement": 0}
     return deit_models.optimize(deit_models.create_model(name), sample=images, **options)
 
@@ -204,7 +204,7 @@ class Child:
 
 
 class Cell(NamedTuple):
-    """One model at one batch size: rates by side, all rounds; the matrix peak beside them; what `optimize` chose."""
+    """One model at one batch size: rates by side, all rounds; the matrix peak beside them; the choice of `optimize`."""
 
     model: str
     batch_size: int
@@ -232,7 +232,7 @@ def measure(name: str, batch_size: int, sides: list[str], args: argparse.Namespa
     with tempfile.TemporaryDirectory() as made, ExitStack() as stack:
         folder = Path(made)
         if OURS in sides:
-            Child(OURS, name, batch_size, folder).close()  # which measures and keeps what is fastest
+            Child(OURS, name, batch_size, folder).close()  # measures, and keeps the fastest
         children = {}
         for side in [*sides, PEAK]:
             children[side] = Child(side, name, batch_size, folder)
@@ -319,7 +319,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         side, name, batch_size, folder = args.child
-        answers, sys.stdout = sys.stdout, sys.stderr  # exporters print what they please
+        answers, sys.stdout = sys.stdout, sys.stderr  # exporters print a lot
         serve(side, name, int(batch_size), Path(folder), answers)
         return
     os.environ[BACKEND] = args.backend  # the sides inherit it

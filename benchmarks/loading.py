@@ -1,12 +1,12 @@
-"""How long a local checkpoint takes to load, and how much memory: deit-models beside timm and transformers.
+"""Time and memory to load a local checkpoint: deit-models beside timm and transformers.
 
     python benchmarks/loading.py [--model deit_base_patch16_224] [--rounds 7] [--write benchmarks/results/loading.md]
 
 The same random weights are written in each library's own layout. Each peer loads them in a process of its own, from a
-warm page cache, the processes take turns, and the medians are compared. "load" is the loading call alone, "import" what
-it takes before it (torch included), "total" the whole process up to the first logits of one image. Memory is the
-process's peak; "over bare" is what it has more than one that only imports torch, in multiples of the weights file; "to
-bare + file" is the peak of the whole process as a share of what a bare process and one copy of the weights would take.
+warm page cache, the processes take turns, and the medians are compared. "load" is the loading call alone, "import"
+the imports before it (torch included), "total" the whole process up to the first logits of one image. Memory is the
+process's peak; "over bare" is the difference to a process that only imports torch, in multiples of the weights file;
+"to bare + file" is the peak of the whole process as a share of a bare process and one copy of the weights.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def importer(peer: str) -> Callable[[str], Any]:
 
 
 def peak_mb() -> float:
-    """Peak resident memory of this process in MB; not getrusage's, which a child inherits from who started it."""
+    """Peak resident memory of this process in MB; not getrusage's, which a child inherits from its parent."""
     status = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
 

@@ -1,10 +1,10 @@
-"""Do half precision and float32 agree on photographs?
+"""Agreement of half precision and float32 on photographs.
 
     python benchmarks/precision.py PHOTOS [--models GLOB] [--device cuda] [--write]
 
-Random weights answer every photograph alike, whatever it shows, so their own head would prove nothing. Here each model
-gets a head that knows the photographs: one class a photograph, its logits the likeness of an image's embedding to that
-of the photograph, all in float32. In float32 every photograph is then its own class; under autocast it should stay so.
+Random weights give every photograph the same class, so their own head would prove nothing. Here each model gets a head
+with one class for each photograph; its logits are the similarity of an image's embedding to that of the photograph, all
+in float32. In float32 every photograph is then its own class; under autocast it should stay so.
 The same is measured with inputs ten times as large.
 """
 

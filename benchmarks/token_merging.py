@@ -1,11 +1,11 @@
-"""What does token merging cost in answers, and gain in speed?
+"""Token merging: changed predictions, and gain in speed.
 
     python benchmarks/token_merging.py CIFAR10_TEST [--images N] [--write benchmarks/results/token_merging.md]
 
-CIFAR10_TEST is a folder of one folder a class. The shipped checkpoint answers all its images, merged and not, in
-torch's float32: the share whose likeliest class is that of the unmerged model, and the share that is right. Speed is
-measured in one process, the numbers of tokens taking turns call by call; medians. DeiT-Ti and DeiT-S have random
-weights: which tokens they merge means nothing, but it takes as long.
+CIFAR10_TEST is a folder of one folder a class. The shipped checkpoint classifies all its images, merged and not, in
+torch's float32: the share whose most likely class is that of the unmerged model, and the share that is correct. Speed
+is measured in one process, alternating the numbers of tokens call by call; medians. DeiT-Ti and DeiT-S have random
+weights: their merges mean nothing, but take as long.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def cifar(folder: Path, model: ImageClassifier, limit: int | None) -> tuple[Tens
 
 
 def answers(model: ImageClassifier, images: Tensor, merging: TokenMerging) -> Tensor:
-    """The likeliest class of every image."""
+    """The most likely class of every image."""
     network = prepare(model, plan=merging_plan(model, merging))
     return torch.cat([network(batch).argmax(dim=1) for batch in images.split(ANSWER_BATCH)])
 
 
 class Speed(NamedTuple):
-    """Images a second by the clock, and a second of processor time, which other work on the machine does not slow."""
+    """Images a second by the clock, and a second of processor time, which other work does not change."""
 
     clock: float
     processor: float
@@ -76,7 +76,7 @@ def speeds(
 
 
 def tokens_left(model: ImageClassifier, r: int) -> int:
-    """Tokens that reach the last block, whose own merge would change no answer."""
+    """Tokens that reach the last block, whose own merge would change no prediction."""
     h, w = model.config.grid
     patches = h * w
     for _ in range(model.config.depth - 1):

@@ -59,7 +59,7 @@ def ours(name: str, device: torch.device, batch_size: int, compiled: bool) -> Ca
 
 
 def theirs(name: str, device: torch.device, batch_size: int, compiled: bool) -> Callable[[Batches], None]:
-    """The loop of timm's own training script, reduced to what is measured."""
+    """The loop of timm's own training script, reduced to the measured parts."""
     import timm
     from timm.data import Mixup
     from timm.loss import SoftTargetCrossEntropy
@@ -80,7 +80,7 @@ def theirs(name: str, device: torch.device, batch_size: int, compiled: bool) -> 
 
     def run(batches: Batches) -> None:
         for step, (images, labels, _) in enumerate(batches):
-            # timm's mixing makes its targets on the device it is told
+            # timm's mixing makes its targets on the named device
             mixed, targets = mixing(images.to(device, non_blocking=True), labels.to(device))
             with torch.autocast(device.type, torch.bfloat16):
                 loss = criterion(forward(mixed), targets.to(device))
@@ -118,7 +118,7 @@ def child(side: str, name: str, args: argparse.Namespace) -> None:
 
 
 def finished(device: torch.device) -> float:
-    """The time when the device has done all that it was given."""
+    """Time at which the device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

@@ -2,8 +2,8 @@
 
     python examples/classify_photo.py [IMAGE ...]
 
-Without arguments it takes scikit-image's photograph of Chelsea the cat (CC0). The shipped model knows the ten classes
-of CIFAR-10 and looks at 32x32 pixels; --model deit_small_patch16_224 knows the 1000 of ImageNet (and is downloaded).
+Without arguments it takes scikit-image's photograph of Chelsea the cat (CC0). The shipped model has the ten classes
+of CIFAR-10 and an input of 32x32 pixels; --model deit_small_patch16_224 has the 1000 of ImageNet (and is downloaded).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def demo_photo() -> list[object]:
 
 
 def main() -> None:
-    """Print the three likeliest classes of each image."""
+    """Print the three most likely classes of each image."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("images", nargs="*", help="image files")
     parser.add_argument("--model", default=DEFAULT_MODEL)

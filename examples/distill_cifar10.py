@@ -4,9 +4,9 @@
 
 The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. A convnet is trained, then the same small
 transformer from the same seed: without a teacher, with soft and with hard distillation on the class token, and with
-hard distillation through the distillation token. The last epoch's weights are scored: choosing epochs by test accuracy
-would flatter the figures. A second start goes on where the first one stopped; `--arms` chooses some of the arms, so
-that they can run side by side. Once all are there, `table.md` and (with the extra `[plot]`) `curves.png` are written.
+hard distillation through the distillation token. The last epoch's weights are scored: figures of epochs that test
+accuracy selected would be optimistic. A second start continues the first one; `--arms` chooses some of the arms, so
+that they can run side by side. Once all are done, `table.md` and (with the extra `[plot]`) `curves.png` are written.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def student_recipe(args: argparse.Namespace, **changes: object) -> Recipe:
-    """What all students share: light augmentation, label smoothing, a short warm-up."""
+    """Settings that all students share: light augmentation, label smoothing, a short warm-up."""
     warmup = min(2, args.epochs - 1)
     shared = {
         "epochs": args.epochs,
@@ -73,7 +73,7 @@ def student_recipe(args: argparse.Namespace, **changes: object) -> Recipe:
 
 
 def teacher_recipe(args: argparse.Namespace) -> Recipe:
-    """SGD with momentum, as convnets are trained; no label smoothing, which spoils a teacher (Mueller et al. 2019)."""
+    """SGD with momentum, as convnets are trained; no label smoothing, which harms a teacher (Mueller et al. 2019)."""
     length = {"epochs": args.teacher_epochs, "seed": args.seed, "eval_every": args.eval_every}
     if args.teacher == "resnet20":
         rate = {"lr": 0.1, "warmup_lr": 1e-6, "batch_size": args.batch_size, "ema_decay": 0.0}
@@ -101,7 +101,7 @@ def token_likeness(model: torch.nn.Module, records: ImageRecords, count: int = 2
 
 
 def main() -> None:
-    """Train the students, and the teacher once a student needs it, as far as they are not there yet."""
+    """Train the students that are missing, and the teacher once a student needs it."""
     args = parse_args()
     records = open_dataset(args.data, "train")
     test = open_dataset(args.data, "val", classes=records.classes)
@@ -133,7 +133,7 @@ def main() -> None:
 
 
 def report(out: Path) -> None:
-    """The paper's table 3 with our figures, once every run is finished; and the curves, where matplotlib is there."""
+    """The paper's table 3 with our figures, once every run is finished; and the curves, if matplotlib is installed."""
     if not all((out / name / "model").is_dir() for name in ("teacher", *ARMS)):
         return
     logs = {name: read_log(out / name / LOG_NAME) for name in ("teacher", *ARMS)}

@@ -4,8 +4,8 @@
 
 DeiT and ViT-ResNAS read 32 pixels in patches of 4. LeViT and T2T-ViT cut an image into sixteenths, so they read it
 enlarged to 128 pixels, as T2T-ViT's authors enlarge CIFAR: all begin with 64 tokens. The distilled DeiT learns from a
-convnet (`teachers.cifar_small`) through its token, the others from labels. A second start goes on where the first one
-stopped. `table.json`, `table.md` and, with the extra `[plot]`, `plot.png` (accuracy against speed) are written.
+convnet (`teachers.cifar_small`) through its token, the others from labels. A second start continues the first
+one. `table.json`, `table.md` and, with the extra `[plot]`, `plot.png` (accuracy against speed) are written.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def train_one(name: str, args: argparse.Namespace) -> dict[str, Any]:
-    """One family, as far as it is not there yet; gives its row of the table."""
+    """Train one family, unless that is done, and return its row of the table."""
     train = open_dataset(args.data, "train")
     test = open_dataset(args.data, "val", classes=train.classes)
     shared: dict[str, Any] = {"train": train, "val": test, "device": args.device}

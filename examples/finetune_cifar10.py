@@ -3,10 +3,10 @@
     python examples/finetune_cifar10.py --root data --download --out runs/cifar10 --mode head
     python examples/finetune_cifar10.py --root data --out runs/cifar10_full epochs=30 batch_size=256
 
-The recipe for these sets is what the authors answered in issue 45 of their repository: SGD at 0.01, batches of 768,
+The recipe for these sets is the authors', from issue 45 of their repository: SGD at 0.01, batches of 768,
 1000 epochs, no erasing, no stochastic depth, everything else as on ImageNet; images are enlarged to the model's size.
-Fields of the recipe can be given as NAME=VALUE. A fifth of the training images is set aside to choose the epoch by,
-and the 10,000 test images score the result once.
+Fields of the recipe can be given as NAME=VALUE. A fifth of the training images is set aside to choose the epoch,
+and the result is scored once, on the 10,000 test images.
 """
 
 from __future__ import annotations

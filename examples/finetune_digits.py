@@ -2,8 +2,8 @@
 
     python examples/finetune_digits.py --out runs/digits
 
-Needs scikit-learn for its data. A seed draws a fifth of the images of each class as a test set, which has no part in
-any choice; of the others `finetune` sets a fifth aside to choose the best epoch or penalty by. Prints, and writes to
+Needs scikit-learn for its data. A fifth of the images of each class, drawn by seed, is the test set, which has no part
+in any choice; `finetune` sets a fifth of the others aside to choose the best epoch or penalty. Prints, and writes to
 `table.md`, the test accuracy and time of each way, as mean and standard deviation over the seeds.
 """
 
@@ -46,7 +46,7 @@ def digits() -> ArrayRecords:
 
 
 def main() -> None:
-    """Run every way with every seed, as far as they are not there yet, and write the table."""
+    """Run every way with every seed, unless that is done, and write the table."""
     args = parse_args()
     found: dict[str, list[dict[str, Any]]] = {way: [] for way in args.ways}
     records = digits()
@@ -56,7 +56,7 @@ def main() -> None:
         for way in args.ways:
             torch.manual_seed(seed)
             begin = deit_models.create_model if way == "from scratch" else deit_models.from_pretrained
-            # mirrored digits are no digits
+            # mirrored digits are wrong
             changes = {"hflip": 0.0, "color_jitter": 0.0, "crop": "pad", "patience": 0, "seed": seed}
             changes["warmup_epochs"] = min(3, args.epochs - 1)
             result = deit_models.finetune(

@@ -4,9 +4,9 @@
 
 The folder holds `train2018.json`, `val2018.json`, `categories.json` and `train_val2018/<super-category>/<category>/`,
 or, as the DeiT authors moved the images, `train_val2018/<category>/`. Ranks: kingdom, phylum, class, order,
-supercategory, family, genus, name. Classes are numbered as the training annotations meet them, as the authors do.
-The settings are the preset for these sets; any field of a recipe can be given as NAME=VALUE at the end. The whole of
-2018 at 224 pixels is work for GPUs in full; --mode head takes one pass over the images.
+supercategory, family, genus, name. Classes are numbered by their first training annotation, as in the authors' code.
+The settings are the preset for these sets; any field of a recipe can be given as NAME=VALUE at the end. Training in
+full on all of 2018 at 224 pixels needs GPUs; --mode head takes one pass over the images.
 """
 
 from __future__ import annotations

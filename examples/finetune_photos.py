@@ -2,8 +2,8 @@
 
     python examples/finetune_photos.py path/to/photos --out runs/photos [--model deit_small_patch16_224] [--mode full]
 
-The folder holds one folder of images a class. A fifth of the images of each class is set aside to choose by and to
-measure with. `deit-models finetune` does the same from a shell; this shows the Python side.
+The folder holds one folder of images a class. A fifth of the images of each class is set aside for validation.
+`deit-models finetune` does the same from a shell; this shows the Python side.
 """
 
 from __future__ import annotations

@@ -5,11 +5,11 @@
 The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. A super-network of the space `small32` is trained;
 evolution looks for the best network that costs no more multiply-accumulates than `vit_res_micro_patch4_32`, which was
 not searched for. Then the winner, that network, a random one of the same cost, and six more of the space are trained
-alone, from the same seed by the same recipe, and scored on the test images, which the search never sees. How well
-shared weights rank networks is their rank correlation with the accuracies alone.
+alone, from the same seed by the same recipe, and scored on the test images, which have no part in the search. The rank
+correlation of both accuracies shows how well shared weights rank networks.
 
-A second start goes on where the first one stopped; `--only` trains some of the networks, so that they can run side by
-side. Once all are there, `table.md` and (with the extra `[plot]`) `networks.png` are written.
+A second start continues the first one; `--only` trains some of the networks, so that they can run side by side. Once
+all are done, `table.md` and (with the extra `[plot]`) `networks.png` are written.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def networks_of(args: argparse.Namespace, space: SearchSpace) -> dict[str, Candi
 
 
 def main() -> None:
-    """The search, then the networks alone, as far as they are not there yet."""
+    """Search, then train the networks alone, unless that is done."""
     args = parse_args()
     space, info = read_space(args.space), model_info(UNSEARCHED)
     images, held_out = split_images(args.data, args.out, fraction=0.05, seed=0)
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def train_alone(args: argparse.Namespace, space: SearchSpace) -> None:
-    """Train the chosen networks from scratch; the report follows once all are there."""
+    """Train the chosen networks from scratch; once all are done, write the report."""
     records = open_dataset(args.data, "train")
     test = open_dataset(args.data, "val", classes=records.classes)
     recipe = recipe_named(

@@ -19,7 +19,7 @@ def write_table(found: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) ->
     for way, runs in found.items():
         scores = [run["test"]["top1"] for run in runs]
         spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-        # a run that went on counts its training as a whole; features and head are computed in one call
+        # a continued run counts its whole training; features and head are computed in one call
         seconds = statistics.mean(run.get("training_seconds", run["seconds"]) for run in runs)
         each = ", ".join(f"{score:.2f}" for score in scores)
         lines.append(f"| {way} | {statistics.mean(scores):.2f}{spread} | {each} | {seconds:.0f} |")

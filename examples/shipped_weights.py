@@ -1,11 +1,11 @@
-"""Make checkpoints as they lie in `weights/`: a convnet teacher, then a small DeiT distilled through its token.
+"""Make checkpoints like those in `weights/`: a convnet teacher, then a small DeiT distilled through its token.
 
     python examples/shipped_weights.py path/to/cifar10 --out runs/shipped
 
 The data folder holds `train/<class>/*` and `test/<class>/*` (or `val/`). The result is the student's averaged weights
-in half precision, `out/<student>.safetensors`, scored on all test images as they stand in that file; no epoch is chosen
-by test accuracy. A second start with the same `--out` goes on after the last finished epoch. `weights/README.md` tells
-the arguments of each shipped file.
+in half precision, `out/<student>.safetensors`, which is scored on all test images; no epoch is chosen by test
+accuracy. A second start with the same `--out` continues after the last finished epoch. `weights/README.md` has the
+arguments of each shipped file.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def token_added(model: nn.Module, student: nn.Module) -> None:
-    """Fill `student` in place with a model of its shape; a token and head that are new begin as the class token's."""
+    """Fill `student` in place with a model of its shape; a new token and its head start as the class token's."""
     state = dict(model.state_dict())
     if "dist_token" not in state:
         positions = state["pos_embed"]
@@ -59,7 +59,7 @@ def token_added(model: nn.Module, student: nn.Module) -> None:
 
 
 def epochs_within(seconds: float, recipe: Recipe, student: nn.Module, out: Path, **options: Any) -> int:
-    """Epochs of the recipe, or what fits into the time by the speed of the second epoch of a trial; at least 2."""
+    """Epochs of the recipe, or those that fit into the time, by the speed of a trial's second epoch; at least 2."""
     brief = replace(recipe, epochs=2, warmup_epochs=0, eval_every=2)
     with tempfile.TemporaryDirectory(dir=out) as folder:
         trial = deit_models.train(copy.deepcopy(student), recipe=brief, out=folder, **{**options, "val": None})
@@ -87,7 +87,7 @@ def write_result(out: Path, runs: dict[str, TrainResult], file: str, accuracy: f
 
 
 def main() -> None:
-    """The teacher, the student, the file, its score; each as far as it is not there yet."""
+    """Make the teacher, the student, the file and its score, each unless that is done."""
     args = parse_args()
     train = open_dataset(args.data, "train")
     test = open_dataset(args.data, "val", classes=train.classes)
@@ -104,7 +104,7 @@ def main() -> None:
     recipe = deit_models.recipe_named("cifar_token", **args.student_recipe)
     if args.student_seconds:
         begun = args.out / args.student / RECIPE_NAME
-        if begun.exists():  # the length was settled when the run began
+        if begun.exists():  # the length was fixed when the run began
             recipe = read_recipe(begun)
         else:
             epochs = epochs_within(args.student_seconds, recipe, student, args.out, teacher=teacher, **shared)

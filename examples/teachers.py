@@ -57,7 +57,7 @@ class Whitening(nn.Conv2d):
         self.weight.requires_grad_(False)
 
     def fit(self, images: Tensor, eps: float = 5e-4) -> None:
-        """Set the filters from images as the network will see them, (N, 3, H, W) float; in place."""
+        """Set the filters, in place, from images in the form of the network's input, (N, 3, H, W) float."""
         patches = images.unfold(2, 2, 1).unfold(3, 2, 1).permute(0, 2, 3, 1, 4, 5).flatten(0, 2).flatten(1)
         values, directions = torch.linalg.eigh(torch.cov(patches.T.double()))
         filters = (directions.T / (values + eps).sqrt()[:, None]).view(12, 3, 2, 2)
@@ -85,7 +85,7 @@ class Stage(nn.Module):
 class StagedConvNet(nn.Module):
     """Whitening, one stage a width, the largest value of each channel, a linear layer: (B, 3, H, W) -> (B, K).
 
-    Most of the work happens at half the image's size and below, which makes it cheap for its accuracy.
+    Most of the work is done at half the image's size and below, so it is cheap for its accuracy.
     Source: after Jordan 2024 (see `Whitening`); the shortcuts as in his larger networks.
     """
 
@@ -139,7 +139,7 @@ def tiny_imagenet_large(num_classes: int = 200) -> StagedConvNet:
 def train_teacher(
     factory: Callable[[int], nn.Module], recipe: Recipe, train: ImageRecords, val: ImageRecords, **options: Any
 ) -> tuple[Teacher, TrainResult]:
-    """A teacher in bf16, trained as far as it is not there yet; its averaged weights where the recipe averages.
+    """Teacher in bf16, trained unless that is done; with its averaged weights if the recipe averages.
 
     Args:
         factory: makes the network for a number of classes; a `Whitening` in it is fitted to 5,000 training images.

@@ -2,9 +2,9 @@
 
     python examples/train_cifar10.py path/to/cifar10 --out runs/cifar10
 
-The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. The last epoch's weights are kept: choosing the
-best epoch by test accuracy would flatter the figure. A second start with the same `--out` goes on after the last
-finished epoch. `deit-models train` does the same from a shell; this shows the Python side.
+The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. The last epoch's weights are kept: the
+figure of an epoch that test accuracy selected would be optimistic. A second start with the same `--out` continues after
+the last finished epoch. `deit-models train` does the same from a shell; this shows the Python side.
 """
 
 from __future__ import annotations

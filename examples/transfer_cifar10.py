@@ -3,10 +3,10 @@
     python examples/transfer_cifar10.py path/to/cifar10 --out runs/transfer
 
 The data folder holds `train/<class>/*.jpg` and `test/<class>/*.jpg`. A small transformer is trained on airplane,
-automobile, bird, cat and deer, all images; then 100 images of each of dog, frog, horse, ship and truck teach it those:
-as a head on its features, in full, and, for comparison, from random weights. A fifth of the few images is set aside to
-choose the penalty or the epoch by; all test images of the five classes score the result. A second start goes on where
-the first one stopped.
+automobile, bird, cat and deer, with all images. Then it is trained on 100 images of each of dog, frog, horse, ship and
+truck: as a head on its features, in full, and, for comparison, from random weights. A fifth of these images is set
+aside to choose the penalty or the epoch; the result is scored on all test images of the five classes. A second start
+continues the first one.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ def parse_args() -> argparse.Namespace:
 
 
 def some_classes(records: ImageRecords, classes: tuple[str, ...]) -> SubsetRecords:
-    """The images of some classes, numbered anew."""
+    """The images of some classes, with new label numbers."""
     wanted = [index for index in range(len(records)) if records.classes[records.label(index)] in classes]
     return SubsetRecords(records, wanted, classes=classes)
 
 
 def few(records: ImageRecords, shots: int, seed: int) -> SubsetRecords:
-    """So many images of each class, drawn by seed."""
+    """A number of images of each class, drawn by seed."""
     by_class: dict[int, list[int]] = {}
     for index in range(len(records)):
         by_class.setdefault(records.label(index), []).append(index)
@@ -58,7 +58,7 @@ def few(records: ImageRecords, shots: int, seed: int) -> SubsetRecords:
 
 
 def pretrain(args: argparse.Namespace, train: ImageRecords, test: ImageRecords) -> Path:
-    """Train on the known classes, as far as it is not done yet; gives the folder of the last weights."""
+    """Train on the known classes, unless that is done, and return the folder of the last weights."""
     torch.manual_seed(0)
     recipe = deit_models.recipe_named(
         "cifar_scratch", epochs=args.pretrain_epochs, warmup_epochs=1, seed=0, eval_every=5
@@ -77,7 +77,7 @@ def pretrain(args: argparse.Namespace, train: ImageRecords, test: ImageRecords) 
 
 
 def main() -> None:
-    """Pre-train, then every way with every seed, as far as they are not there yet; and the table."""
+    """Pre-train, then run every way with every seed, unless that is done, and write the table."""
     args = parse_args()
     train = open_dataset(args.data, "train")
     test = open_dataset(args.data, "val", classes=train.classes)

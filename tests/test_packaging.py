@@ -134,7 +134,7 @@ def test_wheel_works_without_the_checkout(built, tmp_path):
     names = [name for name, c in load_manifest().items() if any(source.file for source in c.sources)]
     code = f"""
 import json, deit_models
-from deit_models.hub.manifest import weights_dir
+from deit_models.checkpoint import weights_dir
 loaded = [deit_models.from_pretrained(name).origin.source for name in {names}]
 print(json.dumps([deit_models.__file__, str(weights_dir()), deit_models.list_models(), loaded]))
 """
