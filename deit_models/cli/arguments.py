@@ -71,43 +71,55 @@ def device(name: str) -> str:
     return name
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON for programs")
+LOADING = ("--revision", "--cache-dir", "--offline")
+TEACHER = ("--teacher", "--teacher-weights", "--teacher-precision")
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "--json": {"action": "store_true", "help": "print JSON for programs"},
+    "--device": {"type": device, "help": "cpu, cuda, mps, ...; default: the GPU if there is one"},
+    "--workers": {
+        "type": at_least(0),
+        "metavar": "N",
+        "help": "decoding processes, 0: none besides this one; default: by the number of cores",
+    },
+    "--token-merging": {
+        "type": at_least(0),
+        "metavar": "N",
+        "help": "patch tokens that every block merges into others like them: faster, and other logits; default none",
+    },
+    "--model": {"metavar": "NAME", "help": "the model that a bare weights file holds"},
+    "--revision": {"help": "branch, tag or commit of a Hub repository"},
+    "--cache-dir": {"type": Path, "help": "where to keep downloads"},
+    "--offline": {"action": "store_true", "help": "use only what is on this machine"},
+    "--cache": {
+        "choices": ["auto", "ram", "none"],
+        "default": "auto",
+        "help": "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or "
+        "never; default auto",
+    },
+    "--teacher": {
+        "help": "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, "
+        "which is run"
+    },
+    "--teacher-weights": {
+        "metavar": "FILE",
+        "help": "a weights file of the teacher, or the name of torchvision's weights",
+    },
+    "--teacher-precision": {
+        "choices": ["float32", "bf16"],
+        "default": "float32",
+        "help": "what the teacher computes in, default float32",
+    },
+}
 
 
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """Add `--device`, whose default depends on the machine."""
-    parser.add_argument("--device", type=device, help="cpu, cuda, mps, ...; default: the GPU if there is one")
-
-
-def add_workers(parser: argparse.ArgumentParser) -> None:
-    """Add `--workers` and `--device`, whose defaults depend on the machine."""
-    text = "decoding processes, 0: none besides this one; default: by the number of cores"
-    parser.add_argument("--workers", type=at_least(0), metavar="N", help=text)
-    add_device(parser)
-
-
-def add_token_merging(parser: argparse.ArgumentParser) -> None:
-    """Add `--token-merging`."""
-    text = "patch tokens that every block merges into others like them: faster, and other logits; default none"
-    parser.add_argument("--token-merging", type=at_least(0), metavar="N", help=text)
-
-
-def add_bare_model(parser: argparse.ArgumentParser) -> None:
-    """Add `--model`, for weights files that do not name their model."""
-    parser.add_argument("--model", metavar="NAME", help="the model that a bare weights file holds")
-
-
-def add_loading(parser: argparse.ArgumentParser) -> None:
-    """Add the options for where weights come from; `loading` reads them."""
-    parser.add_argument("--revision", help="branch, tag or commit of a Hub repository")
-    parser.add_argument("--cache-dir", type=Path, help="where to keep downloads")
-    parser.add_argument("--offline", action="store_true", help="use only what is on this machine")
+def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) -> None:
+    """Add options that several commands share, in this order; `changes` replace settings of all of them."""
+    for name in names:
+        parser.add_argument(name, **_OPTIONS[name], **changes)
 
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
-    """The options of `add_loading`, as keywords of `from_pretrained`."""
+    """The options `LOADING`, as keywords of `from_pretrained`."""
     return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..checkpoint import ModelInfo, weights_dir
 from ..registry import list_models, model_info
-from .arguments import EXIT_FAILED, EXIT_OK, add_bare_model, add_json, add_loading, command, loading
+from .arguments import EXIT_FAILED, EXIT_OK, LOADING, add_options, command, loading
 
 
 def add_list(commands: Any) -> None:
@@ -19,7 +19,7 @@ def add_list(commands: Any) -> None:
     parser = command(commands, "list", "list model names", "list 'deit_*distilled*'", _run_list)
     parser.add_argument("pattern", nargs="?", default="*", help="shell-style pattern, default all")
     parser.add_argument("--pretrained", action="store_true", help="only models with published weights")
-    add_json(parser)
+    add_options(parser, "--json")
 
 
 def _run_list(args: argparse.Namespace) -> int:
@@ -38,7 +38,7 @@ def add_info(commands: Any) -> None:
     example = "info deit_tiny_patch16_224"
     parser = command(commands, "info", "show what is known of a model", example, _run_info)
     parser.add_argument("model", help="a name from `deit-models list`")
-    add_json(parser)
+    add_options(parser, "--json")
 
 
 def _run_info(args: argparse.Namespace) -> int:
@@ -75,10 +75,10 @@ def add_convert(commands: Any) -> None:
     parser.add_argument("destination", type=Path, help="folder to write")
     layouts = ["native", "timm", "timm-conv", "transformers"]
     parser.add_argument("--layout", choices=layouts, default="native", help="default native; timm-conv: of LeViT only")
-    add_bare_model(parser)
+    add_options(parser, "--model")
     dtypes = ["float32", "float16", "bfloat16"]
     parser.add_argument("--dtype", choices=dtypes, default="float32", help="default float32")
-    add_loading(parser)
+    add_options(parser, *LOADING)
 
 
 def _run_convert(args: argparse.Namespace) -> int:
@@ -107,7 +107,7 @@ def add_cache(commands: Any) -> None:
         parsers[name] = command(actions, name, text, f"cache {name}{example}", run)
         parsers[name].add_argument("--cache-dir", type=Path, help="where downloads are kept")
     for name in ("list", "verify", "clear"):
-        add_json(parsers[name])
+        add_options(parsers[name], "--json")
     chosen = parsers["clear"].add_mutually_exclusive_group(required=True)
     chosen.add_argument("name", nargs="?", help="a model, or a Hub repository or URL")
     chosen.add_argument("--all", action="store_true", help="all that `cache list` shows, and broken-off downloads")

@@ -6,9 +6,10 @@ import argparse
 from typing import TYPE_CHECKING, Any
 
 from .arguments import (
+    LOADING,
+    TEACHER,
     add_data,
-    add_loading,
-    add_workers,
+    add_options,
     chosen_model,
     command,
     loading,
@@ -20,9 +21,7 @@ from .arguments import (
 from .long_runs import (
     TrainingDisplay,
     add_folder,
-    add_image_cache,
     add_recipe,
-    add_teacher,
     check_fresh,
     chosen_recipe,
     given_teacher,
@@ -61,10 +60,7 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=f"{text}default full")
     text = "begin a class's row of the head with that of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
-    add_teacher(parser, required=False)
-    add_loading(parser)
-    add_workers(parser)
-    add_image_cache(parser)
+    add_options(parser, *TEACHER, *LOADING, "--workers", "--device", "--cache")
     text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")

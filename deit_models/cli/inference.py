@@ -15,13 +15,9 @@ from ..errors import ConfigError, ImageError
 from .arguments import (
     EXIT_FAILED,
     EXIT_OK,
-    add_bare_model,
+    LOADING,
     add_data,
-    add_device,
-    add_json,
-    add_loading,
-    add_token_merging,
-    add_workers,
+    add_options,
     at_least,
     chosen_model,
     command,
@@ -51,12 +47,12 @@ def add_predict(commands: Any) -> None:
     parser = command(commands, "predict", "classify images", example, run_predict)
     parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
     parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
-    add_loading(parser)
+    add_options(parser, *LOADING)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
     text = "decoding processes, 0: none besides this one; default: threads of this one, processes beside a GPU"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
-    add_device(parser)
+    add_options(parser, "--device")
     text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
     parser.add_argument("--fast-pixels", action="store_true", help=text)
     text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
@@ -65,7 +61,7 @@ def add_predict(commands: Any) -> None:
     parser.add_argument("--precision", choices=["auto", "float32", "bf16", "int8"], help=text)
     text = "of --optimize: share of the first images that must keep their class, default 0.99"
     parser.add_argument("--min-agreement", type=float, metavar="X", help=text)
-    add_token_merging(parser)
+    add_options(parser, "--token-merging")
     written = parser.add_mutually_exclusive_group()
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
@@ -140,16 +136,14 @@ def add_evaluate(commands: Any) -> None:
     add_data(parser, "a folder with val/ or with a folder of images for each class, or a name such as cifar10")
     parser.add_argument("--split", choices=["val", "train"], default="val", help="default val")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N", help="images at once, default 256")
-    add_workers(parser)
+    add_options(parser, "--workers", "--device")
     parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="default float32")
     styles = ["checkpoint", "timm", "transformers"]
     text = "whose way to resize and crop the images; default checkpoint: what the weights were published with"
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
     text = "take the data's classes in their own order, although they are called otherwise than the model's"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
-    add_bare_model(parser)
-    add_loading(parser)
-    add_json(parser)
+    add_options(parser, "--model", *LOADING, "--json")
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:
@@ -209,10 +203,7 @@ def add_export(commands: Any) -> None:
     parser.add_argument("--preprocessing", action="store_true", help=text)
     text = "by how much a logit may differ from the model's, default 1e-4"
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
-    add_token_merging(parser)
-    add_bare_model(parser)
-    add_loading(parser)
-    add_json(parser)
+    add_options(parser, "--token-merging", "--model", *LOADING, "--json")
 
 
 def _run_export(args: argparse.Namespace) -> int:
@@ -248,7 +239,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("--device", type=device, default="cpu", help="cpu, cuda, mps, ...; default cpu")
     text = "how long each is timed, default 3; two calls at least"
     parser.add_argument("--seconds", type=float, default=3.0, metavar="S", help=text)
-    add_json(parser)
+    add_options(parser, "--json")
 
 
 def _run_bench(args: argparse.Namespace) -> int:

@@ -129,27 +129,6 @@ def check_fresh(args: argparse.Namespace) -> None:
         )
 
 
-def add_image_cache(parser: argparse.ArgumentParser) -> None:
-    """Add `--cache`."""
-    text = (
-        "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or never; "
-        "default auto"
-    )
-    parser.add_argument("--cache", choices=["auto", "ram", "none"], default="auto", help=text)
-
-
-def add_teacher(parser: argparse.ArgumentParser, *, required: bool) -> None:
-    """Add the options for a teacher; `given_teacher` reads them."""
-    text = (
-        "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, which is run"
-    )
-    parser.add_argument("--teacher", required=required, help=text)
-    text = "a weights file of the teacher, or the name of torchvision's weights"
-    parser.add_argument("--teacher-weights", metavar="FILE", help=text)
-    text = "what the teacher computes in, default float32"
-    parser.add_argument("--teacher-precision", choices=["float32", "bf16"], default="float32", help=text)
-
-
 def given_teacher(
     args: argparse.Namespace, model: ImageClassifier, num_classes: int, device: torch.device
 ) -> Teacher | None:

@@ -11,8 +11,7 @@ from ..errors import ConfigError
 from .arguments import (
     EXIT_OK,
     add_data,
-    add_json,
-    add_workers,
+    add_options,
     at_least,
     command,
     open_data,
@@ -23,7 +22,6 @@ from .arguments import (
 from .long_runs import (
     TrainingDisplay,
     add_folder,
-    add_image_cache,
     add_recipe,
     check_fresh,
     chosen_recipe,
@@ -72,14 +70,14 @@ def add_search(commands: Any) -> None:
         if trains:
             add_recipe(parser, _RECIPE, by_data=True)
             _add_sampling(parser)
-            add_image_cache(parser)
+            add_options(parser, "--cache")
         _add_common(parser)
         if searches:
             _add_evolution(parser, trains=trains)
     parser = command(steps, "show", "show what a search found", "search show runs/search", _show)
     parser.add_argument("folder", type=Path, help="the --out of a search")
     parser.add_argument("--top", type=at_least(1), default=10, metavar="N", help="networks to show, default 10")
-    add_json(parser)
+    add_options(parser, "--json")
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
@@ -90,7 +88,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     text = "share of the training images that candidates are scored on, default 0.02 (the paper: 25 of each class)"
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="X", help=text)
     parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="which images it is, default 0")
-    add_workers(parser)
+    add_options(parser, "--workers", "--device")
 
 
 def _add_sampling(parser: argparse.ArgumentParser) -> None:

@@ -7,13 +7,11 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from .arguments import add_data, add_loading, add_workers, command, loading, open_data, picked, say
+from .arguments import LOADING, TEACHER, add_data, add_options, command, loading, open_data, picked, say
 from .long_runs import (
     TrainingDisplay,
     add_folder,
-    add_image_cache,
     add_recipe,
-    add_teacher,
     check_fresh,
     chosen_recipe,
     given_teacher,
@@ -50,7 +48,8 @@ def add_distill(commands: Any) -> None:
     parser = command(commands, "distill", "train a model with a teacher", example, run_train, own_help=True)
     parser.usage = _USAGE.format(" --teacher NAME")
     add_recipe(parser, "deit_distill_300e")
-    add_teacher(parser, required=True)
+    add_options(parser, "--teacher", required=True)
+    add_options(parser, *TEACHER[1:])
     _add_options(parser, "deit_tiny_distilled_patch16_224")
     parser.epilog = f"{_TORCHRUN.format('distill')}\n{parser.epilog}"
 
@@ -71,9 +70,7 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
         "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are made anew"
     )
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
-    add_loading(parser)
-    add_workers(parser)
-    add_image_cache(parser)
+    add_options(parser, *LOADING, "--workers", "--device", "--cache")
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
     parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files into --out")
