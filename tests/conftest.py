@@ -22,7 +22,7 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--update-docs", action="store_true", help="write the README's table of models from the manifest")
+    parser.addoption("--update-docs", action="store_true", help="write the tables of models into the documents")
     parser.addoption(
         "--gpu-device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse tests/gpu where there is no GPU"
     )
