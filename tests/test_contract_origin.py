@@ -19,6 +19,7 @@ from deit_models.nas.costs import Macs
 from deit_models.nas.search import search
 from deit_models.nas.settings import Evolution
 from deit_models.nas.supernet import extract
+from deit_models.training.run import Computing
 
 LABELS = ("oldlabel-ant", "oldlabel-bee", "oldlabel-cow")
 DIGEST, TOP1, TOP5, NOTES = "0ddba11" * 9 + "0", 67.8901, 89.0123, "Notes on the old weights."
@@ -178,7 +179,7 @@ def test_searched_network_states_nothing_of_the_super_network(supernet: ImageCla
         evolution=Evolution(population=3, generations=2, parents=2, mutants=1, crossovers=1, floor=0.0),
         precision="float32",
         batch_size=6,
-        **QUICK,
+        computing=Computing(**QUICK),
     )
     assert stale(statements(tmp_path / "search"), (*FIGURES, *LABELS)) == []
 
