@@ -36,18 +36,14 @@ class Case(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measurement:
-    """Result of one process; zeros if it failed.
+    """Figures of one case; zeros, and the reason as `error`, if it failed.
 
     Attributes:
-        backend: of the case.
-        precision: of the case.
-        batch_size: images in a call.
         images_per_second: over all timed calls.
         p50_ms: median of a call.
         p95_ms: 95 of 100 calls are faster.
         peak_mb: in MiB. On a GPU the most memory that torch reserved while calls were timed, with weights and CUDA
             graphs, without compiling; else the peak of the process's resident memory.
-        error: reason of a failure, in one line.
     """
 
     backend: str
@@ -105,10 +101,11 @@ def _cases(
     seconds: float,
     native_bf16: Callable[[torch.device], bool] = has_bf16,
 ) -> list[Case]:
-    ways: list[tuple[BackendName | Literal["model"], InferencePrecision]] = [("model", "float32")]
+    ways: list[tuple[BackendName | Literal["model"], InferencePrecision]] = []
+    if "model" in wanted:
+        ways.append(("model", "float32"))
     named = {name: backend for name, backend in BACKENDS.items() if name in wanted}
-    found = ways_on(torch.device(device), backends=named, precision=precision, native_bf16=native_bf16)
-    ways = [*(ways if "model" in wanted else []), *found]
+    ways += ways_on(torch.device(device), backends=named, precision=precision, native_bf16=native_bf16)
     return [Case(model, *way, batch_size, device, seconds) for batch_size in batch_sizes for way in ways]
 
 
@@ -153,19 +150,16 @@ class PeakMemory:
         return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
-def measure(case: Case) -> Measurement:
-    """Build the network of a case and time it in this process."""
-    return _measure(case, PeakMemory(torch.device(case.device)))
-
-
-def _measure(
+def measure(
     case: Case,
-    memory: PeakMemory,
     *,
+    memory: PeakMemory | None = None,
     backends: Mapping[BackendName, Backend] = BACKENDS,
     timer: Callable[..., list[float]] = call_times,
 ) -> Measurement:
+    """Build the network of a case and time it in this process."""
     device = torch.device(case.device)
+    memory = memory or PeakMemory(device)
     try:
         with quiet(), torch.no_grad():
             model = create_model(case.model).eval().to(device)

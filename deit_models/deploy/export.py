@@ -26,14 +26,10 @@ _CHECKED_BATCHES = (1, 3)  # the network was traced with 2
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
-    """A written file that gives the model's logits.
+    """A written file that gives the model's logits. An OpenVINO file has its weights beside `path`, as `.bin`.
 
-    Attributes:
-        path: the file; an OpenVINO file has its weights beside it, as `.bin`.
-        format: "onnx", "openvino" or "torch-export".
-        size_bytes: of all files together.
-        max_abs_diff: largest difference of a logit to the model's, over the compared images.
-        tolerance: the allowed difference.
+    `size_bytes` counts both files; `max_abs_diff` is the largest difference of a logit to the model's over the compared
+    images, `tolerance` the allowed one.
     """
 
     path: Path
@@ -73,9 +69,8 @@ def export(
         SaveError: it cannot be written.
     """
     if format not in EXPORT_FORMATS:
-        raise ConfigError(
-            f"format={format!r}; expected one of {', '.join(EXPORT_FORMATS)}{nearest(format, EXPORT_FORMATS)}"
-        )
+        known = ", ".join(EXPORT_FORMATS)
+        raise ConfigError(f"format={format!r}; expected one of {known}{nearest(format, EXPORT_FORMATS)}")
     path, kind = Path(path), EXPORT_FORMATS[format]
     if path.suffix != kind.suffix:
         raise ConfigError(f"{path}: expected a name that ends in {kind.suffix} for format={format!r}")
@@ -88,7 +83,7 @@ def export(
 def _write(
     model: ImageClassifier, path: Path, kind: ExportFormat, *, pixels: bool, tolerance: float, plan: tuple[int, ...]
 ) -> tuple[int, float]:
-    """Write and compare a file; its size in bytes and the largest difference. Raises: see `export`."""
+    """Write and compare a file; gives its size in bytes and the largest difference. Raises: see `export`."""
     prepared = prepare(model, pixels=pixels, plan=plan).cpu()
     metadata = _metadata(model, pixels=pixels, plan=plan)
     # the folder is beside the final place, so that a complete file is moved there in one step
@@ -110,19 +105,18 @@ def _write(
 
 def _metadata(model: ImageClassifier, *, pixels: bool, plan: tuple[int, ...]) -> str:
     origin = model.origin
-    return json.dumps(
-        {
-            "model": None if origin is None else origin.name,
-            "class_names": list(class_labels(model)),
-            "preprocessing": None if origin is None else origin.preprocessing.to_dict(),
-            "pixels": pixels,
-            "input": [model.config.in_chans, *model.config.image_hw],
-            "dataset": None if origin is None else origin.dataset,
-            "licence": None if origin is None else origin.licence,
-            "source": None if origin is None else origin.source,
-            "token_merging": plan,
-        }
-    )
+    record = {
+        "model": origin and origin.name,
+        "class_names": list(class_labels(model)),
+        "preprocessing": origin and origin.preprocessing.to_dict(),
+        "pixels": pixels,
+        "input": [model.config.in_chans, *model.config.image_hw],
+        "dataset": origin and origin.dataset,
+        "licence": origin and origin.licence,
+        "source": origin and origin.source,
+        "token_merging": plan,
+    }
+    return json.dumps(record)
 
 
 def _difference(run: Runner, model: ImageClassifier, *, pixels: bool, plan: tuple[int, ...]) -> float:

@@ -9,7 +9,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager, nullcontext, suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -100,8 +100,8 @@ def _cpu_has(*features: str) -> bool:
     return any(known.get(name, False) for name in features)
 
 
-class _ExactFloat32(AbstractContextManager[None]):
-    """TF32 off while any thread is inside; the last thread to leave restores the settings.
+class _WithoutTF32(ContextDecorator):
+    """TF32 off while any thread is inside; the last thread to leave restores the settings. Decorates functions too.
 
     The switches belong to the process: other threads compute without TF32 in the meantime, and a switch that another
     thread sets in the meantime is lost.
@@ -124,7 +124,7 @@ class _ExactFloat32(AbstractContextManager[None]):
                     self._before.close()
 
 
-_without_tf32 = _ExactFloat32()
+_without_tf32 = _WithoutTF32()
 
 
 def exact_float32(device: torch.device) -> AbstractContextManager[None]:
@@ -158,18 +158,11 @@ def _switch_tf32_off() -> ExitStack:
     return before
 
 
-def _exactly(run: Runner) -> Runner:
-    def run_exactly(images: Tensor) -> Tensor:
-        with _without_tf32:
-            return run(images)
-
-    return run_exactly
-
-
 class GraphRunner:
-    """Batches of one shape by a CUDA graph; (B, C, H, W) -> (B, num_classes), a copy that no later call changes.
+    """Batches of one shape by a CUDA graph, since kernels are too short to be launched one by one.
 
-    A graph reads and writes fixed memory, so calls use it one by one: a lock orders threads, an event streams.
+    (B, C, H, W) -> (B, num_classes), a copy that no later call changes. A graph reads and writes fixed memory, so calls
+    use it one by one: a lock orders threads, an event orders streams.
     """
 
     def __init__(self, run: Runner, example: Tensor, cuda: Any) -> None:
@@ -208,19 +201,12 @@ class GraphRunner:
 
 
 def on_gpu(run: Runner, example: Tensor, *, plain: Runner, exact: bool, cuda: Any = torch.cuda) -> Runner:
-    """Batches like the example by a CUDA graph of `run`, all others by `plain`: kernels are short, launches dominate.
+    """Batches like the example by a CUDA graph of `run`, all others by `plain`; `exact`: without TF32.
 
     If the kernels cannot be recorded, they are launched one by one; one log line gives the reason.
-
-    Args:
-        run: may be made for the example's shape alone.
-        example: (B, C, H, W) on the GPU.
-        plain: the same network for any batch.
-        exact: without TF32.
-        cuda: namespace for graphs, streams and events.
     """
     if exact:
-        run, plain = _exactly(run), _exactly(plain)
+        run, plain = _without_tf32(run), _without_tf32(plain)
     run(example)  # an error here is one of the network, not of the graph
     try:
         graph = GraphRunner(run, example, cuda)

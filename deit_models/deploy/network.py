@@ -40,12 +40,7 @@ TokenMerging = int | Sequence[int]
 
 
 class Prepared(nn.Module):
-    """A network in eval mode that computes in one dtype: (B, C, H, W) -> (B, num_classes) float32.
-
-    Attributes:
-        network: the folded copy, with the normalisation in front if it takes pixels.
-        dtype: dtype of its weights.
-    """
+    """A network for inference, with weights in `dtype`: (B, C, H, W) -> (B, num_classes) float32."""
 
     def __init__(self, network: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -53,7 +48,6 @@ class Prepared(nn.Module):
         self.dtype = dtype
 
     def forward(self, x: Tensor) -> Tensor:
-        """Cast to `dtype`, compute, cast to float32."""
         return self.network(x.to(self.dtype)).float()
 
 
@@ -85,9 +79,8 @@ def prepare(
     whole: nn.Module = network
     if pixels:
         if model.origin is None:
-            raise ConfigError(
-                "this model was not made by create_model or from_pretrained; its normalisation is unknown"
-            )
+            made_by = "create_model or from_pretrained"
+            raise ConfigError(f"this model was not made by {made_by}; its normalisation is unknown")
         if fold and isinstance(network, DeiT):
             _fold_normalisation(network.patch_embed.proj, model.origin.preprocessing)
         else:
@@ -115,7 +108,6 @@ class Normalise(nn.Module):
         self.register_buffer("shift", (-mean / std).float())
 
     def forward(self, x: Tensor) -> Tensor:
-        """Scale and shift each channel."""
         return x * self.scale + self.shift
 
 
@@ -125,15 +117,14 @@ def _channels(preprocessing: Preprocessing) -> Tensor:
 
 
 def random_images(model: ImageClassifier, count: int, *, pixels: bool) -> Tensor:
-    """Smooth random images to compare networks on, the same ones in each call; noise in every pixel all looks alike.
+    """Images to compare networks on, the same ones in each call. Smooth, since a network sees no difference in noise.
 
-    Returns:
-        (count, C, H, W) on the CPU: uint8 pixels, or floats normalised by the model's transform if it is known.
+    Shape: (count, C, H, W) on the CPU; uint8 pixels, or floats normalised by the model's transform if it is known.
     """
     generator = torch.Generator().manual_seed(0)
     coarse = torch.rand(count, model.config.in_chans, 5, 5, generator=generator)
-    levels = F.interpolate(coarse, model.config.image_hw, mode="bilinear", align_corners=True) * 255
-    levels = levels.to(torch.uint8)
+    smooth = F.interpolate(coarse, model.config.image_hw, mode="bilinear", align_corners=True)
+    levels = (smooth * 255).to(torch.uint8)
     if pixels:
         return levels
     if model.origin is None or len(model.origin.preprocessing.mean) != levels.shape[1]:
@@ -154,9 +145,8 @@ def _folded(network: ImageClassifier) -> ImageClassifier:
             module.norm1 = _fold_norm(module.norm1, module.attn.qkv)
             module.norm2 = _fold_norm(module.norm2, module.mlp.fc1)
     if isinstance(network, VisionTransformer) and not getattr(network.config, "token_head", False):
-        last = network.blocks[-1]
-        if isinstance(last, Block):
-            network.blocks[-1] = PrefixBlock(last, network.config.num_prefix_tokens)
+        *others, last = (block for block in network.blocks if isinstance(block, Block))
+        network.blocks = nn.Sequential(*others, PrefixBlock(last, network.config.num_prefix_tokens))
     return network
 
 
@@ -188,10 +178,7 @@ def _fold_normalisation(projection: nn.Conv2d, preprocessing: Preprocessing) -> 
 
 
 class PrefixBlock(nn.Module):
-    """The prefix tokens' rows of a block's output, from fewer operations: (B, P + N, D) -> (B, P, D).
-
-    Keys and values are those of all tokens.
-    """
+    """The prefix tokens of a block's output, from keys and values of all tokens: (B, P + N, D) -> (B, P, D)."""
 
     def __init__(self, block: Block, num_prefix: int) -> None:
         super().__init__()
@@ -215,9 +202,7 @@ class PrefixBlock(nn.Module):
 def _rows(layer: nn.Linear, start: int, stop: int) -> nn.Linear:
     """A layer with some of the outputs of another, on the same memory."""
     part = nn.Linear(layer.in_features, stop - start, bias=layer.bias is not None, device="meta")
-    part.weight = nn.Parameter(layer.weight[start:stop], requires_grad=False)
-    if layer.bias is not None:
-        part.bias = nn.Parameter(layer.bias[start:stop], requires_grad=False)
+    part.load_state_dict({name: tensor[start:stop] for name, tensor in layer.state_dict().items()}, assign=True)
     return part
 
 
@@ -262,11 +247,8 @@ def merging_plan(model: ImageClassifier, token_merging: TokenMerging) -> tuple[i
 class Pairs(NamedTuple):
     """Tokens to merge. Tokens after the prefix alternate: F first tokens at even places, S second tokens at odd ones.
 
-    Attributes:
-        num_prefix: number of leading tokens that are never merged.
-        kept: indices of the first tokens that stay, in order: (B, F - r).
-        gone: indices of the first tokens that are merged away: (B, r).
-        into: 1 where a second token takes in a gone one, else 0: (B, S, r) float32.
+    Shape: `kept` (B, F - r) and `gone` (B, r) are indices of first tokens that stay, in order, or are merged away;
+    `into` (B, S, r) float32 is 1 where a second token takes in a gone one, else 0.
     """
 
     num_prefix: int
@@ -340,7 +322,6 @@ class MergingBlock(nn.Module):
         self.block, self.r, self.num_prefix = block, r, num_prefix
 
     def forward(self, x: Tensor, sizes: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Both residual steps, with the merge between them."""
         block = self.block
         query, key, value = block.attn.heads(block.norm1(x))
         mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=_log_sizes(sizes, x.dtype))
@@ -360,7 +341,6 @@ class MergingBlocks(nn.Sequential):
         super().__init__(*(MergingBlock(b, r, num_prefix) if isinstance(b, Block) else b for b, r in pairs))
 
     def forward(self, x: Tensor) -> Tensor:
-        """The tokens after the last block."""
         sizes: Tensor | None = None
         for block in self:
             if isinstance(block, MergingBlock):

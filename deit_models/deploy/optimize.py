@@ -36,13 +36,9 @@ _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Timing:
-    """Speed of one backend in one precision; zeros if it was the only one that works, and so was not timed.
+    """Speed of a backend in one precision: over all timed calls, and the median of a call with one batch.
 
-    Attributes:
-        backend: name of the backend.
-        precision: it computed in.
-        images_per_second: over all timed calls.
-        latency_ms: median of a call with one batch.
+    Zeros if it was the only one that works, and so was not timed.
     """
 
     backend: BackendName
@@ -52,12 +48,9 @@ class Timing:
 
 
 class Agreement(NamedTuple):
-    """Comparison of a network's logits with the model's in float32.
+    """Comparison of a network's logits with the model's in float32, over a number of images.
 
-    Attributes:
-        top1: share of the images with the same most likely class.
-        max_abs_diff: largest difference of a logit.
-        images: number of images compared.
+    `top1` is the share of the images with the same most likely class, `max_abs_diff` the largest difference of a logit.
     """
 
     top1: float
@@ -67,13 +60,11 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """Result of `optimize`.
+    """Backend and precision that `optimize` chose, and why.
 
     Attributes:
-        backend: that computes.
-        precision: it computes in.
         agreement: with the model in float32; if tokens are merged, with the merged network in torch's float32.
-        timings: everything timed, fastest first.
+        timings: all timings, fastest first.
         token_merging: tokens that each block merges; empty if none.
         merging_agreement: of the merged network in torch's float32 with the model; None if nothing is merged.
     """
@@ -185,9 +176,8 @@ def _check(precision: str, goal: str, backend: str, min_agreement: float, calibr
     if not 0 <= min_agreement <= 1:
         raise ConfigError(f"min_agreement={min_agreement}; expected a share from 0 to 1")
     if precision == "int8" and calibration is None:
-        raise ConfigError(
-            "precision='int8' needs calibration images: pass calibration=, a few hundred of those to come"
-        )
+        needed = "needs calibration images: pass calibration=, a few hundred of those to come"
+        raise ConfigError(f"precision='int8' {needed}")
 
 
 class _Trial(NamedTuple):
@@ -245,7 +235,11 @@ class _Search:
             that was asked for, or torch itself fails.
         """
         merging = self._merging_agreement()
-        key = self._key(candidates)
+        question = {
+            "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
+            "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
+        }  # fmt: skip
+        key = decision_key(question, self.device)
         timings = recall(key, access) if len(candidates) > 1 else []
         if not timings:
             timings = self._measure(candidates)
@@ -256,9 +250,8 @@ class _Search:
         if found is None and not (asked_for_less and self.disagreements):
             found = self._try(Way("eager", "float32"))
         if found is None:
-            raise AgreementError(
-                "; ".join(self.disagreements) or "no backend could compute this model, not even torch itself"
-            )
+            nothing = "no backend could compute this model, not even torch itself"
+            raise AgreementError("; ".join(self.disagreements) or nothing)
         choice = Choice(
             backend=found.way.backend, precision=found.way.precision, agreement=found.agreement,
             timings=tuple(timings), token_merging=self.plan, merging_agreement=merging,
@@ -277,13 +270,6 @@ class _Search:
                 f"{agreement.images} images, min_agreement={self.min_agreement:g} is asked for; merge fewer tokens"
             )
         return agreement
-
-    def _key(self, candidates: list[Way]) -> str:
-        question = {
-            "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
-            "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
-        }  # fmt: skip
-        return decision_key(question, self.device)
 
     def _measure(self, candidates: list[Way]) -> list[Timing]:
         """Timings of the candidates that work, fastest first; a single one is not timed.
@@ -308,12 +294,10 @@ class _Search:
         return sorted(timings, key=lambda t: t.latency_ms if self.goal == "latency" else -t.images_per_second)
 
     def _try(self, way: Way) -> _Trial | None:
-        """Build and check a way once; None after one log line if it fails or disagrees."""
-        if way not in self.tried:
-            self.tried[way] = self._built(way)
-        return self.tried[way]
-
-    def _built(self, way: Way) -> _Trial | None:
+        """Build a way and compare it, once; None after one log line if it fails or disagrees."""
+        if way in self.tried:
+            return self.tried[way]
+        self.tried[way] = None
         try:
             with quiet(), torch.no_grad():
                 run = build_runner(
@@ -327,7 +311,8 @@ class _Search:
             return None
         exact = way.precision == "float32"
         if agreement.max_abs_diff <= FLOAT32_TOLERANCE if exact else agreement.top1 >= self.min_agreement:
-            return _Trial(way, run, agreement)
+            self.tried[way] = _Trial(way, run, agreement)
+            return self.tried[way]
         found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
         wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"
         self.disagreements.append(f"{way}: {found} on {agreement.images} images, {wanted}")

@@ -39,14 +39,9 @@ def extra_needed(purpose: str) -> Iterator[None]:
 
 
 class ExportFormat(NamedTuple):
-    """A file format.
+    """A file format: suffix, functions to write a file, to open it as a runner, and to read its metadata (JSON).
 
-    Attributes:
-        suffix: of the file name.
-        write: takes the prepared network, an example batch of 2, the path, and metadata as JSON.
-        open: gives a runner for a written file.
-        read: gives the metadata of a written file.
-        companion: suffix of the second file, or "".
+    `write` takes an example batch of 2; `companion` is the suffix of the second file, or "".
     """
 
     suffix: str
@@ -58,11 +53,11 @@ class ExportFormat(NamedTuple):
 
 def format_of(path: Path) -> ExportFormatName:
     """The format of a file, by its suffix. Raises: ConfigError: an unknown suffix."""
-    for name, kind in EXPORT_FORMATS.items():
-        if path.suffix == kind.suffix:
-            return name
-    known = ", ".join(f"{kind.suffix} ({name})" for name, kind in EXPORT_FORMATS.items())
-    raise ConfigError(f"{path}: unknown kind of file; expected {known}")
+    names = {kind.suffix: name for name, kind in EXPORT_FORMATS.items()}
+    if path.suffix not in names:
+        known = ", ".join(f"{suffix} ({name})" for suffix, name in names.items())
+        raise ConfigError(f"{path}: unknown kind of file; expected {known}")
+    return names[path.suffix]
 
 
 def open_exported(path: Path) -> Runner:
@@ -73,13 +68,12 @@ def open_exported(path: Path) -> Runner:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The record that `export` wrote: model, class names, transform, whether it takes pixels, input size.
 
-    Raises: ConfigError: a file that `export` did not write. MissingExtraError: its library is missing.
+    Raises: ConfigError: a file that `export` did not write. MissingExtraError: its library is not installed.
     """
     text = EXPORT_FORMATS[format_of(path)].read(path)
     if not text:
         raise ConfigError(f"{path} holds no metadata of deit-models; was it written by another program?")
-    found: dict[str, Any] = json.loads(text)
-    return found
+    return dict(json.loads(text))
 
 
 def _traced(prepared: Prepared, example: Tensor) -> torch.export.ExportedProgram:
@@ -215,13 +209,9 @@ class Way(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Inputs of a backend.
+    """Inputs of a backend: the network, a typical batch on its device, the precision to compute in.
 
-    Attributes:
-        prepared: the network; in bfloat16 if the backend is torch and computes in it, else in float32.
-        example: a typical batch, on the device of the network.
-        precision: to compute in.
-        calibration: images to find the ranges of an int8 network with, shaped like the example.
+    `calibration` holds images shaped like the example, to find the ranges of an int8 network with.
     """
 
     prepared: Prepared
@@ -231,13 +221,10 @@ class Job(NamedTuple):
 
 
 class Backend(NamedTuple):
-    """A library that computes networks.
+    """A library that computes networks. `build` makes a runner, and may raise any error of the library.
 
-    Attributes:
-        build: makes a runner; may raise any error of its library.
-        precisions: that it supports on some machine.
-        devices: device types that it supports.
-        takes_bf16: whether it needs the network in bfloat16 to compute in it; the others cast on their own.
+    `precisions` are those it supports on some machine, `devices` its device types. With `takes_bf16` it needs a network
+    in bfloat16 to compute in it; other libraries cast on their own.
     """
 
     build: Callable[[Job], Runner]

@@ -49,7 +49,7 @@ class Memory(PeakMemory):
 
 def test_rates_and_quantiles_come_from_the_timed_calls() -> None:
     times = [0.1] * 95 + [0.5] * 5
-    row = benching._measure(case(batch_size=4), Memory([]), timer=lambda *_, **__: times)
+    row = measure(case(batch_size=4), memory=Memory([]), timer=lambda *_, **__: times)
     assert row.images_per_second == pytest.approx(4 * 100 / 12)
     assert row.p50_ms == pytest.approx(100)
     assert 100 <= row.p95_ms <= 500
@@ -63,7 +63,7 @@ def test_building_and_warming_up_do_not_count_as_peak_of_a_gpu() -> None:
         steps.append((seconds, warm_up))
         return [1, 1]
 
-    benching._measure(case(), Memory(steps), timer=timer)
+    measure(case(), memory=Memory(steps), timer=timer)
     assert steps == [(0, 3), "forget", (0.01, 0), "read"]
 
     class Cuda:
@@ -105,7 +105,7 @@ def test_all_ways_are_measured_and_bf16_only_where_it_is_native(native: bool) ->
 
 def test_a_backend_that_fails_is_a_row_with_its_reason() -> None:
     backends = {"inductor": BACKENDS["inductor"]._replace(build=broken)}
-    row = benching._measure(case("inductor"), Memory([]), backends=backends)
+    row = measure(case("inductor"), memory=Memory([]), backends=backends)
     assert (row.error, row.images_per_second) == ("no compiler here", 0.0)
     text = table(MICRO, [measure(case()), row, row])
     assert text.count("| inductor | float32 | 2 | - | - | - | - |") == 2
