@@ -4,9 +4,8 @@ import itertools
 import json
 import logging
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import pytest
@@ -14,6 +13,7 @@ import torch
 from cifar10 import first_images, needs_cifar10
 from small_models import TINY, build, needs, normalised, pixels
 from torch import Tensor
+from tracing import modules_run
 
 import deit_models
 from deit_models import AgreementError, ConfigError
@@ -456,26 +456,9 @@ def test_what_is_kept_is_json_for_readers(tmp_path: Path) -> None:
     assert all(row.keys() == {"backend", "precision", "images_per_second", "latency_ms"} for row in rows)
 
 
-def modules_run(call: Callable[[], object]) -> set[str]:
-    """Names of the package's modules whose functions run in a call."""
-    found: set[str] = set()
-
-    def note(frame: FrameType, event: str, _: object) -> None:
-        name = str(frame.f_globals.get("__name__"))
-        if event == "call" and name.startswith("deit_models"):
-            found.add(name)
-
-    sys.setprofile(note)
-    try:
-        call()
-    finally:
-        sys.setprofile(None)
-    return found
-
-
 def test_a_reader_of_one_call_passes_few_modules(tmp_path: Path) -> None:
     model = build("deit")
     for _ in ("measured", "remembered"):
         modules = modules_run(lambda: optimize(model, sample=2, backend="eager", cache_dir=tmp_path))
-        assert "deit_models.deploy.network" in modules
+        assert "deploy.network" in modules
         assert len(modules) <= 9, sorted(modules)
