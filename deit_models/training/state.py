@@ -260,6 +260,8 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
     Raises: SaveError: no space or no permission; the previous state is left as it was.
     """
     models, divided = _models(learner), learner.divided
+    # the models first: torch finds the optimiser's divided parameters only after them
+    whole = {name: _whole_state(model, divided=divided) for name, model in models.items()}
     optimizer = (
         get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)
         if divided
@@ -272,7 +274,7 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
         "run": run,
         "progress": asdict(progress),
         "scaler": learner.scaler.state_dict(),
-        **{name: _whole_state(model, divided=divided) for name, model in models.items()},
+        **whole,
         "optimizer": optimizer,
     }
     if learner.process.is_main:
