@@ -73,6 +73,11 @@ class Learner:
     clock: Callable[[], float] = time.perf_counter
     compile: Callable[[nn.Module], nn.Module] = compiled
 
+    @property
+    def batch_size(self) -> int:
+        """Images in a batch of this process's loader; a step has `recipe.accumulate` batches."""
+        return self.recipe.batch_size // (self.process.world * self.recipe.accumulate)
+
     def versions(self) -> dict[str, Heads]:
         """The weights in training and their average, by the prefix of their figures in logs."""
         return {"": self.bare} if self.average is None else {"": self.bare, "ema_": cast(Heads, self.average.module)}
@@ -103,6 +108,11 @@ def make_learner(
         teacher does not fit.
     """
     _check_fit(model, recipe, num_classes, preprocessing)
+    if recipe.batch_size % (process.world * recipe.accumulate):
+        raise ConfigError(
+            f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
+            f"{recipe.accumulate} accumulation steps each"
+        )
     extra = extra_heads_of(model, recipe)
     if isinstance(model, ImageClassifier):
         _set_drop_rates(model, recipe)

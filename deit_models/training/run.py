@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Heads, score_each
-from ..files import atomic_write
+from ..files import write_text
 from .engine import train_epoch
 from .learner import Learner, make_learner
 from .recipe import Recipe
@@ -180,6 +180,7 @@ def run_training(
             out=out,
             preprocessing=preprocessing,
             computing=computing,
+            workers=computing.workers_beside(process.device),
             before_epoch=before_epoch,
         )
         with explained_worker_failure(run.workers):
@@ -196,56 +197,65 @@ class Run:
     out: Path
     preprocessing: Preprocessing
     computing: Computing
+    workers: int
     before_epoch: Callable[[int], None] | None = None
-    workers: int = field(init=False)
-    val_batches: InputBatches | None = field(default=None, init=False)
-
-    def __post_init__(self) -> None:
-        """Settle the number of loading processes."""
-        self.workers = self.computing.workers_beside(self.learner.process.device)
+    val_batches: InputBatches | None = None
 
     def to_the_end(self) -> TrainResult:
-        """Run all epochs from the last saved one on, then export the models."""
+        """Run the epochs after the last saved one, then export the models."""
         learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
-        sampler, identity = self._sampler(), identity_of(learner, self.records)
+        identity = identity_of(learner, self.records)
         progress = load_state(self.out, learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
-        batches = self._training_batches(sampler) if progress.epoch < recipe.total_epochs else None
-        log = RunLog(
-            self.out, first_epoch=progress.epoch, tensorboard=self.computing.tensorboard, writes=process.is_main
-        )
-        if process.is_main:
-            remove_leftovers(self.out)
-            with atomic_write(self.out / RECIPE_NAME) as temporary:
-                temporary.write_text(recipe.to_toml(), encoding="utf-8")
-        damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
-        with closing(log):
-            for epoch in range(progress.epoch, recipe.total_epochs):
-                if batches is None or self._gives_up(progress):
-                    break
-                row = self._one_epoch(epoch, sampler, batches, damage)
-                if row.get("top1", -1.0) > progress.best_top1:
-                    progress.best_top1, progress.best_epoch = row["top1"], epoch
-                    self._export("best", learner.bare, row)
-                progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
-                log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
-                if self._is_saved(epoch) or self._gives_up(progress):
-                    save_state(self.out, learner, progress, run=identity)
-                if self.computing.on_epoch is not None and process.is_main:
-                    self.computing.on_epoch(row)
+        board = self.computing.tensorboard
+        with closing(RunLog(self.out, first_epoch=progress.epoch, tensorboard=board, writes=process.is_main)) as log:
+            if process.is_main:
+                remove_leftovers(self.out)
+                write_text(self.out / RECIPE_NAME, recipe.to_toml())
+            if progress.epoch < recipe.total_epochs and not self._gives_up(progress):
+                self._epochs(progress, log, identity)
         last = log.rows[-1] if log.rows else {}
         for prefix, heads in learner.versions().items():
             self._export("ema" if prefix else "model", heads, last, prefix)
         learner.bare.eval()
-        known = progress.best_epoch >= 0
-        return TrainResult(
-            out=self.out,
-            top1=last.get("top1"),
-            best_top1=progress.best_top1 if known else None,
-            best_epoch=progress.best_epoch if known else None,
-            log=log.rows,
+        best = (progress.best_top1, progress.best_epoch) if progress.best_epoch >= 0 else (None, None)
+        return TrainResult(out=self.out, top1=last.get("top1"), best_top1=best[0], best_epoch=best[1], log=log.rows)
+
+    def _epochs(self, progress: Progress, log: RunLog, identity: dict[str, str]) -> None:
+        """The epochs that are left; after each its log row, exports and state are written as the recipe asks for."""
+        learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
+        sampler = TrainSampler(
+            len(self.records),
+            batch_size=recipe.batch_size,
+            repeats=recipe.repeats,
+            seed=recipe.seed,
+            rank=process.rank,
+            world=process.world,
         )
+        batches = training_batches(
+            keep_in_memory(self.records, self.computing.cache, workers=self.workers, processes=process.world),
+            TrainTransform(recipe, self.preprocessing, self.preprocessing.crop),
+            sampler,
+            batch_size=learner.batch_size,
+            workers=self.workers,
+            device=process.device,
+        )
+        damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
+        for epoch in range(progress.epoch, recipe.total_epochs):
+            row = self._one_epoch(epoch, sampler, batches, damage)
+            if row.get("top1", -1.0) > progress.best_top1:
+                progress.best_top1, progress.best_epoch = row["top1"], epoch
+                self._export("best", learner.bare, row)
+            progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
+            log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
+            ends = self._gives_up(progress)
+            if ends or self._is_saved(epoch):
+                save_state(self.out, learner, progress, run=identity)
+            if self.computing.on_epoch is not None and process.is_main:
+                self.computing.on_epoch(row)
+            if ends:
+                break
 
     def _one_epoch(
         self, epoch: int, sampler: TrainSampler, batches: InputBatches, damage: DamageCount
@@ -291,55 +301,24 @@ class Run:
         evaluated = progress.epoch % recipe.eval_every == 0 and progress.best_epoch >= 0
         return bool(recipe.patience) and evaluated and progress.epoch - 1 - progress.best_epoch >= recipe.patience
 
-    def _sampler(self) -> TrainSampler:
-        recipe, process = self.learner.recipe, self.learner.process
-        if recipe.batch_size % (process.world * recipe.accumulate):
-            raise ConfigError(
-                f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
-                f"{recipe.accumulate} accumulation steps each"
-            )
-        return TrainSampler(
-            len(self.records),
-            batch_size=recipe.batch_size,
-            repeats=recipe.repeats,
-            seed=recipe.seed,
-            rank=process.rank,
-            world=process.world,
-        )
-
-    def _training_batches(self, sampler: TrainSampler) -> InputBatches:
-        recipe, process = self.learner.recipe, self.learner.process
-        return training_batches(
-            keep_in_memory(self.records, self.computing.cache, workers=self.workers, processes=process.world),
-            TrainTransform(recipe, self.preprocessing, self.preprocessing.crop),
-            sampler,
-            batch_size=recipe.batch_size // (process.world * recipe.accumulate),
-            workers=self.workers,
-            device=process.device,
-        )
-
     def _evaluate(self) -> dict[str, Any]:
         """Validation figures of the weights and, under names that begin with ema_, of their average."""
         if self.val is None:
             return {}
-        learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
-        size = max(recipe.batch_size * 3 // (2 * process.world * recipe.accumulate * learner.parts), 1)
+        learner, process = self.learner, self.learner.process
+        size = max(learner.batch_size * 3 // (2 * learner.parts), 1)
         # where parameters are divided, every process must take part in every forward pass
         most = -(-len(self.val) // process.world)
         rounds = -(-most // size) if learner.divided else None
         if self.val_batches is None:
             keep = keeps_pixels(self.val, self.preprocessing, self.computing.cache)
+            transform = EvalTransform(self.preprocessing)
             self.val_batches = eval_batches(
-                self.val,
-                EvalTransform(self.preprocessing),
-                process,
-                batch_size=size,
-                workers=self.workers,
-                keep=keep,
+                self.val, transform, process, batch_size=size, workers=self.workers, keep=keep
             )
-        damage = DamageCount(self.val, self.computing.corrupt_limit)
+        damage, precision = DamageCount(self.val, self.computing.corrupt_limit), learner.recipe.precision
         found = score_each(
-            learner.versions(), self.val_batches, process, precision=recipe.precision, damage=damage, rounds=rounds
+            learner.versions(), self.val_batches, process, precision=precision, damage=damage, rounds=rounds
         )
         figures = {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
         row: dict[str, Any] = {}

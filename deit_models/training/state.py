@@ -259,14 +259,6 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
 
     Raises: SaveError: no space or no permission; the previous state is left as it was.
     """
-    models, divided = _models(learner), learner.divided
-    # the models first: torch finds the optimiser's divided parameters only after them
-    whole = {name: _whole_state(model, divided=divided) for name, model in models.items()}
-    optimizer = (
-        get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)
-        if divided
-        else learner.optimizer.state_dict()
-    )
     state = {
         "format": _FORMAT,
         "recipe": learner.recipe.to_toml(),
@@ -274,8 +266,11 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
         "run": run,
         "progress": asdict(progress),
         "scaler": learner.scaler.state_dict(),
-        **whole,
-        "optimizer": optimizer,
+        **{name: _whole_state(model, divided=learner.divided) for name, model in _models(learner).items()},
+        # after the models: reading them divides the parameters again that a forward pass has joined
+        "optimizer": get_optimizer_state_dict(learner.bare.model, learner.optimizer, options=_FULL)
+        if learner.divided
+        else learner.optimizer.state_dict(),
     }
     if learner.process.is_main:
         with atomic_write(out / STATE_NAME) as temporary:
@@ -367,7 +362,6 @@ def _restore(learner: Learner, state: dict[str, Any]) -> None:
         learner.optimizer.load_state_dict(state["optimizer"])
     learner.scaler.load_state_dict(state["scaler"])
     # a batch is done in as many parts as before, to mix the same images
-    parts, size = int(state.get("parts", 1)), learner.recipe.batch_size // learner.recipe.accumulate
-    same = recipe_from_toml(state["recipe"]).accumulate == learner.recipe.accumulate
-    if same and size // learner.process.world % parts == 0:
+    parts = int(state.get("parts", 1))
+    if recipe_from_toml(state["recipe"]).accumulate == learner.recipe.accumulate and learner.batch_size % parts == 0:
         learner.parts = parts

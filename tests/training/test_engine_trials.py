@@ -130,7 +130,8 @@ def memory_run(out: Path, *, most: int, stop_after: int | None = None, **changes
         val=None,
         out=out,
         preprocessing=tiny.PREPROCESSING,
-        computing=Computing(workers=0, on_epoch=stop),
+        computing=Computing(on_epoch=stop),
+        workers=0,
     ).to_the_end()
 
 
