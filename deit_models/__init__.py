@@ -20,7 +20,7 @@ from .errors import (
     TrainingError,
     UnknownModelError,
 )
-from .registry import list_models, model_info, register_model
+from .registry import count_macs, list_models, model_info, register_model
 
 if TYPE_CHECKING:
     from .data.transforms import transform_for
@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from .finetuning.finetune import finetune
     from .formats.publish import push_to_hub, save_pretrained
     from .hub.load import from_pretrained
-    from .macs import count_macs
     from .models import create_model
     from .predict import Classifier, attention_maps
     from .training.recipe import recipe_named
@@ -80,7 +79,6 @@ _LAZY = {
     "Classifier": ".predict",
     "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
-    "count_macs": ".macs",
     "create_model": ".models",
     "evaluate": ".evaluation",
     "export": ".deploy.export",

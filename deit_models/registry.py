@@ -120,24 +120,51 @@ def meta_model(model_class: type[M], config: Any) -> M:
         return model_class(config)
 
 
-def _measure(spec: ModelSpec) -> ModelInfo:
+def count_macs(model: ModelLike | str | Any) -> int:
+    """Multiply-accumulates of one image through matrix products and convolutions, at the config's input size.
+
+    Torch's FLOP counter counts them, at two FLOPs each, while the model runs on the meta device in eval mode. Those of
+    attention count. Biases, norms, activations, softmax, pooling and other element-wise work do not.
+
+    Args:
+        model: a config such as `DeiTConfig(...)`, a model, of which the config is read, or a registered name.
+
+    Raises: UnknownModelError: no such name. ConfigError: no config of a registered model.
+    """
+    if isinstance(model, str):
+        return model_info(model).macs
+    config = getattr(model, "config", model)
+    for spec in _specs.values():
+        if type(spec.config) is type(config):  # a subclass may give its fields another meaning
+            return _macs(meta_model(spec.model_class, config), config)
+    known = {type(family_spec(info.family).config).__name__ for info in load_manifest().values()}
+    raise ConfigError(
+        f"cannot count the MACs of {type(config).__name__}; expected {', '.join(sorted(known))}, a model of theirs or "
+        f"its name. Any registered model is measured by model_info(name).macs"
+    )
+
+
+def _macs(model: ModelLike, config: Any) -> int:
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    height, width = spec.config.image_hw
-    model = meta_model(spec.model_class, spec.config)
     model.eval()
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, spec.config.in_chans, height, width, device="meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, config.in_chans, *config.image_hw, device="meta"))
+    return counter.get_total_flops() // 2
+
+
+def _measure(spec: ModelSpec) -> ModelInfo:
+    model = meta_model(spec.model_class, spec.config)
     return ModelInfo(
         name=spec.name,
         family=spec.family,
         params=sum(parameter.numel() for parameter in model.parameters()),
-        macs=counter.get_total_flops() // 2,
-        input_size=max(height, width),
+        macs=_macs(model, spec.config),
+        input_size=max(spec.config.image_hw),
         num_classes=model.num_classes,
         distilled=getattr(spec.config, "distilled", False),
-        preprocessing=default_preprocessing(spec.name, (height, width)),
+        preprocessing=default_preprocessing(spec.name, spec.config.image_hw),
     )
 
 

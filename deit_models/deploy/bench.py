@@ -15,8 +15,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 
 from ..errors import ConfigError, first_line
-from ..macs import count_macs
 from ..models import create_model
+from ..registry import count_macs
 from .hardware import Runner, call_times, has_bf16, machine, quiet
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, build_runner, ways_on
 

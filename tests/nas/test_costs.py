@@ -1,19 +1,22 @@
 """What candidates cost: exact multiply-accumulates, and latencies that are measured once."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from nas.toy import toy_space
+from nas.toy import RESNAS, RESNAS_OPTIONS, STAGES, measured, toy_space
 
-from deit_models import ConfigError
+from deit_models import ConfigError, list_models, model_info
 from deit_models.distributed import Process
-from deit_models.models.vit_resnas import ViTResNAS
-from deit_models.nas.costs import Latency, Ledger, Macs, make_cost
+from deit_models.models.vit_resnas import ViTResNAS, ViTResNASConfig
+from deit_models.nas.costs import Latency, Ledger, Macs, closed_form_macs, make_cost
 from deit_models.nas.settings import Sampling
 from deit_models.nas.space import SPACES, Candidate
 from deit_models.nas.supernet import SuperNetwork
+from deit_models.registry import model_spec
 
 ALONE = Process(0, 1, torch.device("cpu"))
 
@@ -28,14 +31,30 @@ def some(name: str, count: int) -> list[Candidate]:
 
 @pytest.mark.parametrize("name", ["tiny", "small32"])
 def test_macs_are_those_of_torchs_counter(name: str) -> None:
-    from torch.utils.flop_counter import FlopCounterMode
-
     space = SPACES[name]
     for candidate in some(name, 4):
-        config = space.config_of(candidate, num_classes=7)
-        with torch.device("meta"), FlopCounterMode(display=False) as counter:
-            ViTResNAS(config).eval()(torch.empty(1, 3, *config.image_hw))
-        assert Macs(space, 7)(candidate) == counter.get_total_flops() // 2
+        assert Macs(space, 7)(candidate) == measured(ViTResNAS, space.config_of(candidate, num_classes=7))
+
+
+@pytest.mark.parametrize("options", RESNAS_OPTIONS, ids=str)
+def test_closed_form_counts_every_option_as_torch_does(options: dict[str, Any]) -> None:
+    config = replace(RESNAS, **options)
+    assert closed_form_macs(config) == measured(ViTResNAS, config)
+
+
+@pytest.mark.parametrize("name", list_models("vit_res*"))
+def test_closed_form_gives_the_manifests_figures(name: str) -> None:
+    assert closed_form_macs(model_spec(name).config) == model_info(name).macs
+
+
+def test_closed_form_builds_no_network() -> None:
+    def deep(blocks: int) -> ViTResNASConfig:
+        stage = {**STAGES[0], "num_heads": (3,) * blocks, "mlp_hidden": (30,) * blocks}
+        return replace(RESNAS, stages=(stage,))
+
+    # the last one takes hundreds of gigabytes
+    one, two, many = (closed_form_macs(deep(blocks)) for blocks in (1, 2, 10**6))
+    assert many == one + (10**6 - 1) * (two - one)
 
 
 def test_latency_is_measured_once_and_found_again(tmp_path: Path) -> None:
