@@ -79,7 +79,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--workers": {
         "type": at_least(0),
         "metavar": "N",
-        "help": "decoding processes, 0: none besides this one; default: by the number of cores",
+        "help": "decoding processes, 0: decode in this one; default: by the number of cores",
     },
     "--token-merging": {
         "type": at_least(0),
@@ -107,7 +107,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--teacher-precision": {
         "choices": ["float32", "bf16"],
         "default": "float32",
-        "help": "what the teacher computes in, default float32",
+        "help": "precision of the teacher, default float32",
     },
 }
 

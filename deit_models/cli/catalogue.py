@@ -110,7 +110,7 @@ def add_cache(commands: Any) -> None:
         add_options(parsers[name], "--json")
     chosen = parsers["clear"].add_mutually_exclusive_group(required=True)
     chosen.add_argument("name", nargs="?", help="a model, or a Hub repository or URL")
-    chosen.add_argument("--all", action="store_true", help="all that `cache list` shows, and broken-off downloads")
+    chosen.add_argument("--all", action="store_true", help="all files of `cache list`, and interrupted downloads")
     parsers["record"].add_argument("names", nargs="*", help="models, default all")
     parsers["record"].add_argument("--manifest", type=Path, help="manifest.toml to write, default the installed one")
 

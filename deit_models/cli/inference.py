@@ -50,7 +50,7 @@ def add_predict(commands: Any) -> None:
     add_options(parser, *LOADING)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
-    text = "decoding processes, 0: none besides this one; default: threads of this one, processes beside a GPU"
+    text = "decoding processes, 0: decode in this one; default: threads of this one, processes beside a GPU"
     parser.add_argument("--workers", type=int, metavar="N", help=text)
     add_options(parser, "--device")
     text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
@@ -66,7 +66,7 @@ def add_predict(commands: Any) -> None:
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
-    text = "go on where an interrupted run left off: leave out what the --output file, csv or jsonl, holds already"
+    text = "continue an interrupted run: skip the images that the --output file, csv or jsonl, holds already"
     parser.add_argument("--resume", action="store_true", help=text)
 
 
@@ -139,9 +139,9 @@ def add_evaluate(commands: Any) -> None:
     add_options(parser, "--workers", "--device")
     parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="default float32")
     styles = ["checkpoint", "timm", "transformers"]
-    text = "whose way to resize and crop the images; default checkpoint: what the weights were published with"
+    text = "preprocessing of the images; default checkpoint: the one that the weights were published with"
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
-    text = "take the data's classes in their own order, although they are called otherwise than the model's"
+    text = "match the classes of the data and of the model by number, although their names differ"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
     add_options(parser, "--model", *LOADING, "--json")
 
@@ -198,8 +198,8 @@ def add_export(commands: Any) -> None:
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
     parser.add_argument("file", type=Path, help="what to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2")
     formats = ["onnx", "openvino", "torch-export"]
-    parser.add_argument("--format", choices=formats, help="default: what the name of the file says")
-    text = "have the file normalise: it takes pixels from 0 to 255, already resized and cropped"
+    parser.add_argument("--format", choices=formats, help="default: by the suffix of the file")
+    text = "include the normalisation: the file takes pixels from 0 to 255, already resized and cropped"
     parser.add_argument("--preprocessing", action="store_true", help=text)
     text = "by how much a logit may differ from the model's, default 1e-4"
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
     from ..training.teacher import Teacher
 
 _PREFIX = "recipe."  # of a field's name in the namespace, so that no other option has the same name
-_RECIPE_HELP = (
-    "a preset, or a TOML file with `preset` and the fields to replace; the options below go before both; default {}"
-)
 
 # The recipe
 
@@ -40,8 +37,11 @@ def add_recipe(parser: argparse.ArgumentParser, preset: str, *, by_data: bool = 
     """
     shown: dict[str, argparse.Action] = {}
     parser.add_argument("-h", "--help", action=_Help, nargs=0, shown=shown, help="show this, with the recipe's values")
-    text = _RECIPE_HELP.format(f"by the data, {preset} where they are not known" if by_data else preset)
-    parser.add_argument("--recipe", default=None if by_data else preset, metavar="NAME|FILE.toml", help=text)
+    default = f"by the data, {preset} where they are not known" if by_data else preset
+    text = "a preset, or a TOML file with `preset` and the fields to replace; the options below replace values of both"
+    parser.add_argument(
+        "--recipe", default=None if by_data else preset, metavar="NAME|FILE.toml", help=f"{text}; default {default}"
+    )
     parser.set_defaults(shown_recipe=preset)
     parser.add_argument("--list-recipes", action=_ListRecipes, nargs=0, help="show the presets and end")
     group = parser.add_argument_group("fields of the recipe")
@@ -116,9 +116,9 @@ class _ListRecipes(argparse.Action):
 
 def add_folder(parser: argparse.ArgumentParser, contents: str) -> None:
     """Add `--out` and `--fresh`; `check_fresh` reads them."""
-    text = f"for {contents}; a run that is in it goes on"
+    text = f"for {contents}; a run in it is continued"
     parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help=text)
-    parser.add_argument("--fresh", action="store_true", help="refuse to go on with a run: --out must be new or empty")
+    parser.add_argument("--fresh", action="store_true", help="refuse to continue a run: --out must be new or empty")
 
 
 def check_fresh(args: argparse.Namespace) -> None:
