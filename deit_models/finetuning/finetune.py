@@ -135,6 +135,9 @@ def finetune(
     started_from = _description_of(model)
     torch.manual_seed(recipe.seed)
     adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
+    computing = Computing(
+        device=device, workers=workers, cache=cache, corrupt_limit=corrupt_limit, watch=watch, on_epoch=on_epoch
+    )
     with join_processes(device) as process:
         run = _Finetuning(
             model=model,
@@ -147,14 +150,7 @@ def finetune(
             val_fraction=val_fraction,
             split_seed=split_seed,
             process=process,
-            computing=Computing(
-                device=process.device,
-                workers=workers,
-                cache=cache,
-                corrupt_limit=corrupt_limit,
-                watch=watch,
-                on_epoch=on_epoch,
-            ),
+            computing=computing,
         )
         learned = run.by_features() if mode == "head" else run.by_training(teacher)
         metrics, address = {}, None
