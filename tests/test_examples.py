@@ -3,9 +3,11 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -18,17 +20,21 @@ import deit_models
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def run_here(script: Path, *arguments: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run a script in this process, since another takes seconds to import torch."""
+    monkeypatch.syspath_prepend(str(script.parent))
+    monkeypatch.setattr(sys, "argv", [str(script), *map(str, arguments)])
+    runpy.run_path(str(script), run_name="__main__")
+
+
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What an example prints, without network; in this process, since another takes seconds to import torch."""
+    """Runs an example without network and gives its output."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.syspath_prepend(str(ROOT / "examples"))
 
     def run_script(script: str, *arguments: object) -> str:
-        path = str(ROOT / "examples" / script)
-        monkeypatch.setattr(sys, "argv", [path, *map(str, arguments)])
         capsys.readouterr()
-        runpy.run_path(path, run_name="__main__")
+        run_here(ROOT / "examples" / script, *arguments, monkeypatch=monkeypatch)
         return capsys.readouterr().out
 
     return run_script
@@ -229,13 +235,15 @@ def test_fine_tuning_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPat
     pytest.importorskip("skimage")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.chdir(tmp_path)  # where no CIFAR-10 lies
-    monkeypatch.setattr("tempfile.mkdtemp", lambda: str(tmp_path))
     cells = json.loads((ROOT / "examples" / "finetuning.ipynb").read_text(encoding="utf-8"))["cells"]
     namespace: dict[str, object] = {}
-    for cell in cells:
-        if cell["cell_type"] == "code":
-            assert not cell["outputs"]
-            exec("".join(cell["source"]), namespace)
+    with ExitStack() as after:
+        for cell in cells:
+            if cell["cell_type"] == "code":
+                assert not cell["outputs"]
+                exec("".join(cell["source"]), namespace)
+            if "work" in namespace:
+                after.callback(shutil.rmtree, namespace["work"], ignore_errors=True)
     assert namespace["result"].metrics["val"]["top1"] > 80
     assert namespace["result"].model.origin.class_names == ("chelsea", "coffee", "rocket")
 
@@ -244,10 +252,8 @@ def test_fine_tuning_notebook_runs_and_is_stripped(monkeypatch: pytest.MonkeyPat
 def test_benchmarks_import_and_say_what_they_take(
     script: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    monkeypatch.setattr(sys, "argv", [script, "--help"])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "benchmarks" / script), run_name="__main__")
+        run_here(ROOT / "benchmarks" / script, "--help", monkeypatch=monkeypatch)
     assert ended.value.code == 0
     assert f"benchmarks/{script}" in capsys.readouterr().out
 

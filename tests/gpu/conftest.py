@@ -6,6 +6,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from deit_models.deploy.hardware import exact_float32
+
 REHEARSAL = "in the rehearsal on the CPU: "
 
 
@@ -36,12 +38,7 @@ def cuda(device: torch.device) -> torch.device:
 
 
 @pytest.fixture
-def exact() -> Iterator[None]:
-    """Float32 in all its bits, as the CPU has it; by torch's new switches, which contradict the old ones meanwhile."""
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
-    before = [switch.fp32_precision for switch in switches]
-    for switch in switches:
-        switch.fp32_precision = "ieee"
-    yield
-    for switch, value in zip(switches, before, strict=True):
-        switch.fp32_precision = value
+def exact(device: torch.device) -> Iterator[None]:
+    """Float32 in all its bits, as the CPU has it."""
+    with exact_float32(device):
+        yield
