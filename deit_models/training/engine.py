@@ -111,11 +111,8 @@ def in_parts(batch: Batch, count: int) -> list[Batch]:
 def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: nn.Module | None = None) -> Tensor:
     """Add the gradients of one part of a step; gives the part's share of the step's loss, detached.
 
-    Args:
-        learner: gradients of its model are changed in place.
-        batch: its images are changed in place by mixing.
-        exchange: whether the processes exchange gradients; needed in the last part of a step.
-        heads: module to call; default: the learner's.
+    The images of the batch are mixed in place. `exchange`: the processes exchange gradients, which they must in the
+    last part of a step. `heads`: the module to call, by default the learner's.
     """
     recipe, device = learner.recipe, learner.process.device
     heads = learner.heads if heads is None else heads

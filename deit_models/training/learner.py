@@ -95,14 +95,8 @@ def make_learner(
 ) -> Learner:
     """Get a model ready to learn: on its device, in place.
 
-    Args:
-        model: any module that turns (B, 3, H, W) into (B, K) logits.
-        recipe: the settings.
-        num_classes: of the training set.
-        process: this one.
-        preprocessing: of the input; the teacher depends on it.
-        teacher: see `load_teacher`.
-        shard: see `spread`.
+    The model is any module that turns (B, 3, H, W) into (B, K) logits; `num_classes` and `preprocessing` are those of
+    the training set, `teacher` is as in `load_teacher`, `shard` as in `spread`.
 
     Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.

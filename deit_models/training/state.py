@@ -47,9 +47,9 @@ class RunLog:
     """Appends a row for each epoch to `log.jsonl` in a folder, and reads them back.
 
     Args:
-        out: the folder.
+        out: the folder; TensorBoard's event files stand in `out/tensorboard`.
         first_epoch: rows of this epoch and later ones, left by an interrupted run, are dropped.
-        tensorboard: also write TensorBoard's event files, into `out/tensorboard`.
+        tensorboard: also write those event files.
         writes: whether this process writes at all.
 
     Raises: MissingExtraError: TensorBoard is asked for and not installed. SaveError: no space or no permission.
@@ -160,16 +160,9 @@ def export_model(
 ) -> None:
     """Write a model in training into `folder`; called by every process, written by the first.
 
-    `from_pretrained` reads our models back, with the class names, the data's name and the accuracy. Of any other module
-    the state dict is written, as `model.safetensors`.
-
-    Args:
-        model: on any device.
-        folder: made if need be.
-        process: this one.
-        divided: whether each process holds only a part of the parameters.
-        records: the training set.
-        accuracy: `top1` and `top5` of these weights in percent, where they are known.
+    `from_pretrained` reads our models back, with the class names and name of `records`, which they were trained on, and
+    their `accuracy`: `top1` and `top5` in percent, where known. Of any other module the state dict is written, as
+    `model.safetensors`. `divided`: each process holds only a part of the parameters.
 
     Raises: SaveError: no space or no permission.
     """
@@ -249,13 +242,7 @@ def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> st
 
 
 def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
-    """Write the state of a run into `out`; called by every process, written by the first.
-
-    Args:
-        out: the run's folder.
-        learner: weights, average and optimiser.
-        progress: position of the run.
-        run: its fingerprint, see `identity_of`.
+    """Write the state of a run into `out`; called by every process, written by the first. `run`: see `identity_of`.
 
     Raises: SaveError: no space or no permission; the previous state is left as it was.
     """
