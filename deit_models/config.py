@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
 from typing import Any
 
 from .errors import ConfigError
 
 
-def override(config: Any, overrides: dict[str, Any]) -> Any:
+def override(config: Any, overrides: Mapping[str, Any]) -> Any:
     """The config with some fields replaced. Raises: ConfigError: an unknown field; the nearest ones are named."""
     known = [field.name for field in fields(config)]
     for name in overrides:

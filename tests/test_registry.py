@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub.toy_manifest import put_checkpoints_in_force
 from torch.utils.flop_counter import FlopCounterMode
 
 import deit_models
@@ -114,7 +115,7 @@ def test_published_checkpoint_is_described(name: str) -> None:
 def test_manifest_row_that_no_family_registers_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "schema = 1\n[model.ghost]\nfamily = 'deit'\nparams = 1\nmacs = 1\ninput_size = 8\nnum_classes = 1\n"
     rows = parse_manifest(text + "eval = { resize = 8, crop = [8, 8] }\n")
-    monkeypatch.setattr(registry, "load_manifest", lambda: rows)
+    put_checkpoints_in_force(rows, monkeypatch)
     with pytest.raises(ManifestError, match=r"lists ghost, but models/deit.py does not register it"):
         create_model("ghost")
 

@@ -1,5 +1,4 @@
-"""Bytes: a plain download, such as the authors' `.pth` files, which the Hub client cannot do: cached, resumed."""
-# MERGED """Bytes: a file of the Hub, cached and complete; what every file needs: digests, atomic writes, a cache folder."""
+"""Files of the Hub and plain downloads, such as the authors' `.pth` files: cached, complete, resumed, tried again."""
 
 from __future__ import annotations
 
@@ -12,13 +11,13 @@ import urllib.request
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import huggingface_hub
 from huggingface_hub import cached_assets_path, constants, hf_hub_download
 from huggingface_hub import errors as hub_errors
-from huggingface_hub.utils._fixes import WeakFileLock
+from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, not listed
 from huggingface_hub.utils.tqdm import tqdm
 
 from ..errors import FetchError, IntegrityError, SaveError, first_line
@@ -31,6 +30,7 @@ T = TypeVar("T")
 ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
 """Before the second attempt; doubled before the third."""
+TIMEOUT_S = 30.0
 
 
 class NoSuchFileError(FetchError):
@@ -47,12 +47,13 @@ class TransientError(FetchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How files are fetched: the keywords of `from_pretrained` that concern the network and the cache."""
+    """How files are fetched: the keywords of `from_pretrained` for network and cache, and the Hub client's function."""
 
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
+    download: Callable[..., str] = hf_hub_download
 
     def at(self, revision: str | None) -> Access:
         """The same access to another revision, unless the caller pinned one."""
@@ -60,7 +61,7 @@ class Access:
 
     @property
     def offline(self) -> bool:
-        """Whether the network must not be touched, by argument or by HF_HUB_OFFLINE."""
+        """Whether the network must not be used, by argument or by HF_HUB_OFFLINE."""
         return self.local_files_only or huggingface_hub.is_offline_mode()
 
 
@@ -74,7 +75,7 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
 
 
 def with_retries(fetch: Callable[[], T]) -> T:
-    """Call `fetch` again, after a growing pause, while it fails with a TransientError; the last attempt's stands."""
+    """Call `fetch` up to three times, with growing pauses, while it fails with a TransientError."""
     for attempt in range(ATTEMPTS - 1):
         try:
             return fetch()
@@ -85,7 +86,7 @@ def with_retries(fetch: Callable[[], T]) -> T:
     return fetch()
 
 
-# What a refusal of the Hub means for the user; the first class that fits decides.
+# Errors of the Hub client, ours for them, and the reason; the first class that fits decides.
 _REFUSALS: tuple[tuple[type[Exception], type[FetchError], str], ...] = (
     (hub_errors.EntryNotFoundError, NoSuchFileError, "the repository has no such file"),
     (hub_errors.GatedRepoError, FetchError, "gated; accept its terms on its page, then pass token=..."),
@@ -102,7 +103,7 @@ _REFUSALS: tuple[tuple[type[Exception], type[FetchError], str], ...] = (
 def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
     where = f"{repo_id}/{filename}" + (f" at {access.revision}" if access.revision else "")
     try:
-        path = hf_hub_download(
+        path = access.download(
             repo_id,
             filename,
             revision=access.revision,
@@ -114,7 +115,7 @@ def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
         if access.offline:
             reason = "not in the cache, and offline; load it once with network, or pass a path"
             raise FetchError(f"{where}: {reason}") from error
-        # the client says the same of a server that answers with an error, which another repository may not meet
+        # the same error as for a server that answers with an error, which another repository may not meet
         kind = FetchError if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else HubUnreachableError
         reason = f"{constants.ENDPOINT} cannot be reached, and the file is not in the cache"
         raise kind(f"{where}: {reason}") from error
@@ -127,7 +128,7 @@ def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
 
 
 def _failure(error: Exception, where: str) -> Exception:
-    """A failed transfer as one of our errors; anything that is not one comes back as it is."""
+    """A failed transfer as one of our errors; any other error as it is."""
     if isinstance(error, hub_errors.HfHubHTTPError):
         status = getattr(error.response, "status_code", 0)
         kind = TransientError if status >= 500 or status == 429 else FetchError
@@ -167,15 +168,12 @@ def etag_digest(path: Path) -> str | None:
 
 
 def assets_dir(namespace: str, access: Access) -> Path:
-    """Where this package keeps what the Hub's own cache has no place for, created if need be."""
+    """A folder for files that the Hub's own cache has no place for; made if need be."""
     parent = None if access.cache_dir is None else Path(access.cache_dir) / "assets"
     try:
         return cached_assets_path(library_name="deit_models", namespace=namespace, assets_dir=parent)
-    except (OSError, ValueError) as error:  # ValueError: the client's word for a file in its place
+    except (OSError, ValueError) as error:  # ValueError: a file is in its place
         raise SaveError(f"the cache folder cannot be made ({first_line(error)}); pass cache_dir=...") from error
-
-
-TIMEOUT_S = 30.0
 
 
 def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
@@ -216,7 +214,7 @@ def _download(url: str, path: Path, digest: str | None) -> None:
             resumed = response.status == 206
             left = int(response.headers.get("Content-Length") or -1)
             with part.open("ab" if resumed else "wb") as file:
-                got = _copy(response, file, total=left, name=path.name)
+                got = _copy(response, file, left, name=path.name)
     except urllib.error.HTTPError as error:
         error.close()
         if error.code == 416:  # nothing left to resume: the part is whole, or is not of this file
@@ -237,13 +235,13 @@ def _download(url: str, path: Path, digest: str | None) -> None:
     os.replace(part, path)
 
 
-def _copy(response: object, file: object, *, total: int, name: str) -> int:
+def _copy(response: Any, file: Any, left: int, *, name: str) -> int:
     got = 0
-    size = total if total > 0 else None
     # disable=None: a bar on a terminal, none in a pipe
-    with tqdm(total=size, unit="B", unit_scale=True, desc=name, disable=None) as bar:  # type: ignore[no-untyped-call]
-        while chunk := response.read(CHUNK_BYTES):  # type: ignore[attr-defined]  # urllib's responses have no public type
-            file.write(chunk)  # type: ignore[attr-defined]
+    total = left if left > 0 else None
+    with tqdm(total=total, unit="B", unit_scale=True, desc=name, disable=None) as bar:  # type: ignore[no-untyped-call]
+        while chunk := response.read(CHUNK_BYTES):
+            file.write(chunk)
             got += len(chunk)
             bar.update(len(chunk))
     return got

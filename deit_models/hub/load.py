@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -79,24 +79,28 @@ def from_pretrained(
     """
     access = Access(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
     changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
+    loaded = load(source, access, model=model, changes=changes)
+    return loaded.to(device=device, dtype=dtype or torch.float32).eval()
 
-    def build(located: Located) -> ImageClassifier:
-        return _build(located, changes, access).to(device=device, dtype=dtype or torch.float32).eval()
 
+def load(
+    source: str | os.PathLike[str], access: Access, *, model: str | None = None, changes: Mapping[str, Any]
+) -> ImageClassifier:
+    """A model on the CPU, of the file's dtype, loaded as `from_pretrained` does; `changes` are fields of its config."""
     name, path = os.fspath(source), Path(source)
     if isinstance(source, str) and name in load_manifest() and model in (None, name):
-        return _from_manifest(load_manifest()[name], access, build)
+        return _from_manifest(load_manifest()[name], access, changes)
     if path.exists():
-        return build(_locate_path(path, model))
+        return _build(_locate_path(path, model), changes, access)
     is_file = path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES
     if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:
-        return build(_locate_repo(name, access, model))
+        return _build(_locate_repo(name, access, model), changes, access)
     if os.sep in name or path.suffix:
         raise UnknownModelError(f"{name!r} is neither a file or directory here nor a Hub repository (owner/name)")
     raise unknown_model(name)
 
 
-def _from_manifest(info: ModelInfo, access: Access, build: Callable[[Located], ImageClassifier]) -> ImageClassifier:
+def _from_manifest(info: ModelInfo, access: Access, changes: Mapping[str, Any]) -> ImageClassifier:
     """The first source of a model that gives a sound model; a failed one is logged, and the next is tried."""
     sources = [source for source in info.sources if access.revision is None or source.repo is not None]
     if not sources:
@@ -108,7 +112,8 @@ def _from_manifest(info: ModelInfo, access: Access, build: Callable[[Located], I
         # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
         down = source.repo is not None and any(isinstance(failure, fetch.HubUnreachableError) for failure in failures)
         try:
-            return build(_locate_source(info, source, replace(access, local_files_only=True) if down else access))
+            at = replace(access, local_files_only=True) if down else access
+            return _build(_locate_source(info, source, at), changes, access)
         except (FetchError, SaveError, CheckpointError) as error:
             failures.append(error)
             logger.warning("%s: %s", info.name, error)
@@ -226,7 +231,7 @@ def _is_non_commercial(licence: str | None) -> bool:
     return licence is not None and "-NC" in licence
 
 
-def _build(located: Located, changes: dict[str, Any], access: Access) -> ImageClassifier:
+def _build(located: Located, changes: Mapping[str, Any], access: Access) -> ImageClassifier:
     """A model with the tensors of a file; `changes` are fields of the config."""
     tensors, sha256 = read_tensors(
         located.weights, access, source=located.source, digest=located.digest, payload=located.payload

@@ -24,7 +24,7 @@ PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy", "ftp_proxy")
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
+    _put(monkeypatch, fetch, RETRY_DELAY_S=0.001)
 
 
 @dataclass
@@ -44,7 +44,7 @@ class HubEnv:
 
     def go_offline(self, offline: bool = True) -> None:
         self._monkeypatch.setenv("HF_HUB_OFFLINE", str(int(offline)))
-        self._monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+        _put(self._monkeypatch, constants, HF_HUB_OFFLINE=offline)
 
     def blobs(self) -> list[Path]:
         """Every complete file in the cache."""
@@ -71,8 +71,8 @@ def hub_env(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     _set_environment(monkeypatch, hub_server, home)
     _set_frozen_constants(monkeypatch, hub_server, home)
     impatient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: time.sleep(min(seconds, 0.005))})
-    monkeypatch.setattr(_http, "time", impatient)
-    monkeypatch.setattr(file_download, "time", impatient)
+    for module in (_http, file_download):
+        _put(monkeypatch, module, time=impatient)
     huggingface_hub.close_session()
     yield HubEnv(hub_server, home, home / "hub", monkeypatch)
     huggingface_hub.close_session()
@@ -130,14 +130,19 @@ def _set_frozen_constants(monkeypatch: pytest.MonkeyPatch, server: HubServer, ho
         "HF_HUB_DOWNLOAD_TIMEOUT": 10,
         "HF_HUB_ETAG_TIMEOUT": 10,
     }
-    for name, value in frozen.items():
-        monkeypatch.setattr(constants, name, value, raising=False)
+    _put(monkeypatch, constants, **frozen)
     copies = {
         "utils._cache_assets": {"HF_ASSETS_CACHE": str(home / "assets")},
         "utils._detect_agent": {"_registry": None},
         "utils.tqdm": {"HF_HUB_DISABLE_PROGRESS_BARS": True},
     }
     for module, values in copies.items():
-        for name, value in values.items() if f"huggingface_hub.{module}" in sys.modules else ():
-            monkeypatch.setattr(sys.modules[f"huggingface_hub.{module}"], name, value, raising=False)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.url)  # made at import, behind the module's functions
+        if f"huggingface_hub.{module}" in sys.modules:
+            _put(monkeypatch, sys.modules[f"huggingface_hub.{module}"], **values)
+    _put(monkeypatch, hf_api.api, endpoint=server.url)  # made at import, behind the module's functions
+
+
+def _put(monkeypatch: pytest.MonkeyPatch, place: object, **values: object) -> None:
+    """For one test, other values for what a module or object read when it was imported or made."""
+    for name, value in values.items():
+        monkeypatch.setattr(place, name, value, raising=False)

@@ -14,7 +14,6 @@ from tiny_models import tiny_model as make
 from deit_models import ConfigError, FetchError, SaveError, create_model, from_pretrained, transform_for
 from deit_models.checkpoint import Preprocessing
 from deit_models.formats import publish
-from deit_models.hub import fetch
 from deit_models.models.deit import DeiT, DeiTConfig
 
 CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
@@ -259,8 +258,7 @@ def test_transformers_own_folder_loads_here(tmp_path, distilled):
 
 
 @pytest.fixture
-def hub(hub_server, hub_env, monkeypatch):
-    monkeypatch.setattr(fetch, "RETRY_DELAY_S", 0.001)
+def hub(hub_server, hub_env):
     hub_env.login()
     return hub_server
 
