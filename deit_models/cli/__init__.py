@@ -11,10 +11,9 @@ from .. import __version__
 from ..errors import DeitModelsError
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, process_number
 from .catalogue import add_cache, add_convert, add_info, add_list
-from .finetuning import add_finetune
 from .inference import add_bench, add_evaluate, add_export, add_predict
 from .searching import add_search
-from .train import add_distill, add_train
+from .train import add_distill, add_finetune, add_train
 
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_evaluate),

@@ -1,4 +1,4 @@
-"""`deit-models train` and `deit-models distill`."""
+"""`deit-models train`, `distill` and `finetune`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,19 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from .arguments import LOADING, TEACHER, add_data, add_options, command, loading, open_data, picked, say
+from .arguments import (
+    LOADING,
+    TEACHER,
+    add_data,
+    add_options,
+    chosen_model,
+    command,
+    loading,
+    open_data,
+    picked,
+    say,
+    watcher,
+)
 from .long_runs import (
     TrainingDisplay,
     add_folder,
@@ -15,6 +27,7 @@ from .long_runs import (
     check_fresh,
     chosen_recipe,
     given_teacher,
+    recipe_changes,
     run_to_end,
     state_file,
 )
@@ -22,11 +35,12 @@ from .long_runs import (
 if TYPE_CHECKING:
     from ..data.records import ImageRecords
     from ..distributed import Process
+    from ..finetuning.finetune import FinetuneResult
     from ..models.layers import ImageClassifier
     from ..training.recipe import Recipe
     from ..training.run import TrainResult
 
-NO_VALIDATION = "none"
+NO_VALIDATION, SPLIT = "none", "split"
 _USAGE = "%(prog)s DATA --out FOLDER{} [--model NAME] [--recipe NAME|FILE.toml] [options]"
 _TORCHRUN = "on 8 GPUs: torchrun --nproc-per-node 8 -m deit_models {} ..."
 
@@ -66,9 +80,7 @@ def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
         f"what to train, from `deit-models list`, default {model}; with --pretrained, the model of a bare weights file"
     )
     parser.add_argument("--model", metavar="NAME", help=text)
-    text = (
-        "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are made anew"
-    )
+    text = "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are new"
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
     add_options(parser, *LOADING, "--workers", "--device", "--cache")
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
@@ -117,7 +129,7 @@ def _train(
             on_epoch=display.show_epoch,
             **picked(args, "out", "workers", "cache", "shard", "tensorboard"),
         )
-    say(_summary(result))
+    say(_train_summary(result))
     if args.plot and process.is_main:
         plot_curves({result.out.name: result.log}, result.out / "curves.png")
 
@@ -168,8 +180,108 @@ def _plan(args: argparse.Namespace, start: str, records: ImageRecords, val: Imag
     return f"{model} {start}, recipe {args.recipe}: {data}; {place}"
 
 
-def _summary(result: TrainResult) -> str:
+def _train_summary(result: TrainResult) -> str:
     if result.top1 is None or result.best_epoch is None:
         return f"wrote {result.out / 'model'}"
     best = f", best {result.best_top1:.2f} % after epoch {result.best_epoch + 1}"
     return f"top-1 {result.top1:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
+
+
+def add_finetune(commands: Any) -> None:
+    """Add the command `finetune`."""
+    summary, example = "teach a pretrained model other classes", "finetune photos/ --out runs/photos --mode head"
+    parser = command(commands, "finetune", summary, example, _run_finetune, own_help=True)
+    parser.usage = "%(prog)s DATA --out FOLDER [--model SOURCE] [--mode full|head|last-N] [options]"
+    add_recipe(parser, "finetune", by_data=True)
+    text = "a folder with a folder of images for each class, or with train/ and val/; or a name: cifar10, ..."
+    add_data(parser, text)
+    text = (
+        "images to choose the best epoch or penalty by, a folder or a name; default: those of DATA if it has any, "
+        f"else, and with the word {SPLIT}, a share of the training images"
+    )
+    parser.add_argument("--val-data", metavar="DATA", help=text)
+    parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X", help="that share, default 0.2")
+    parser.add_argument(
+        "--split-seed", type=int, default=0, metavar="N", help="seed that selects these images, default 0"
+    )
+    text = "images that have no part in any choice; the best model is scored on them at the end"
+    parser.add_argument("--test-data", metavar="DATA", help=text)
+    add_folder(parser, "models, figures, recipe and saved state")
+    text = "weights to start from: a name, a folder or a Hub repository; default: what comes with the package"
+    parser.add_argument("--model", metavar="SOURCE", help=text)
+    text = "trained parts: everything; the heads alone, in seconds, on features computed once; or the last N blocks; "
+    parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=f"{text}default full")
+    text = "start a class's row of the head from the row of the model's class of the same name"
+    parser.add_argument("--warm-start", action="store_true", help=text)
+    add_options(parser, *TEACHER, *LOADING, "--workers", "--device", "--cache")
+    text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
+    parser.add_argument("--plot", action="store_true", help=text)
+    parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
+    layouts = ["native", "timm", "transformers"]
+    parser.add_argument(
+        "--layout", choices=layouts, default="native", help="layout of the pushed model, default native"
+    )
+
+
+def _run_finetune(args: argparse.Namespace) -> int:
+    from ..distributed import join_processes
+    from ..finetuning.finetune import finetune, recipe_for, validation_source
+    from ..hub.load import from_pretrained
+    from ..training.state import find_matplotlib
+
+    check_fresh(args)
+    start = chosen_model(args)
+    if args.plot:
+        find_matplotlib()  # before anything is read or fetched
+    with join_processes(args.device) as process:
+        records = open_data(args, args.data, "train", process)
+        model = from_pretrained(start, **loading(args))
+        recipe = recipe_for(
+            records.name,
+            model,
+            images=len(records),
+            teacher=args.teacher is not None,
+            recipe=None if args.recipe is None else chosen_recipe(args),
+            **recipe_changes(args),
+        )
+        display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
+
+        def work() -> None:
+            own = None if args.val_data == SPLIT else validation_source(args.data, args.val_data)
+            val, test = (
+                source and open_data(args, source, "val", process, classes=records.classes, own_folder=True)
+                for source in (own, args.test_data)
+            )
+            checked = f"{args.val_fraction:.0%} of them set aside" if val is None else f"{len(val)} for validation"
+            settings = "" if args.mode == "head" else f", recipe {recipe.preset}"
+            data = f"{len(records)} images of {len(records.classes)} classes, {checked}"
+            say(f"{start}, mode {args.mode}{settings}: {data}; into {args.out}")
+            result = finetune(
+                model,
+                train=records,
+                val=val,
+                test=test,
+                recipe=recipe,
+                teacher=given_teacher(args, model, len(records.classes), process.device),
+                device=process.device,
+                watch=watcher("features") if args.mode == "head" else display.watch,
+                on_epoch=display.show_epoch,
+                **picked(
+                    args, "out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout"
+                ),
+                **picked(args, "workers", "cache"),
+            )
+            say(_finetune_summary(result))
+
+        kept = "the features computed so far stay, and the same command goes on from there"
+        return run_to_end(args, recipe, display, work, kept=kept if args.mode == "head" else None)
+
+
+def _finetune_summary(result: FinetuneResult) -> str:
+    figures = [
+        f"{name} {result.metrics[part]['top1']:.2f} % of {result.metrics[part]['images']} images"
+        for part, name in (("val", "validation"), ("test", "test"))
+        if part in result.metrics
+    ]
+    pushed = f"; pushed to {result.address}" if result.address else ""
+    return f"{', '.join(figures)}; wrote {result.out / 'best'} and the like for timm and transformers{pushed}"
