@@ -211,7 +211,7 @@ class ScoredAttention(nn.Module):
         return self.proj((probabilities @ value).transpose(1, 2).flatten(2))
 
 
-class Attention(ScoredAttention):
+class MapAttention(ScoredAttention):
     """Self-attention over the positions of a map, (B, N, D) -> (B, N, D), with values wider than keys."""
 
     def __init__(self, config: LeViTConfig, stage: int) -> None:
@@ -272,7 +272,7 @@ def _layers(config: LeViTConfig) -> Iterator[nn.Module]:
     rate = config.drop_path_rate
     for stage, (width, depth) in enumerate(zip(config.embed_dim, config.depth, strict=True)):
         for _ in range(depth):
-            yield Residual(Attention(config, stage), drop_path_rate=rate)
+            yield Residual(MapAttention(config, stage), drop_path_rate=rate)
             yield Residual(_mlp(width, config.mlp_ratio), drop_path_rate=rate)
         if stage + 1 < len(config.embed_dim):
             yield ShrinkAttention(config, stage)

@@ -5,21 +5,19 @@ Four convolutions turn the image into tokens. Plain blocks mix them; between sta
 halves the grid's sides and widens the tokens. The class token goes through all stages. In training a second head
 classifies every patch of the last stage; it learns from images that are mixed patch by patch.
 
-A network is a row of `Stage`s: a width, and for each block its heads and the hidden width of its MLP.
-`nas.space.stages_of` reads the authors' notation for them.
-
-Parameters carry the authors' names. Reading order: stages, config, stem, reduction, model, variants.
+Parameters carry the authors' names. Reading order: stages, config, stem, reduction, patch head, model, variants.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Beta
 from torch.nn import functional as F
 
 from ..config import check_positive, check_rates, check_whole
@@ -35,7 +33,6 @@ from .layers import (
     patch_grid,
     resize_pos_embed,
 )
-from .patch_training import PatchLogits, PatchMixing, PatchTraining
 from .transformer import Block, drop_path_rates
 
 Stem = Literal["conv", "patch"]
@@ -58,21 +55,15 @@ class Stage:
     mlp_hidden: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        """Refuse what is no stage. Raises: ConfigError: it has no blocks, or a number is not a whole one above 0."""
+        """Raise ConfigError for a stage without blocks, or a number that is not a whole one above 0."""
         check_whole(self, "embed_dim", "head_dim")
         for name in ("num_heads", "mlp_hidden"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-            values = getattr(self, name)
+            object.__setattr__(self, name, values := tuple(getattr(self, name)))
             if not all(type(value) is int and value > 0 for value in values):
                 raise ConfigError(f"{name}={values}; expected whole numbers above 0, one for each block")
         if not len(self.num_heads) == len(self.mlp_hidden) > 0:
             given = f"num_heads={self.num_heads} and mlp_hidden={self.mlp_hidden}"
             raise ConfigError(f"{given}; expected one of each for every block")
-
-    @property
-    def depth(self) -> int:
-        """Number of blocks."""
-        return len(self.num_heads)
 
 
 def _stage(embed_dim: int, head_dim: int, num_heads: Sequence[int], mlp_hidden: Sequence[int]) -> Stage:
@@ -144,7 +135,7 @@ class ViTResNASConfig(ImageSize):
     @property
     def depth(self) -> int:
         """Number of transformer blocks."""
-        return sum(stage.depth for stage in self.stages)
+        return sum(len(stage.num_heads) for stage in self.stages)
 
     @property
     def num_prefix_tokens(self) -> int:
@@ -160,7 +151,7 @@ def _read_stage(data: Any) -> Stage:
         raise ConfigError(f"stages: {data!r} is no stage ({error}); expected a table with {known}") from error
 
 
-class ConvNorm(nn.Module):
+class StemConv(nn.Module):
     """A 3x3 convolution without bias, BatchNorm and ReLU: (B, C, H, W) -> (B, C', H / stride, W / stride)."""
 
     def __init__(self, in_chans: int, out_chans: int, *, stride: int = 1) -> None:
@@ -178,14 +169,13 @@ class ConvStem(nn.Module):
 
     def __init__(self, config: ViTResNASConfig) -> None:
         super().__init__()
-        width, side = config.stages[0].embed_dim, config.patch_size
+        width, side, channels = config.stages[0].embed_dim, config.patch_size, config.in_chans
         self.has_convolutions = config.stem == "conv"
         if self.has_convolutions:
-            side //= 2
-            self.conv1 = ConvNorm(config.in_chans, config.stem_dim, stride=2)
-            self.conv2 = ConvNorm(config.stem_dim, config.stem_dim)
-            self.conv3 = ConvNorm(config.stem_dim, config.stem_dim)
-        channels = config.stem_dim if self.has_convolutions else config.in_chans
+            side, channels = side // 2, config.stem_dim
+            self.conv1 = StemConv(config.in_chans, config.stem_dim, stride=2)
+            self.conv2 = StemConv(config.stem_dim, config.stem_dim)
+            self.conv3 = StemConv(config.stem_dim, config.stem_dim)
         self.conv_proj = nn.Conv2d(channels, width, side, stride=side)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -240,9 +230,8 @@ def _layers(config: ViTResNASConfig) -> Iterator[nn.Module]:
     rates = iter(drop_path_rates(config.drop_path_rate, config.depth))
     for number, stage in enumerate(config.stages):
         if number:
-            yield SpatialReduction(
-                config, config.stages[number - 1].embed_dim, stage.embed_dim, config.grids[number - 1]
-            )
+            before = number - 1
+            yield SpatialReduction(config, config.stages[before].embed_dim, stage.embed_dim, config.grids[before])
         for heads, hidden in zip(stage.num_heads, stage.mlp_hidden, strict=True):
             yield Block(
                 stage.embed_dim,
@@ -254,6 +243,92 @@ def _layers(config: ViTResNASConfig) -> Iterator[nn.Module]:
                 drop_rate=config.drop_rate,
                 drop_path_rate=next(rates),
             )
+
+
+class PatchLogits(NamedTuple):
+    """Logits of each head, (B, num_classes), of the patch head (B, patches, num_classes); None: no such head."""
+
+    cls: Tensor
+    dist: Tensor | None
+    patches: Tensor | None
+
+
+_Targets = Tensor | tuple[Tensor, Tensor]
+
+
+class PatchTraining:
+    """Training of the patch head: its loss, and shifted patch-token mixup where `mix_mode` is "patch".
+
+    Mixing: an image of the first half of a batch gets a box of cells of a random partner in that half, the same box for
+    all; a cell is the part of the image under one patch of the last stage, and has the target of its origin. In the
+    second half images are mixed as a whole, and each patch has its image's target. All is drawn from torch's global
+    generator. Source: the authors' code, section "shifted patch-token mixup" of the paper; the code does not shift.
+
+    Args:
+        grid: (height, width) of the last stage in patches.
+        mix_mode: another one leaves the mixing to `training`: `mix` is None.
+        mixup, cutmix: parameters of the Beta laws for the mixed images and for the boxes.
+
+    Raises: ConfigError: patches to mix that are in no square, or one of the two parameters is 0.
+    """
+
+    def __init__(self, grid: tuple[int, int], *, mix_mode: str, mixup: float, cutmix: float) -> None:
+        self.side, self.mixup, self.cutmix = grid[0], mixup, cutmix
+        self.mix = self._mix if mix_mode == "patch" else None
+        if self.mix and grid[0] != grid[1]:
+            raise ConfigError(f"mix_mode='patch' needs a square image; this model's patches are {grid[0]}x{grid[1]}")
+        if self.mix and not (mixup and cutmix):
+            raise ConfigError("mix_mode='patch' mixes both ways; mixup and cutmix must be more than 0")
+
+    def _mix(self, images: Tensor, targets: Tensor) -> tuple[Tensor, _Targets]:
+        """Mix a batch in place; gives it, and the targets of images and patches.
+
+        Shape: (B, 3, H, W) and (B, K) float -> the same (B, 3, H, W), the same (B, K) and (B, P, K).
+        """
+        patches = targets[:, None].repeat(1, self.side**2, 1)
+        half = len(images) // 2
+        self._paste(images[:half], targets[:half], patches[:half])
+        share = float(Beta(self.mixup, self.mixup).sample())
+        partner = torch.randperm(len(images) - half, device=images.device)
+        _blend(images[half:], partner, share)
+        _blend(targets[half:], partner, share)
+        patches[half:] = targets[half:, None]
+        return images, (targets, patches)
+
+    def draw_box(self) -> tuple[int, int, int, int]:
+        """The cells to paste, as (top, bottom, left, right) with bottom and right excluded; it may be empty."""
+        side = self.side
+        cells = int(side**2 * float(Beta(self.cutmix, self.cutmix).sample()))
+        height = 1 + int(torch.randint(max(1, min(side, cells) - 2), ()))
+        width = cells // height
+        if width > side:
+            height, width = cells // side, side
+        # the authors' upper bound is exclusive: a box never touches the last row and column unless it must
+        top, left = (int(torch.randint(max(side - size, 1), ())) for size in (height, width))
+        return top, top + height, left, left + width
+
+    def _paste(self, images: Tensor, targets: Tensor, patches: Tensor) -> None:
+        top, bottom, left, right = self.draw_box()
+        partner = torch.randperm(len(images), device=images.device)
+        rows, columns = images.shape[-2] // self.side, images.shape[-1] // self.side
+        part = (..., slice(top * rows, bottom * rows), slice(left * columns, right * columns))
+        images[part] = images[partner][part]
+        cells = patches.view(len(patches), self.side, self.side, targets.shape[1])
+        cells[:, top:bottom, left:right] = targets[partner][:, None, None]
+        _blend(targets, partner, 1 - (bottom - top) * (right - left) / self.side**2)
+
+    def loss(self, logits: PatchLogits, targets: _Targets, label_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """Loss of the patch head; without targets of its own a patch has its image's. 0 where the head is not used."""
+        if logits.patches is None:
+            return logits.cls.new_zeros(())
+        wanted = targets[:, None].expand_as(logits.patches) if isinstance(targets, Tensor) else targets[1]
+        return label_loss(logits.patches.flatten(0, 1), wanted.flatten(0, 1))
+
+
+def _blend(values: Tensor, partner: Tensor, share: float) -> None:
+    """Mix each entry of a batch with its partner, in place."""
+    partners = values[partner]  # a copy, made before the values change
+    values.mul_(share).add_(partners, alpha=1 - share)
 
 
 class ViTResNAS(ImageClassifier):
@@ -285,10 +360,7 @@ class ViTResNAS(ImageClassifier):
         init_vit_weights(self)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D).
-
-        Raises: ConfigError: x has another size or channel count than the config.
-        """
+        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D). Raises: ConfigError: x does not fit."""
         self.check_input(x)
         tokens = self.tokens.expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([tokens, self.patch_embed(x)], dim=1) + self.pos_embed)
@@ -316,18 +388,10 @@ class ViTResNAS(ImageClassifier):
         return PatchLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
 
     def extra_heads(self, *, mix_mode: str, mixup: float, cutmix: float) -> PatchTraining | None:
-        """Mixing and loss for the patch head, see `training.losses.HasExtraHeads`; None: there is no patch head.
-
-        Raises: ConfigError: `mix_mode` is "patch", and the grid of patches is not square, or a rate is 0.
-        """
+        """Training of the patch head, see `training.losses.HasExtraHeads`; None: there is no patch head."""
         if self.patch_head is None:
             return None
-        if mix_mode != "patch":
-            return PatchTraining(None)
-        height, width = self.config.grids[-1]
-        if height != width:
-            raise ConfigError(f"mix_mode='patch' needs a square image; this model's patches are {height}x{width}")
-        return PatchTraining(PatchMixing(height, mixup=mixup, cutmix=cutmix))
+        return PatchTraining(self.config.grids[-1], mix_mode=mix_mode, mixup=mixup, cutmix=cutmix)
 
     def get_intermediate_layers(
         self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
@@ -353,10 +417,7 @@ class ViTResNAS(ImageClassifier):
         return [LayerTokens(ends[i][:, :prefix], maps[i]) for i in wanted]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """Attention probabilities of every block in order.
-
-        Shape: (B, C, H, W) -> one (B, heads, P + N, P + N) each; each row sums to 1.
-        """
+        """Attention probabilities of every block in order, (B, heads, P + N, P + N) each; each row sums to 1."""
         tokens, maps = self.forward_tokens(x), []
         for layer in self.blocks:
             if isinstance(layer, Block):
@@ -431,9 +492,8 @@ register_model("vit_res_tiny", ViTResNAS, _RES_TINY)
 register_model("vit_resnas_tiny", ViTResNAS, _RES_TINY, stages=_TINY)
 register_model("vit_resnas_small", ViTResNAS, _RES_TINY, stages=_SMALL)
 register_model("vit_resnas_medium", ViTResNAS, _RES_TINY, stages=_MEDIUM)
-register_model("vit_resnas_medium_280", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=280)
-register_model("vit_resnas_medium_336", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=336)
-register_model("vit_resnas_medium_392", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=392)
+for _size in (280, 336, 392):
+    register_model(f"vit_resnas_medium_{_size}", ViTResNAS, _RES_TINY, stages=_MEDIUM, img_size=_size)
 register_model("vit_resnas_supernet_tiny", ViTResNAS, _RES_TINY, stages=_SUPER_TINY)
 register_model("vit_resnas_supernet_small", ViTResNAS, _RES_TINY, stages=_SUPER_SMALL)
 register_model("vit_res_micro_patch4_32", ViTResNAS, _RES_MICRO)

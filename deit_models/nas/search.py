@@ -251,7 +251,7 @@ def _write_architecture(path: Path, network: ViTResNAS) -> None:
 
 
 def preprocessing_for(space: SearchSpace) -> Preprocessing:
-    """How images become the input of the networks of a space."""
+    """The transform from images to the input of the networks of a space."""
     return space.preprocessing or default_preprocessing("", space.config_of(space.largest()).image_hw)
 
 

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How candidates are drawn while the super-network trains; the defaults are the paper's.
+    """Numbers for drawing candidates while the super-network trains; the defaults are the paper's.
 
     Attributes:
         images: images of a batch for each candidate; a batch of 128 trains two candidates with 64.

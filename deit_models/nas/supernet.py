@@ -19,9 +19,8 @@ from torch.nn import functional as F
 from ..checkpoint import Layout
 from ..errors import ConfigError
 from ..models.layers import HeadLogits, ImageClassifier
-from ..models.patch_training import PatchLogits, PatchTraining
 from ..models.transformer import Attention, Block, Mlp
-from ..models.vit_resnas import SpatialReduction, ViTResNAS
+from ..models.vit_resnas import PatchLogits, PatchTraining, SpatialReduction, ViTResNAS
 from ..registry import meta_model
 from .settings import Sampling
 from .space import BlockChoice, Candidate, SearchSpace, StageChoice

@@ -12,7 +12,7 @@ from deit_models.augmentation.mixing import Mixing
 from deit_models.data.loading import DamageCount
 from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
-from deit_models.models.patch_training import PatchLogits, PatchMixing, PatchTargets, PatchTraining
+from deit_models.models.vit_resnas import PatchLogits, PatchTraining
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import _has_idle_head, extra_heads_of, make_learner
 from deit_models.training.losses import DistillationLoss
@@ -31,7 +31,8 @@ def recipe(**changes: object) -> Recipe:
 
 def mixing(**changes: object) -> Mixing:
     settings = recipe(**{"label_smoothing": 0.0, **changes})
-    return Mixing(settings, K, own=PatchMixing(SIDE, mixup=settings.mixup, cutmix=settings.cutmix))
+    own = PatchTraining((SIDE, SIDE), mix_mode="patch", mixup=settings.mixup, cutmix=settings.cutmix)
+    return Mixing(settings, K, own=own.mix)
 
 
 def batch(count: int) -> tuple[Tensor, Tensor]:
@@ -43,7 +44,7 @@ def batch(count: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("side", [1, 2, 4, 7])
 def test_boxes_lie_in_the_grid_and_follow_the_authors_rule(side: int) -> None:
     torch.manual_seed(0)
-    mix = PatchMixing(side, mixup=0.8, cutmix=1.0)
+    mix = PatchTraining((side, side), mix_mode="patch", mixup=0.8, cutmix=1.0)
     sizes = set()
     for _ in range(500):
         top, bottom, left, right = mix.draw_box()
@@ -67,8 +68,8 @@ def test_first_half_is_pasted_cell_by_cell_with_targets_to_match() -> None:
             assert (cells.amax((2, 3)) == cells.amin((2, 3))).all()  # cells are whole
             whose = cells[..., 0, 0].long()
             assert set(whose.flatten().tolist()) <= {0, 1, 2, 3}
-            assert torch.equal(targets.patches[i].argmax(1), whose.flatten() % K)
-            torch.testing.assert_close(targets.image[i], targets.patches[i].mean(0))  # lambda is the area
+            assert torch.equal(targets[1][i].argmax(1), whose.flatten() % K)
+            torch.testing.assert_close(targets[0][i], targets[1][i].mean(0))  # lambda is the area
             partial += len(whose.unique()) == 2
     assert partial > 20
 
@@ -80,9 +81,9 @@ def test_second_half_is_mixed_as_a_whole() -> None:
     for i in range(4, 8):
         value = float(mixed[i].flatten()[0])
         assert (mixed[i] == value).all()
-        assert targets.image[i].sum() == pytest.approx(1)
-        assert (targets.patches[i] == targets.image[i]).all()
-        share = targets.image[i][i % K] if targets.image[i].max() < 1 else torch.tensor(1.0)
+        assert targets[0][i].sum() == pytest.approx(1)
+        assert (targets[1][i] == targets[0][i]).all()
+        share = targets[0][i][i % K] if targets[0][i].max() < 1 else torch.tensor(1.0)
         assert 0 <= share <= 1
 
 
@@ -92,16 +93,16 @@ def test_small_and_odd_batches_keep_their_size(count: int) -> None:
     images, labels = batch(count)
     mixed, targets = mixing()(images, labels)
     assert mixed.shape == (count, 3, 16, 16)
-    assert targets.image.shape == (count, K)
-    assert targets.patches.shape == (count, SIDE**2, K)
-    torch.testing.assert_close(targets.patches.sum(2), torch.ones(count, SIDE**2))
+    assert targets[0].shape == (count, K)
+    assert targets[1].shape == (count, SIDE**2, K)
+    torch.testing.assert_close(targets[1].sum(2), torch.ones(count, SIDE**2))
 
 
 def test_targets_are_smoothed() -> None:
     torch.manual_seed(4)
     _, targets = mixing(label_smoothing=0.1)(*batch(4))
-    assert targets.image.min() == pytest.approx(0.1 / K)
-    assert targets.patches.min() == pytest.approx(0.1 / K)
+    assert targets[0].min() == pytest.approx(0.1 / K)
+    assert targets[1].min() == pytest.approx(0.1 / K)
 
 
 def test_what_cannot_be_mixed_is_refused() -> None:
@@ -120,11 +121,13 @@ def test_patches_learn_from_their_own_targets_or_the_images() -> None:
     torch.manual_seed(5)
     logits = PatchLogits(torch.randn(2, K), None, torch.randn(2, 3, K))
     image, patches = torch.rand(2, K).softmax(1), torch.rand(2, 3, K).softmax(2)
-    loss = DistillationLoss(recipe(), teacher=None, extra=PatchTraining(None))
+    loss = DistillationLoss(
+        recipe(), teacher=None, extra=PatchTraining((1, 3), mix_mode="batch", mixup=0.8, cutmix=1.0)
+    )
     cls = F.cross_entropy(logits.cls, image)
     own = -(patches * logits.patches.log_softmax(2)).sum(2).mean()
     shared = -(image[:, None] * logits.patches.log_softmax(2)).sum(2).mean()
-    torch.testing.assert_close(loss(logits, PatchTargets(image, patches)), cls + own)
+    torch.testing.assert_close(loss(logits, (image, patches)), cls + own)
     torch.testing.assert_close(loss(logits, image), cls + shared)
 
 
