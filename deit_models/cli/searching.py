@@ -87,9 +87,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--space", required=True, metavar="NAME|FILE.toml", help=text)
     text = "share of the training images that candidates are scored on, default 0.02 (the paper: 25 of each class)"
     parser.add_argument("--val-fraction", type=float, default=0.02, metavar="X", help=text)
-    parser.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="seed that selects these images, default 0"
-    )
+    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that choice, default 0")
     add_options(parser, "--workers", "--device")
 
 

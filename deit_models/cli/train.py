@@ -201,9 +201,7 @@ def add_finetune(commands: Any) -> None:
     )
     parser.add_argument("--val-data", metavar="DATA", help=text)
     parser.add_argument("--val-fraction", type=float, default=0.2, metavar="X", help="that share, default 0.2")
-    parser.add_argument(
-        "--split-seed", type=int, default=0, metavar="N", help="seed that selects these images, default 0"
-    )
+    parser.add_argument("--split-seed", type=int, default=0, metavar="N", help="seed of that choice, default 0")
     text = "images that have no part in any choice; the best model is scored on them at the end"
     parser.add_argument("--test-data", metavar="DATA", help=text)
     add_folder(parser, "models, figures, recipe and saved state")
@@ -218,9 +216,7 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
     layouts = ["native", "timm", "transformers"]
-    parser.add_argument(
-        "--layout", choices=layouts, default="native", help="layout of the pushed model, default native"
-    )
+    parser.add_argument("--layout", choices=layouts, default="native", help="of the pushed model, default native")
 
 
 def _run_finetune(args: argparse.Namespace) -> int:
