@@ -208,13 +208,15 @@ class Run:
         progress = load_state(self.out, learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
+        ended = progress.epoch >= recipe.total_epochs or self._gives_up(progress)
+        loading = None if ended else self._loading()  # before anything is written: it may refuse the images
         board = self.computing.tensorboard
         with closing(RunLog(self.out, first_epoch=progress.epoch, tensorboard=board, writes=process.is_main)) as log:
             if process.is_main:
                 remove_leftovers(self.out)
                 write_text(self.out / RECIPE_NAME, recipe.to_toml())
-            if progress.epoch < recipe.total_epochs and not self._gives_up(progress):
-                self._epochs(progress, log, identity)
+            if loading is not None:
+                self._epochs(progress, log, identity, *loading)
         last = log.rows[-1] if log.rows else {}
         for prefix, heads in learner.versions().items():
             self._export("ema" if prefix else "model", heads, last, prefix)
@@ -222,8 +224,8 @@ class Run:
         best = (progress.best_top1, progress.best_epoch) if progress.best_epoch >= 0 else (None, None)
         return TrainResult(out=self.out, top1=last.get("top1"), best_top1=best[0], best_epoch=best[1], log=log.rows)
 
-    def _epochs(self, progress: Progress, log: RunLog, identity: dict[str, str]) -> None:
-        """The epochs that are left; after each its log row, exports and state are written as the recipe asks for."""
+    def _loading(self) -> tuple[TrainSampler, InputBatches]:
+        """The order of the training images, and their batches."""
         learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
         sampler = TrainSampler(
             len(self.records),
@@ -241,6 +243,13 @@ class Run:
             workers=self.workers,
             device=process.device,
         )
+        return sampler, batches
+
+    def _epochs(
+        self, progress: Progress, log: RunLog, identity: dict[str, str], sampler: TrainSampler, batches: InputBatches
+    ) -> None:
+        """The epochs that are left; after each its log row, exports and state are written as the recipe asks for."""
+        learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
         damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
         for epoch in range(progress.epoch, recipe.total_epochs):
             row = self._one_epoch(epoch, sampler, batches, damage)
