@@ -148,7 +148,7 @@ def score_each(
     tallies, device, done = {name: Tally() for name in models}, process.device, 0
     with ExitStack() as modes:
         for model in models.values():
-            modes.enter_context(_evaluating(model))
+            modes.enter_context(eval_mode(model))
         for images, labels, failures in batches:
             damage.add(failures)
             images = images.to(device, non_blocking=True)
@@ -199,7 +199,7 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """Eval mode; afterwards each module gets its mode back: a part may have been frozen on purpose."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

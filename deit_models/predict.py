@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, NamedTuple, overload
+from typing import Any, NamedTuple, overload
 
 import PIL.Image
 import torch
@@ -19,11 +19,9 @@ from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
 from .data.transforms import to_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
+from .evaluation import eval_mode
+from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL
-
-if TYPE_CHECKING:
-    from .models.layers import ImageClassifier
-
 
 __all__ = ["DEFAULT_MODEL", "Classifier", "ImageResult", "Prediction", "attention_maps", "find_images"]
 
@@ -53,7 +51,7 @@ class Classifier:
             dtype: floating-point type of the parameters; probabilities are float32 in any case.
             batch_size: images that go through the model at once; halved, with a log line, where memory is short.
             fast_pixels: decode and resize faster to nearly the same pixels, see `EvalTransform`.
-            labels: a name for each class; by default those the checkpoint brings.
+            labels: a name for each class; default: the checkpoint's.
             **load_options: further keywords of `from_pretrained`, e.g. revision="...", or model="..." for a bare file.
 
         Raises: ConfigError: labels that do not fit the classes, a bad batch size, load options for a loaded model;
@@ -116,7 +114,7 @@ class Classifier:
             workers: processes that decode; 0 decodes in this one. By default threads of this one, which take turns with
                 the model, and processes beside a GPU.
 
-        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a decoding process died,
+        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a loading process died,
             or a single image is too much for the device's memory.
         """
         top_k = self._checked(top_k)
@@ -129,9 +127,10 @@ class Classifier:
         batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
         yield from self._classify(batches, top_k)
 
-    def _classify(self, batches: Iterable[FileBatch], top_k: int) -> Iterator[ImageResult]:
-        # A GPU is given the next batch before the answers for the last are waited for
-        ahead = 0 if _device(self.model).type == "cpu" else 1
+    def _classify(self, batches: Iterable[FileBatch], top_k: int, *, ahead: int | None = None) -> Iterator[ImageResult]:
+        """The results of each batch; `ahead` batches are launched before results are read: on a GPU one."""
+        if ahead is None:
+            ahead = batches_ahead(_device(self.model))
         launched: deque[tuple[FileBatch, list[TopClasses]]] = deque()
         for batch in batches:
             launched.append((batch, self._launch(batch.images, top_k)))
@@ -163,7 +162,7 @@ class Classifier:
             raise ImageError(f"{name}: {error}") from error
 
     def _launch(self, levels: Tensor, top_k: int) -> list[TopClasses]:
-        """The likeliest classes of a batch, in as many parts as memory asks for; a GPU may still be at work on them."""
+        """The likeliest classes of a batch, in as many parts as memory asks for; a GPU may still compute them."""
         tops: list[TopClasses] = []
         start = 0
         while start < len(levels):
@@ -177,37 +176,40 @@ class Classifier:
     def _top_if_it_fits(self, levels: Tensor, top_k: int) -> TopClasses | None:
         """None, and a smaller `batch_size` from now on, where the device has too little memory for so many at once."""
         try:
-            return self._top(levels, top_k)
+            with torch.inference_mode():
+                images = self.transform.to_input(to_device(levels, _device(self.model)))
+                logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
+                return top_classes(logits, top_k)
         except torch.OutOfMemoryError as error:
             if len(levels) == 1:
                 raise DeitModelsError(
                     f"not even one image fits into the memory of this device beside the model; free some, "
                     f"or use a smaller model or the CPU ({str(error).partition('. ')[0]})"
                 ) from error
-        # the error is gone by now, and with it the tensors that its traceback held
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        # here the error is gone, and with it the tensors that its traceback held
         self.batch_size = len(levels) // 2
         logger.warning("%d images at once do not fit into memory; going on with %d", len(levels), self.batch_size)
+        torch.cuda.empty_cache()  # does nothing where no GPU is in use
         return None
-
-    def _top(self, levels: Tensor, top_k: int) -> TopClasses:
-        with torch.inference_mode():
-            images = self.transform.to_input(to_device(levels, _device(self.model)))
-            logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
-            return top_classes(logits, top_k)
 
     def _predictions(self, tops: list[TopClasses]) -> list[tuple[Prediction, ...]]:
         return [tuple(Prediction(self.labels[i], p, i) for p, i in row) for top in tops for row in top.read()]
 
 
-def _best_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+def _best_device(*, cuda: bool | None = None, mps: bool | None = None) -> str:
+    cuda = torch.cuda.is_available() if cuda is None else cuda
+    mps = torch.backends.mps.is_available() if mps is None else mps
+    return "cuda" if cuda else "mps" if mps else "cpu"
+
+
+def batches_ahead(device: torch.device) -> int:
+    """Batches to launch before the results of the last are read: a GPU computes one while the CPU waits for another."""
+    return 0 if device.type == "cpu" else 1
 
 
 def _device(model: ImageClassifier) -> torch.device:
     first = next(model.parameters(), None)
-    # a model from `optimize` may have none, but knows where it computes
+    # a model from `optimize` may have none, and a device of its own
     return torch.device(getattr(model, "device", "cpu")) if first is None else first.device
 
 
@@ -232,16 +234,10 @@ def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
     compute = getattr(model, "attention_maps", None)
     if compute is None:
         raise ConfigError(f"{type(model).__name__} has no attention maps to give; use a family that has, such as DeiT")
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        # not inference_mode: its tensors refuse in-place changes later, and a map is there to be worked on
-        with torch.no_grad():
-            maps: Tensor | list[Tensor] = compute(x)
-            return maps
-    finally:
-        for module in training:
-            module.training = True
+    # not inference_mode: its tensors refuse in-place changes later, which users may make to a map
+    with eval_mode(model), torch.no_grad():
+        maps: Tensor | list[Tensor] = compute(x)
+    return maps
 
 
 class TopClasses(NamedTuple):
@@ -249,7 +245,7 @@ class TopClasses(NamedTuple):
 
     Attributes:
         packed: probabilities and class numbers, (2, B, top_k) float32: one copy, and numbers up to 2**24 are exact.
-        copied: when `packed` is complete; None where reading it waits by itself.
+        copied: the event after which `packed` is complete; None where reading waits by itself.
     """
 
     packed: Tensor
@@ -290,7 +286,7 @@ class Prediction(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ImageResult:
-    """What was found in one image.
+    """The result for one image.
 
     Attributes:
         source: the path, or a description such as "image 3", counted from 0 in the list that was given.

@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import torch
 from torch import nn
+from tracing import modules_run
 
 import deit_models
 from deit_models import predict
@@ -22,7 +23,7 @@ from deit_models.data.transforms import transform_for
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
-from deit_models.predict import Classifier, ImageResult, attention_maps
+from deit_models.predict import Classifier, ImageResult, attention_maps, batches_ahead
 
 NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
 
@@ -157,32 +158,20 @@ def test_a_given_model_is_used_itself_and_in_eval_mode() -> None:
     assert classifier(picture(0)).error is None
 
 
-def test_a_name_goes_through_from_pretrained(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-
-    def from_pretrained(source: str, **options: object) -> ImageClassifier:
-        calls.append((source, options))
-        return tiny_model()
-
-    from deit_models.hub import load
-
-    monkeypatch.setattr(load, "from_pretrained", from_pretrained)
-    monkeypatch.setattr(predict, "_best_device", lambda: "chosen")
-    assert Classifier("some/repo", revision="v2").labels == NAMES
-    Classifier(device="cpu", dtype=torch.float16)
-    assert calls == [
-        ("some/repo", {"device": "chosen", "dtype": None, "revision": "v2"}),
-        (predict.DEFAULT_MODEL, {"device": "cpu", "dtype": torch.float16}),
-    ]
+def test_a_name_goes_through_from_pretrained(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path / "mine")
+    plain = Classifier(tmp_path / "mine")
+    assert plain.labels == NAMES
+    assert next(plain.model.parameters()).device.type == predict._best_device()
+    assert len(Classifier(str(tmp_path / "mine"), num_classes=4).labels) == 4
+    half = Classifier(tmp_path / "mine", device="cpu", dtype=torch.float16).model
+    assert {(parameter.dtype, parameter.device.type) for parameter in half.parameters()} == {(torch.float16, "cpu")}
+    assert Classifier(device="cpu").model.origin.name == predict.DEFAULT_MODEL
 
 
 @pytest.mark.parametrize(("cuda", "mps", "device"), [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu")])
-def test_the_best_device_is_the_gpu_if_there_is_one(
-    monkeypatch: pytest.MonkeyPatch, cuda: bool, mps: bool, device: str
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
-    assert predict._best_device() == device
+def test_the_best_device_is_the_gpu_if_there_is_one(cuda: bool, mps: bool, device: str) -> None:
+    assert predict._best_device(cuda=cuda, mps=mps) == device
 
 
 def test_load_options_for_a_loaded_model_are_refused() -> None:
@@ -214,6 +203,14 @@ def test_imagenet_names_only_for_a_thousand_classes_of_imagenet() -> None:
     fewer = tiny_model(num_classes=7)
     fewer.origin = replace(fewer.origin, dataset="ImageNet-1k", class_names=None)
     assert Classifier(fewer).labels == tuple(f"class {i}" for i in range(7))
+
+
+def test_one_image_passes_few_modules(classifier: Classifier, tmp_path: Path) -> None:
+    (path,) = save_pictures(tmp_path, 1)
+    classifier(path)  # everything is imported
+    found = modules_run(lambda: classifier(path))
+    assert {"predict", "data.decoding", "data.transforms", "models.deit"} <= found
+    assert len(found) <= 6
 
 
 # Files
@@ -353,25 +350,22 @@ def test_no_image_of_a_list_is_lost_where_batches_are_halved(classifier: Classif
     assert [(r.source, r.predictions[0].index) for r in found] == [(r.source, r.predictions[0].index) for r in plain]
 
 
-def test_memory_is_given_back_before_a_smaller_batch_is_tried(
-    classifier: Classifier, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_memory_is_given_back_before_a_smaller_batch_is_tried(classifier: Classifier) -> None:
     held: list[weakref.ref[torch.Tensor]] = []
-    cleared: list[bool] = []
+    freed: list[bool] = []
 
     class Greedy(nn.Module):
         def forward(self, images: torch.Tensor) -> torch.Tensor:
+            freed.extend(reference() is None for reference in held[-1:])
             activations = images * 2
             held.append(weakref.ref(activations))
             if len(images) > 2:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return activations.flatten(1)[:, :10]
 
-    monkeypatch.setattr(classifier, "model", Greedy())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: cleared.append(held[-1]() is None))
+    classifier.model = Greedy()
     assert len(classifier([picture(seed) for seed in range(5)])) == 5
-    assert cleared == [True], "the batch that did not fit is still in memory"
+    assert freed[0], "the batch that did not fit is still in memory"
 
 
 def test_an_image_that_does_not_fit_by_itself_is_one_clear_error(classifier: Classifier, tmp_path: Path) -> None:
@@ -388,20 +382,17 @@ def test_an_image_that_does_not_fit_by_itself_is_one_clear_error(classifier: Cla
     ],
 )
 def test_a_gpu_has_the_next_batch_before_the_last_is_read(
-    classifier: Classifier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, device: str, events: list[str]
+    classifier: Classifier, tmp_path: Path, device: str, events: list[str]
 ) -> None:
-    seen = []
-    launch, read = classifier._launch, classifier._predictions
-    real = file_batches
-    cpu = torch.device("cpu")
-    asked = iter([torch.device(device)] * 2)  # first for the order of things, then to compute on, which is here
-    monkeypatch.setattr(predict, "_device", lambda _: next(asked, cpu))
-    monkeypatch.setattr(classifier, "_launch", lambda *a: seen.append("run") or launch(*a))
-    monkeypatch.setattr(classifier, "_predictions", lambda *a: seen.append("read") or read(*a))
-    monkeypatch.setattr(predict, "file_batches", lambda *a, **k: real(*a, **{**k, "device": cpu}))
-    paths = save_pictures(tmp_path, 20)
-    results = classifier.classify_files(paths)
-    assert [result.source for result in results] == [str(path) for path in paths]
+    paths, seen, sources = save_pictures(tmp_path, 20), [], []
+    classifier.model.register_forward_hook(lambda *_: seen.append("run"))
+    decode = classifier.transform.levels
+    batches = file_batches(paths, decode, batch_size=7, workers=0, device=torch.device("cpu"))
+    for result in classifier._classify(batches, 1, ahead=batches_ahead(torch.device(device))):
+        if len(sources) % 7 == 0:
+            seen.append("read")
+        sources.append(result.source)
+    assert sources == [str(path) for path in paths]
     assert seen == events
 
 

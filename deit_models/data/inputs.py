@@ -99,25 +99,25 @@ class InputBatches:
             labels, failed = labels.pin_memory(), failed.pin_memory()
         return self.to_input(images), labels, failed
 
-    def _ahead(self, batches: Iterable[list[Any]]) -> Iterator[Batch]:
+    def _ahead(self, batches: Iterable[list[Any]], cuda: Any = torch.cuda) -> Iterator[Batch]:
         """One batch ahead of the reader, on a stream of its own."""
-        stream, waiting = torch.cuda.Stream(self.device), None  # type: ignore[no-untyped-call]
+        stream, waiting = cuda.Stream(self.device), None
+
+        def handed_over(batch: Batch) -> Batch:
+            # the reader's stream waits before it uses the images; their memory is not reused before it has used them
+            current = cuda.current_stream(self.device)
+            current.wait_stream(stream)
+            batch[0].record_stream(current)
+            return batch
+
         for parts in batches:
-            with torch.cuda.stream(stream):
+            with cuda.stream(stream):
                 batch = self._ready(parts)
             if waiting is not None:
-                yield _handed_over(waiting, stream)
+                yield handed_over(waiting)
             waiting = batch
         if waiting is not None:
-            yield _handed_over(waiting, stream)
-
-
-def _handed_over(batch: Batch, stream: torch.cuda.Stream) -> Batch:
-    """The batch, for which the reader's stream waits before it uses the images; their memory is not reused before."""
-    current = torch.cuda.current_stream(batch[0].device)
-    current.wait_stream(stream)
-    batch[0].record_stream(current)
-    return batch
+            yield handed_over(waiting)
 
 
 def _joined(parts: list[Any], device: torch.device) -> Any:

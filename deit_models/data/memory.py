@@ -1,4 +1,4 @@
-"""Small images in memory: decoded once, by the loading processes in parallel, and shared with them as bytes."""
+"""Sets of small images in memory: decoded once, by the loading processes in parallel, and shared with them as bytes."""
 
 from __future__ import annotations
 
@@ -21,25 +21,28 @@ from .records import CachedRecords, ImageRecords, always_the_same
 logger = logging.getLogger(__name__)
 
 Cache = Literal["auto", "ram", "none"]
-SHARE = 4
-"""A set is kept by itself where it takes no more than one part in so many of what is free."""
+_SHARE = 4
+"""A set is kept unasked if it takes at most this fraction of the free memory: a quarter."""
 _WORTH_A_LINE = 64 << 20
-"""Bytes; below, nobody wants to be told."""
+"""Bytes; smaller sets are kept without a warning."""
 _PROBES = 16
 _AT_ONCE = 64
 
 
-def keep_in_memory(records: ImageRecords, cache: Cache, *, workers: int, processes: int = 1) -> ImageRecords:
+def keep_in_memory(
+    records: ImageRecords, cache: Cache, *, workers: int, processes: int = 1, free: int | None = None
+) -> ImageRecords:
     """The images decoded, if they are to be kept; else the set as it is.
 
-    By itself, "auto" keeps a set that is read the same each time (class folders, data sets known by name), whose images
-    have one size, and that fits in a quarter of the free memory.
+    "auto" keeps a set that is read the same each time (class folders, data sets known by name), whose images have one
+    size, and that fits in a quarter of the free memory.
 
     Args:
         records: the set.
         cache: "ram" always keeps it, "none" never.
         workers: loading processes, which decode.
         processes: training processes on this machine, each of which keeps a set of its own.
+        free: bytes that may be used; default: the free memory.
 
     Raises: ConfigError: another `cache`, or more than the free memory. DataError: images of several sizes; one is
         named. Both of the latter under "ram" alone.
@@ -50,8 +53,9 @@ def keep_in_memory(records: ImageRecords, cache: Cache, *, workers: int, process
         return records
     try:
         size = _size_of(records)
-        share = 1 if cache == "ram" else SHARE
-        needed, free = len(records) * 3 * size[0] * size[1], free_memory(shared=workers > 0) // processes
+        share = 1 if cache == "ram" else _SHARE
+        needed = len(records) * 3 * size[0] * size[1]
+        free = (free_memory(shared=workers > 0) if free is None else free) // processes
         if needed * share > free:
             raise ConfigError(
                 f"the {len(records)} images of {records.name} take {needed / 1e6:.0f} MB decoded, and {free / 1e6:.0f} "
@@ -73,7 +77,7 @@ def keep_in_memory(records: ImageRecords, cache: Cache, *, workers: int, process
 def keeps_pixels(records: ImageRecords, preprocessing: Preprocessing, cache: Cache) -> bool:
     """Whether to remember what the evaluation transform makes of a set, whatever the sizes of its images."""
     height, width = preprocessing.crop
-    fits = always_the_same(records) and len(records) * 3 * height * width * SHARE <= free_memory()
+    fits = always_the_same(records) and len(records) * 3 * height * width * _SHARE <= free_memory()
     return cache == "ram" or (cache == "auto" and fits)
 
 
@@ -171,6 +175,6 @@ def images_on(records: CachedRecords, device: torch.device) -> Tensor | None:
     """The pixels of a set where the model is; None: they would take more than a quarter of a GPU's free memory."""
     if device.type == "cpu":
         return records.images
-    if device.type == "cuda" and records.images.nbytes * SHARE <= torch.cuda.mem_get_info(device)[0]:
+    if device.type == "cuda" and records.images.nbytes * _SHARE <= torch.cuda.mem_get_info(device)[0]:
         return records.images.to(device)
     return None

@@ -7,14 +7,14 @@ from collections import Counter
 
 import pytest
 import torch
+from laws import kolmogorov, limit
 from PIL import Image, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional as TF
 
-from deit_models.augmentation.augment import ColorJitter, ThreeAugment, TrainTransform, covering
-from deit_models.augmentation.levels import ErasingBox, Levels, TrainInput, paste
-from deit_models.augmentation.randaugment import ENHANCE
+from deit_models.augmentation.augment import ColorJitter, RandomResizedCrop, ThreeAugment, TrainTransform, covering
+from deit_models.augmentation.levels import Levels, TrainInput
 from deit_models.checkpoint import Preprocessing
-from deit_models.data.transforms import EvalInput, EvalTransform
+from deit_models.data.transforms import EvalTransform
 from deit_models.errors import ConfigError
 from deit_models.training.recipe import Recipe
 
@@ -57,19 +57,6 @@ def model_input(transform: TrainTransform, image: Image.Image) -> torch.Tensor:
 
 def levels(image: Image.Image) -> torch.Tensor:
     return TF.pil_to_tensor(image).int()
-
-
-def kolmogorov(one: list[float], two: list[float]) -> float:
-    """Largest distance of two empirical distribution functions."""
-    samples = [torch.tensor(values, dtype=torch.float64) for values in (one, two)]
-    places = torch.cat(samples)
-    shares = [torch.searchsorted(x.sort().values, places, right=True) / len(x) for x in samples]
-    return float((shares[0] - shares[1]).abs().max())
-
-
-def limit(count: int) -> float:
-    """What the distance of two samples of `count` from one law passes once in a hundred times."""
-    return 1.63 * math.sqrt(2 / count)
 
 
 # The whole
@@ -224,24 +211,29 @@ def test_mirroring_keeps_its_probability() -> None:
     assert abs(mirrored - 180) < 4 * math.sqrt(600 * 0.3 * 0.7)
 
 
-def test_three_augment_takes_its_operations_equally_often(monkeypatch: pytest.MonkeyPatch) -> None:
-    image, radii = picture(24, 20), []
-    real = ImageFilter.GaussianBlur
+class Noting(random.Random):
+    """Notes what it draws from an interval."""
 
-    def blur(radius: float) -> ImageFilter.GaussianBlur:
-        radii.append(radius)
-        return real(radius)
+    def __init__(self, seed: int) -> None:
+        super().__init__(seed)
+        self.drawn: list[float] = []
 
-    monkeypatch.setattr(ImageFilter, "GaussianBlur", blur)
+    def uniform(self, a: float, b: float) -> float:
+        self.drawn.append(super().uniform(a, b))
+        return self.drawn[-1]
+
+
+def test_three_augment_takes_its_operations_equally_often() -> None:
+    image, rng = picture(24, 20), Noting(0)
+    radii = rng.drawn
     grey = image.convert("L").convert("RGB").tobytes()
     solarized = ImageOps.solarize(image, 128).tobytes()
-    rng = random.Random(0)
     results = Counter({"grey": 0, "solarized": 0})
     for _ in range(1500):
         before = len(radii)
         result = ThreeAugment()(image, rng).tobytes()
         if len(radii) > before:
-            assert result == image.filter(real(radii[-1])).tobytes()
+            assert result == image.filter(ImageFilter.GaussianBlur(radii[-1])).tobytes()
         else:
             results["grey"] += result == grey
             results["solarized"] += result == solarized
@@ -252,7 +244,7 @@ def test_three_augment_takes_its_operations_equally_often(monkeypatch: pytest.Mo
     assert kolmogorov(radii, uniform) < limit(len(radii))
 
 
-def test_color_jitter_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_color_jitter_is_torchvisions() -> None:
     image, orders, factors = picture(24, 20), Counter(), []
     names = {"Brightness": TF.adjust_brightness, "Contrast": TF.adjust_contrast, "Color": TF.adjust_saturation}
     rng = random.Random(0)
@@ -269,54 +261,10 @@ def test_color_jitter_is_torchvisions(monkeypatch: pytest.MonkeyPatch) -> None:
         orders[tuple(order)] += 1
     assert len(orders) == 6
     assert all(abs(count - 200) < 4 * math.sqrt(1200 * 5 / 36) for count in orders.values())
-    drawn: list[float] = []
-    monkeypatch.setitem(ENHANCE, "Color", lambda image, factor: drawn.append(factor) or image)
-    for _ in range(300):
-        ColorJitter(1.5)(image, rng)
-    assert kolmogorov(drawn, [2.5 * (k + 0.5) / 300 for k in range(300)]) < limit(300)  # never below 0
-
-
-def erased(height: int, width: int, *, prob: float = 1.0, count: int = 1, seed: int = 0) -> torch.Tensor:
-    """A batch of white images, erased; what is not noise is exactly 1."""
-    box, rng = ErasingBox(prob), random.Random(seed)
-    white = torch.full((3, height, width), 255, dtype=torch.uint8)
-    to_input = TrainInput(Preprocessing(resize=8, crop=(8, 8), mean=(0.0,) * 3, std=(1.0,) * 3), torch.device("cpu"))
-    return to_input(batch(*(Levels(white, torch.tensor(box(height, width, rng))) for _ in range(count))))
-
-
-def test_erasing_changes_one_box_to_normal_noise() -> None:
-    noise, changed = [], 0
-    for image in erased(16, 20, prob=0.25, count=2000):
-        hit = image != 1
-        assert torch.equal(hit.all(0), hit.any(0))
-        if hit.any():
-            changed += 1
-            rows, columns = hit[0].any(1), hit[0].any(0)
-            assert int(hit[0].sum()) == int(rows.sum()) * int(columns.sum())
-            assert not rows.all()  # a box as high as the image is drawn again, as in timm
-            noise.append(image[hit])
-    assert abs(changed - 500) < 4 * math.sqrt(2000 * 0.25 * 0.75)
-    values = torch.cat(noise)
-    expected = torch.randn(len(values), generator=torch.Generator().manual_seed(1))
-    assert kolmogorov(values.tolist(), expected.tolist()) < limit(len(values))
-
-
-def test_image_too_small_to_erase_stays() -> None:
-    assert torch.equal(erased(1, 1), torch.ones(1, 3, 1, 1))
-
-
-def test_noise_of_channels_and_images_is_independent() -> None:
-    image, other = erased(64, 64, count=2)
-    inside = image[:, image[0] != 1]
-    correlation = torch.corrcoef(inside) - torch.eye(3)
-    assert float(correlation.abs().max()) < 4 / math.sqrt(inside.shape[1])
-    assert not torch.equal(inside.flatten()[:50], other[:, other[0] != 1].flatten()[:50])
-
-
-def test_noise_follows_the_image_and_leaves_the_global_generator_alone() -> None:
-    state = torch.get_rng_state()
-    assert torch.equal(erased(16, 16, count=3)[:2], erased(16, 16, count=2))
-    assert torch.equal(torch.get_rng_state(), state)
+    noting = Noting(0)
+    for _ in range(100):
+        ColorJitter(1.5)(image, noting)
+    assert kolmogorov(noting.drawn, [2.5 * (k + 0.5) / 300 for k in range(300)]) < limit(300)  # never below 0
 
 
 # Beside timm
@@ -348,15 +296,22 @@ def test_image_no_box_fits_gives_timms_centre(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("box", [(3, 5, 40, 50), (0, 0, 47, 61), (10, 7, 20, 33), (1, 30, 45, 12)])
-def test_crop_with_pillow_is_timms_picture(
-    box: tuple[int, int, int, int], interpolation: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_crop_with_pillow_is_timms_picture(box: tuple[int, int, int, int], interpolation: str) -> None:
     transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
-    theirs = transforms.RandomResizedCropAndInterpolation((32, 24), interpolation=interpolation)
-    monkeypatch.setattr(theirs, "get_params", lambda *_: box)
-    crop = build((32, 24), interpolation=interpolation, pillow_resize=True).crop
-    monkeypatch.setattr(crop, "draw", lambda *_: box)
-    assert crop(picture(), random.Random(0)).tobytes() == theirs(picture()).tobytes()
+
+    class Theirs(transforms.RandomResizedCropAndInterpolation):
+        @staticmethod
+        def get_params(*_: object) -> tuple[int, int, int, int]:
+            return box
+
+    class Ours(RandomResizedCrop):
+        def draw(self, *_: object) -> tuple[int, int, int, int]:
+            return box
+
+    resize = build((32, 24), interpolation=interpolation, pillow_resize=True).crop.resize
+    crop = Ours((32, 24), 0.08, resize)
+    expected = Theirs((32, 24), interpolation=interpolation)(picture())
+    assert crop(picture(), random.Random(0)).tobytes() == expected.tobytes()
 
 
 def test_normalised_values_are_timms() -> None:
@@ -365,48 +320,3 @@ def test_normalised_values_are_timms() -> None:
     image = picture(32, 32)
     ours = TrainInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
     torch.testing.assert_close(ours[0], theirs(image), rtol=0, atol=1e-6)
-
-
-def test_evaluations_input_has_the_bits_of_its_transform() -> None:
-    transform, pictures = EvalTransform(PREPROCESSING), [picture(), picture(40, 90), picture(32, 32)]
-    levels = torch.stack([transform.levels(image) for image in pictures])
-    together = EvalInput(PREPROCESSING, torch.device("cpu"))(levels)
-    assert torch.equal(together, torch.stack([transform(image) for image in pictures]))
-    assert EvalInput(PREPROCESSING, torch.device("cpu"), normalise=False)(levels) is levels
-
-
-def test_noise_waits_for_no_device() -> None:
-    # tensors of the device "meta" have no values: whatever would have to read one back fails
-    images, noise = torch.empty(8, 3, 16, 16, device="meta"), torch.empty(2, 3, 16, 16, device="meta")
-    paste(noise, images, torch.empty(2, dtype=torch.int64, device="meta"), torch.zeros(2, 5, device="meta").long())
-
-
-def test_noise_fills_exactly_its_boxes() -> None:
-    images, noise = torch.zeros(4, 3, 6, 7), torch.arange(2 * 3 * 6 * 7.0).view(2, 3, 6, 7) + 1
-    boxes = [(0, 1, 2, 3), (3, 0, 3, 6)]
-    paste(noise, images, torch.tensor([1, 3]), torch.tensor([(*box, 9) for box in boxes]))
-    expected = torch.zeros(4, 3, 6, 7)
-    for image, source, (top, left, height, width) in zip((1, 3), noise, boxes, strict=True):
-        part = (..., slice(top, top + height), slice(left, left + width))
-        expected[image][part] = source[part]
-    assert torch.equal(images, expected)
-
-
-def test_erased_boxes_follow_timms_law(monkeypatch: pytest.MonkeyPatch) -> None:
-    erasing = pytest.importorskip("timm.data.random_erasing", reason="timm is not installed")
-    monkeypatch.setattr(erasing, "_get_pixels", lambda *args, **_: torch.ones(args[2]))
-    random.seed(0)
-    rng = random.Random(1)
-    count, theirs, ours = 3000, [], []
-    erase = erasing.RandomErasing(probability=1.0, mode="pixel", device="cpu")
-    while len(theirs) < count:
-        hit = erase(torch.zeros(1, 40, 56))[0]
-        if hit.any():
-            rows, columns = hit.any(1).nonzero(), hit.any(0).nonzero()
-            theirs.append((int(rows[0]), int(columns[0]), len(rows), len(columns)))
-    while len(ours) < count:
-        box = ErasingBox.draw(40, 56, rng)
-        if box is not None:
-            ours.append(box)
-    for figure in (lambda b: b[0], lambda b: b[1], lambda b: b[2] * b[3], lambda b: b[2] / b[3]):
-        assert kolmogorov([figure(box) for box in ours], [figure(box) for box in theirs]) < limit(count)

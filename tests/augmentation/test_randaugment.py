@@ -3,13 +3,13 @@
 import math
 import random
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from laws import kolmogorov, limit
 from PIL import Image, ImageOps
-from test_augment import coordinates, kolmogorov, levels, limit, picture
+from test_augment import coordinates, levels, picture
 
 from deit_models.augmentation.randaugment import OPERATIONS, RandAugment, apply_operation
 from deit_models.errors import ConfigError
@@ -86,9 +86,12 @@ def test_interpolation_is_drawn_for_each_operation() -> None:
     assert {one[3] for _ in range(50) for one in RandAugment.parse(TEXT).draw(rng)} == {BICUBIC}
 
 
-def test_image_gets_what_was_drawn(monkeypatch: pytest.MonkeyPatch) -> None:
-    augment = RandAugment.parse(TEXT, fill=(1, 2, 3))
-    monkeypatch.setattr(augment, "draw", lambda _: [("Invert", 9.0, 1, BICUBIC), ("Rotate", 9.0, -1, BILINEAR)])
+def test_image_gets_what_was_drawn() -> None:
+    class Fixed(RandAugment):
+        def draw(self, _: random.Random) -> list[tuple[str, float, int, Image.Resampling]]:
+            return [("Invert", 9.0, 1, BICUBIC), ("Rotate", 9.0, -1, BILINEAR)]
+
+    augment = Fixed.parse(TEXT, fill=(1, 2, 3))
     expected = ImageOps.invert(picture()).rotate(-27, BILINEAR, fillcolor=(1, 2, 3))
     assert augment(picture(), random.Random(0)).tobytes() == expected.tobytes()
 
@@ -160,14 +163,15 @@ class TestAgainstTimm:
     @pytest.mark.parametrize("sign", [1, -1])
     @pytest.mark.parametrize("magnitude", [0.0, 3.3, 9.0, 9.7, 10.0])
     @pytest.mark.parametrize("name", OPERATIONS)
-    def test_same_picture(self, name: str, magnitude: float, sign: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_same_picture(self, name: str, magnitude: float, sign: int) -> None:
         (timm_name,) = (one for one in self.timm._RAND_INCREASING_TRANSFORMS if operation_of(one) == name)
-        # timm turns the sign round when its draw is above a half
-        monkeypatch.setattr(self.timm, "random", SimpleNamespace(random=lambda: 0.0 if sign > 0 else 1.0))
+        # timm turns the sign round when its draw is above a half: 0.13 after seed 1, 0.84 after seed 0
+        seed = 1 if sign > 0 else 0
         for image in (picture(), picture(32, 48)):
             for interpolation, fill in ((BICUBIC, (124, 116, 104)), (BILINEAR, (7, 130, 250))):
                 settings = {"img_mean": fill, "interpolation": interpolation}
                 op = self.timm.AugmentOp(timm_name, prob=1.0, magnitude=magnitude, hparams=settings)
+                random.seed(seed)
                 try:
                     expected = op(image)
                 except ValueError:

@@ -1,15 +1,24 @@
 """Order and seeds of samples: one plan for any number of processes, and the authors' repeated augmentation."""
 
 import math
+import random
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NoReturn
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
+from small_sets import Pictures, fill, noisy, plain
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from deit_models.augmentation.samples import TrainSampler, sample_seed, sample_seeds
+from deit_models.augmentation.samples import TrainingSamples, TrainSampler, sample_seed, sample_seeds
+from deit_models.data.datasets import open_dataset
 from deit_models.data.inputs import ShardSampler
-from deit_models.errors import ConfigError
+from deit_models.errors import ConfigError, DataError, ImageError
 
 
 def steps_of(sampler: TrainSampler, per_step: int) -> list[list[tuple[int, int]]]:
@@ -163,19 +172,6 @@ def test_sample_seed_is_pinned() -> None:
     assert [sample_seed(0, 0, 1), sample_seed(0, 1, 0), sample_seed(1, 0, 0)] != [sample_seed(0, 0, 0)] * 3
 
 
-@pytest.mark.parametrize("world", [1, 2, 3, 4, 5])
-def test_shards_count_each_of_10001_images_once(world: int) -> None:
-    shards = [ShardSampler(10_001, rank=rank, world=world) for rank in range(world)]
-    counts = Counter(index for shard in shards for index in shard)
-    assert counts == Counter(range(10_001))
-    assert [len(shard) for shard in shards] == [len(list(shard)) for shard in shards]
-    assert max(map(len, shards)) - min(map(len, shards)) <= 1
-
-
-def test_more_processes_than_images_leaves_some_without() -> None:
-    assert [list(ShardSampler(2, rank=rank, world=4)) for rank in range(4)] == [[0], [1], [], []]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -195,15 +191,118 @@ def test_impossible_sharing_is_refused(options: dict[str, int], message: str) ->
         ShardSampler(10, rank=3, world=3)
 
 
+def seed_in_python(*parts: int) -> int:
+    """SplitMix64's finalizer for each number, in whole numbers of any size."""
+    word, mask = 0, (1 << 64) - 1
+    for part in parts:
+        word = (word + part + 0x9E3779B97F4A7C15) & mask
+        word = ((word ^ (word >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        word = ((word ^ (word >> 27)) * 0x94D049BB133111EB) & mask
+        word ^= word >> 31
+    return word >> 1
+
+
 def test_many_seeds_at_once_are_the_seeds_one_by_one() -> None:
     positions = [*range(70), -1, (1 << 40) + 3, (1 << 62) + 12345]
-    for seed, epoch in ((0, 0), (7, 299), (-5, 1), ((1 << 63) - 1, 1 << 20)):
-        expected = [sample_seed(seed, epoch, position) for position in positions]
+    for seed, epoch in ((0, 0), (7, 299), (-5, 1), ((1 << 63) - 1, 1 << 20), (1 << 70, 3)):
+        expected = [seed_in_python(seed, epoch, position) for position in positions]
         assert sample_seeds(seed, epoch, torch.tensor(positions)).tolist() == expected
+        assert [sample_seed(seed, epoch, position) for position in positions[:3]] == expected[:3]
 
 
-def test_long_epoch_is_drawn_piece_by_piece(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = TrainSampler(300, batch_size=20, repeats=3, seed=2, rank=1, world=4)
-    whole = list(sampler)
-    monkeypatch.setattr("deit_models.augmentation.samples._AT_ONCE", 7)
-    assert list(sampler) == whole
+def test_long_epoch_is_drawn_piece_by_piece() -> None:
+    sampler = TrainSampler(100, batch_size=1000, repeats=3, seed=2, rank=1, world=4)
+    assert len(sampler) == 250
+    sampler = TrainSampler(300_000, batch_size=1000, seed=2, rank=1, world=4)  # more than is drawn at once
+    indices, seeds = zip(*sampler, strict=True)
+    assert list(seeds) == sample_seeds(2, 0, torch.arange(1, 300_000, 4)).tolist()
+    order = torch.randperm(300_000, generator=torch.Generator().manual_seed(sample_seed(2, 0, -1)))
+    assert list(indices) == order[1::4].tolist()
+
+
+# Samples
+
+
+def samples_of(workers: int, keys: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
+    samples = TrainingSamples(Pictures(20, damaged=[4]), noisy)
+    # in order, reversed: another worker reads each sample, after another one
+    loader = DataLoader(samples, batch_size=3, sampler=keys, num_workers=workers)  # type: ignore[arg-type]
+    batches = list(loader)
+    return [torch.cat(column) for column in zip(*batches, strict=True)]  # type: ignore[return-value]
+
+
+def test_sample_is_the_same_in_any_process_and_order() -> None:
+    sampler = TrainSampler(20, batch_size=20, repeats=2, seed=1)
+    keys = list(sampler)
+    torch.manual_seed(0)
+    images, labels, failed = samples_of(0, keys)
+    assert len(images.flatten(1).unique(dim=0)) == 20  # the copies of an image differ
+    for workers in (1, 2):
+        torch.manual_seed(workers)
+        random.seed(workers)
+        np.random.seed(workers)
+        others = samples_of(workers, keys)
+        assert all(torch.equal(a, b) for a, b in zip(others, (images, labels, failed), strict=True))
+        backwards = samples_of(workers, keys[::-1])
+        assert torch.equal(backwards[0].flip(0), images)
+
+
+def test_seed_alone_decides_the_augmentation() -> None:
+    samples = TrainingSamples(Pictures(9), noisy)
+    first, second = samples[3, 77][0], samples[3, 77][0]
+    assert torch.equal(first, second)
+    assert not torch.equal(first, samples[3, 78][0])
+    # another image, the same noise: the seed is the caller's to choose
+    assert torch.allclose(first - 3, samples[0, 77][0], atol=1e-5)
+    assert samples[3, (1 << 63) - 1][1:] == (0, -1)
+
+
+@pytest.mark.parametrize("damaged", [[], [0], range(9)])
+def test_main_process_finds_its_generators_as_it_left_them(damaged: Sequence[int]) -> None:
+    samples = TrainingSamples(Pictures(9, damaged), noisy)
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
+    expected = torch.rand(3), random.random(), np.random.rand()
+    torch.set_rng_state(before[0])
+    random.setstate(before[1])
+    np.random.set_state(before[2])
+    try:
+        samples[0, 5]
+    except DataError:
+        assert len(damaged) == 9
+    assert torch.equal(torch.rand(3), expected[0])
+    assert (random.random(), np.random.rand()) == expected[1:]
+
+
+@pytest.mark.parametrize("error", [ImageError, OSError, FileNotFoundError])
+def test_damaged_image_is_replaced_and_reported(error: type[Exception]) -> None:
+    samples = TrainingSamples(Pictures(9, damaged=[3, 4, 8], error=error), plain)
+    image, label, failed = samples[3, 1]
+    assert (image[0, 0, 0], label, failed) == (5, 2, 3)
+    image, label, failed = samples[8, 1]  # the first follows the last
+    assert (image[0, 0, 0], label, failed) == (0, 0, 8)
+    assert samples[5, 1][2] == -1
+
+
+def test_damaged_file_in_a_folder_is_replaced_and_named(tmp_path: Path) -> None:
+    fill(tmp_path)
+    whole = (tmp_path / "dog/0.png").read_bytes()
+    (tmp_path / "dog/0.png").write_bytes(whole[: len(whole) // 2])
+    records = open_dataset(tmp_path, "train")
+    image, label, failed = TrainingSamples(records, plain)[2, 1]
+    assert (label, records.describe(failed)) == (1, str(tmp_path / "dog/0.png"))
+    assert torch.equal(image, plain(records[3][0]))
+
+
+def test_too_many_damaged_images_in_a_row_stop_the_run() -> None:
+    samples = TrainingSamples(Pictures(30, damaged=range(10, 16)), plain)
+    assert samples[11, 0][2] == 11  # the fifth substitute is fine
+    with pytest.raises(DataError, match="image 10 of pictures and the 5 images after it cannot be read; last: 15 is"):
+        samples[10, 0]
+
+
+def test_error_of_a_transform_is_no_damaged_image() -> None:
+    def broken(_: PIL.Image.Image) -> NoReturn:
+        raise ImageError("a mistake in the transform")
+
+    with pytest.raises(ImageError, match="a mistake in the transform"):
+        TrainingSamples(Pictures(3), broken)[0, 0]

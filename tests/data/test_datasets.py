@@ -1,71 +1,22 @@
 """Images with labels from class folders and from any Dataset, and the samples that loader workers make of them."""
 
 import os
-import pickle
-import random
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import PIL.Image
 import pytest
 import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader, Subset, TensorDataset
+from small_sets import Pictures, fill, labelled_files, plain, write_image
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.v2 import functional as TF
 
-from deit_models.augmentation.samples import TrainingSamples, TrainSampler
+from deit_models.augmentation.samples import TrainingSamples
 from deit_models.data.datasets import open_dataset, wrap
-from deit_models.data.inputs import EvalSamples
-from deit_models.data.records import ImageRecords
 from deit_models.errors import ConfigError, DataError, ImageError
-
-
-def write_image(path: Path, colour: tuple[int, int, int] = (200, 30, 90), size: tuple[int, int] = (8, 6)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    PIL.Image.new("RGB", size, colour).save(path, format="PNG")
-
-
-def fill(folder: Path, classes: Sequence[str] = ("cat", "dog"), images: int = 2) -> Path:
-    for number, name in enumerate(classes):
-        for image in range(images):
-            write_image(folder / name / f"{image}.png", (number * 50, image * 40, 10))
-    return folder
-
-
-def labelled_files(records: ImageRecords, folder: Path) -> list[tuple[str, int]]:
-    return [(os.path.relpath(records.describe(i), folder), records[i][1]) for i in range(len(records))]
-
-
-class Pictures(ImageRecords):
-    """Images in memory of which some cannot be read."""
-
-    def __init__(self, count: int, damaged: Sequence[int] = (), error: type[Exception] = ImageError) -> None:
-        self.name = "pictures"
-        self.classes = ("a", "b", "c")
-        self.count, self.damaged, self.error = count, set(damaged), error
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        if index in self.damaged:
-            raise self.error(f"{index} is damaged")
-        return PIL.Image.new("RGB", (4, 4), (index, index, index)), index % 3
-
-
-def noisy(image: PIL.Image.Image) -> Tensor:
-    """Randomness from every generator that a transform may use."""
-    noise = torch.rand(3, 4, 4) + random.random() + float(np.random.rand())
-    return TF.pil_to_tensor(image) + noise
-
-
-def plain(image: PIL.Image.Image) -> Tensor:
-    return TF.pil_to_tensor(image).float()
-
 
 # Class folders
 
@@ -144,16 +95,6 @@ def test_images_are_decoded_as_everywhere_in_the_package(tmp_path: Path) -> None
     assert records[1][0].getpixel((0, 0)) == (255, 255, 255)
 
 
-def test_records_travel_to_workers_small(tmp_path: Path) -> None:
-    records = open_dataset(fill(tmp_path, images=300), "train")
-    assert len(pickle.dumps(records)) < 600 * 30
-    copy = pickle.loads(pickle.dumps(records))
-    assert labelled_files(copy, tmp_path) == labelled_files(records, tmp_path)
-    assert records.describe(-1) == records.describe(599)
-    with pytest.raises(IndexError):
-        records[600]
-
-
 def test_validation_is_numbered_by_the_training_sets_order(tmp_path: Path) -> None:
     fill(tmp_path / "train")
     fill(tmp_path / "val", images=1)
@@ -228,18 +169,33 @@ def test_unusable_folder_is_refused_in_one_line(
     assert "\n" not in str(caught.value)
 
 
-def test_folder_that_may_not_be_read_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fill(tmp_path)
-    scandir = os.scandir
+@pytest.fixture
+def public_folder() -> Iterator[Path]:
+    """A folder that others than its owner may read."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        yield Path(folder)
 
-    def refusing(path: Path) -> Any:  # the superuser, as whom tests may run, could read any folder
-        if os.fspath(path).endswith("dog"):
-            raise PermissionError(13, "Permission denied")
-        return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match=r"dog: cannot be read \(Permission denied\)$"):
-        open_dataset(tmp_path, "train")
+@contextmanager
+def without_privileges() -> Iterator[None]:
+    """The superuser, as whom tests may run, could read any folder."""
+    superuser = os.geteuid() == 0
+    if superuser:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        if superuser:
+            os.seteuid(0)
+
+
+@pytest.mark.skipif(not hasattr(os, "seteuid"), reason="permissions as POSIX has them")
+def test_folder_that_may_not_be_read_is_named(public_folder: Path) -> None:
+    fill(public_folder)
+    (public_folder / "dog").chmod(0)
+    with without_privileges(), pytest.raises(DataError, match=r"dog: cannot be read \(Permission denied\)$"):
+        open_dataset(public_folder, "train")
 
 
 def test_unknown_name_and_misplaced_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -339,113 +295,3 @@ def test_normalised_images_are_explained() -> None:
 def test_damaged_image_of_a_subset_stays_an_image_error() -> None:
     with pytest.raises(ImageError, match="1 is damaged"):
         wrap(Subset(Pictures(3, damaged=[1]), [1]))[0]
-
-
-# Samples
-
-
-def samples_of(workers: int, keys: list[tuple[int, int]]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    samples = TrainingSamples(Pictures(20, damaged=[4]), noisy)
-    # in order, reversed: another worker reads each sample, after another one
-    loader = DataLoader(samples, batch_size=3, sampler=keys, num_workers=workers)  # type: ignore[arg-type]
-    batches = list(loader)
-    return [torch.cat(column) for column in zip(*batches, strict=True)]  # type: ignore[return-value]
-
-
-def test_sample_is_the_same_in_any_process_and_order() -> None:
-    sampler = TrainSampler(20, batch_size=20, repeats=2, seed=1)
-    keys = list(sampler)
-    torch.manual_seed(0)
-    images, labels, failed = samples_of(0, keys)
-    assert len(images.flatten(1).unique(dim=0)) == 20  # the copies of an image differ
-    for workers in (1, 2):
-        torch.manual_seed(workers)
-        random.seed(workers)
-        np.random.seed(workers)
-        others = samples_of(workers, keys)
-        assert all(torch.equal(a, b) for a, b in zip(others, (images, labels, failed), strict=True))
-        backwards = samples_of(workers, keys[::-1])
-        assert torch.equal(backwards[0].flip(0), images)
-
-
-def test_seed_alone_decides_the_augmentation() -> None:
-    samples = TrainingSamples(Pictures(9), noisy)
-    first, second = samples[3, 77][0], samples[3, 77][0]
-    assert torch.equal(first, second)
-    assert not torch.equal(first, samples[3, 78][0])
-    # another image, the same noise: the seed is the caller's to choose
-    assert torch.allclose(first - 3, samples[0, 77][0], atol=1e-5)
-    assert samples[3, (1 << 63) - 1][1:] == (0, -1)
-
-
-@pytest.mark.parametrize("damaged", [[], [0], range(9)])
-def test_main_process_finds_its_generators_as_it_left_them(damaged: Sequence[int]) -> None:
-    samples = TrainingSamples(Pictures(9, damaged), noisy)
-    before = torch.get_rng_state(), random.getstate(), np.random.get_state()
-    expected = torch.rand(3), random.random(), np.random.rand()
-    torch.set_rng_state(before[0])
-    random.setstate(before[1])
-    np.random.set_state(before[2])
-    try:
-        samples[0, 5]
-    except DataError:
-        assert len(damaged) == 9
-    assert torch.equal(torch.rand(3), expected[0])
-    assert (random.random(), np.random.rand()) == expected[1:]
-
-
-@pytest.mark.parametrize("error", [ImageError, OSError, FileNotFoundError])
-def test_damaged_image_is_replaced_and_reported(error: type[Exception]) -> None:
-    samples = TrainingSamples(Pictures(9, damaged=[3, 4, 8], error=error), plain)
-    image, label, failed = samples[3, 1]
-    assert (image[0, 0, 0], label, failed) == (5, 2, 3)
-    image, label, failed = samples[8, 1]  # the first follows the last
-    assert (image[0, 0, 0], label, failed) == (0, 0, 8)
-    assert samples[5, 1][2] == -1
-
-
-def test_damaged_file_in_a_folder_is_replaced_and_named(tmp_path: Path) -> None:
-    fill(tmp_path)
-    whole = (tmp_path / "dog/0.png").read_bytes()
-    (tmp_path / "dog/0.png").write_bytes(whole[: len(whole) // 2])
-    records = open_dataset(tmp_path, "train")
-    image, label, failed = TrainingSamples(records, plain)[2, 1]
-    assert (label, records.describe(failed)) == (1, str(tmp_path / "dog/0.png"))
-    assert torch.equal(image, plain(records[3][0]))
-
-
-def test_too_many_damaged_images_in_a_row_stop_the_run() -> None:
-    samples = TrainingSamples(Pictures(30, damaged=range(10, 16)), plain)
-    assert samples[11, 0][2] == 11  # the fifth substitute is fine
-    with pytest.raises(DataError, match="image 10 of pictures and the 5 images after it cannot be read; last: 15 is"):
-        samples[10, 0]
-
-
-def test_error_of_a_transform_is_no_damaged_image() -> None:
-    def broken(_: PIL.Image.Image) -> NoReturn:
-        raise ImageError("a mistake in the transform")
-
-    with pytest.raises(ImageError, match="a mistake in the transform"):
-        TrainingSamples(Pictures(3), broken)[0, 0]
-
-
-def test_damaged_image_is_skipped_in_evaluation() -> None:
-    samples = EvalSamples(Pictures(5, damaged=[1]), lambda image: plain(TF.resize(image, [6, 6])))
-    assert samples[0][1:] == (0, -1)
-    assert torch.equal(samples[0][0], torch.zeros(3, 6, 6))
-    image, label, failed = samples[1]
-    assert (image.shape, image.dtype, image.abs().sum(), label, failed) == ((3, 6, 6), torch.float32, 0, -1, 1)
-    images, labels, failures = next(iter(DataLoader(samples, batch_size=5)))
-    assert (labels.tolist(), failures.tolist()) == ([0, -1, 2, 0, 1], [-1, 1, -1, -1, -1])
-    assert images.shape == (5, 3, 6, 6)
-    assert len(samples) == 5
-
-
-def test_own_records_that_forget_a_method_are_told() -> None:
-    class Half(ImageRecords):
-        name, classes = "half", ("a", "b")
-
-    with pytest.raises(NotImplementedError, match=re.escape("Half does not define __len__")):
-        len(Half())
-    with pytest.raises(NotImplementedError, match=re.escape("Half does not define __getitem__")):
-        Half()[0]

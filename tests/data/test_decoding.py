@@ -264,8 +264,13 @@ def test_decompression_bomb_is_refused_without_a_memory_spike(tmp_path: Path, si
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 << 10  # KiB on Linux
 
 
-def test_the_pixel_limit_holds_where_pillows_was_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def pillow_without_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(PIL.Image, "MAX_IMAGE_PIXELS", None)
+
+
+@pytest.mark.usefixtures("pillow_without_limit")
+def test_the_pixel_limit_holds_where_pillows_was_switched_off(tmp_path: Path) -> None:
     side = int(MAX_IMAGE_PIXELS**0.5) + 1
     assert_refused(store(tmp_path, "bomb.png", png_header(side, side)), "bomb.png", f"{side}x{side}")
 
@@ -405,7 +410,8 @@ def test_other_formats_are_decoded_as_they_are(form: str) -> None:
     assert decode_reduced(data, side=16) == decode_image(data)
 
 
-def test_decoding_smaller_refuses_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("pillow_without_limit")
+def test_decoding_smaller_refuses_the_same_files(tmp_path: Path) -> None:
     whole = encode(PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)), "JPEG")
     for data, reason in (
         (whole[: len(whole) // 2], "damaged image"),
@@ -416,9 +422,11 @@ def test_decoding_smaller_refuses_the_same_files(tmp_path: Path, monkeypatch: py
         with pytest.raises(ImageError, match=rf"photo\.jpg: .*{reason}"):
             decode_reduced(store(tmp_path, "photo.jpg", data), side=32)
     # the limit is for the file's size and not for what is left of it
-    monkeypatch.setattr("deit_models.data.decoding.MAX_IMAGE_PIXELS", 512 * 512 - 1)
-    with pytest.raises(ImageError, match="512x512 pixels"):
-        decode_reduced(store(tmp_path, "photo.jpg", whole), side=32)
+    side = int(MAX_IMAGE_PIXELS**0.5) + 1
+    frame = whole.index(b"\xff\xc0") + 5  # the height and the width
+    large = whole[:frame] + 2 * side.to_bytes(2, "big") + whole[frame + 4 :]
+    with pytest.raises(ImageError, match=f"{side}x{side} pixels"):
+        decode_reduced(store(tmp_path, "photo.jpg", large), side=32)
 
 
 def test_threads_that_decode_leave_the_warnings_of_others_as_they_were() -> None:

@@ -3,6 +3,7 @@
 import logging
 import multiprocessing
 import random
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,17 @@ import PIL.Image
 import pytest
 import tiny
 import torch
-from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from deit_models.augmentation.augment import TrainTransform
 from deit_models.augmentation.levels import Levels
 from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
 from deit_models.checkpoint import Preprocessing
-from deit_models.data import inputs as feeding
-from deit_models.data import memory as cache
 from deit_models.data.datasets import open_dataset, wrap
 from deit_models.data.inputs import InputBatches
 from deit_models.data.loading import explained_worker_failure
 from deit_models.data.memory import free_memory, images_on, keep_in_memory
-from deit_models.data.records import ArrayRecords, CachedRecords, ImageRecords, SubsetRecords
+from deit_models.data.records import ArrayRecords, CachedRecords, FileRecords, ImageRecords, SubsetRecords
 from deit_models.errors import ConfigError, DataError
 from deit_models.training.recipe import Recipe
 from deit_models.training.run import train
@@ -99,14 +97,14 @@ def test_decoded_set_has_the_pixels_labels_and_names_of_the_files(folder: Path, 
         assert all(torch.equal(*pair) for pair in zip(ours, theirs, strict=True))
 
 
-def test_each_file_is_read_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_file_is_read_once(folder: Path) -> None:
     kept = keep_in_memory(open_dataset(folder, "train"), "auto", workers=0)
-    monkeypatch.setattr("deit_models.data.records.load_image", lambda _: pytest.fail("read again"))
+    shutil.rmtree(folder / "train")
     assert [kept[index][1] for index in range(12)] == [0] * 4 + [1] * 4 + [2] * 4
     assert keep_in_memory(kept, "ram", workers=0) is kept
 
 
-def test_what_is_kept_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_by_itself(folder: Path) -> None:
     files = open_dataset(folder, "train")
     bytes_needed = 12 * 3 * 8 * 10
     assert isinstance(keep_in_memory(SubsetRecords(files, [3, 4]), "auto", workers=0), CachedRecords)
@@ -115,25 +113,28 @@ def test_what_is_kept_by_itself(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     for foreign in (wrap(Loose(files)), wrap([(picture(0, (8, 8)), 0)] * 9, classes=["a", "b"]), tiny.Pictures(9)):
         assert keep_in_memory(foreign, "auto", workers=0) is foreign
         assert isinstance(keep_in_memory(foreign, "ram", workers=0), CachedRecords)
-    monkeypatch.setattr(cache, "free_memory", lambda **_: 4 * bytes_needed)
-    assert isinstance(keep_in_memory(files, "auto", workers=0), CachedRecords)
-    assert keep_in_memory(files, "auto", workers=0, processes=2) is files
-    monkeypatch.setattr(cache, "free_memory", lambda **_: 4 * bytes_needed - 1)
-    assert keep_in_memory(files, "auto", workers=0) is files
-    assert isinstance(keep_in_memory(files, "ram", workers=0), CachedRecords)
+    enough, less = 4 * bytes_needed, 4 * bytes_needed - 1
+    assert isinstance(keep_in_memory(files, "auto", workers=0, free=enough), CachedRecords)
+    assert keep_in_memory(files, "auto", workers=0, free=enough, processes=2) is files
+    assert keep_in_memory(files, "auto", workers=0, free=less) is files
+    assert isinstance(keep_in_memory(files, "ram", workers=0, free=less), CachedRecords)
 
 
-def test_choice_is_said_in_one_line_with_the_option_against_it(
-    folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    records = open_dataset(folder, "train")
-    keep_in_memory(records, "auto", workers=0)
+def repeated(file: Path, count: int, *, second: Path | None = None) -> FileRecords:
+    """One file as many images of two classes, in the second place another one."""
+    files = [file, second or file, *[file] * (count - 2)]
+    return FileRecords("copies", "", map(str, files), [number % 2 for number in range(count)], ("a", "b"))
+
+
+def test_choice_is_said_in_one_line_with_the_option_against_it(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    keep_in_memory(open_dataset(folder, "train"), "auto", workers=0)
     assert caplog.records == []  # three kilobytes
-    monkeypatch.setattr(cache, "_WORTH_A_LINE", 1)
-    keep_in_memory(records, "auto", workers=0)
+    PIL.Image.new("RGB", (512, 512)).save(folder / "large.png")
+    records = repeated(folder / "large.png", 86)  # 68 MB
+    keep_in_memory(records, "auto", workers=0, free=1 << 30)
     (record,) = caplog.records
     assert record.levelno == logging.WARNING
-    assert "keeping the 12 images of" in record.getMessage()
+    assert "keeping the 86 images of" in record.getMessage()
     assert "--cache none" in record.getMessage()
     keep_in_memory(records, "ram", workers=0)
     assert len(caplog.records) == 1
@@ -151,24 +152,21 @@ def test_images_of_several_sizes_are_not_kept_and_refused_by_name(folder: Path, 
     assert "\n" not in str(caught.value)
 
 
-def test_odd_size_that_the_first_look_misses_is_found_while_decoding(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    picture(0, (9, 10)).save(folder / "train" / "kind 1" / "01.png")
-    monkeypatch.setattr(cache, "_PROBES", 1)
-    records = open_dataset(folder, "train")
+def test_odd_size_that_the_first_look_misses_is_found_while_decoding(folder: Path) -> None:
+    odd = folder / "train" / "kind 1" / "01.png"
+    picture(0, (9, 10)).save(odd)
+    records = repeated(folder / "train" / "kind 0" / "00.png", 40, second=odd)  # every second or third is looked at
     assert keep_in_memory(records, "auto", workers=1) is records
     with pytest.raises(DataError, match=r"01\.png is 10x9 pixels, others 10x8"), explained_worker_failure(1):
         keep_in_memory(records, "ram", workers=1)
 
 
-def test_what_cannot_be_kept_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_kept_is_refused(folder: Path) -> None:
     records = open_dataset(folder, "train")
     with pytest.raises(ConfigError, match="cache='disk'; expected one of auto, ram, none"):
         keep_in_memory(records, "disk", workers=0)  # type: ignore[arg-type]
-    monkeypatch.setattr(cache, "free_memory", lambda **_: 100)
     with pytest.raises(ConfigError, match=r"the 12 images of .* take 0 MB decoded, and 0 MB are free; .*cache='none'"):
-        keep_in_memory(records, "ram", workers=0)
+        keep_in_memory(records, "ram", workers=0, free=100)
     broken = tiny.Pictures(40, broken=range(40))
     with pytest.raises(DataError, match="noise: none of 16 images can be read"):
         keep_in_memory(broken, "ram", workers=0)
@@ -336,7 +334,7 @@ def test_images_are_read_once_in_a_run_that_keeps_them(tmp_path: Path) -> None:
     pictures, val = tiny.Pictures(20), tiny.Pictures(9, seed=1)
     recipe = tiny.recipe(epochs=3, ema_decay=0.5)
     train(tiny.model(), recipe=recipe, train=pictures, val=val, out=tmp_path, cache="ram", workers=0, device="cpu")
-    assert pictures.read[cache._PROBES :] == list(range(20))
+    assert pictures.read[16:] == list(range(20))  # after 16 looks at the size
     assert val.read == list(range(9))
 
 
@@ -354,103 +352,6 @@ def test_unknown_cache_is_refused_before_anything_is_written(tmp_path: Path) -> 
             tiny.model(), recipe=tiny.recipe(), train=tiny.Pictures(9), out=tmp_path / "out", cache="disk", device="cpu"
         )  # type: ignore[arg-type]
     assert not (tmp_path / "out").exists()
-
-
-# Batches in parts
-
-
-class Numbers:
-    """Samples that are their own keys."""
-
-    def __init__(self) -> None:
-        self.asked: list[list[int]] = []
-
-    def batch(self, keys: list[int]) -> tuple[Tensor, Tensor, Tensor]:
-        self.asked.append(list(keys))
-        values = torch.tensor(keys, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 3, 2, 2).contiguous()
-        return values, torch.tensor(keys), torch.full((len(keys),), -1)
-
-
-def numbered(monkeypatch: pytest.MonkeyPatch, *, workers: int = 0, keep: bool = False) -> tuple[Numbers, InputBatches]:
-    monkeypatch.setattr(feeding, "_PART_IMAGES", 3)
-    samples = Numbers()
-    batches = InputBatches(
-        samples,  # type: ignore[arg-type]
-        range(18),
-        torch.Tensor.float,
-        batch_size=7,
-        workers=workers,
-        device=CPU,
-        size=(2, 2),
-        keep=keep,
-    )
-    return samples, batches
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_batches_are_made_in_parts_and_come_whole(workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, batches = numbered(monkeypatch, workers=workers)
-    found = list(batches)
-    assert [labels.tolist() for _, labels, _ in found] == [
-        list(range(7)),
-        list(range(7, 14)),
-        list(range(14, 18)),
-    ]
-    assert all(torch.equal(images[:, 0, 0, 0].long(), labels) for images, labels, _ in found)
-    assert len(batches) == 3
-    if not workers:
-        assert [len(keys) for keys in samples.asked] == [3, 3, 1, 3, 3, 1, 3, 1]
-
-
-def test_kept_batches_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    samples, batches = numbered(monkeypatch, keep=True)
-    next(iter(batches))  # not read to its end: nothing is kept yet
-    first = list(batches)
-    asked = len(samples.asked)
-    again = list(batches)
-    assert len(samples.asked) == asked
-    assert all(torch.equal(*pair) for one, two in zip(first, again, strict=True) for pair in zip(one, two, strict=True))
-
-
-def test_pixels_leave_a_worker_as_bytes_and_numbers_without_a_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
-    _, batches = numbered(monkeypatch, workers=1)
-    values, labels, failed = next(iter(batches.loader))
-    assert values.dtype == torch.uint8
-    assert values.is_shared()
-    assert not labels.is_shared()
-    assert not failed.is_shared()
-
-
-class Stream:
-    """Stands for a stream of a GPU."""
-
-    def __init__(self, *_: object) -> None:
-        self.waits: list[Stream] = []
-
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...
-
-    def wait_stream(self, other: "Stream") -> None:
-        self.waits.append(other)
-
-
-def test_next_batch_is_on_its_way_before_this_one_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    current, recorded = Stream(), []
-    monkeypatch.setattr(torch.cuda, "Stream", Stream)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: current)
-    monkeypatch.setattr(Tensor, "record_stream", lambda tensor, stream: recorded.append((tensor, stream)))
-    samples, batches = numbered(monkeypatch)
-    read = batches._ahead(batches._batches())
-    images, labels, _ = next(read)
-    assert labels.tolist() == list(range(7))
-    assert max(samples.asked[-1]) == 13  # the second batch, whole
-    assert len(current.waits) == 1  # this one's copy, before it is used
-    assert recorded[-1][0] is images
-    assert recorded[-1][1] is current
-    assert [labels.tolist()[0] for _, labels, _ in read] == [7, 14]
-    assert len(recorded) == 3
 
 
 # On a GPU

@@ -10,11 +10,13 @@ import PIL.Image
 import pytest
 import torch
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Normalize, Resize, ToTensor
+from torchvision.transforms.v2 import functional as TF
+from tracing import calls_of
 
 from deit_models import create_model
 from deit_models.checkpoint import Preprocessing
-from deit_models.data import decoding
-from deit_models.data.transforms import EvalTransform, transform_for
+from deit_models.data.decoding import decode_reduced
+from deit_models.data.transforms import EvalInput, EvalTransform, transform_for
 from deit_models.errors import ConfigError
 from deit_models.models.deit import DeiT, DeiTConfig
 
@@ -76,16 +78,15 @@ def test_fast_pixels_are_nearly_the_same(width_height: tuple[int, int], resize: 
     assert difference.float().mean() < 0.2, "the picture lies aside"
 
 
-def test_fast_pixels_decode_a_large_jpeg_smaller_and_an_exact_transform_does_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    seen = []
-    real = decoding._show
-    monkeypatch.setattr(decoding, "_show", lambda *a: seen.append(real(*a)) or seen[-1])
-    spec = Preprocessing(resize=32, crop=(32, 32))
+def test_fast_pixels_decode_a_large_jpeg_smaller_and_an_exact_transform_does_not() -> None:
+    spec, data = Preprocessing(resize=32, crop=(32, 32)), photo(640, 512)
     for fast in (False, True):
-        EvalTransform(spec, fast_pixels=fast)(photo(640, 512))
-    assert [image.size for image in seen] == [(640, 512), (80, 64)], "twice the side to resize to is left"
+        assert calls_of(decode_reduced, lambda fast=fast: EvalTransform(spec, fast_pixels=fast)(data)) == fast
+    reduced = decode_reduced(data, side=2 * 32)
+    assert reduced.image.size == (80, 64), "twice the side to resize to is left"
+    expected = reduced.image.resize((40, 32), PIL.Image.Resampling.BICUBIC, reduced.box).crop((4, 0, 36, 32))
+    found = EvalTransform(spec, fast_pixels=True).levels(data)
+    assert torch.equal(found, TF.pil_to_tensor(expected))
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "lanczos", "nearest"])
@@ -188,3 +189,12 @@ def test_unknown_style_is_refused() -> None:
 def test_model_built_by_hand_has_no_transform() -> None:
     with pytest.raises(ConfigError, match="build an EvalTransform by hand"):
         transform_for(DeiT(DeiTConfig(embed_dim=8, depth=1, num_heads=1, img_size=16)))
+
+
+def test_evaluations_input_has_the_bits_of_its_transform() -> None:
+    preprocessing, cpu = Preprocessing(resize=36, crop=(32, 32)), torch.device("cpu")
+    transform, pictures = EvalTransform(preprocessing), [gradient(), gradient(40, 90), gradient(32, 32)]
+    levels = torch.stack([transform.levels(image) for image in pictures])
+    together = EvalInput(preprocessing, cpu)(levels)
+    assert torch.equal(together, torch.stack([transform(image) for image in pictures]))
+    assert EvalInput(preprocessing, cpu, normalise=False)(levels) is levels
