@@ -200,8 +200,8 @@ def report(rows: Rows, counts: dict[bool, int], batch: int) -> str:
         "`python benchmarks/data_pipeline.py PHOTOS`.",
         "",
         "Images/s are those of a second of CPU time of the loading process. The last column is "
-        f"{CORES} times as many, an extrapolation and no measurement: it holds as long as the memory's speed allows, "
-        "and the main process, whose time for an image stands in the column before, keeps up.",
+        f"{CORES} times as many, an extrapolation and no measurement: it holds as long as the memory is fast enough "
+        "and the main process keeps up; the column before has the time of the main process for an image.",
         "",
         "| pixels | augmentation | | images/s a core | over timm | images/s by the clock | main process, us an image "
         f"| {CORES} cores, extrapolated |",

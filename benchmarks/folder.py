@@ -53,7 +53,7 @@ JUDGES = 50
 SUFFIXES = {".jpg", ".jpeg"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Classify = Callable[[list[str]], Iterable[int]]
-"""Paths to the number of the likeliest class of each, in order."""
+"""Paths to the number of the most likely class of each, in order."""
 
 
 def lay_out(photos: Path, count: int, folder: Path) -> None:
@@ -237,7 +237,7 @@ def report(rows: dict[str, list[dict[str, Any]]], many: dict[str, float], args: 
         f"batches of {args.batch}; medians of {args.rounds} interleaved rounds, one process each; "
         "`python benchmarks/folder.py PHOTOS`. Random weights; every side has the authors' evaluation transform. Top-1 "
         f"is the share of files with the class of deit-models' exact pixels in float32, one of {len(set(exact))}. "
-        f"bf16 and int8 are taken however they agree; int8 is fitted to {JUDGES} of the files.",
+        f"bf16 and int8 are accepted at any agreement; int8 is fitted to {JUDGES} of the files.",
         "",
         f"| | images/s | over {best['timm']} | over {best['transf']} | top-1 the same | ready after (s) | peak (MB) |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",

@@ -103,7 +103,7 @@ def accuracy_table(model: ImageClassifier, images: Tensor, labels: Tensor) -> li
     rows = accuracy_rows(model, images, labels)
     lines = [
         f"`{SHIPPED}`, {len(images)} CIFAR-10 test images: tokens that each block merges, share of the images whose "
-        "likeliest class is the unmerged model's, share that is right.",
+        "most likely class is that of the unmerged model, share that is correct.",
         "",
         "| merged a block | agreement | accuracy | against unmerged |",
         "| --- | ---: | ---: | ---: |",
@@ -118,7 +118,7 @@ def speed_table(model: ImageClassifier, backends: list[BackendName], calls: int)
     """Lines of Markdown."""
     lines = [
         f"Batches of {BATCH[SHIPPED]} at 32 px and {BATCH[LARGER[0]]} at 224 px. Images/s by the clock, and per second "
-        "of processor time, all threads together, which other work on the machine does not slow; each beside unmerged.",
+        "of processor time, all threads together, which other work on the machine does not change; each beside unmerged.",
         "",
         "| model | backend | merged a block | tokens at the last block | images/s | ratio | processor | ratio |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
