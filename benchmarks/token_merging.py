@@ -118,7 +118,7 @@ def speed_table(model: ImageClassifier, backends: list[BackendName], calls: int)
     """Lines of Markdown."""
     lines = [
         f"Batches of {BATCH[SHIPPED]} at 32 px and {BATCH[LARGER[0]]} at 224 px. Images/s by the clock, and per second "
-        "of processor time, all threads together, which other work on the machine does not change; each beside unmerged.",
+        "of processor time (all threads), which other work on the machine does not change; each beside unmerged.",
         "",
         "| model | backend | merged a block | tokens at the last block | images/s | ratio | processor | ratio |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: |",
