@@ -2,6 +2,8 @@
 
 import os
 import socket
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import pytest
 import torch
@@ -19,6 +21,23 @@ def own_registry(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in load_manifest():
         registry.model_spec(name)  # a family registers once, on import: it must not land in the copy alone
     monkeypatch.setattr(registry, "_specs", dict(registry._specs))
+
+
+@pytest.fixture
+def full_disk() -> Callable[[int], AbstractContextManager[None]]:
+    """`with full_disk(room):` no file grows beyond `room` bytes; the system refuses the write, as on a full disk."""
+    resource = pytest.importorskip("resource", reason="the system has no limit on file sizes")
+
+    @contextmanager
+    def limited(room: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -4,8 +4,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -76,23 +75,6 @@ def hub_env(hub_server: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     huggingface_hub.close_session()
     yield HubEnv(hub_server, home, home / "hub", monkeypatch)
     huggingface_hub.close_session()
-
-
-@pytest.fixture
-def full_disk() -> Callable[[int], AbstractContextManager[None]]:
-    """`with full_disk(room):` no file grows beyond `room` bytes; the system refuses the write, as on a full disk."""
-    resource = pytest.importorskip("resource", reason="the system has no limit on file sizes")
-
-    @contextmanager
-    def limited(room: int) -> Iterator[None]:
-        before = resource.getrlimit(resource.RLIMIT_FSIZE)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-        try:
-            yield
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-    return limited
 
 
 def _set_environment(monkeypatch: pytest.MonkeyPatch, server: HubServer, home: Path) -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 import deit_models
@@ -16,12 +18,19 @@ from deit_models.hub.weights import reference_input
 from deit_models.models.layers import ImageClassifier
 
 SHAPE = {"depth": 2, "embed_dim": 16, "num_heads": 2}
+CLASSES = ("ant", "bee", "cat", "dog", "elk", "fox", "gnu")
 LAYOUTS = ("native", "timm", "transformers")
 
 
 def tiny_model(name: str = "deit_micro_distilled_patch4_32", *, seed: int = 0, **overrides: Any) -> ImageClassifier:
     """A registered model shrunk to 2 blocks of width 16, every parameter random, in eval mode."""
     return randomise(deit_models.create_model(name, **{**SHAPE, **overrides}), seed=seed).eval()
+
+
+def named(model: ImageClassifier) -> ImageClassifier:
+    """Seven classes with names, and a licence, in place."""
+    model.origin = replace(model.origin, class_names=CLASSES, dataset="CIFAR-10", licence="Apache-2.0")
+    return model
 
 
 def randomise(model: Any, *, seed: int = 0) -> Any:
@@ -69,3 +78,12 @@ def refusal(kind: type[Exception], act: Callable[[], object]) -> str:
     assert message.strip()
     assert "\n" not in message
     return message
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Smooth colours with some grain, as a camera would give."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = torch.linspace(0, 9, height)[:, None], torch.linspace(0, 7, width)[None, :]
+    smooth = torch.stack([torch.sin(rows * (1 + c)) * torch.cos(columns + c) for c in range(3)], dim=-1)
+    grain = torch.randn(height, width, 3, generator=generator)
+    return Image.fromarray((127 + 90 * smooth + 6 * grain).clamp(0, 255).to(torch.uint8).numpy(), "RGB")
