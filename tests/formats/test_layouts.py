@@ -10,11 +10,8 @@ from deit_models import CheckpointError, ConfigError, UnknownModelError, create_
 from deit_models.formats.layouts import layouts_of, read_config, write_config
 from deit_models.models.deit import DeiT, DeiTConfig
 
-FILES = {
-    "native": ["config.json"],
-    "timm": ["config.json"],
-    "transformers": ["config.json", "preprocessor_config.json"],
-}
+FILES = {layout: ["config.json"] for layout in LAYOUTS}
+FILES["transformers"].append("preprocessor_config.json")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
