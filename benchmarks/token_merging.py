@@ -23,7 +23,7 @@ from torch import Tensor
 
 import deit_models
 from deit_models.deploy.network import TokenMerging, decreasing, merging_plan, prepare
-from deit_models.deploy.runtimes import BACKENDS, BackendName, build_runner
+from deit_models.deploy.runtimes import BACKENDS, BackendName, Job
 from deit_models.models.layers import ImageClassifier
 
 SHIPPED = "deit_micro_patch4_32"
@@ -61,7 +61,7 @@ def speeds(
 ) -> list[Speed]:
     """Of each number of merged tokens, from medians of calls in turns."""
     runs: list[Callable[[Tensor], Tensor]] = [
-        build_runner(model, "float32", BACKENDS[backend], example, plan=merging_plan(model, r)) for r in merged
+        BACKENDS[backend].build(Job(prepare(model, plan=merging_plan(model, r)), example, "float32")) for r in merged
     ]
     times: list[list[tuple[float, float]]] = [[] for _ in runs]
     for call in range(calls + 2):

@@ -18,7 +18,8 @@ from ..errors import ConfigError, first_line
 from ..models import create_model
 from ..registry import count_macs
 from .hardware import Runner, call_times, has_bf16, machine, quiet
-from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, build_runner, ways_on
+from .network import prepare
+from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, ways_on
 
 _WARM_UP = 3
 
@@ -167,7 +168,9 @@ def measure(
             if case.backend == "model":
                 run: Runner = model
             else:
-                run = build_runner(model, case.precision, backends[case.backend], images, calibration=images)
+                backend = backends[case.backend]
+                prepared = prepare(model, dtype=backend.dtype(case.precision))
+                run = backend.build(Job(prepared, images, case.precision, calibration=images))
             timer(run, images, seconds=0, warm_up=_WARM_UP)
             memory.forget()
             times = timer(run, images, seconds=case.seconds, warm_up=0)

@@ -24,7 +24,7 @@ from ..hub.fetch import Access, assets_dir
 from ..models.layers import HeadLogits, ImageClassifier
 from .hardware import Runner, call_times, exact_float32, machine, quiet
 from .network import TokenMerging, merging_plan, prepare, random_images
-from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Way, build_runner, ways_on
+from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, Way, ways_on
 
 logger = logging.getLogger(__name__)
 
@@ -300,10 +300,9 @@ class _Search:
         self.tried[way] = None
         try:
             with quiet(), torch.no_grad():
-                run = build_runner(
-                    self.model, way.precision, self.backends[way.backend], self.example,
-                    pixels=self.pixels, plan=self.plan, calibration=self.calibration,
-                )  # fmt: skip
+                backend = self.backends[way.backend]
+                prepared = prepare(self.model, pixels=self.pixels, dtype=backend.dtype(way.precision), plan=self.plan)
+                run = backend.build(Job(prepared, self.example, way.precision, self.calibration))
                 run(self.example)
                 agreement = self._compare(run)
         except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: another backend is used

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, MissingExtraError
-from ..models.layers import ImageClassifier
 from .hardware import Runner, has_bf16, has_int8_products, on_gpu, quiet
-from .network import Prepared, prepare
+from .network import Prepared
 
 ExportFormatName = Literal["onnx", "openvino", "torch-export"]
 
@@ -223,14 +222,17 @@ class Job(NamedTuple):
 class Backend(NamedTuple):
     """A library that computes networks. `build` makes a runner, and may raise any error of the library.
 
-    `precisions` are those it supports on some machine, `devices` its device types. With `takes_bf16` it needs a network
-    in bfloat16 to compute in it; other libraries cast on their own.
+    `precisions` are those it supports on some machine, `devices` its device types.
     """
 
     build: Callable[[Job], Runner]
     precisions: tuple[InferencePrecision, ...]
     devices: tuple[str, ...] = ("cpu",)
     takes_bf16: bool = False
+
+    def dtype(self, precision: InferencePrecision) -> torch.dtype:
+        """Network dtype; with `takes_bf16` bfloat16 for bf16, other libraries cast on their own."""
+        return torch.bfloat16 if self.takes_bf16 and precision == "bf16" else torch.float32
 
 
 def ways_on(
@@ -251,35 +253,15 @@ def ways_on(
     ]
 
 
-def build_runner(
-    model: ImageClassifier,
-    precision: InferencePrecision,
-    backend: Backend,
-    example: Tensor,
-    *,
-    pixels: bool = False,
-    plan: tuple[int, ...] = (),
-    calibration: Tensor | None = None,
-) -> Runner:
-    """Prepare a model and have a backend compute it. Raises: any error of the backend's library."""
-    dtype = torch.bfloat16 if backend.takes_bf16 and precision == "bf16" else torch.float32
-    prepared = prepare(model, pixels=pixels, dtype=dtype, plan=plan)
-    return backend.build(Job(prepared, example, precision, calibration))
-
-
-def _in_pieces(run: Runner, job: Job) -> Runner:
-    """Split batches into small ones on a CPU; other devices take the whole batch."""
-    if job.example.device.type != "cpu":
-        return run
-    return lambda images: (
-        run(images) if len(images) <= _PIECE else torch.cat([run(x) for x in torch.split(images, _PIECE)])
-    )
+def _in_pieces(run: Runner) -> Runner:
+    """Small batches one after the other, for a CPU."""
+    return lambda images: torch.cat([run(piece) for piece in torch.split(images, _PIECE)])
 
 
 def _eager(job: Job) -> Runner:
     if job.example.device.type == "cuda":
         return on_gpu(job.prepared, job.example, plain=job.prepared, exact=job.precision == "float32")
-    return _in_pieces(job.prepared, job)
+    return _in_pieces(job.prepared) if job.example.device.type == "cpu" else job.prepared
 
 
 def _inductor(job: Job) -> Runner:
@@ -300,7 +282,7 @@ def _inductor(job: Job) -> Runner:
             torch._dynamo.mark_dynamic(batch, 0)
             return compiled(batch)[: len(images)]
 
-    return run if alone else _in_pieces(run, job)
+    return run if alone else _in_pieces(run)
 
 
 def _inductor_on_gpu(job: Job, *, compiler: Any = torch.compile, cuda: Any = torch.cuda) -> Runner:
@@ -403,7 +385,7 @@ def _onnxruntime(job: Job) -> Runner:
     with TemporaryDirectory() as folder:
         path = Path(folder, "network.onnx")
         _write_onnx(job.prepared, _two(job.example), path, "")
-        return _in_pieces(_open_onnx(path), job)
+        return _in_pieces(_open_onnx(path))
 
 
 BACKENDS: dict[BackendName, Backend] = {
