@@ -19,17 +19,7 @@ from ..errors import ConfigError
 from ..files import parse_toml, toml_lines
 from .presets import PRESETS
 
-Schedule = Literal["epoch", "epoch_delayed", "step", "constant"]
-Optimizer = Literal["adamw", "sgd"]
-ClipMode = Literal["norm", "agc"]
 Precision = Literal["float32", "bf16", "fp16"]
-Crop = Literal["random_resized", "pad", "simple", "none"]
-Interpolation = Literal["bicubic", "bilinear", "random"]
-Loss = Literal["ce", "bce"]
-Distillation = Literal["none", "soft", "hard"]
-MixMode = Literal["batch", "patch"]
-LabelHeads = Literal["class", "both"]
-DistillOn = Literal["token", "class"]
 Compile = Literal["auto", "on", "off"]
 CUSTOM = "custom"
 """The label of a recipe without a preset."""
@@ -53,13 +43,13 @@ class Recipe:
     cooldown_epochs: int = _option(0, "epochs after the cosine, at min_lr (T2T-ViT: 10)")
     batch_size: int = _option(1024, "images in one optimiser step, over all processes and accumulation steps")
     accumulate: int = _option(1, "split each step into this many forward and backward passes")
-    optimizer: Optimizer = _option("adamw", "adamw, or sgd with momentum")
+    optimizer: Literal["adamw", "sgd"] = _option("adamw", "adamw, or sgd with momentum")
     lr: float = _option(5e-4, "peak learning rate, for a batch of lr_batch images")
     lr_batch: int = _option(512, "scale lr by batch_size / lr_batch; 0: use lr as given")
     warmup_lr: float = _option(1e-6, "learning rate at the start of the warm-up; never scaled")
     min_lr: float = _option(1e-5, "learning rate at the end of the cosine; never scaled")
     warmup_epochs: int = _option(5, "epochs of linear warm-up")
-    schedule: Schedule = _option(
+    schedule: Literal["epoch", "epoch_delayed", "step", "constant"] = _option(
         "epoch_delayed",
         "epoch: one value an epoch; epoch_delayed: an epoch late, as the DeiT and LeViT scripts do, so that epochs 0 "
         "and 1 both run at warmup_lr; step: interpolated at every step; constant: after the warm-up, always lr",
@@ -72,7 +62,9 @@ class Recipe:
     beta2: float = _option(0.999, "AdamW's second beta")
     eps: float = _option(1e-8, "AdamW's epsilon")
     clip_grad: float = _option(0.0, "gradient clipping; 0: none")
-    clip_mode: ClipMode = _option("norm", "norm: of all gradients together; agc: adaptive, unit by unit (LeViT)")
+    clip_mode: Literal["norm", "agc"] = _option(
+        "norm", "norm: of all gradients together; agc: adaptive, unit by unit (LeViT)"
+    )
     ema_decay: float = _option(0.99996, "moving average of the weights; 0: none")
     drop_path_rate: float = _option(0.1, "stochastic depth of the last block")
     drop_rate: float = _option(0.0, "dropout")
@@ -80,13 +72,15 @@ class Recipe:
     train_mode: bool = _option(True, "train with dropout and stochastic depth on; DeiT fine-tuned with them off")
 
     img_size: int = _option(0, "pixels; 0: the model's own")
-    crop: Crop = _option(
+    crop: Literal["random_resized", "pad", "simple", "none"] = _option(
         "random_resized",
         "random_resized: a random area and aspect; pad: pad by 1/8 and cut out img_size (CIFAR); simple: shorter side "
         "to img_size, reflect-pad 4, random crop (DeiT III); none: the evaluation transform's crop",
     )
     crop_scale: float = _option(0.08, "smallest area of a random_resized crop, as a fraction of the image")
-    interpolation: Interpolation = _option("bicubic", "of crops and geometric operations; random: bilinear or bicubic")
+    interpolation: Literal["bicubic", "bilinear", "random"] = _option(
+        "bicubic", "of crops and geometric operations; random: bilinear or bicubic"
+    )
     hflip: float = _option(0.5, "probability of mirroring")
     augment: str = _option(
         "rand-m9-mstd0.5-inc1", "none; 3-augment (DeiT III); or rand-mM-mstdS-inc1: RandAugment of magnitude M, noise S"
@@ -99,19 +93,25 @@ class Recipe:
     cutmix: float = _option(1.0, "alpha of CutMix; 0: none")
     mix_prob: float = _option(1.0, "probability that a batch is mixed at all")
     mix_switch: float = _option(0.5, "probability of CutMix where both are on")
-    mix_mode: MixMode = _option(
+    mix_mode: Literal["batch", "patch"] = _option(
         "batch",
         "batch: each with its reverse, one draw for all; patch: shifted patch-token mixup, which needs a patch head",
     )
     label_smoothing: float = _option(0.1, "mass spread over all classes")
-    loss: Loss = _option("ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive")
+    loss: Literal["ce", "bce"] = _option(
+        "ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive"
+    )
 
-    label_heads: LabelHeads = _option(
+    label_heads: Literal["class", "both"] = _option(
         "class",
         "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
     )
-    distillation: Distillation = _option("none", "none, soft (KL to the teacher) or hard (the teacher's decision)")
-    distill_on: DistillOn = _option("token", "head that learns from the teacher: token (distillation head) or class")
+    distillation: Literal["none", "soft", "hard"] = _option(
+        "none", "none, soft (KL to the teacher) or hard (the teacher's decision)"
+    )
+    distill_on: Literal["token", "class"] = _option(
+        "token", "head that learns from the teacher: token (distillation head) or class"
+    )
     alpha: float = _option(0.5, "weight of the teacher's loss; the labels get 1 - alpha")
     tau: float = _option(1.0, "temperature of soft distillation")
 
