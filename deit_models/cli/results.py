@@ -6,6 +6,7 @@ import csv
 import json
 import os
 from collections.abc import Iterable, Iterator
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
@@ -101,15 +102,11 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
 
     rows = csv.reader(lines())
     next(rows, None)  # the header, which was checked
-    last: tuple[str, str] | None = None
-    end = read  # of all rows before the present one
-    for row in rows:
-        if len(row) != len(_COLUMNS):  # torn within quotes
-            return
-        name, error = row[0], row[-1]
-        if last is not None and name != last[0]:
-            yield *last, end
-        last, end = (name, error), read
+    # a row of another length was torn within quotes
+    whole = ((row[0], row[-1], read) for row in takewhile(lambda row: len(row) == len(_COLUMNS), rows))
+    for record, (following, *_) in pairwise(whole):
+        if following != record[0]:
+            yield record
 
 
 def _text(result: ImageResult) -> str:
