@@ -1,4 +1,4 @@
-"""What several commands share: parsers, common options, labelled images, progress bars, exit statuses."""
+"""Shared parts of the commands: parsers, options, labelled images, progress bars, exit statuses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the commands that train share: recipe, folder and teacher options, the display, and how a run ends."""
+"""Shared parts of the commands that train: recipe, folder and teacher options, the display, the end of a run."""
 
 from __future__ import annotations
 
