@@ -1,4 +1,4 @@
-"""One process or many: who am I, which device is mine, and sums over all of us.
+"""One process or many: rank and device of this process, sums over all of them, and models divided between them.
 
 `torchrun` sets RANK, WORLD_SIZE and LOCAL_RANK; without them there is one process and everything here is a no-op.
 """
@@ -25,7 +25,7 @@ class Process:
     """This process among its peers.
 
     Attributes:
-        rank: 0 to world - 1; rank 0 writes files and talks.
+        rank: 0 to world - 1; rank 0 writes files and logs.
         world: how many processes train together.
         device: where this one computes.
     """
@@ -36,7 +36,7 @@ class Process:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes files and talks."""
+        """Whether this process writes files and logs."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
@@ -46,14 +46,14 @@ class Process:
         return values
 
     def gather(self, value: Any) -> list[Any]:
-        """What each process has, by rank: small things that can be pickled."""
+        """The values of all processes, by rank; small ones that can be pickled."""
         values: list[Any] = [value] * self.world
         if self.world > 1:
             dist.all_gather_object(values, value)
         return values
 
     def wait_for_all(self) -> None:
-        """Return only when every process has come here."""
+        """Return when every process has called this."""
         if self.world > 1:
             dist.barrier()
 
