@@ -159,10 +159,10 @@ class ModelLike(Protocol):
         """Switch to eval mode, in place."""
 
     def state_dict(self) -> dict[str, Any]:
-        """All tensors by name."""
+        """Tensors by name."""
 
     def parameters(self) -> Iterator[Any]:
-        """All trained tensors."""
+        """Trained tensors."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -274,7 +274,7 @@ def _weights_of(package: Path) -> Path:
 
 @cache
 def load_manifest() -> Mapping[str, ModelInfo]:
-    """All tables of the manifest by model name. Raises: ManifestError: see `parse_manifest`."""
+    """Tables of the manifest by model name. Raises: ManifestError: see `parse_manifest`."""
     return parse_manifest((weights_dir() / "manifest.toml").read_text(encoding="utf-8"))
 
 

@@ -14,7 +14,7 @@ from .errors import ConfigError, ManifestError, UnknownModelError
 M = TypeVar("M", bound=ModelLike)
 
 DEFAULT_MODEL = "deit_micro_distilled_patch4_32"
-"""The checkpoint that comes with the package."""
+"""Its weights are part of the package."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

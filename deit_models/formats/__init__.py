@@ -1,1 +1,1 @@
-"""Models written down in the layouts of this package, timm and transformers."""
+"""Saved models in the layouts of this package, timm and transformers, written and read."""

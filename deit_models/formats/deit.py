@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from functools import cache
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from ..checkpoint import load_manifest
 from ..config import override
@@ -16,56 +16,43 @@ from ..errors import CheckpointError, ConfigError
 from ..registry import model_spec
 from .family import FamilyLayouts, Naming
 
-
-class Rule(NamedTuple):
-    """One line of a table of names: `{i}` stands for a block index, `{w}` for weight or bias.
-
-    With several others, the native tensor is their concatenation along the rows: DeiT's authors fuse query, key and
-    value, transformers keeps them apart.
-    """
-
-    native: str
-    others: tuple[str, ...]
-
-
-_OUTER = (
-    Rule("cls_token", ("embeddings.cls_token",)),
-    Rule("dist_token", ("embeddings.distillation_token",)),
-    Rule("pos_embed", ("embeddings.position_embeddings",)),
-    Rule("patch_embed.proj.{w}", ("embeddings.patch_embeddings.projection.{w}",)),
-    Rule("norm.{w}", ("layernorm.{w}",)),
-)
-_CLASSIC = (
-    *_OUTER,
-    Rule("blocks.{i}.norm1.{w}", ("encoder.layer.{i}.layernorm_before.{w}",)),
-    Rule(
-        "blocks.{i}.attn.qkv.{w}",
-        tuple(f"encoder.layer.{{i}}.attention.attention.{part}.{{w}}" for part in ("query", "key", "value")),
+# Tables of transformers' names: `{i}` stands for a block index, `{w}` for weight or bias. With several names, the
+# native tensor is their concatenation along the rows: the authors fuse query, key and value, transformers does not.
+_OUTER = {
+    "cls_token": ("embeddings.cls_token",),
+    "dist_token": ("embeddings.distillation_token",),
+    "pos_embed": ("embeddings.position_embeddings",),
+    "patch_embed.proj.{w}": ("embeddings.patch_embeddings.projection.{w}",),
+    "norm.{w}": ("layernorm.{w}",),
+}
+_CLASSIC = {
+    **_OUTER,
+    "blocks.{i}.norm1.{w}": ("encoder.layer.{i}.layernorm_before.{w}",),
+    "blocks.{i}.attn.qkv.{w}": tuple(
+        f"encoder.layer.{{i}}.attention.attention.{part}.{{w}}" for part in ("query", "key", "value")
     ),
-    Rule("blocks.{i}.attn.proj.{w}", ("encoder.layer.{i}.attention.output.dense.{w}",)),
-    Rule("blocks.{i}.norm2.{w}", ("encoder.layer.{i}.layernorm_after.{w}",)),
-    Rule("blocks.{i}.mlp.fc1.{w}", ("encoder.layer.{i}.intermediate.dense.{w}",)),
-    Rule("blocks.{i}.mlp.fc2.{w}", ("encoder.layer.{i}.output.dense.{w}",)),
-)
-_V5 = (
-    *_OUTER,
-    Rule("blocks.{i}.norm1.{w}", ("layers.{i}.layernorm_before.{w}",)),
-    Rule("blocks.{i}.attn.qkv.{w}", tuple(f"layers.{{i}}.attention.{part}_proj.{{w}}" for part in "qkv")),
-    Rule("blocks.{i}.attn.proj.{w}", ("layers.{i}.attention.o_proj.{w}",)),
-    Rule("blocks.{i}.norm2.{w}", ("layers.{i}.layernorm_after.{w}",)),
-    Rule("blocks.{i}.mlp.fc1.{w}", ("layers.{i}.mlp.fc1.{w}",)),
-    Rule("blocks.{i}.mlp.fc2.{w}", ("layers.{i}.mlp.fc2.{w}",)),
-)
-_PLAIN_HEAD = (Rule("head.{w}", ("classifier.{w}",)),)
-_BOTH_HEADS = (Rule("head.{w}", ("cls_classifier.{w}",)), Rule("head_dist.{w}", ("distillation_classifier.{w}",)))
-_TABLES = {
-    ("transformers", False): _CLASSIC + _PLAIN_HEAD,
-    ("transformers", True): _CLASSIC + _BOTH_HEADS,
-    ("transformers-5", False): _V5 + _PLAIN_HEAD,
-    ("transformers-5", True): _V5 + _BOTH_HEADS,
+    "blocks.{i}.attn.proj.{w}": ("encoder.layer.{i}.attention.output.dense.{w}",),
+    "blocks.{i}.norm2.{w}": ("encoder.layer.{i}.layernorm_after.{w}",),
+    "blocks.{i}.mlp.fc1.{w}": ("encoder.layer.{i}.intermediate.dense.{w}",),
+    "blocks.{i}.mlp.fc2.{w}": ("encoder.layer.{i}.output.dense.{w}",),
+}
+_V5 = {
+    **_OUTER,
+    "blocks.{i}.norm1.{w}": ("layers.{i}.layernorm_before.{w}",),
+    "blocks.{i}.attn.qkv.{w}": tuple(f"layers.{{i}}.attention.{part}_proj.{{w}}" for part in "qkv"),
+    "blocks.{i}.attn.proj.{w}": ("layers.{i}.attention.o_proj.{w}",),
+    "blocks.{i}.norm2.{w}": ("layers.{i}.layernorm_after.{w}",),
+    "blocks.{i}.mlp.fc1.{w}": ("layers.{i}.mlp.fc1.{w}",),
+    "blocks.{i}.mlp.fc2.{w}": ("layers.{i}.mlp.fc2.{w}",),
+}
+_BODIES = {"transformers": _CLASSIC, "transformers-5": _V5}
+# By whether there is a distillation head.
+_HEADS = {
+    False: {"head.{w}": ("classifier.{w}",)},
+    True: {"head.{w}": ("cls_classifier.{w}",), "head_dist.{w}": ("distillation_classifier.{w}",)},
 }
 
-# What timm tags and names: weights pre-trained on ImageNet-21k have a name of their own here.
+# Weights pre-trained on ImageNet-21k: a tag of timm's, a registered name of their own here.
 _TAG_21K, _SUFFIX_21K = "fb_in22k_ft_in1k", "_in21ft1k"
 
 # Our option: transformers' name of it.
@@ -103,23 +90,21 @@ class DeiTLayouts(FamilyLayouts):
     timm_fixed: ClassVar[Mapping[str, Any]] = {"global_pool": "token"}
     model_types = ("deit", "vit")
 
-    def body_prefix(self, naming: Naming, config: Any) -> str:
-        """The model type of transformers."""
-        if not naming.startswith("transformers"):
-            return ""
+    def body_prefix(self, config: Any) -> str:
+        """The model type."""
         return "deit." if config.distilled else "vit."
 
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
         """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`; transformers has a table."""
         if naming == "timm":
             return (re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name),)
-        for rule in _TABLES.get((naming, config.distilled), ()):
-            if match := _pattern(rule.native).fullmatch(name):
-                return tuple(other.format(**match.groupdict()) for other in rule.others)
+        for native, others in {**_BODIES[naming], **_HEADS[config.distilled]}.items():
+            if match := _pattern(native).fullmatch(name):
+                return tuple(other.format(**match.groupdict()) for other in others)
         raise CheckpointError(f"the {naming} layout of {self.family} has no name for {name}")
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
-        """The same name, or that of the weights pre-trained on ImageNet-21k."""
+        """The same name, or its variant for weights pre-trained on ImageNet-21k."""
         return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
 
     def timm_architecture(self, name: str, config: Any) -> str:

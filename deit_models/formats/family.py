@@ -1,4 +1,4 @@
-"""What other libraries write about a family: tensor names, config.json. A family overrides what differs from native."""
+"""A family in other libraries: tensor names and config.json. Each family overrides where they differ from native."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Mapped(NamedTuple):
 
 
 class FamilyLayouts:
-    """The layouts of one family beside the native one; stateless. This base is a family that has no others.
+    """The layouts of one family beside the native one; stateless. This base class is a family without others.
 
     Attributes:
         family: name of the file under `models/`.
@@ -113,7 +113,7 @@ class FamilyLayouts:
         """
         if naming == "native":
             return {name: tensor.contiguous() for name, tensor in tensors.items()}
-        body = self.body_prefix(naming, config)
+        body = self.body_prefix(config) if naming.startswith("transformers") else ""
         renamed: dict[str, Tensor] = {}
         for name, tensor in tensors.items():
             tensor = self.write_tensor(name, tensor, naming)
@@ -137,13 +137,13 @@ class FamilyLayouts:
         """A tensor's name without the prefix of the body."""
         return name if self.body is None else re.sub(f"^(?:{self.body})", "", name)
 
-    def body_prefix(self, naming: Naming, config: Any) -> str:
-        """The prefix of every name outside the heads."""
-        del naming, config
+    def body_prefix(self, config: Any) -> str:
+        """Prefix of all names outside the heads in transformers."""
+        del config
         return ""
 
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
-        """The names that hold a native tensor in another naming, without prefix; its rows are divided among them.
+        """Names of a native tensor in another naming, without prefix; with several, its rows are divided among them.
 
         Raises: CheckpointError: the naming has no place for it.
         """
@@ -170,11 +170,7 @@ class FamilyLayouts:
         return architecture
 
     def timm_architecture(self, name: str, config: Any) -> str:
-        """The model of timm's to build this config from, given the `timm_options` that differ from the registered one.
-
-        Args:
-            name: the registered model that the weights are a variant of.
-            config: theirs.
+        """The model of timm's from which the `timm_options` lead to this config; `name` is the nearest registered one.
 
         Raises: ConfigError: timm has no such model.
         """
@@ -189,7 +185,7 @@ class FamilyLayouts:
     # config.json of transformers
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
-        """The config that a transformers config.json describes; `num_classes` is read elsewhere.
+        """The config described by a transformers config.json; `num_classes` is read elsewhere.
 
         Raises: ConfigError: values this package cannot build. LookupError, TypeError, ValueError: missing or misused
             fields, which the caller turns into one message.
@@ -197,7 +193,7 @@ class FamilyLayouts:
         raise ConfigError(f"config.json is of model_type {data['model_type']!r}, which {self.family} cannot read")
 
     def write_transformers(self, config: Any) -> dict[str, Any]:
-        """The fields of a transformers config.json that describe the model.
+        """Fields of a transformers config.json for the model's config.
 
         Raises: ConfigError: transformers cannot build such a model.
         """

@@ -31,7 +31,7 @@ def layouts_of(family: str) -> FamilyLayouts:
 
 
 def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = None) -> Description:
-    """Tell the layout of a config.json from its contents, and read it.
+    """Read a config.json; its layout is told from its contents.
 
     Args:
         data: the parsed config.json.
@@ -55,7 +55,7 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
 
 
 def write_config(model: ModelLike, layout: Layout) -> dict[str, dict[str, Any]]:
-    """The JSON files that go beside model.safetensors in a layout: contents by file name.
+    """Contents of the JSON files beside model.safetensors in a layout, by file name.
 
     Raises: ConfigError: an unknown layout, one the family does not have, or a model without `origin` (built by hand).
     """

@@ -71,10 +71,10 @@ class LeViTLayouts(FamilyLayouts):
     }
     model_types = ("levit",)
 
-    def body_prefix(self, naming: Naming, config: Any) -> str:
+    def body_prefix(self, config: Any) -> str:
         """The model type."""
         del config
-        return "levit." if naming.startswith("transformers") else ""
+        return "levit."
 
     def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:
         """One name for each tensor; its stage depends on the depths."""
@@ -166,7 +166,7 @@ def _down_ops(config: Any) -> list[list[Any]]:
 
 @cache
 def _modules(config: Any) -> dict[str, _Elsewhere]:
-    """Every module with parameters, by its native name."""
+    """Names elsewhere of the modules with parameters, by native name."""
     modules = {"head": _Elsewhere("head", "classifier"), "head_dist": _Elsewhere("head_dist", "classifier_distill")}
     for number in range(1, 5):
         stem = _Elsewhere(f"stem.conv{number}", f"patch_embeddings.embedding_layer_{number}")

@@ -1,1 +1,1 @@
-"""The weights hub: what is published, its bytes, names and config, a verified model from them, and the way back."""
+"""The weights hub: published files fetched, checked and loaded into a model; the cache; the manifest's records."""

@@ -24,12 +24,12 @@ class CachedFile:
     """One weights file of the cache.
 
     Attributes:
-        model: the registered model it holds, as far as that is known.
+        model: the registered model in it, if known.
         source: the Hub repository, URL, or pickle it came from.
         kind: a Hub file, a plain download, or the safetensors copy of a pickle.
-        path: where it lies.
+        path: its place.
         size_bytes: its size.
-        digest: what its SHA-256 must be, as far as that is known.
+        digest: the expected SHA-256, or its first digits, if known.
         revision: the commit of a Hub file.
     """
 
@@ -43,7 +43,7 @@ class CachedFile:
 
 
 class Verdict(NamedTuple):
-    """What verifying a file gave: `ok` is None where no digest is known to compare with."""
+    """Result of verifying a file; `ok` is None where no digest is known."""
 
     file: CachedFile
     ok: bool | None

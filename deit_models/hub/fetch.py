@@ -34,7 +34,7 @@ TIMEOUT_S = 30.0
 
 
 class NoSuchFileError(FetchError):
-    """The repository exists and has no such file at that revision."""
+    """The repository exists, without such a file at that revision."""
 
 
 class HubUnreachableError(FetchError):
@@ -47,7 +47,7 @@ class TransientError(FetchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """How files are fetched: the keywords of `from_pretrained` for network and cache, and the Hub client's function."""
+    """Access to network and cache: keywords of `from_pretrained`, and the function of the Hub client."""
 
     revision: str | None = None
     token: str | bool | None = None

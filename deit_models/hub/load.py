@@ -60,7 +60,7 @@ def from_pretrained(
     """Load published or own weights into a model, verified, in eval mode.
 
     Args:
-        source: a registered name (the manifest says where its weights are; its sources are tried in turn), a directory
+        source: a registered name (its sources in the manifest are tried in turn), a directory
             with config.json and weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or
             this package's layout.
         model: the registered model that weights without a config.json are of.
@@ -101,7 +101,7 @@ def load(
 
 
 def _from_manifest(info: ModelInfo, access: Access, changes: Mapping[str, Any]) -> ImageClassifier:
-    """The first source of a model that gives a sound model; a failed one is logged, and the next is tried."""
+    """The sources of a model, tried in turn until one is sound; failures are logged."""
     sources = [source for source in info.sources if access.revision is None or source.repo is not None]
     if not sources:
         wanted = f" at revision {access.revision}" if info.sources else ""
@@ -157,7 +157,7 @@ def _locate_source(info: ModelInfo, source: Source, access: Access) -> Located:
 
 
 def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:
-    """A Hub repository; one the manifest knows gets the authors' transform, labels and recorded digest."""
+    """A Hub repository; if it is in the manifest, with the authors' transform, labels and recorded digest."""
     known = find_repo(repo_id)
     if known is not None and model in (None, known[0].name):
         return _locate_source(*known, access)
@@ -217,9 +217,9 @@ def _describe_registered(name: str) -> Description:
 
 
 def _describe_bare(name: str) -> Description:
-    """Another training of a registered model: nothing is known of it but its shape, and that only roughly.
+    """Other weights of a registered model; their number of classes and size may differ, other facts are unknown.
 
-    A licence that forbids commercial use is kept all the same: some authors publish nothing but bare files.
+    A licence that forbids commercial use is kept all the same: some authors publish bare files only.
     """
     known = _describe_registered(name)
     licence = known.origin.licence if _is_non_commercial(known.origin.licence) else None

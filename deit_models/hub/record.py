@@ -1,7 +1,7 @@
-"""For maintainers with a network: load every published copy once, and write what it is into the manifest.
+"""For maintainers with a network: load every published copy once, and write its digest and logits into the manifest.
 
-Until a full SHA-256 is recorded, a copy is vouched for only by its first digits (the authors' files), by what the
-server announces (Hub files), or by nothing. Once recorded, every later load is compared with it.
+Until a full SHA-256 is recorded, a copy is compared with its first digits (the authors' files), with the server's
+announcement (Hub files), or with nothing; afterwards with the recorded one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ NUM_LOGITS = 5
 
 
 class Outcome(NamedTuple):
-    """What recording a source gave; `error` is None where it worked."""
+    """Result of recording a source; `error` is None on success."""
 
     model: str
     source: str

@@ -29,13 +29,13 @@ logger = logging.getLogger(__name__)
 _unpickling = threading.Lock()
 
 PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
-# Where training scripts put the state dict; averaged weights first, because those are the ones that were scored.
+# Keys of the state dict in training scripts' files; averaged weights first, because accuracies were measured with them.
 PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
 REFERENCE_TOLERANCE = 1e-3
 
 
 def reference_input(config: Any) -> Tensor:
-    """The fixed image batch recorded logits belong to: waves of different length per channel, (1, C, H, W) float32."""
+    """The fixed image of the recorded logits: waves of different length per channel, (1, C, H, W) float32."""
     height, width = config.image_hw
     rows, columns = torch.arange(height).float()[:, None], torch.arange(width).float()[None, :]
     return torch.stack([torch.sin(rows * (0.05 + 0.03 * c) + columns * 0.07 + c) for c in range(config.in_chans)])[None]
@@ -61,19 +61,8 @@ def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None
 
 
 # Errors of torch's unpickler for damaged bytes; BadZipFile is derived from none of the others.
-_UNPICKLING_ERRORS = (
-    RuntimeError,
-    EOFError,
-    OSError,
-    ValueError,
-    LookupError,
-    TypeError,
-    AttributeError,
-    AssertionError,
-    ArithmeticError,
-    struct.error,
-    zipfile.BadZipFile,
-)
+_UNPICKLING_ERRORS: tuple[type[Exception], ...] = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError)
+_UNPICKLING_ERRORS += (AttributeError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile)
 
 
 def read_tensors(
