@@ -127,7 +127,8 @@ def clip_adaptively(parameters: Iterable[nn.Parameter], factor: float, *, eps: f
     if not learned:
         return
     gradients = [_local(cast(Tensor, parameter.grad)) for parameter in learned]
-    # the norms are small and many: one call for all of them, or a GPU would wait for the calls
+    # the norms are small and many: one call for all of them, or a GPU would wait for the calls. Operations on lists of
+    # tensors have no public names in torch; its optimisers use these, too
     scales = [_unit_norms(parameter.detach()) for parameter in learned]
     norms = [_unit_norms(cast(Tensor, parameter.grad)) for parameter in learned]
     torch._foreach_clamp_min_(scales, eps)
