@@ -158,15 +158,8 @@ def open_data(
 ) -> ImageRecords:
     """Open one split of labelled images, the same in every process; one process of each machine downloads.
 
-    Args:
-        args: of a parser with `add_data`; its options apply to `args.data` and to every data set known by name.
-        source: a folder or a name.
-        split: "train" or "val".
-        process: this process among those that open the same data.
-        classes: class names that it must have, in the order of the labels.
-        own_folder: the folder was named for this split; class folders may lie directly in it.
-
-    Raises: DataError: see `open_dataset`. ConfigError: options that do not fit the source.
+    The options of `add_data` apply to `args.data` and to every data set known by name. Other arguments and errors: see
+    `open_dataset`.
     """
     from ..data.datasets import DATASETS, open_dataset
 

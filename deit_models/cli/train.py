@@ -41,38 +41,34 @@ if TYPE_CHECKING:
     from ..training.run import TrainResult
 
 NO_VALIDATION, SPLIT = "none", "split"
-_USAGE = "%(prog)s DATA --out FOLDER{} [--model NAME] [--recipe NAME|FILE.toml] [options]"
-_TORCHRUN = "on 8 GPUs: torchrun --nproc-per-node 8 -m deit_models {} ..."
 
 
 def add_train(commands: Any) -> None:
     """Add the command `train`."""
     example = "train photos/ --model deit_tiny_patch16_224 --out runs/photos --recipe deit_300e --epochs 100"
     parser = command(commands, "train", "train a model by a recipe", example, run_train, own_help=True)
+    _add_training_options(parser, "train", recipe="deit_300e", model="deit_tiny_patch16_224")
     parser.set_defaults(teacher=None, teacher_weights=None, teacher_precision="float32")
-    parser.usage = _USAGE.format("")
-    add_recipe(parser, "deit_300e")
-    _add_options(parser, "deit_tiny_patch16_224")
-    parser.epilog = f"{_TORCHRUN.format('train')}\n{parser.epilog}"
 
 
 def add_distill(commands: Any) -> None:
     """Add the command `distill`."""
     example = "distill imagenet/ --teacher regnet_y_16gf --out runs/distilled"
     parser = command(commands, "distill", "train a model with a teacher", example, run_train, own_help=True)
-    parser.usage = _USAGE.format(" --teacher NAME")
-    add_recipe(parser, "deit_distill_300e")
-    add_options(parser, "--teacher", required=True)
-    add_options(parser, *TEACHER[1:])
-    _add_options(parser, "deit_tiny_distilled_patch16_224")
-    parser.epilog = f"{_TORCHRUN.format('distill')}\n{parser.epilog}"
+    _add_training_options(parser, "distill", recipe="deit_distill_300e", model="deit_tiny_distilled_patch16_224")
 
 
-def _add_options(parser: argparse.ArgumentParser, model: str) -> None:
+def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe: str, model: str) -> None:
+    teacher = " --teacher NAME" if name == "distill" else ""
+    parser.usage = f"%(prog)s DATA --out FOLDER{teacher} [--model NAME] [--recipe NAME|FILE.toml] [options]"
+    parser.epilog = f"on 8 GPUs: torchrun --nproc-per-node 8 -m deit_models {name} ...\n{parser.epilog}"
     parser.set_defaults(default_model=model)
-    add_data(
-        parser, "a folder with train/ and val/, each with a folder of images for each class; or a name: cifar10, ..."
-    )
+    add_recipe(parser, recipe)
+    if teacher:
+        add_options(parser, "--teacher", required=True)
+        add_options(parser, *TEACHER[1:])
+    text = "a folder with train/ and val/, each with a folder of images for each class; or a name: cifar10, ..."
+    add_data(parser, text)
     text = f"images to evaluate on, a folder or a name; default: those of DATA; {NO_VALIDATION}: train without any"
     parser.add_argument("--val-data", metavar="DATA", help=text)
     add_folder(parser, "recipe, log, saved state and models")
