@@ -88,18 +88,20 @@ def _write(
     metadata = _metadata(model, pixels=pixels, plan=plan)
     # the folder is beside the final place, so that a complete file is moved there in one step
     with atomic_write(path) as temporary, TemporaryDirectory(dir=path.parent, prefix=f".{path.stem}.") as folder:
-        written = [Path(folder, path.name), *([Path(folder, path.stem + kind.companion)] if kind.companion else [])]
-        kind.write(prepared, random_images(model, 2, pixels=pixels), written[0], metadata)
-        size_bytes = sum(file.stat().st_size for file in written)
-        difference = _difference(kind.open(written[0]), model, pixels=pixels, plan=plan)
+        file = Path(folder, path.name)
+        kind.write(prepared, random_images(model, 2, pixels=pixels), file, metadata)
+        written = list(file.parent.iterdir())  # OpenVINO writes two files
+        size_bytes = sum(part.stat().st_size for part in written)
+        difference = _difference(kind.open(file), model, pixels=pixels, plan=plan)
         if not difference <= tolerance:  # also for NaN
             raise AgreementError(
                 f"{path}: a logit differs by {difference:.3g} from the model's, {tolerance:g} is allowed; not written"
             )
-        for file in written[1:]:
-            with atomic_write(path.with_suffix(kind.companion)) as second:
-                os.replace(file, second)
-        os.replace(written[0], temporary)
+        for part in written:
+            if part != file:
+                with atomic_write(path.with_name(part.name)) as second:
+                    os.replace(part, second)
+        os.replace(file, temporary)
     return size_bytes, difference
 
 

@@ -38,7 +38,7 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def call_times(run: Runner, example: Tensor, *, seconds: float, warm_up: int = 1) -> list[float]:
+def call_times(run: Runner, example: Tensor, *, seconds: float = 0.5, warm_up: int = 1) -> list[float]:
     """Seconds of each call, two at least, until they add up to `seconds`; the first `warm_up` calls are not counted.
 
     A call ends when its logits are on the CPU, so no work of it or of an earlier call is left on a GPU.

@@ -1,20 +1,16 @@
-"""Inference copy of a model: from images to final logits, with layers folded where that is exact, and tokens merged.
+"""Inference copy of a model: from images to final logits, with layers folded and, on request, tokens merged.
 
 Folding gives the same logits up to rounding:
 
 - LeViT: BatchNorms and score biases (`LeViT.fuse`).
-- DeiT III: layer scale goes into the linear layer before it.
-- Transformer blocks: scale and shift of each LayerNorm go into the linear layer after it.
+- Transformer blocks: layer scale goes into the linear layer before, a LayerNorm's scale and shift into the one after.
 - The last block, if the heads read the prefix tokens only: it computes only their rows. With 197 tokens this saves five
   sixths of one block in twelve.
-- On request the normalisation of the pixels: into DeiT's patch projection, and as a layer in front of other families.
-  Their first layer pads with zeros, and zero means another colour before the normalisation than after it.
+- The normalisation of pixels, on request: into DeiT's patch projection. Other families have it as a layer in front:
+  their first layer pads with zeros, and zero means another colour before the normalisation than after it.
 
-Merging tokens, on request, changes the logits: the tokens most alike become one, which counts for all tokens in it.
-Source: Bolya et al., Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461; written from the paper, no code
-of its authors was used.
-
-Reading order: `prepare`, the folds, the merging from its plan to the blocks.
+Merging changes the logits: the tokens most alike become one, which counts for all tokens in it. Source: Bolya et al.,
+Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461; written from the paper, without its authors' code.
 """
 
 from __future__ import annotations
@@ -141,30 +137,34 @@ def _folded(network: ImageClassifier) -> ImageClassifier:
         return network.fuse()
     for module in network.modules():
         if isinstance(module, Block):
-            _fold_layer_scale(module)
-            module.norm1 = _fold_norm(module.norm1, module.attn.qkv)
-            module.norm2 = _fold_norm(module.norm2, module.mlp.fc1)
+            _fold_block(module)
     if isinstance(network, VisionTransformer) and not getattr(network.config, "token_head", False):
         *others, last = (block for block in network.blocks if isinstance(block, Block))
         network.blocks = nn.Sequential(*others, PrefixBlock(last, network.config.num_prefix_tokens))
     return network
 
 
-def _fold_layer_scale(block: Block) -> None:
-    """Multiply the factors of each branch into its last layer, in place: gamma * (W x + b) = (gamma W) x + gamma b."""
+def _fold_block(block: Block) -> None:
+    """Fold layer scale and LayerNorms into the linear layers, in place.
+
+    gamma * (W x + b) = (gamma W) x + gamma b, and W (g x + s) + b = (W g) x + (W s + b).
+    """
     for layer, gamma in ((block.attn.proj, block.gamma_1), (block.mlp.fc2, block.gamma_2)):
         if gamma is not None:
-            layer.weight = nn.Parameter(layer.weight * gamma[:, None], requires_grad=False)
-            layer.bias = nn.Parameter(layer.bias * gamma, requires_grad=False)
+            _set(layer, layer.weight * gamma[:, None], layer.bias * gamma)
     block.gamma_1 = block.gamma_2 = None
+    for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
+        shift = layer.weight @ norm.bias
+        _set(layer, layer.weight * norm.weight, shift if layer.bias is None else layer.bias + shift)
+    block.norm1, block.norm2 = (
+        nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False) for norm in (block.norm1, block.norm2)
+    )
 
 
-def _fold_norm(norm: nn.LayerNorm, layer: nn.Linear) -> nn.LayerNorm:
-    """Move scale and shift of a norm into the layer after it: W (g x + s) + b = (W g) x + (W s + b)."""
-    shift = layer.weight @ norm.bias
-    layer.bias = nn.Parameter(shift if layer.bias is None else layer.bias + shift, requires_grad=False)
-    layer.weight = nn.Parameter(layer.weight * norm.weight, requires_grad=False)
-    return nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
+def _set(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
+    dtype = layer.weight.dtype
+    layer.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+    layer.bias = nn.Parameter(bias.to(dtype), requires_grad=False)
 
 
 def _fold_normalisation(projection: nn.Conv2d, preprocessing: Preprocessing) -> None:
@@ -173,8 +173,7 @@ def _fold_normalisation(projection: nn.Conv2d, preprocessing: Preprocessing) -> 
     weight = projection.weight.double() / std
     shift = (weight * mean).sum(dim=(1, 2, 3))
     bias = -shift if projection.bias is None else projection.bias.double() - shift
-    projection.weight = nn.Parameter((weight / 255).to(projection.weight.dtype), requires_grad=False)
-    projection.bias = nn.Parameter(bias.to(projection.weight.dtype), requires_grad=False)
+    _set(projection, weight / 255, bias)
 
 
 class PrefixBlock(nn.Module):

@@ -202,15 +202,14 @@ class _Search:
         min_agreement: float,
         merging: TokenMerging,
         backends: Mapping[BackendName, Backend] = BACKENDS,
-        timer: Callable[..., list[float]] = call_times,
-        round_s: float = 0.5,
+        timer: Callable[[Runner, Tensor], list[float]] = call_times,
         exact: Callable[[torch.device], AbstractContextManager[None]] = exact_float32,
     ) -> None:
         """Plan the merging and make the batches, from the arguments of `optimize`. Raises: ConfigError: see there."""
         if isinstance(model, OptimizedClassifier):
             raise ConfigError("this model is optimised already; optimise the model it was made from")
         self.model, self.goal, self.pixels, self.min_agreement = model, goal, pixels, min_agreement
-        self.backends, self.timer, self.round_s, self.exact = backends, timer, round_s, exact
+        self.backends, self.timer, self.exact = backends, timer, exact
         self.plan, self.device = merging_plan(model, merging), next(model.parameters()).device
         given = sample if isinstance(sample, Tensor) else None
         count = len(given) if given is not None else _DEFAULT_BATCH[goal] if sample is None else int(sample)
@@ -281,7 +280,7 @@ class _Search:
             return [Timing(backend=working[0].way.backend, precision=working[0].way.precision)]
         times: dict[Way, list[float]] = {trial.way: [] for trial in working}
         for trial in working * _ROUNDS:
-            times[trial.way] += self.timer(trial.run, self.example, seconds=self.round_s)
+            times[trial.way] += self.timer(trial.run, self.example)
         timings = [
             Timing(
                 backend=way.backend,

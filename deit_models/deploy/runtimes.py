@@ -38,16 +38,12 @@ def extra_needed(purpose: str) -> Iterator[None]:
 
 
 class ExportFormat(NamedTuple):
-    """A file format: suffix, functions to write a file, to open it as a runner, and to read its metadata (JSON).
-
-    `write` takes an example batch of 2; `companion` is the suffix of the second file, or "".
-    """
+    """Suffix of a file format, functions to write a file with a batch of 2, open it, and read its metadata (JSON)."""
 
     suffix: str
     write: Callable[[Prepared, Tensor, Path, str], None]
     open: Callable[[Path], Runner]
     read: Callable[[Path], str | None]
-    companion: str = ""
 
 
 def format_of(path: Path) -> ExportFormatName:
@@ -183,7 +179,7 @@ def _read_torch(path: Path) -> str | None:
 
 EXPORT_FORMATS: dict[ExportFormatName, ExportFormat] = {
     "onnx": ExportFormat(".onnx", _write_onnx, _open_onnx, _read_onnx),
-    "openvino": ExportFormat(".xml", _write_openvino, _open_openvino, _read_openvino, companion=".bin"),
+    "openvino": ExportFormat(".xml", _write_openvino, _open_openvino, _read_openvino),
     "torch-export": ExportFormat(".pt2", _write_torch, _open_torch, _read_torch),
 }
 

@@ -5,6 +5,7 @@ import json
 import logging
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,8 @@ def search(
     **changed: Any,
 ) -> OptimizedClassifier:
     """As `optimize`, but on these backends, rounds of a millisecond, and bf16 as told."""
-    options = {"goal": "throughput", "pixels": False, "min_agreement": 0.99, "merging": 0, "round_s": 0.001, **changed}
+    options = {"goal": "throughput", "pixels": False, "min_agreement": 0.99, "merging": 0, **changed}
+    options.setdefault("timer", partial(hardware.call_times, seconds=0.001))
     found = _Search(model or build("deit"), sample, calibration, backends=backends, **options)
     candidates = ways_on(CPU, backends=backends, precision=precision, native_bf16=lambda _: native_bf16)
     return found.best(candidates, Access(cache_dir=cache_dir))
@@ -140,7 +142,7 @@ def test_the_fastest_backend_is_chosen_and_remembered(tmp_path: Path) -> None:
 
         return Backend(build_named, ("float32",))
 
-    def timer(run: hardware.Runner, *_: Tensor, **__: float) -> list[float]:
+    def timer(run: hardware.Runner, _: Tensor) -> list[float]:
         measured.append(names[run])
         return [seconds[names[run]]]
 
@@ -169,7 +171,7 @@ def test_the_goal_decides_between_rate_and_latency(tmp_path: Path) -> None:
         steady[run] = len(steady) % 2 == 0  # the first of each search
         return run
 
-    def timer(run: hardware.Runner, *_: Tensor, **__: float) -> list[float]:
+    def timer(run: hardware.Runner, _: Tensor) -> list[float]:
         return [0.2, 0.2, 0.2] if steady[run] else [0.1, 0.1, 0.9]
 
     backends = {name: Backend(build_noted, ("float32",)) for name in ("eager", "openvino")}
@@ -194,7 +196,7 @@ def test_a_kept_choice_that_no_longer_works_falls_back_to_the_next(
 ) -> None:
     times = itertools.cycle([0.2, 0.1])  # of torch itself, then of the other
     working = {**ONLY_TORCH, "openvino": Backend(EAGER.build, ("float32",))}
-    assert search(tmp_path, working, timer=lambda *_, **__: [next(times)]).choice.backend == "openvino"
+    assert search(tmp_path, working, timer=lambda *_: [next(times)]).choice.backend == "openvino"
     caplog.clear()
     assert search(tmp_path, {**working, "openvino": Backend(broken, ("float32",))}).choice.backend == "eager"
     assert caplog.messages == ["openvino in float32 is not used: no compiler here"]
@@ -218,7 +220,7 @@ def test_half_precision_is_taken_only_where_it_is_faster_and_agrees(tmp_path: Pa
     images = random_images(build("deit"), 100, pixels=False)
     images[:2, 0, 0, 0] = odd
     options = {
-        "calibration": images, "native_bf16": True, "timer": lambda run, *_, **__: [slow[built[run]]],
+        "calibration": images, "native_bf16": True, "timer": lambda run, _: [slow[built[run]]],
     }  # fmt: skip
     backends = {"eager": EAGER._replace(build=noted)}
     loose = search(tmp_path, backends, min_agreement=0, **options).choice
