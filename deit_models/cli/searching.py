@@ -3,54 +3,26 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
-from .arguments import (
-    EXIT_OK,
-    add_data,
-    add_options,
-    at_least,
-    command,
-    open_data,
-    process_number,
-    say,
-    watcher,
-)
-from .long_runs import (
-    TrainingDisplay,
-    add_folder,
-    add_recipe,
-    check_fresh,
-    chosen_recipe,
-    run_to_end,
-)
+from .arguments import EXIT_OK, add_data, add_options, at_least, command, open_data, say, watcher
+from .long_runs import TrainingDisplay, add_folder, add_recipe, check_fresh, chosen_recipe, run_to_end
 
 if TYPE_CHECKING:
     from ..data.records import ImageRecords
-    from ..distributed import Process
     from ..nas.evolution import ScoredCandidate
     from ..nas.settings import Evolution
     from ..nas.space import SearchSpace
     from ..training.recipe import Recipe
+    from ..training.run import Computing
 
 
 _RECIPES = {"tiny": "supernet_tiny_120e", "small": "supernet_small_120e"}
 _RECIPE = "cifar_scratch"
 _DATA = "a folder with train/, or with a folder of images for each class; or a name: cifar10, ..."
-_EVOLUTION = {
-    "population": "candidates drawn at random to begin with",
-    "generations": "rounds, the random one counted",
-    "parents": "the best so far, from which a round is made",
-    "mutants": "varied parents in a round",
-    "crossovers": "crossed parents in a round",
-    "mutation": "probability that a mutant draws an item anew",
-    "crossover": "probability that a crossed candidate takes an item from its second parent",
-    "floor": "smallest cost, as a fraction of the limit",
-    "seed": "of all draws",
-}
 
 
 def add_search(commands: Any) -> None:
@@ -110,32 +82,31 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
         parser.add_argument("--supernet", metavar="SOURCE", help="default: the one in --out")
         text = "of scoring, default float32"
         parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help=text)
-    defaults = Evolution()
-    for name, text in _EVOLUTION.items():
-        value = getattr(defaults, name)
-        option = "--search-seed" if name == "seed" else f"--{name}"
-        parser.add_argument(
-            option,
-            dest=f"evolution_{name}",
-            type=type(value),
-            default=value,
-            metavar="N",
-            help=f"{text}, default {value}",
-        )
+    for item in fields(Evolution):
+        option, text = f"--{item.name}".replace("--seed", "--search-seed"), item.metadata["help"]
+        value: dict[str, Any] = {"type": type(item.default), "default": item.default, "metavar": "N"}
+        parser.add_argument(option, dest=f"evolution_{item.name}", **value, help=f"{text}, default {item.default}")
 
 
 def _run(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
     from ..nas.search import split_images
+    from ..nas.settings import Evolution
     from ..nas.space import read_space
+    from ..training.run import Computing
 
     space = read_space(args.space)
-    evolution = _evolution(args) if args.searches else None
+    evolution = None
+    if args.searches:
+        evolution = Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
     recipe = _recipe(args) if args.trains else None
+    if recipe is not None:
+        args.precision = recipe.precision
     check_fresh(args)
     display = TrainingDisplay(recipe.total_epochs if recipe else 0, finished=None)
     kept = f"{args.out} keeps every finished epoch and every score, and the same command goes on from there"
     with join_processes(args.device) as process:
+        computing = Computing(device=process.device, workers=args.workers, watch=watcher("images"))
 
         def work() -> None:
             records = open_data(args, args.data, "train", process)
@@ -143,9 +114,11 @@ def _run(args: argparse.Namespace) -> int:
                 _check_limit(args, space, evolution, len(records.classes))
             images, held_out = split_images(records, args.out, fraction=args.val_fraction, seed=args.split_seed)
             if recipe is not None:
-                _train(args, space, recipe, images, held_out, display, process)
+                say(f"super-network of {args.space}: {len(images)} images to learn from, {len(held_out)} to score on")
+                training = replace(computing, cache=args.cache, watch=display.watch, on_epoch=display.show_epoch)
+                _train(args, space, recipe, images, held_out, training)
             if evolution is not None:
-                _search(args, space, evolution, recipe, held_out, process)
+                _search(args, space, evolution, held_out, computing)
 
         return run_to_end(args, recipe or _recipe(args), display, work, kept=kept)
 
@@ -156,12 +129,6 @@ def _recipe(args: argparse.Namespace) -> Recipe:
     if recipe.ema_decay:
         raise ConfigError(f"ema_decay={recipe.ema_decay}: a super-network has no moving average; pass --ema-decay 0")
     return recipe
-
-
-def _evolution(args: argparse.Namespace) -> Evolution:
-    from ..nas.settings import Evolution
-
-    return Evolution(**{item.name: getattr(args, f"evolution_{item.name}") for item in fields(Evolution)})
 
 
 def _check_limit(args: argparse.Namespace, space: SearchSpace, evolution: Evolution, num_classes: int) -> None:
@@ -178,56 +145,36 @@ def _train(
     space: SearchSpace,
     recipe: Recipe,
     images: ImageRecords,
-    held_out: ImageRecords,
-    display: TrainingDisplay,
-    process: Process,
+    val: ImageRecords,
+    computing: Computing,
 ) -> None:
     from ..nas.search import SUPERNET_FOLDER, train_supernet
     from ..nas.settings import Sampling
-    from ..training.run import Computing
 
-    say(f"super-network of {args.space}: {len(images)} images to learn from, {len(held_out)} to score on")
     warmup = recipe.epochs // 4 if args.choice_warmup is None else args.choice_warmup
+    sampling, out = Sampling(images=args.images_per_network, warmup_epochs=warmup), args.out / SUPERNET_FOLDER
     result = train_supernet(
-        space,
-        recipe=recipe,
-        images=images,
-        val=held_out,
-        out=args.out / SUPERNET_FOLDER,
-        sampling=Sampling(images=args.images_per_network, warmup_epochs=warmup),
-        computing=Computing(
-            device=process.device,
-            workers=args.workers,
-            cache=args.cache,
-            watch=display.watch,
-            on_epoch=display.show_epoch,
-        ),
+        space, recipe=recipe, images=images, val=val, out=out, sampling=sampling, computing=computing
     )
     say(f"the largest network: top-1 {result.top1:.2f} %; wrote {result.out / 'model'}")
 
 
 def _search(
-    args: argparse.Namespace,
-    space: SearchSpace,
-    evolution: Evolution,
-    recipe: Recipe | None,
-    held_out: ImageRecords,
-    process: Process,
+    args: argparse.Namespace, space: SearchSpace, evolution: Evolution, images: ImageRecords, computing: Computing
 ) -> None:
     from ..nas.search import SUPERNET_FOLDER, WINNER_NAME, search
-    from ..training.run import Computing
 
     result = search(
         space,
         supernet=getattr(args, "supernet", None) or args.out / SUPERNET_FOLDER / "model",
-        images=held_out,
+        images=images,
         limit=args.limit,
         out=args.out,
         cost=args.cost,
         evolution=evolution,
         batch_size=args.score_batch,
-        precision=args.precision if recipe is None else recipe.precision,
-        computing=Computing(device=process.device, workers=args.workers, watch=watcher("images")),
+        precision=args.precision,
+        computing=computing,
         on_generation=_show_generation,
     )
     best = result.scored[0]
@@ -238,8 +185,7 @@ def _search(
 def _show_generation(found: list[ScoredCandidate]) -> None:
     generation = max(one.generation for one in found)
     fresh = sum(one.generation == generation for one in found)
-    if process_number() == 0:
-        print(f"generation {generation}: {fresh} networks, best top-1 {found[0].top1:.2f} %", flush=True)
+    say(f"generation {generation}: {fresh} networks, best top-1 {found[0].top1:.2f} %")
 
 
 def _show(args: argparse.Namespace) -> int:

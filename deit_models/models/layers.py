@@ -57,11 +57,10 @@ class ImageClassifier(nn.Module):
     head_names: ClassVar[tuple[str, ...]]
     """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
 
-    origin: Origin | None = None
-
     def __init__(self, config: Any) -> None:
         super().__init__()
         self.config = config
+        self.origin: Origin | None = None
 
     @property
     def num_classes(self) -> int:

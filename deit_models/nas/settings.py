@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 from ..config import check_rates, check_whole
 from ..errors import ConfigError
@@ -34,31 +35,24 @@ class Sampling:
         return min(1 + epoch * (choices - 1) // self.warmup_epochs, choices)
 
 
+def _number(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evolution:
-    """Numbers of an evolution; the defaults are the paper's, 3,350 candidates in all.
+    """Numbers of an evolution; the defaults are the paper's, 3,350 candidates in all."""
 
-    Attributes:
-        population: candidates drawn at random to begin with.
-        generations: rounds, the random one counted.
-        parents: the best so far, from which a generation is made.
-        mutants: candidates of a generation that are varied parents.
-        crossovers: candidates of a generation that are crossed parents.
-        mutation: probability that a mutant draws an item anew.
-        crossover: probability that a crossed candidate takes an item from its second parent.
-        floor: smallest cost, as a fraction of the limit; larger networks are better, so smaller ones need no scoring.
-        seed: of all draws.
-    """
-
-    population: int = 500
-    generations: int = 20
-    parents: int = 75
-    mutants: int = 75
-    crossovers: int = 75
-    mutation: float = 0.3
-    crossover: float = 0.5
-    floor: float = 0.975
-    seed: int = 0
+    population: int = _number(500, "candidates drawn at random to begin with")
+    generations: int = _number(20, "rounds, the random one counted")
+    parents: int = _number(75, "the best so far, from which a round is made")
+    mutants: int = _number(75, "varied parents in a round")
+    crossovers: int = _number(75, "crossed parents in a round")
+    mutation: float = _number(0.3, "probability that a mutant draws an item anew")
+    crossover: float = _number(0.5, "probability that a crossed candidate takes an item from its second parent")
+    # larger networks are better, so smaller ones need no scoring
+    floor: float = _number(0.975, "smallest cost, as a fraction of the limit")
+    seed: int = _number(0, "of all draws")
 
     def __post_init__(self) -> None:
         """Raise ConfigError for numbers that cannot work."""
