@@ -67,17 +67,8 @@ class Block(nn.Module):
 
     With `layer_scale` each branch is multiplied by one learned factor a channel, which starts at that value, so that a
     deep model begins near the identity. Source: Touvron et al., Going deeper with image transformers, 2021.
-
-    Args:
-        dim: width D of a token.
-        num_heads: attention heads.
-        attn_dim: width of all heads together; default: D.
-        mlp_hidden: hidden width of the MLP.
-        qkv_bias: whether the query, key and value projections have a bias.
-        norm_eps: epsilon of the LayerNorms.
-        drop_rate: dropout on attention output and MLP.
-        drop_path_rate: stochastic depth of both branches.
-        layer_scale: 0: there are no factors.
+    `attn_dim` is the width of all heads together, by default D; `drop_path_rate` is the stochastic depth of both
+    branches; the other numbers are explained at `DeiTConfig`.
     """
 
     def __init__(

@@ -6,7 +6,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -21,42 +21,33 @@ from ..training.state import read_log
 from .space import Candidate, SearchSpace
 
 
-class Ledger:
-    """Results by key, kept in a file of JSON lines; an interrupted search finds there the results it had.
+class Ledger(dict[str, float]):
+    """Numbers by key, kept in a file of JSON lines; an interrupted search finds there the numbers it had.
 
     Each line is written as soon as it is known. A line that a killed process left unfinished is dropped.
 
     Args:
-        path: the file; made with the first entry.
-        writes: whether this process writes; the others of a search keep the same entries in memory.
+        path: the file; made with the first number.
+        name: of the number in each line.
+        writes: whether this process writes; the others of a search keep the same numbers in memory.
 
     Raises: SaveError: no space or no permission.
     """
 
-    def __init__(self, path: Path, *, writes: bool = True) -> None:
-        self.path, self._writes = path, writes
-        self._entries: dict[str, dict[str, Any]] = {row.pop("key"): row for row in read_log(path)}
+    def __init__(self, path: Path, name: str, *, writes: bool = True) -> None:
+        super().__init__({row["key"]: row[name] for row in read_log(path)})
+        self._path, self._name, self._writes = path, name, writes
         if writes and path.exists():
-            write_text(path, "".join(_line(*entry) for entry in self._entries.items()))
+            write_text(path, "".join(map(self._line, self)))
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._entries
-
-    def __getitem__(self, key: str) -> Mapping[str, Any]:
-        return self._entries[key]
-
-    def __len__(self) -> int:
-        return len(self._entries)
-
-    def add(self, key: str, entry: dict[str, Any]) -> None:
-        """Keep the result of `key`. Raises: SaveError: no space or no permission."""
-        self._entries[key] = entry
+    def add(self, key: str, number: float) -> None:
+        """Keep a number. Raises: SaveError: no space or no permission."""
+        self[key] = number
         if self._writes:
-            append_text(self.path, _line(key, entry))
+            append_text(self._path, self._line(key))
 
-
-def _line(key: str, entry: Mapping[str, Any]) -> str:
-    return json.dumps({"key": key, **entry}) + "\n"
+    def _line(self, key: str) -> str:
+        return json.dumps({"key": key, self._name: self[key]}) + "\n"
 
 
 CostKind = Literal["macs", "latency"]
@@ -135,7 +126,7 @@ class Latency:
     def __init__(self, space: SearchSpace, num_classes: int, folder: Path, *, process: Process, batch: int) -> None:
         self.space, self.num_classes, self.process, self.batch = space, num_classes, process, batch
         self.device = process.device
-        self._known = Ledger(folder / LATENCY_NAME, writes=process.is_main)
+        self._known = Ledger(folder / LATENCY_NAME, "ms", writes=process.is_main)
 
     def __call__(self, candidate: Candidate) -> float:
         """Sum of the times of its parts."""
@@ -145,8 +136,8 @@ class Latency:
             measured = self.process.gather(list(self._measure(config)) if self.process.is_main else None)[0]
             for key, milliseconds in zip(keys, measured, strict=True):
                 if key not in self._known:
-                    self._known.add(key, {"ms": milliseconds})
-        return sum(self._known[key]["ms"] for key in keys)
+                    self._known.add(key, milliseconds)
+        return sum(self._known[key] for key in keys)
 
     @torch.inference_mode()
     def _measure(self, config: ViTResNASConfig) -> Iterator[float]:

@@ -209,7 +209,7 @@ class CandidateScores:
     ) -> None:
         self.largest, self.space, self.process = largest, space, process
         self.precision: Precision = precision
-        self.known = Ledger(folder / SCORES_NAME, writes=process.is_main)
+        self.known = Ledger(folder / SCORES_NAME, "top1", writes=process.is_main)
         self._alone = Process(0, 1, process.device)  # each process scores candidates of its own, on all images
         workers, self._damage = computing.workers_beside(process.device), DamageCount(images, computing.corrupt_limit)
         transform = EvalTransform(preprocessing_for(space))
@@ -229,8 +229,8 @@ class CandidateScores:
             mine = new[start + process.rank : start + process.world][:1]
             for found in process.gather([(c.key(), self._top1(c)) for c in mine]):
                 for key, top1 in found:
-                    self.known.add(key, {"top1": top1})
-        return [self.known[candidate.key()]["top1"] for candidate in candidates]
+                    self.known.add(key, top1)
+        return [self.known[candidate.key()] for candidate in candidates]
 
     def _top1(self, candidate: Candidate) -> float:
         heads = Heads(extract(self.largest, self.space, candidate).to(self.process.device))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from os import PathLike
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,14 +61,6 @@ def _reorder_heads(attention: Attention) -> None:
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
     """Rows of q, k and v as (3, heads, head_dim, ...), a view."""
     return tensor.view(3, heads, -1, *tensor.shape[1:])
-
-
-class _BlockMask(NamedTuple):
-    """The kept parts of one block for each image; None: all. Shapes (B, 1, channels), and (B, 1, 1) for `kept`."""
-
-    heads: Tensor | None
-    hidden: Tensor | None
-    kept: Tensor | None
 
 
 class SuperNetwork(ImageClassifier):
@@ -157,12 +149,13 @@ class SuperNetwork(ImageClassifier):
                 tokens = _reduce(cast(SpatialReduction, next(layers)), tokens, before)
             tokens = _masked(tokens, width)
             for place in range(choices.depth):
-                mask = _BlockMask(
-                    heads=_channels(next(counts), [choices.head_dim * heads for heads in choices.num_heads]),
-                    hidden=_channels(next(counts), choices.mlp_hidden),
-                    kept=_channels(next(counts), (1, 0) if place in choices.removable else (1,)),
+                masks = (
+                    width,
+                    _channels(next(counts), [choices.head_dim * heads for heads in choices.num_heads]),
+                    _channels(next(counts), choices.mlp_hidden),
+                    _channels(next(counts), (1, 0) if place in choices.removable else (1,)),
                 )
-                tokens = _run_block(cast(Block, next(layers)), tokens, mask, width)
+                tokens = _run_block(cast(Block, next(layers)), tokens, masks)
         return self.net.classify(_normed(self.net.norm, tokens, width))
 
     def set_drop_rates(self, **rates: float) -> None:
@@ -227,13 +220,16 @@ def _reduce(layer: SpatialReduction, x: Tensor, width: Tensor | None) -> Tensor:
     return layer.reduced(_normed(layer.norm, x, width)) + layer.shortcut(x)
 
 
-def _run_block(block: Block, x: Tensor, mask: _BlockMask, width: Tensor | None) -> Tensor:
-    """A block without its masked channels, (B, N, D) -> (B, N, D)."""
-    attn, mlp = block.attn, block.mlp
+def _run_block(block: Block, x: Tensor, masks: Sequence[Tensor | None]) -> Tensor:
+    """A block without its masked channels, (B, N, D) -> (B, N, D).
+
+    The masks of tokens, heads and hidden units are (B, 1, channels), that of the whole block (B, 1, 1).
+    """
+    (width, heads, units, kept), attn, mlp = masks, block.attn, block.mlp
     mixed = F.scaled_dot_product_attention(*attn.heads(_normed(block.norm1, x, width))).transpose(1, 2).flatten(2)
-    x = x + block.drop_path(_masked(attn.proj_drop(attn.proj(_masked(mixed, mask.heads))), width, mask.kept))
-    hidden = _masked(mlp.drop(F.gelu(mlp.fc1(_normed(block.norm2, x, width)))), mask.hidden)
-    return x + block.drop_path(_masked(mlp.drop(mlp.fc2(hidden)), width, mask.kept))
+    x = x + block.drop_path(_masked(attn.proj_drop(attn.proj(_masked(mixed, heads))), width, kept))
+    hidden = _masked(mlp.drop(F.gelu(mlp.fc1(_normed(block.norm2, x, width)))), units)
+    return x + block.drop_path(_masked(mlp.drop(mlp.fc2(hidden)), width, kept))
 
 
 def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViTResNAS:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from deit_models import ConfigError, create_model
 from deit_models.models.deit import DeiT, DeiTConfig, PatchDropout
-from deit_models.models.layers import DropPath, HeadLogits, resize_pos_embed
+from deit_models.models.layers import HeadLogits, resize_pos_embed
 
 GOLDEN = ("deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224")
 SMALL: dict[str, Any] = {
@@ -391,78 +391,9 @@ def test_dropout_acts_on_tokens_attention_and_mlp() -> None:
         assert (dropped == 0).float().mean().item() == pytest.approx(0.5, abs=0.05)
 
 
-def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:
-    torch.manual_seed(0)
-    out = DropPath(0.3)(torch.ones(20_000, 2, 3))
-    assert torch.equal(out, out[:, :1, :1].expand_as(out))
-    kept = out[:, 0, 0] > 0
-    torch.testing.assert_close(out[kept], torch.full_like(out[kept], 1 / 0.7))
-    assert kept.float().mean().item() == pytest.approx(0.7, abs=0.013)  # four standard deviations
-
-
-@pytest.mark.parametrize("drop_path", [DropPath(0.0), DropPath(0.9).eval()], ids=["rate 0", "eval"])
-def test_drop_path_is_otherwise_the_identity(drop_path: DropPath) -> None:
-    x = torch.randn(8, 4)
-    assert drop_path(x) is x
-
-
-# Position resizing
-
-
-def test_resize_at_equal_size_changes_nothing() -> None:
-    positions = torch.randn(1, 1 + 16, 6)
-    assert torch.equal(resize_pos_embed(positions, num_prefix=1, grid=(4, 4)), positions)
-
-
-@pytest.mark.parametrize("num_prefix", [0, 1, 2])
-@pytest.mark.parametrize("grid", [(8, 8), (2, 2), (3, 7)])
-def test_resize_leaves_prefix_and_argument_alone(num_prefix: int, grid: tuple[int, int]) -> None:
-    positions = torch.randn(1, num_prefix + 16, 6)
-    before = positions.clone()
-    resized = resize_pos_embed(positions, num_prefix=num_prefix, grid=grid)
-    assert resized.shape == (1, num_prefix + grid[0] * grid[1], 6)
-    assert torch.equal(resized[:, :num_prefix], positions[:, :num_prefix])
-    assert torch.equal(positions, before)
-
-
-def test_resize_keeps_rows_and_columns_apart() -> None:
-    # positions that only know their row must not vary along the columns of any other grid
-    rows = torch.arange(3.0).repeat_interleave(5).reshape(1, 15, 1)
-    resized = resize_pos_embed(rows, num_prefix=0, grid=(6, 4), source_grid=(3, 5)).reshape(6, 4)
-    torch.testing.assert_close(resized, resized[:, :1].expand(6, 4))
-    assert (resized[1:, 0] > resized[:-1, 0]).all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_resize_of_half_precision_is_rounded_once(dtype: torch.dtype) -> None:
-    positions = torch.randn(1, 1 + 16, 6).to(dtype)
-    resized = resize_pos_embed(positions, num_prefix=1, grid=(6, 6))
-    assert resized.dtype == dtype
-    assert torch.equal(resized, resize_pos_embed(positions.float(), num_prefix=1, grid=(6, 6)).to(dtype))
-
-
-def test_resize_of_a_count_that_fills_no_grid_is_refused() -> None:
-    positions = torch.randn(1, 1 + 15, 6)
-    with pytest.raises(ConfigError, match="15 patch positions do not fill a grid of 4x4"):
-        resize_pos_embed(positions, num_prefix=1, grid=(8, 8))
-    with pytest.raises(ConfigError, match="15 patch positions do not fill a grid of 2x7"):
-        resize_pos_embed(positions, num_prefix=1, grid=(8, 8), source_grid=(2, 7))
-
-
 # DeiT III
 
 THREE: dict[str, Any] = {"layer_scale": 1e-4, "prefix_positions": False, "drop_path_uniform": True}
-
-
-def test_layer_scale_multiplies_both_branches_channel_by_channel() -> None:
-    torch.manual_seed(0)
-    block = DeiT(DeiTConfig(**SMALL, layer_scale=0.5)).blocks[0]
-    torch.nn.init.normal_(block.gamma_1)
-    torch.nn.init.normal_(block.gamma_2)
-    x = torch.randn(2, 5, 24)
-    after_attention = x + block.gamma_1 * block.attn(block.norm1(x))
-    expected = after_attention + block.gamma_2 * block.mlp(block.norm2(after_attention))
-    torch.testing.assert_close(block(x), expected)
 
 
 def test_layer_scale_starts_at_its_value_also_when_an_empty_model_is_filled() -> None:

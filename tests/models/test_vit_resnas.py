@@ -14,7 +14,6 @@ from torch import Tensor
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info, register_model
 from deit_models.models.layers import resize_pos_embed
 from deit_models.models.vit_resnas import SpatialReduction, Stage, ViTResNAS, ViTResNASConfig
-from deit_models.nas.space import stages_of
 from deit_models.registry import model_spec
 
 # Parameters with and without the patch head, and multiply-accumulates, of the authors' estimator.
@@ -116,28 +115,6 @@ def test_parameters_and_macs_are_the_published_ones(name: str) -> None:
     assert (info.params, info.macs) == (with_head, macs)
     bare = create_model(name, device="meta", patch_head=False)
     assert sum(parameter.numel() for parameter in bare.parameters()) == without
-
-
-def test_networks_in_the_authors_notation_are_the_registered_ones() -> None:
-    network_def = reference.read("vit_resnas_tiny")["config"]["network_def"]
-    assert stages_of(network_def) == model_spec("vit_resnas_tiny").config.stages
-    # a block that was searched away is left out
-    with_removed = [*network_def[:2], [1, [176, 6, 32], [176, 384], 0], *network_def[2:]]
-    assert stages_of(with_removed) == stages_of(network_def)
-
-
-@pytest.mark.parametrize(
-    ("entries", "message"),
-    [
-        ([[4, 16], [1, [24, 2, 8], [24, 32], 1]], "follows tokens of width 16"),
-        ([[4, 16], [1, [16, 2, 8], [16, 32], 1], [1, [16, 2, 4], [16, 32], 1], [2, 16, 10]], r"widths \[4, 8\]"),
-        ([[4, 16], [7, 16]], "of no known kind"),
-        ([[4, 16], [2, 16, 10]], r"heads of widths \[\]"),
-    ],
-)
-def test_wrong_notation_is_refused(entries: list[Any], message: str) -> None:
-    with pytest.raises(ConfigError, match=message):
-        stages_of(entries)
 
 
 # Files
@@ -267,9 +244,7 @@ def test_impossible_networks_are_refused(change: dict[str, Any], message: str) -
         small(**change)
 
 
-def test_registered_at_run_time_like_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    import deit_models.registry as registry
-
-    monkeypatch.setattr(registry, "_specs", dict(registry._specs))
+@pytest.mark.usefixtures("own_registry")
+def test_registered_at_run_time_like_any_other() -> None:
     register_model("my_search", ViTResNAS, ViTResNASConfig(), **SMALL)
     assert model_info("my_search").params == sum(p.numel() for p in small().parameters())

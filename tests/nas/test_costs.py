@@ -81,20 +81,20 @@ def test_unknown_cost_is_refused(tmp_path: Path) -> None:
 
 def test_ledger_keeps_entries_and_drops_a_torn_line(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "ledger.jsonl"
-    ledger = Ledger(path)
-    ledger.add("a", {"top1": 1.5})
-    ledger.add("b", {"top1": 2.5})
+    ledger = Ledger(path, "top1")
+    ledger.add("a", 1.5)
+    ledger.add("b", 2.5)
     with path.open("a") as file:
         file.write('{"key": "c", "to')
-    again = Ledger(path)
+    again = Ledger(path, "top1")
     assert len(again) == 2
     assert "c" not in again
-    again.add("c", {"top1": 3.5})
-    assert [Ledger(path)[key]["top1"] for key in "abc"] == [1.5, 2.5, 3.5]
+    again.add("c", 3.5)
+    assert [Ledger(path, "top1")[key] for key in "abc"] == [1.5, 2.5, 3.5]
 
 
 def test_ledger_of_another_process_is_not_written(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path / "ledger.jsonl", writes=False)
-    ledger.add("a", {"top1": 1.0})
-    assert ledger["a"] == {"top1": 1.0}
+    ledger = Ledger(tmp_path / "ledger.jsonl", "top1", writes=False)
+    ledger.add("a", 1.0)
+    assert ledger["a"] == 1.0
     assert not (tmp_path / "ledger.jsonl").exists()

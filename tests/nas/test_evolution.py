@@ -138,9 +138,3 @@ def test_crossed_candidates_take_every_item_from_one_of_two_parents() -> None:
         BlockChoice(heads, hidden) for heads in (3, 1) for hidden in (24, 8)
     }
     assert next(hunt._crossed([SPACE.largest()])) is None
-
-
-@pytest.mark.parametrize("change", [{"population": 0}, {"mutation": 1.5}, {"floor": 1}, {"parents": 2.5}])
-def test_impossible_numbers_are_refused(change: dict[str, float]) -> None:
-    with pytest.raises(ConfigError, match=next(iter(change))):
-        Evolution(**change)  # type: ignore[arg-type]

@@ -1,8 +1,10 @@
 """Search spaces: the paper's figures, what is refused, and TOML there and back."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+from golden import reference
 from nas.toy import toy_space
 
 from deit_models import ConfigError, create_model
@@ -14,7 +16,9 @@ from deit_models.nas.space import (
     candidates_of,
     read_space,
     space_from_toml,
+    stages_of,
 )
+from deit_models.registry import model_spec
 
 STAGE = {"embed_dim": (16, 8), "head_dim": 4, "num_heads": (2, 1), "mlp_hidden": (16, 8), "depth": 2}
 
@@ -37,7 +41,7 @@ def test_searched_networks_lie_in_the_papers_spaces(name: str, space: str) -> No
         assert stage.head_dim == choices.head_dim
         assert set(stage.num_heads) <= set(choices.num_heads)
         assert set(stage.mlp_hidden) <= set(choices.mlp_hidden)
-        assert choices.depth - len(choices.removable) <= stage.depth <= choices.depth
+        assert choices.depth - len(choices.removable) <= len(stage.num_heads) <= choices.depth
 
 
 @pytest.mark.parametrize("space", [*SPACES.values(), toy_space()], ids=[*SPACES, "toy"])
@@ -117,3 +121,25 @@ def test_key_is_read_back_to_the_same_network() -> None:
 def test_key_of_no_network_is_refused(key: str) -> None:
     with pytest.raises(ConfigError, match="is no network of this space"):
         candidate_from_key(toy_space(), key)
+
+
+def test_networks_in_the_authors_notation_are_the_registered_ones() -> None:
+    network_def = reference.read("vit_resnas_tiny")["config"]["network_def"]
+    assert stages_of(network_def) == model_spec("vit_resnas_tiny").config.stages
+    # a block that was searched away is left out
+    with_removed = [*network_def[:2], [1, [176, 6, 32], [176, 384], 0], *network_def[2:]]
+    assert stages_of(with_removed) == stages_of(network_def)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ([[4, 16], [1, [24, 2, 8], [24, 32], 1]], "follows tokens of width 16"),
+        ([[4, 16], [1, [16, 2, 8], [16, 32], 1], [1, [16, 2, 4], [16, 32], 1], [2, 16, 10]], r"widths \[4, 8\]"),
+        ([[4, 16], [7, 16]], "of no known kind"),
+        ([[4, 16], [2, 16, 10]], r"heads of widths \[\]"),
+    ],
+)
+def test_wrong_notation_is_refused(entries: list[Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        stages_of(entries)

@@ -120,13 +120,6 @@ def test_whole_network_speaks_in_eval_mode_and_where_all_choices_are_the_largest
     torch.testing.assert_close(whole(x), calm, atol=1e-4, rtol=1e-4)
 
 
-def test_choices_join_one_by_one() -> None:
-    sampling = Sampling(warmup_epochs=30)
-    assert [sampling.enabled(4, epoch) for epoch in (0, 9, 10, 19, 20, 29, 30, 99)] == [1, 1, 2, 2, 3, 3, 4, 4]
-    assert [Sampling(warmup_epochs=0).enabled(4, epoch) for epoch in (0, 5)] == [4, 4]
-    assert sampling.enabled(1, 0) == 1
-
-
 def test_choices_are_dealt_evenly_and_presence_is_even_odds() -> None:
     space = toy_space()
     whole = supernet(space)
@@ -206,8 +199,6 @@ def test_network_of_another_space_is_refused() -> None:
     small = extract(largest_network(space), space, space.smallest())
     with pytest.raises(ConfigError, match="the space's largest has"):
         SuperNetwork(small, space, Sampling())
-    with pytest.raises(ConfigError, match="images=0"):
-        Sampling(images=0)
 
 
 def test_compiled_once_for_all_candidates_and_epochs() -> None:
