@@ -154,8 +154,8 @@ class EvalCrop:
         return str(self.spec)
 
 
-Crop = RandomResizedCrop | PaddedCrop | EvalCrop
-Change = Callable[[Image.Image, Random], Image.Image]
+_Crop = RandomResizedCrop | PaddedCrop | EvalCrop
+_Change = Callable[[Image.Image, Random], Image.Image]
 _INTERPOLATIONS = {
     "bicubic": (Resampling.BICUBIC,),
     "bilinear": (Resampling.BILINEAR,),
@@ -270,7 +270,7 @@ def sample_rng(seed: int) -> Random:
     return Random(int(torch.randint(2**62, (), generator=torch.Generator().manual_seed(seed))))
 
 
-def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int]) -> Crop:
+def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int]) -> _Crop:
     if recipe.crop == "none":
         return EvalCrop(preprocessing, size)
     change = Resize(_INTERPOLATIONS[recipe.interpolation])
@@ -281,9 +281,9 @@ def _crop(recipe: Recipe, preprocessing: Preprocessing, size: tuple[int, int]) -
     return PaddedCrop(size, (4, 4), "reflect", change)
 
 
-def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[Change]:
+def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[_Change]:
     """The random changes after the crop."""
-    jitter: list[Change] = [ColorJitter(recipe.color_jitter)] if recipe.color_jitter else []
+    jitter: list[_Change] = [ColorJitter(recipe.color_jitter)] if recipe.color_jitter else []
     if recipe.augment == "none":
         return jitter
     if recipe.augment == "3-augment":

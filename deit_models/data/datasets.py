@@ -35,13 +35,13 @@ from .records import (
     subfolders,
 )
 
-Split = Literal["train", "val"]
+SplitName = Literal["train", "val"]
 
 _FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
 """Names of a split's folder, in the order they are looked for."""
 
 
-def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None) -> ImageRecords:
+def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = None) -> ImageRecords:
     """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
     if isinstance(data, (str, PathLike)):
         return open_dataset(data, split, classes=classes, own_folder=True)
@@ -56,7 +56,7 @@ def open_images(data: Any, split: Split, classes: tuple[str, ...] | None = None)
 
 def open_dataset(
     source: str | os.PathLike[str],
-    split: Split,
+    split: SplitName,
     *,
     root: str | os.PathLike[str] | None = None,
     download: bool = False,
@@ -319,7 +319,7 @@ def _split_folders(folder: Path) -> list[str]:
     return present if split else []
 
 
-def _open_folder(folder: Path, split: Split, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
     if present := _split_folders(folder):
         for name in _FOLDERS[split]:
             if name in present:

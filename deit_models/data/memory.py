@@ -61,12 +61,11 @@ def keep_in_memory(
                 f"the {len(records)} images of {records.name} take {needed / 1e6:.0f} MB decoded, and {free / 1e6:.0f} "
                 f"MB are free; pass cache='none', which reads the files each time"
             )
-        level = logging.WARNING if cache == "auto" and needed >= _WORTH_A_LINE else logging.INFO
         logger.log(
-            level,
-            "keeping the %d images of %s in memory (%.0f MB); cache='none' (--cache none) reads the files each time",
-            len(records), records.name, needed / 1e6,
-        )  # fmt: skip
+            logging.WARNING if cache == "auto" and needed >= _WORTH_A_LINE else logging.INFO,
+            f"keeping the {len(records)} images of {records.name} in memory ({needed / 1e6:.0f} MB); cache='none' "
+            "(--cache none) reads the files each time",
+        )
         return _decoded(records, size, workers)
     except (ConfigError, DataError):
         if cache == "ram":
@@ -75,14 +74,14 @@ def keep_in_memory(
 
 
 def keeps_pixels(records: ImageRecords, preprocessing: Preprocessing, cache: Cache) -> bool:
-    """Whether to remember what the evaluation transform makes of a set, whatever the sizes of its images."""
+    """Whether to keep the output of the evaluation transform for a set, whatever the sizes of its images."""
     height, width = preprocessing.crop
     fits = always_the_same(records) and len(records) * 3 * height * width * _SHARE <= free_memory()
     return cache == "ram" or (cache == "auto" and fits)
 
 
 def free_memory(*, shared: bool = False) -> int:
-    """Bytes that are free: of the machine, of the container, and if it is to be shared, of /dev/shm."""
+    """Free bytes of the machine and of the container; of /dev/shm too, if they are to be `shared`."""
     bounds = [_available()]
     with suppress(OSError, ValueError):  # a container's limit; "max" where there is none
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
@@ -128,51 +127,39 @@ def _unequal(records: ImageRecords, index: int, size: tuple[int, int], others: t
 
 
 class _Decoder(Dataset[Any]):
-    """Decodes images into shared memory; gives only labels and what went wrong."""
+    """Decodes images of one size into shared memory; gives the label, and why an image could not be read."""
 
     def __init__(self, records: ImageRecords, images: Tensor) -> None:
         self.records, self.images = records, images
 
-    def __len__(self) -> int:
-        return len(self.records)
+    def __getitem__(self, index: int) -> tuple[int, str | None]:
+        try:
+            image, label = self.records[index]
+        except (ImageError, OSError) as error:
+            return -1, str(error)
+        size, expected = (image.height, image.width), (self.images.shape[2], self.images.shape[3])
+        if size != expected:
+            raise _unequal(self.records, index, size, expected)
+        self.images[index] = TF.pil_to_tensor(image)
+        return label, None
 
-    def batch(self, indices: list[int]) -> tuple[list[int], list[tuple[int, str]], list[tuple[int, tuple[int, int]]]]:
-        """Labels, what cannot be read and why, what has another size and which."""
-        labels: list[int] = []
-        broken: list[tuple[int, str]] = []
-        odd: list[tuple[int, tuple[int, int]]] = []
-        for index in indices:
-            label = -1
-            try:
-                image, label = self.records[index]
-            except (ImageError, OSError) as error:
-                broken.append((index, str(error)))
-            else:
-                if (image.height, image.width) == self.images.shape[2:]:
-                    self.images[index] = TF.pil_to_tensor(image)
-                else:
-                    odd.append((index, (image.height, image.width)))
-            labels.append(label)
-        return labels, broken, odd
+    def batch(self, indices: list[int]) -> list[tuple[int, str | None]]:
+        return [self[index] for index in indices]
 
 
 def _decoded(records: ImageRecords, size: tuple[int, int], workers: int) -> CachedRecords:
     images = torch.empty(len(records), 3, *size, dtype=torch.uint8)
     if workers:
         images.share_memory_()  # type: ignore[no-untyped-call]
-    order, labels = range(len(records)), []
-    broken: dict[int, str] = {}
-    decoder, cpu = _Decoder(records, images), torch.device("cpu")
-    for numbers, failed, odd in make_loader(decoder, order, batch_size=_AT_ONCE, workers=workers, device=cpu):
-        for index, found in odd:
-            raise _unequal(records, index, found, size)
-        labels += numbers
-        broken.update(failed)
+    decoder, order, cpu = _Decoder(records, images), range(len(records)), torch.device("cpu")
+    parts = make_loader(decoder, order, batch_size=_AT_ONCE, workers=workers, device=cpu)
+    labels, reasons = zip(*(pair for part in parts for pair in part), strict=True)
+    broken = {index: reason for index, reason in enumerate(reasons) if reason is not None}
     return CachedRecords(records, images, torch.tensor(labels), broken)
 
 
 def images_on(records: CachedRecords, device: torch.device) -> Tensor | None:
-    """The pixels of a set where the model is; None: they would take more than a quarter of a GPU's free memory."""
+    """The pixels of a set on the model's device; None: they would take more than a quarter of a GPU's free memory."""
     if device.type == "cpu":
         return records.images
     if device.type == "cuda" and records.images.nbytes * _SHARE <= torch.cuda.mem_get_info(device)[0]:

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import PIL.Image
 import pytest
-from command_line import CLASSES
 
 import deit_models
 from deit_models.data.classes import Match, in_the_models_order, match_classes
@@ -12,6 +11,7 @@ from deit_models.data.records import ImageRecords, SubsetRecords
 from deit_models.errors import DataError
 
 PLAIN = "deit_micro_patch4_32"
+CLASSES = ("ant", "bee", "cow")
 
 
 class Named(ImageRecords):

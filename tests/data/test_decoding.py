@@ -410,9 +410,12 @@ def test_other_formats_are_decoded_as_they_are(form: str) -> None:
     assert decode_reduced(data, side=16) == decode_image(data)
 
 
-@pytest.mark.usefixtures("pillow_without_limit")
+def noise_as_jpeg() -> bytes:
+    return encode(PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)), "JPEG")
+
+
 def test_decoding_smaller_refuses_the_same_files(tmp_path: Path) -> None:
-    whole = encode(PIL.Image.fromarray(np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)), "JPEG")
+    whole = noise_as_jpeg()
     for data, reason in (
         (whole[: len(whole) // 2], "damaged image"),
         (b"", "the file is empty"),
@@ -421,7 +424,11 @@ def test_decoding_smaller_refuses_the_same_files(tmp_path: Path) -> None:
     ):
         with pytest.raises(ImageError, match=rf"photo\.jpg: .*{reason}"):
             decode_reduced(store(tmp_path, "photo.jpg", data), side=32)
-    # the limit is for the file's size and not for what is left of it
+
+
+@pytest.mark.usefixtures("pillow_without_limit")
+def test_the_pixel_limit_is_for_the_files_size_and_not_for_what_is_left_of_it(tmp_path: Path) -> None:
+    whole = noise_as_jpeg()
     side = int(MAX_IMAGE_PIXELS**0.5) + 1
     frame = whole.index(b"\xff\xc0") + 5  # the height and the width
     large = whole[:frame] + 2 * side.to_bytes(2, "big") + whole[frame + 4 :]
