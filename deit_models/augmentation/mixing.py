@@ -15,7 +15,7 @@ from ..training.recipe import Recipe
 
 
 class Mix(NamedTuple):
-    """What one batch is mixed with: the share each image keeps, and the box CutMix pastes (None: mixup).
+    """The mixture of one batch: the share that each image keeps, and the box that CutMix pastes (None: mixup).
 
     Attributes:
         share: lambda of the papers, from 0 to 1; for a box, the area outside it.
@@ -76,10 +76,10 @@ class Mixing:
         return mix_images(images, mix), mix_targets(targets, mix)
 
     def draw(self, height: int, width: int) -> Mix | None:
-        """What the next batch of this size in pixels is mixed with; None: nothing."""
-        if not _happens(self.prob):
+        """The mixture of the next batch, of this size in pixels; None: it is not mixed."""
+        if float(torch.rand(())) >= self.prob:  # which is below 1 and may be 0
             return None
-        cutmix = _happens(self.switch)
+        cutmix = float(torch.rand(())) < self.switch
         share = float(self._laws["cutmix" if cutmix else "mixup"].sample())
         if not cutmix:
             return Mix(share, None)
@@ -94,11 +94,6 @@ def check_batch(images: Tensor, labels: Tensor) -> None:
     """Raise DataError unless there is a label for each image."""
     if labels.shape != images.shape[:1]:
         raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
-
-
-def _happens(prob: float) -> bool:
-    # torch.rand is below 1 and may be 0
-    return float(torch.rand(())) < prob
 
 
 def cutmix_box(height: int, width: int, share: float, centre: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -31,7 +31,7 @@ class RandAugment:
         layers: operations drawn for an image.
         prob: with which each of them is applied.
         interpolations: of geometric operations; one is drawn where there are several.
-        fill: RGB of what a geometric operation brings in from outside.
+        fill: RGB of pixels that a geometric operation takes from outside the image.
 
     Raises: ConfigError: a value out of range.
     Source: RandAugment (arXiv:1909.13719) in timm's form, which DeiT, table 9, trains with.
@@ -63,8 +63,8 @@ class RandAugment:
     ) -> RandAugment:
         """From timm's notation: `rand`, then any of m (magnitude), mstd (noise), n (layers), p (prob), and inc1.
 
-        Raises: ConfigError: not this notation, a part twice or unknown, or without inc1 (strengths that do not all
-            grow with the magnitude are not offered).
+        Raises: ConfigError: another notation, a part twice or unknown, or no inc1 (strengths that do not all grow with
+            the magnitude are not offered).
         """
         first, *parts = text.split("-")
         values = {}
@@ -91,20 +91,13 @@ class RandAugment:
         return image
 
     def draw(self, rng: Random) -> list[tuple[str, float, int, Resampling]]:
-        """What the next image gets: operations with their magnitude, sign and interpolation."""
+        """The operations for the next image, with their magnitude, sign and interpolation."""
         drawn = []
         for _ in range(self.layers):
-            if rng.random() >= self.prob:
-                continue
-            magnitude = rng.gauss(self.magnitude, self.noise)
-            drawn.append(
-                (
-                    rng.choice(OPERATIONS),
-                    min(max(magnitude, 0.0), MAX_MAGNITUDE),
-                    rng.choice((1, -1)),
-                    rng.choice(self.interpolations),
-                )
-            )
+            if rng.random() < self.prob:
+                magnitude = min(max(rng.gauss(self.magnitude, self.noise), 0.0), MAX_MAGNITUDE)
+                name, sign = rng.choice(OPERATIONS), rng.choice((1, -1))
+                drawn.append((name, magnitude, sign, rng.choice(self.interpolations)))
         return drawn
 
     def __repr__(self) -> str:
@@ -120,15 +113,15 @@ def apply_operation(
     interpolation: Resampling = Resampling.BICUBIC,
     fill: Fill = (124, 116, 104),
 ) -> Image.Image:
-    """One of `OPERATIONS` on an RGB image, at a magnitude from 0 to 10.
+    """One of `OPERATIONS` on an RGB image, which is not changed, but perhaps returned.
 
     Args:
-        image: RGB; not changed, but perhaps returned.
+        image: RGB.
         name: of the operation.
-        magnitude: strength; AutoContrast, Equalize and Invert have none.
+        magnitude: strength, from 0 to 10; AutoContrast, Equalize and Invert have none.
         sign: 1 or -1: direction of a geometric operation, more or less of an enhancement; the others have none.
         interpolation: of a geometric operation.
-        fill: RGB of what comes in from outside.
+        fill: RGB of pixels from outside the image.
 
     Raises: ConfigError: no such operation.
     """
@@ -168,7 +161,7 @@ ENHANCE: dict[str, Operation] = {
     "Brightness": lambda image, factor: ImageEnhance.Brightness(image).enhance(factor),
     "Sharpness": lambda image, factor: ImageEnhance.Sharpness(image).enhance(factor),
 }
-"""What takes a factor: 1 changes nothing, 0 takes the property away."""
+"""Operations with a factor: 1 changes nothing, 0 takes the property away."""
 _LEVELS: dict[str, Operation] = {
     "AutoContrast": lambda image, _: ImageOps.autocontrast(image),
     "Equalize": lambda image, _: ImageOps.equalize(image),

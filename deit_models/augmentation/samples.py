@@ -105,17 +105,12 @@ class TrainSampler(Sampler[tuple[int, int]]):
         selected = length
         if repeats > 1 and length >= _SELECTED_ROUND:
             selected -= length % _SELECTED_ROUND
-        self.length = length
-        self.repeats = repeats
-        self.seed = seed
-        self.rank = rank
-        self.world = world
-        self.epoch = 0
+        self.length, self.repeats, self.seed, self.epoch = length, repeats, seed, 0
         self.steps = max(1, selected // batch_size)
         self._positions = range(rank, self.steps * batch_size, world)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives; one begun earlier is not touched."""
+        """Choose the epoch of the next iteration; one begun earlier is not touched."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
@@ -123,14 +118,15 @@ class TrainSampler(Sampler[tuple[int, int]]):
         # position -1 is no sample's, so the order shares its seed with no augmentation
         generator = torch.Generator().manual_seed(sample_seed(seed, epoch, -1))
         order = torch.randperm(self.length, generator=generator)
-        return self._drawn(order, seed, epoch)
 
-    def _drawn(self, order: Tensor, seed: int, epoch: int) -> Iterator[tuple[int, int]]:
-        for start in range(0, len(self._positions), _AT_ONCE):
-            few = self._positions[start : start + _AT_ONCE]
-            positions = torch.arange(few.start, few.stop, few.step)
-            indices = order[positions // self.repeats % self.length]
-            yield from zip(indices.tolist(), sample_seeds(seed, epoch, positions).tolist(), strict=True)
+        def drawn() -> Iterator[tuple[int, int]]:
+            for start in range(0, len(self._positions), _AT_ONCE):
+                few = self._positions[start : start + _AT_ONCE]
+                positions = torch.arange(few.start, few.stop, few.step)
+                indices = order[positions // self.repeats % self.length]
+                yield from zip(indices.tolist(), sample_seeds(seed, epoch, positions).tolist(), strict=True)
+
+        return drawn()
 
     def __len__(self) -> int:
         """Samples of an epoch that this process draws."""

@@ -1,4 +1,4 @@
-"""From an image file to upright RGB pixels, as a photo viewer would show it; what is no image is refused by name."""
+"""Decoding: from an image file to upright RGB pixels, as a photo viewer shows it; other files are refused by name."""
 
 from __future__ import annotations
 
@@ -27,8 +27,7 @@ MAX_IMAGE_PIXELS = 178_956_970
 """Images with more pixels are refused before they are decoded: 512 MiB as RGB, Pillow's own limit for an error."""
 
 _ORIENTATION = 0x0112
-# Values of the EXIF orientation by where they take what was stored: the axes swapped, the right edge to the left, the
-# bottom edge to the top
+# Values of the EXIF orientation by their effect: axes swapped, right edge shown left, bottom edge shown at the top
 _ON_ITS_SIDE, _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
 
@@ -82,7 +81,7 @@ def decode_reduced(source: str | PathLike[str] | bytes, *, side: int) -> Reduced
 
 @contextmanager
 def _opened(source: str | PathLike[str] | bytes) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """The image, not decoded yet, and what to call it in an error."""
+    """The image, not decoded yet, and its name in errors."""
     name = f"{len(source)} bytes" if isinstance(source, bytes) else fspath(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
@@ -135,7 +134,7 @@ _QUIET = _Quiet()
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn whatever Pillow raises into an ImageError that names the image, and keep its warnings quiet."""
+    """Turn Pillow's errors into an ImageError that names the image, and keep its warnings quiet."""
     try:
         with _QUIET:
             yield
@@ -153,7 +152,7 @@ def _explained(name: str) -> Iterator[None]:
 
 
 def _check_picture(image: PIL.Image.Image, name: str) -> None:
-    """Refuse, before it is decoded, what is too large, or is a program rather than a picture."""
+    """Raise ImageError, before decoding, for images that are too large and for PostScript programs."""
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
     if image.format == "EPS":

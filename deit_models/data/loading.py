@@ -119,7 +119,7 @@ class _WholeParts(Dataset[Any]):
 
 
 def each(part: Any, change: Callable[[Any], Any]) -> Any:
-    """A part of a batch, nested in tuples, with every value changed."""
+    """A part of a batch, nested in tuples, with `change` applied to every value."""
     if isinstance(part, (list, tuple)):  # DataLoader's thread that pins makes lists of plain tuples
         changed = [each(member, change) for member in part]
         return type(part)(*changed) if hasattr(part, "_fields") else tuple(changed)

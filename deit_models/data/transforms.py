@@ -1,4 +1,4 @@
-"""From an image to the tensor a checkpoint expects: the evaluation transform that belongs to it."""
+"""The evaluation transform of a checkpoint: from an image to the model's input."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ..models.layers import ImageClassifier
 from .decoding import ImageSource, Reduced, decode_reduced, load_image
 
 _REDUCED_SIDES = 2
-"""How many times the side to resize to a reduced JPEG still has; below that it shows in the predictions."""
+"""A reduced JPEG keeps so many times the side to resize to; below that, predictions change."""
 _IN_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 
 
@@ -33,9 +33,9 @@ class EvalTransform:
 
         Args:
             preprocessing: sizes, interpolation, mean and standard deviation.
-            normalise: off, what comes out is the uint8 pixels, cropped.
-            fast_pixels: take pixels that are nearly the same in less time: JPEG files far larger than the input are
-                decoded at a fraction of their size, the others resized by torch and not Pillow.
+            normalise: if off, the output is the cropped uint8 pixels.
+            fast_pixels: nearly the same pixels in less time: JPEG files far larger than the input are decoded at a
+                fraction of their size, the others resized by torch instead of Pillow.
 
         Raises: ConfigError: an interpolation that does not exist, or a mean and deviation that cannot be.
         """
@@ -55,7 +55,7 @@ class EvalTransform:
         return self.to_input(self.levels(image))
 
     def levels(self, image: ImageSource) -> Tensor:
-        """The same before it is scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
+        """The pixels before they are scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
         spec = self.preprocessing
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
         if self.fast_pixels:
@@ -64,7 +64,7 @@ class EvalTransform:
         return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
 
     def to_input(self, levels: Tensor) -> Tensor:
-        """Levels of one image or of a whole batch to what the model takes, to the same bits."""
+        """Levels of one image or of a whole batch to the model's input, with the same bits."""
         return EvalInput(self.preprocessing, levels.device, normalise=self.normalise)(levels)
 
     def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
@@ -73,8 +73,8 @@ class EvalTransform:
         else:
             found = load_image(image)
         if isinstance(found, Reduced):
-            # Pillow's resize takes a box between pixels. Without one the picture lies up to a pixel aside, which costs
-            # more agreement than the reduction does
+            # Pillow's resize takes a box between pixels. Without it the picture lies up to a pixel aside, which changes
+            # predictions more than the reduction does
             left, top, right, bottom = found.box
             width, height = right - left, bottom - top
             if len(size) == 1:
@@ -124,8 +124,8 @@ def transform_for(
 
     Args:
         model: from `create_model` or `from_pretrained`.
-        style: "checkpoint" is what the weights' publisher evaluated with: the authors' transform for the checkpoints of
-            the manifest, the repository's or folder's own otherwise. "timm" crops as timm evaluates the same weights
+        style: "checkpoint" is that of the weights' publisher: the authors' transform for the checkpoints of the
+            manifest, the repository's or folder's own otherwise. "timm" crops as timm evaluates the same weights
             (0.9 of the resized side at 224, all of it at 384). "transformers" resizes to exactly 256x256 at 224, giving
             up the aspect, as its image processor does by default; the mean and standard deviation stay the weights'.
 
