@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
@@ -106,9 +107,9 @@ def _check_names(names: tuple[str, ...] | None, num_classes: int | None) -> None
         return
     if num_classes not in (None, len(names)):
         raise ConfigError(f"num_classes={num_classes}, but {len(names)} class_names")
-    if len(set(names)) < len(names):
-        twice = next(name for number, name in enumerate(names) if name in names[:number])
-        raise ConfigError(f"class_names has {twice!r} twice; each logit needs a name of its own")
+    for name, count in Counter(names).items():
+        if count > 1:
+            raise ConfigError(f"class_names has {name!r} twice; each logit needs a name of its own")
 
 
 def _rows(old: Sequence[str] | None, new: Sequence[str] | None, *, warm_start: bool) -> dict[int, int]:

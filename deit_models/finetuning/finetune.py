@@ -33,7 +33,6 @@ from .adapt import adapt_head, first_trained_layer, only_from_layer
 from .probe import extract_features, fit_heads, judge, put_heads
 from .report import Learned, SetOutcomes, write_report
 
-DEFAULT = "finetune"
 PRESET_OF = {
     "cifar10": "finetune_sgd",
     "cifar100": "finetune_sgd",
@@ -45,8 +44,7 @@ PRESET_OF = {
     "imagenet": "deit_finetune_384",
 }
 """Preset for the name of a data set."""
-_STEPS, _MOST_EPOCHS = 1500, 150
-_SMALL_SIDE = 32
+_DEFAULT, _STEPS, _MOST_EPOCHS, _SMALL_SIDE = "finetune", 1500, 150, 32
 FEATURES_NAME = "features"
 
 
@@ -155,14 +153,8 @@ def finetune(
         learned = run.by_features() if mode == "head" else run.by_training(teacher)
         metrics, address = {}, None
         if process.is_main:
-            facts = {
-                "started_from": started_from,
-                "mode": mode,
-                "recipe": recipe.preset,
-                "data": records.name,
-                "classes": len(records.classes),
-                "train_images": len(records if learned.split is None else learned.split.train),
-            }
+            facts: dict[str, Any] = {"started_from": started_from, "mode": mode, "recipe": recipe.preset}
+            facts |= {"data": records.name, "classes": len(records.classes), "train_images": learned.train_images}
             seconds = time.perf_counter() - begun
             metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
             if push_to_hub is not None:
@@ -213,14 +205,14 @@ def recipe_for(
     Raises: ConfigError: an unknown name or field, or a value that cannot work.
     """
     if recipe is None:
-        preset, given = recipe_named(PRESET_OF.get(data.partition(":")[0], DEFAULT)), changes
+        preset, given = recipe_named(PRESET_OF.get(data.partition(":")[0], _DEFAULT)), changes
         recipe, changes = preset, {}
         if teacher:
             distilled = getattr(model.config, "distilled", False)
             changes = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
         if max(model.config.image_hw) <= _SMALL_SIDE and not given.get("img_size", preset.img_size):
             changes["crop"] = "pad"
-        if preset.preset == DEFAULT:
+        if preset.preset == _DEFAULT:
             steps = max(images // given.get("batch_size", preset.batch_size), 1)
             changes["epochs"] = min(max(preset.epochs, -(-_STEPS // steps)), _MOST_EPOCHS)
         if "epochs" in given:  # a short run has a short warm-up
@@ -257,29 +249,24 @@ class _Finetuning:
 
     def by_training(self, teacher: Teacher | TeacherSpec | None) -> Learned:
         """Train all of the model, or its last blocks, and score the weights of the best epoch."""
+        model, recipe, computing, device = self.model, self.recipe, self.computing, self.process.device
         split, train, val = None, self.train, self.val
         if val is None:
             split = self._divide(labels_of(train))
             train, val = parts(train, split)
-        with only_from_layer(self.model, first_trained_layer(self.mode, self.model)):
+        with only_from_layer(model, first_trained_layer(self.mode, model)):
             result = run_training(
-                self.model,
-                recipe=self.recipe,
-                train=train,
-                val=val,
-                out=self.out,
-                teacher=teacher,
-                computing=self.computing,
+                model, recipe=recipe, train=train, val=val, out=self.out, teacher=teacher, computing=computing
             )
-        best = from_pretrained(self.out / "best", device=self.process.device)
+        best = from_pretrained(self.out / "best", device=device)
         score = partial(
             collect_outcomes,
             best,
             process=self.process,
-            precision=self.recipe.precision,
-            workers=self.computing.workers_beside(self.process.device),
-            batch_size=max(self.recipe.batch_size * 3 // 2, 1),
-            corrupt_limit=self.computing.corrupt_limit,
+            precision=recipe.precision,
+            workers=computing.workers_beside(device),
+            batch_size=max(recipe.batch_size * 3 // 2, 1),
+            corrupt_limit=computing.corrupt_limit,
         )
         details = {
             "epochs": len(result.log),
@@ -290,18 +277,15 @@ class _Finetuning:
         scored: SetOutcomes = {"val": (val, score(val))}
         if self.test is not None:
             scored["test"] = (self.test, score(self.test))
-        return Learned(best=best, last=self.model, split=split, scored=scored, details=details, curve=result.log)
+        return Learned(
+            best, last=model, train_images=len(train), split=split, scored=scored, details=details, curve=result.log
+        )
 
     def by_features(self) -> Learned:
         """Send each image through the backbone once, and fit the heads to the features."""
-        folder, device = self.out / FEATURES_NAME, self.process.device
-        features = partial(
-            extract_features,
-            self.model,
-            process=self.process,
-            precision=self.recipe.precision,
-            computing=self.computing,
-        )
+        model, process, precision, computing = self.model, self.process, self.recipe.precision, self.computing
+        folder, device = self.out / FEATURES_NAME, process.device
+        features = partial(extract_features, model, process=process, precision=precision, computing=computing)
         split, train, val = None, features(self.train, folder / "train"), self.val
         if val is None:
             split = self._divide(train.labels.tolist())
@@ -310,14 +294,16 @@ class _Finetuning:
         else:
             val_features = features(val, folder / "val")
         write_text(self.out / RECIPE_NAME, self.recipe.to_toml())
-        fit = fit_heads(train, val_features, num_classes=self.model.num_classes, device=device)
-        put_heads(self.model, fit)
+        fit = fit_heads(train, val_features, num_classes=model.num_classes, device=device)
+        put_heads(model, fit)
         scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}
         if self.test is not None:
             scored["test"] = (self.test, judge(fit, features(self.test, folder / "test"), device=device))
         details = {"penalty": fit.penalty, "tried": fit.tried}
-        model = self.model.eval()
-        return Learned(best=model, last=model, split=split, scored=scored, details=details, curve=fit.tried)
+        count = len(train.labels)
+        return Learned(
+            model.eval(), last=model, train_images=count, split=split, scored=scored, details=details, curve=fit.tried
+        )
 
     def _divide(self, labels: list[int]) -> Split:
         """Set images aside for validation, and write their names into `out`."""

@@ -6,9 +6,8 @@ import csv
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,13 +34,13 @@ _SHEET = (4, 6)
 _LONGEST = 22
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Learned:
+class Learned(NamedTuple):
     """Result of the training, or of the fit of a head on features.
 
     Attributes:
         best: model with the best weights.
         last: model with the last weights; perhaps the same object.
+        train_images: number of images for training.
         split: how the validation images were set aside; None if they were given.
         scored: outcomes of the best model.
         details: figures of one mode only, for metrics.json.
@@ -50,6 +49,7 @@ class Learned:
 
     best: ImageClassifier
     last: ImageClassifier
+    train_images: int
     split: Split | None
     scored: SetOutcomes
     details: Mapping[str, Any]

@@ -29,8 +29,8 @@ def outcomes(labels: list[int], predicted: list[int], *, classes: int = 3) -> Ou
 def learned(model: ImageClassifier, **changes: object) -> Learned:
     """Six images of three classes: two of class 0 (one wrong), three of class 1, none of class 2, one unreadable."""
     scored = {"val": (Counted(6), outcomes([0, 0, 1, 1, 1, -1], [0, 1, 1, 1, 1, 2]))}
-    result = Learned(best=model, last=model, split=None, scored=scored, details={"penalty": 0.1}, curve=[])
-    return replace(result, **changes)
+    result = Learned(model, model, 7, None, scored, {"penalty": 0.1}, [])
+    return result._replace(**changes)
 
 
 def write(out: Path, result: Learned, *, plot: bool = False, **facts: object) -> dict:
@@ -61,7 +61,7 @@ def test_accuracy_by_class_is_empty_for_a_class_without_images(tmp_path: Path) -
 def test_test_images_decide_the_accuracy_in_the_card(tmp_path: Path) -> None:
     result = learned(atom(num_classes=3))
     exam = (Counted(3), outcomes([0, 1, 2], [0, 1, 1]))
-    write(tmp_path, replace(result, scored={**result.scored, "test": exam}))
+    write(tmp_path, result._replace(scored={**result.scored, "test": exam}))
     origin = deit_models.from_pretrained(tmp_path / "best").origin
     assert (origin.top1, origin.dataset) == (66.67, "pets")
     card = (tmp_path / "best" / "README.md").read_text(encoding="utf-8")
