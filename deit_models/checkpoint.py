@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, cast
@@ -47,11 +47,8 @@ class Preprocessing:
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return {
-            field.name: list(value) if isinstance(value := getattr(self, field.name), tuple) else value
-            for field in fields(self)
-        }
+        """Plain values, for JSON and TOML."""
+        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
 
     def __str__(self) -> str:
         resize = f"shorter side to {self.resize}" if isinstance(self.resize, int) else "to {}x{}".format(*self.resize)
@@ -107,15 +104,27 @@ class Origin:
     sha256: str | None = None
     notes: str | None = None
 
+    @property
+    def non_commercial(self) -> bool:
+        """Whether the licence forbids commercial use, by its SPDX identifier."""
+        return self.licence is not None and "-NC" in self.licence
+
     def loaded(self, source: str, *, revision: str | None, sha256: str | None) -> Origin:
         """The same weights, read from a file."""
         return replace(self, source=source, revision=revision, sha256=sha256)
 
     def adapted(self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None) -> Origin:
         """Weights fitted to another input size or other classes: no accuracy, digest or notes of the old ones."""
-        preprocessing = self.preprocessing.at_size(image_hw)
-        kept = replace(self, preprocessing=preprocessing, class_names=class_names, dataset=dataset)
-        return replace(kept, top1=None, top5=None, sha256=None, notes=None)
+        fitted = replace(self, preprocessing=self.preprocessing.at_size(image_hw), top1=None, top5=None)
+        return replace(fitted, class_names=class_names, dataset=dataset, sha256=None, notes=None)
+
+    def unknown(self) -> Origin:
+        """Other weights of the same model, of which nothing is known.
+
+        A licence that forbids commercial use is kept all the same: some authors publish bare files only.
+        """
+        licence = self.licence if self.non_commercial else None
+        return Origin(name=self.name, preprocessing=self.preprocessing, licence=licence)
 
     def trained(
         self,

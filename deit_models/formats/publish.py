@@ -116,28 +116,17 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
         "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",
         "Paper": known.paper if known is not None else None,
     }
-    return "\n".join(
-        [
-            "---",
-            _front_matter(model, origin, layout).to_yaml(),
-            "---",
-            "",
-            f"# {origin.name}",
-            "",
-            f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
-            f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
-            "",
-            *(f"- {name}: {value}" for name, value in facts.items() if value is not None),
-            "",
-            *([origin.notes, ""] if origin.notes else []),
-            "## Use",
-            "",
-            "```python",
-            _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}"),
-            "```",
-            "",
-        ]
-    )
+    use = _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}")
+    parts = [
+        f"---\n{_front_matter(model, origin, layout).to_yaml()}\n---",
+        f"# {origin.name}",
+        f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
+        f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
+        "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None),
+        *([origin.notes] if origin.notes else []),
+        f"## Use\n\n```python\n{use}\n```\n",
+    ]
+    return "\n\n".join(parts)
 
 
 def _front_matter(model: ModelLike, origin: Origin, layout: Layout) -> ModelCardData:

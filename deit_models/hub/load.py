@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..checkpoint import ModelInfo, Origin, Source, find_repo, load_manifest, weights_dir
+from ..checkpoint import ModelInfo, Source, find_repo, load_manifest, weights_dir
 from ..config import override
 from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError
 from ..files import read_json
@@ -60,9 +60,8 @@ def from_pretrained(
     """Load published or own weights into a model, verified, in eval mode.
 
     Args:
-        source: a registered name (its sources in the manifest are tried in turn), a directory
-            with config.json and weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or
-            this package's layout.
+        source: a registered name (its sources in the manifest are tried in turn), a directory with config.json and
+            weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or this package's layout.
         model: the registered model that weights without a config.json are of.
         num_classes: another number of classes than the checkpoint's; the heads are then made anew.
         img_size: another input size in pixels, one number or (height, width); positions are interpolated.
@@ -171,13 +170,8 @@ def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:
         processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
         description = read_config(data, None if processor is None else read_json(processor))
     weights = _hub_weights(repo_id, access)
-    return Located(
-        weights=weights,
-        description=description,
-        source=repo_id,
-        digest=fetch.etag_digest(weights),
-        revision=fetch.commit_of(weights),
-    )
+    digest, revision = fetch.etag_digest(weights), fetch.commit_of(weights)
+    return Located(weights=weights, description=description, source=repo_id, digest=digest, revision=revision)
 
 
 def _hub_weights(repo_id: str, access: Access) -> Path:
@@ -217,18 +211,9 @@ def _describe_registered(name: str) -> Description:
 
 
 def _describe_bare(name: str) -> Description:
-    """Other weights of a registered model; their number of classes and size may differ, other facts are unknown.
-
-    A licence that forbids commercial use is kept all the same: some authors publish bare files only.
-    """
+    """Other weights of a registered model; their number of classes and size may differ."""
     known = _describe_registered(name)
-    licence = known.origin.licence if _is_non_commercial(known.origin.licence) else None
-    return replace(known, origin=Origin(name=name, preprocessing=known.origin.preprocessing, licence=licence))
-
-
-def _is_non_commercial(licence: str | None) -> bool:
-    """Whether a licence, by its SPDX identifier, forbids commercial use."""
-    return licence is not None and "-NC" in licence
+    return replace(known, origin=known.origin.unknown())
 
 
 def _build(located: Located, changes: Mapping[str, Any], access: Access) -> ImageClassifier:
@@ -253,7 +238,7 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     model.load_state_dict(state, strict=not remade, assign=True)
     if remade:
         model.reset_heads()
-    if _is_non_commercial(said.origin.licence):
+    if said.origin.non_commercial:
         logger.warning("%s: licensed %s, for non-commercial use only", located.source, said.origin.licence)
     origin = said.origin.loaded(located.source, revision=located.revision, sha256=sha256)
     if wanted != said.config:
