@@ -14,7 +14,7 @@ Parameters carry the authors' names. Reading order: config, patches, model, vari
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar, cast
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from ..config import check_positive, check_rates, check_whole
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
-from .transformer import Block, VisionTransformer, drop_path_rates, make_blocks
+from .transformer import VisionTransformer, drop_path_rates, make_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,16 +174,12 @@ class DeiT(VisionTransformer):
             if parameter is not None:
                 nn.init.trunc_normal_(parameter, std=0.02)
         init_vit_weights(self)
-        for block in self.blocks:
-            for gamma in (cast(Block, block).gamma_1, cast(Block, block).gamma_2):
-                if gamma is not None:
-                    nn.init.constant_(gamma, self.config.layer_scale)
+        for name, parameter in self.blocks.named_parameters():
+            if ".gamma_" in name:
+                nn.init.constant_(parameter, self.config.layer_scale)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D).
-
-        Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
-        """
+        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D). Raises: ConfigError: see `input_grid`."""
         positions = self.positions(self.input_grid(x))
         tokens: list[Tensor] = [self.cls_token] if self.dist_token is None else [self.cls_token, self.dist_token]
         prefix, patches = torch.cat(tokens, dim=1).expand(x.shape[0], -1, -1), self.patch_embed(x)

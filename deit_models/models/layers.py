@@ -207,16 +207,16 @@ def init_vit_weights(model: nn.Module) -> None:
 def resize_pos_embed(
     pos_embed: Tensor, *, num_prefix: int, grid: tuple[int, int], source_grid: tuple[int, int] | None = None
 ) -> Tensor:
-    """Fit position embeddings to another patch grid; the prefix tokens' positions pass through unchanged.
+    """Fit position embeddings to another patch grid; the prefix tokens' positions stay as they are.
 
     Args:
         pos_embed: the embeddings, prefix positions first.
-        num_prefix: number of leading positions that belong to no patch (class token, distillation token).
+        num_prefix: number of prefix positions (class token, distillation token).
         grid: the wanted (h, w) in patches.
-        source_grid: the (h, w) they were made for; a square grid if not given.
+        source_grid: the (h, w) they were made for; default: a square.
 
     Shape: (1, P + N, D) float -> (1, P + h * w, D), same dtype.
-    Raises: ConfigError: N is not a square number and no `source_grid` is given, or `source_grid` does not hold N.
+    Raises: ConfigError: the source grid does not hold N patches.
     Source: DeiT section 3 (fine-tuning at higher resolution); bicubic, align_corners=False, no antialiasing, as in
         the authors' script.
     """

@@ -335,10 +335,7 @@ class LeViT(ImageClassifier):
             head.bn.reset_parameters()
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first stage's input: (B, C, H, W) -> (B, N, D), row by row.
-
-        Raises: ConfigError: x has another size or channel count than the config.
-        """
+        """Image to the first stage's input: (B, C, H, W) -> (B, N, D), by rows. Raises: ConfigError: x does not fit."""
         self.check_input(x)
         return self.patch_embed(x).flatten(2).transpose(1, 2)
 
@@ -377,10 +374,7 @@ class LeViT(ImageClassifier):
         ]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
-        """Attention probabilities of every attention in order, the shrinking ones too.
-
-        Shape: (B, C, H, W) -> one (B, heads, queries, keys) each; each row sums to 1.
-        """
+        """Probabilities of every attention in order, (B, heads, queries, keys) each; each row sums to 1."""
         tokens, maps = self.forward_tokens(x), []
         for layer in self.blocks:
             attention = layer.m if isinstance(layer, Residual) else layer

@@ -271,10 +271,7 @@ class T2TViT(VisionTransformer):
         return super().positions(grid)
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first block's input: (B, C, H, W) -> (B, 1 + N, D).
-
-        Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
-        """
+        """Image to the first block's input: (B, C, H, W) -> (B, 1 + N, D). Raises: ConfigError: see `input_grid`."""
         positions = self.positions(self.input_grid(x))
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
         return self.pos_drop(torch.cat([cls_token, self.tokens_to_token(x)], dim=1) + positions)

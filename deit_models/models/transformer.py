@@ -142,10 +142,7 @@ class VisionTransformer(ImageClassifier):
     norm: nn.LayerNorm
 
     def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D).
-
-        Raises: ConfigError: x has another size or channel count than the config, see `dynamic_img_size`.
-        """
+        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D). Raises: ConfigError: see `input_grid`."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_tokens")
 
     def input_grid(self, x: Tensor) -> tuple[int, int]:
