@@ -8,7 +8,7 @@ classifies the class token, another one the distillation token.
 DeiT III (Touvron et al., DeiT III: Revenge of the ViT, 2022, arXiv:2204.07118) is the same network with three settings
 changed: `layer_scale`, no positions for the class token, and the same stochastic depth in every block.
 
-Parameters carry the authors' names. Reading order: config, patches, model, variants; the blocks are in `transformer`.
+Parameters have the authors' names. Reading order: config, patches, model, variants; the blocks are in `transformer`.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class PatchDropout(nn.Module):
 
 
 class DeiT(VisionTransformer):
-    """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
+    """The model; see the module docstring, and `ImageClassifier.forward` for its result."""
 
     family: ClassVar[str] = "deit"
     head_names: ClassVar[tuple[str, ...]] = ("head", "head_dist")

@@ -8,7 +8,7 @@ attention scores instead. The mean over all positions is classified, in distille
 
 Every linear layer has a BatchNorm in the place of a bias; `LeViT.fuse` folds them away for inference.
 
-Parameters carry the authors' names. Reading order: config, layers with BatchNorm, attention, model, variants.
+Parameters have the authors' names. Reading order: config, layers with BatchNorm, attention, model, variants.
 """
 
 from __future__ import annotations
@@ -289,7 +289,7 @@ def _stem(config: LeViTConfig) -> nn.Sequential:
 
 
 class LeViT(ImageClassifier):
-    """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
+    """The model; see the module docstring, and `ImageClassifier.forward` for its result."""
 
     family: ClassVar[str] = "levit"
     head_names: ClassVar[tuple[str, ...]] = ("head", "head_dist")

@@ -9,7 +9,7 @@ Both attentions have the scale that published weights were trained and scored wi
 input width ** -0.5 in the "transformer" token layer. The authors' constructors set another one, D ** -0.5, for
 `pretrained=True`, which their training and evaluation never use.
 
-Parameters carry the authors' names. Reading order: config, token layers, tokens-to-token module, positions, model,
+Parameters have the authors' names. Reading order: config, token layers, tokens-to-token module, positions, model,
 variants; the blocks are in `transformer`.
 """
 
@@ -144,7 +144,7 @@ class TokenPerformer(nn.Module):
     def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         # In float32 also under autocast: 1e-8 is zero in fp16, |x|^2 and exp overflow there from 256 and 11 on, and
         # bf16 rounds the exponent by whole units. This is where the original's NaN comes from.
-        # The meta device has no autocast to switch off, and asking which device has one breaks a compiled graph
+        # The meta device has no autocast to switch off, and a test for that would break a compiled graph
         with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
             key, query = self._features(key), self._features(query)
             norm = query @ key.sum(dim=1).unsqueeze(-1)
@@ -227,7 +227,7 @@ def sinusoid(count: int, dim: int, *, device: torch.device | str | None = None) 
 
 
 class T2TViT(VisionTransformer):
-    """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
+    """The model; see the module docstring, and `ImageClassifier.forward` for its result."""
 
     family: ClassVar[str] = "t2t_vit"
     head_names: ClassVar[tuple[str, ...]] = ("head", "aux_head")

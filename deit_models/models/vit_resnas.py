@@ -5,7 +5,7 @@ Four convolutions turn the image into tokens. Plain blocks mix them; between sta
 halves the grid's sides and widens the tokens. The class token goes through all stages. In training a second head
 classifies every patch of the last stage; it learns from images that are mixed patch by patch.
 
-Parameters carry the authors' names. Reading order: stages, config, stem, reduction, patch head, model, variants.
+Parameters have the authors' names. Reading order: stages, config, stem, reduction, patch head, model, variants.
 """
 
 from __future__ import annotations
@@ -332,7 +332,7 @@ def _blend(values: Tensor, partner: Tensor, share: float) -> None:
 
 
 class ViTResNAS(ImageClassifier):
-    """The model; see the module docstring, and `ImageClassifier.forward` for what calling it returns."""
+    """The model; see the module docstring, and `ImageClassifier.forward` for its result."""
 
     family: ClassVar[str] = "vit_resnas"
     head_names: ClassVar[tuple[str, ...]] = ("cls_head", "dst_head", "patch_head")

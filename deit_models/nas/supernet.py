@@ -95,7 +95,7 @@ class SuperNetwork(ImageClassifier):
             widths = self._deal(choices.embed_dim, count)
             places = []
             for place in range(choices.depth):
-                # as in the paper, a removable block goes half of the time, and the choice to go is the last to join
+                # as in the paper, a removable block is left out half of the time, and that choice is the last to join
                 presence = (True, True, False, False) if place in choices.removable else (True,)
                 heads, hidden = self._deal(choices.num_heads, count), self._deal(choices.mlp_hidden, count)
                 kept = map(bool, self._deal(presence, count))
