@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -34,12 +34,19 @@ class Architecture:
 
     def to_toml(self) -> str:
         """The file's text, which `read_architecture` reads."""
-        tables = [f"architecture = {FORMAT}\n{toml_lines({'name': self.name, 'family': self.family})}"]
-        plain = {key: value for key, value in self.settings.items() if not _is_tables(value)}
-        tables.append(f"[settings]\n{toml_lines(plain)}")
+        plain: dict[str, Any] = {}
+        nested: list[str] = []
         for key, value in self.settings.items():
-            if _is_tables(value):
-                tables += [f"[[settings.{key}]]\n{toml_lines(_table(entry))}" for entry in value]
+            entries = value if isinstance(value, (list, tuple)) else []
+            rows = [
+                asdict(entry) if is_dataclass(entry) and not isinstance(entry, type) else entry for entry in entries
+            ]
+            if rows and isinstance(rows[0], Mapping):
+                nested += [f"[[settings.{key}]]\n{toml_lines(row)}" for row in rows]
+            else:
+                plain[key] = value
+        head = toml_lines({"architecture": FORMAT, "name": self.name, "family": self.family})
+        tables = [head, f"[settings]\n{toml_lines(plain)}", *nested]
         if self.preprocessing is not None:
             tables.append(f"[preprocessing]\n{toml_lines(self.preprocessing.to_dict())}")
         return "\n".join(tables)
@@ -68,13 +75,3 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
         raise ConfigError(f"{path}: {error.strerror or error}") from error
     except (UnicodeDecodeError, ConfigError, TypeError) as error:
         raise ConfigError(f"{path} is not an architecture: {error}") from error
-
-
-def _is_tables(value: Any) -> bool:
-    return (
-        isinstance(value, (list, tuple)) and bool(value) and (is_dataclass(value[0]) or isinstance(value[0], Mapping))
-    )
-
-
-def _table(entry: Any) -> Mapping[str, Any]:
-    return entry if isinstance(entry, Mapping) else {item.name: getattr(entry, item.name) for item in fields(entry)}

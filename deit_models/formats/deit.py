@@ -107,25 +107,22 @@ class DeiTLayouts(FamilyLayouts):
         """The same name, or its variant for weights pre-trained on ImageNet-21k."""
         return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
 
-    def timm_architecture(self, name: str, config: Any) -> str:
-        """A name of timm's; shapes without one are built from the nearest name and the options that differ."""
+    def write_timm(self, name: str, config: Any) -> tuple[str, dict[str, Any]]:
+        """Shapes without a name of timm's are built from the smallest one."""
+        facts = {
+            "num_features": config.embed_dim,
+            "pool_size": None,
+            "first_conv": "patch_embed.proj",
+            "classifier": ["head", "head_dist"] if config.distilled else "head",
+        }
         three = _is_three(config)
         if three and config.distilled:
             raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
         known = load_manifest().get(name)
         if known is not None and any(source.layout == "timm" for source in known.sources):
             if _is_three(model_spec(name).config) == three:
-                return name.removesuffix(_SUFFIX_21K)
-        return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224"
-
-    def timm_facts(self, config: Any) -> dict[str, Any]:
-        """First layer and heads."""
-        return {
-            "num_features": config.embed_dim,
-            "pool_size": None,
-            "first_conv": "patch_embed.proj",
-            "classifier": ["head", "head_dist"] if config.distilled else "head",
-        }
+                return name.removesuffix(_SUFFIX_21K), facts
+        return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224", facts
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
         """Configs leave fields out that have transformers' default: base width."""

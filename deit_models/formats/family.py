@@ -169,28 +169,24 @@ class FamilyLayouts:
         del tag
         return architecture
 
-    def timm_architecture(self, name: str, config: Any) -> str:
-        """The model of timm's from which the `timm_options` lead to this config; `name` is the nearest registered one.
+    def write_timm(self, name: str, config: Any) -> tuple[str, dict[str, Any]]:
+        """The model of timm's to start from; `num_features`, `pool_size`, `first_conv`, `classifier` of the shape.
 
+        The options that differ from that model's are written besides. `name` is the nearest registered model.
         Raises: ConfigError: timm has no such model.
         """
         del config
         raise ConfigError(f"timm has no model like {name}; save it with layout='native'")
 
-    def timm_facts(self, config: Any) -> dict[str, Any]:
-        """Facts of the shape in timm's config.json: `num_features`, `pool_size`, `first_conv`, `classifier`."""
-        del config
-        return {}
-
     # config.json of transformers
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
-        """The config described by a transformers config.json; `num_classes` is read elsewhere.
+        """The config described by a transformers config.json of one of the `model_types`; without `num_classes`.
 
         Raises: ConfigError: values this package cannot build. LookupError, TypeError, ValueError: missing or misused
             fields, which the caller turns into one message.
         """
-        raise ConfigError(f"config.json is of model_type {data['model_type']!r}, which {self.family} cannot read")
+        raise NotImplementedError(f"{self.family} has no model_types")
 
     def write_transformers(self, config: Any) -> dict[str, Any]:
         """Fields of a transformers config.json for the model's config.

@@ -10,10 +10,11 @@ from ..checkpoint import Layout, ModelLike, Origin, Preprocessing
 from ..config import override
 from ..errors import CheckpointError, ConfigError, DeitModelsError
 from ..registry import family_spec
-from . import timm_config, transformers_config
 from .deit import DeiTLayouts
 from .family import Description, FamilyLayouts, read_class_names, tuples, write_class_names
 from .levit import LeViTLayouts
+from .timm_config import read_timm_config, write_timm_config
+from .transformers_config import read_transformers_config, write_processor, write_transformers_config
 
 CONFIG_NAME = "config.json"
 CARD_NAME = "README.md"
@@ -21,6 +22,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""
 CONFIG_FORMAT = 1
+_FACTS = ("dataset", "top1", "top5", "licence", "notes")
 FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
 """Families that other libraries have, too."""
 
@@ -44,9 +46,9 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
         if "deit_models" in data:
             return _read_native(data)
         if "architecture" in data:
-            return timm_config.read(data, FAMILIES)
+            return read_timm_config(data, FAMILIES)
         if "model_type" in data:
-            return transformers_config.read(data, processor, FAMILIES)
+            return read_transformers_config(data, processor, FAMILIES)
     except DeitModelsError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
@@ -63,11 +65,11 @@ def write_config(model: ModelLike, layout: Layout) -> dict[str, dict[str, Any]]:
     if layout == "native":
         return {CONFIG_NAME: _write_native(model, origin)}
     if layout in ("timm", "timm-conv"):
-        return {CONFIG_NAME: timm_config.write(model, origin, layouts, conv=layout == "timm-conv")}
+        return {CONFIG_NAME: write_timm_config(model, origin, layouts, conv=layout == "timm-conv")}
     if layout == "transformers":
         return {
-            CONFIG_NAME: transformers_config.write(model, origin, layouts),
-            PROCESSOR_NAME: transformers_config.write_processor(origin.preprocessing),
+            CONFIG_NAME: write_transformers_config(model, origin, layouts),
+            PROCESSOR_NAME: write_processor(origin.preprocessing),
         }
     raise ConfigError(f"layout={layout!r}; expected 'native', 'timm' or 'transformers'")
 
@@ -88,7 +90,7 @@ def _read_native(data: Mapping[str, Any]) -> Description:
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=read_class_names(data.get("id2label")),
-        **{key: data.get(key) for key in ("dataset", "top1", "top5", "licence", "notes")},
+        **{key: data.get(key) for key in _FACTS},
     )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 
@@ -103,5 +105,5 @@ def _write_native(model: ModelLike, origin: Origin) -> dict[str, Any]:
     }
     if origin.class_names is not None:
         data["id2label"] = write_class_names(origin.class_names)
-    facts = {key: getattr(origin, key) for key in ("dataset", "top1", "top5", "licence", "notes")}
+    facts = {key: getattr(origin, key) for key in _FACTS}
     return data | {key: value for key, value in facts.items() if value is not None}

@@ -105,19 +105,15 @@ class LeViTLayouts(FamilyLayouts):
         del tag
         return architecture.replace("levit_conv_", "levit_")
 
-    def timm_architecture(self, name: str, config: Any) -> str:
-        """The name itself, or a shape of its own from the smallest."""
-        del config
-        return name if name in load_manifest() else "levit_128s"
-
-    def timm_facts(self, config: Any) -> dict[str, Any]:
-        """First layer and heads."""
-        return {
+    def write_timm(self, name: str, config: Any) -> tuple[str, dict[str, Any]]:
+        """Shapes without a name of timm's are built from the smallest one."""
+        facts = {
             "num_features": config.embed_dim[-1],
             "pool_size": list(config.grids[-1]),
             "first_conv": "stem.conv1.linear",
             "classifier": ["head.linear", "head_dist.linear"] if config.distilled else "head.linear",
         }
+        return name if name in load_manifest() else "levit_128s", facts
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
         """Configs leave fields out that have transformers' default, which is LeViT-128."""

@@ -12,7 +12,7 @@ from ..registry import model_spec, unknown_model
 from .family import Description, FamilyLayouts, read_class_names, tuples
 
 
-def read(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Description:
+def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Description:
     """A model of timm's that is registered here, with the options it was built with.
 
     Raises: UnknownModelError: not registered. ConfigError: an option this package does not have.
@@ -47,7 +47,9 @@ def read(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Desc
     return Description(config=config, origin=origin, family=spec.family, layout="timm")
 
 
-def write(model: ModelLike, origin: Origin, layouts: FamilyLayouts, *, conv: bool = False) -> dict[str, Any]:
+def write_timm_config(
+    model: ModelLike, origin: Origin, layouts: FamilyLayouts, *, conv: bool = False
+) -> dict[str, Any]:
     """The config.json from which `timm.create_model("local-dir:...")` builds a model.
 
     Args:
@@ -59,13 +61,12 @@ def write(model: ModelLike, origin: Origin, layouts: FamilyLayouts, *, conv: boo
     Raises: ConfigError: timm has no such model.
     """
     config, spec = model.config, origin.preprocessing
-    name = layouts.timm_architecture(origin.name, config)
+    name, facts = layouts.write_timm(origin.name, config)
     reference = model_spec(layouts.from_timm_name(name, None)).config
     options = layouts.timm_options
     differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
     squash = not isinstance(spec.resize, int)
     resized = spec.resize[0] if isinstance(spec.resize, tuple) else spec.resize
-    facts = layouts.timm_facts(config)
     data: dict[str, Any] = {
         "architecture": name.replace("_", "_conv_", 1) if conv else name,
         "num_classes": config.num_classes,

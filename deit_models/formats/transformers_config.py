@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
 from ..errors import ConfigError
@@ -16,21 +16,7 @@ _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 _HALF = (0.5, 0.5, 0.5)
 
 
-class _Processor(NamedTuple):
-    """Defaults of an image processor for fields that are missing from its file.
-
-    `enlarge` is the ratio of the resized shorter side to the `shortest_edge` of the file.
-    """
-
-    size: Any
-    center_crop: bool
-    resample: int
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
-    enlarge: float = 1.0
-
-
-def read(
+def read_transformers_config(
     data: Mapping[str, Any], processor: Mapping[str, Any] | None, families: Mapping[str, FamilyLayouts]
 ) -> Description:
     """A transformers config, and the transform of the processor beside it (without one, the authors').
@@ -56,7 +42,7 @@ def read(
     return Description(config=config, origin=origin, family=layouts.family, layout="transformers")
 
 
-def write(model: ModelLike, origin: Origin, layouts: FamilyLayouts) -> dict[str, Any]:
+def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyLayouts) -> dict[str, Any]:
     """The config.json from which `AutoModelForImageClassification` builds a model.
 
     Raises: ConfigError: transformers has no such model.
@@ -84,39 +70,43 @@ def _registered_name(config: Any, family: str) -> str | None:
     return next(iter(same_size + names), None)
 
 
-def _processor(data: Mapping[str, Any], image_hw: tuple[int, int]) -> _Processor:
-    kind = str(data.get("image_processor_type") or data.get("feature_extractor_type"))
-    if kind.startswith("DeiT"):
-        return _Processor(256, True, 3, _HALF, _HALF)
-    if kind.startswith("Levit"):
-        # its "shortest_edge" is that of the crop: the image is resized to int(256 / 224 * shortest_edge)
-        return _Processor({"shortest_edge": 224}, True, 3, IMAGENET_MEAN, IMAGENET_STD, enlarge=256 / 224)
-    return _Processor(image_hw, False, 2, _HALF, _HALF)
-
-
 def _read_processor(processor: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
     """Read preprocessor_config.json; in older ones sizes are plain numbers, which mean squares."""
-    defaults = _processor(processor, image_hw)
-    size = processor.get("size") or defaults.size
-    if isinstance(size, Mapping):
-        edge = size.get("shortest_edge")
-        size = int(edge * defaults.enlarge) if edge else (size["height"], size["width"])
-    elif isinstance(size, int):
-        size = (size, size)
-    crop: Any = processor.get("crop_size") or image_hw
-    if isinstance(crop, Mapping):
-        crop = (crop["height"], crop["width"])
-    elif isinstance(crop, int):
-        crop = (crop, crop)
-    if not processor.get("do_center_crop", defaults.center_crop):
-        crop = (size, size) if isinstance(size, int) else size
+    kind = str(processor.get("image_processor_type") or processor.get("feature_extractor_type"))
+    values = {"crop_size": image_hw, **_defaults(kind, image_hw)}
+    values |= {key: value for key, value in processor.items() if value not in (None, {}, [])}
+    size, crop = values["size"], values["crop_size"]
+    if isinstance(size, Mapping) and size.get("shortest_edge"):
+        # LeViT's is that of the crop: the image is resized to int(256 / 224 * shortest_edge)
+        size = int(size["shortest_edge"] * (256 / 224 if kind.startswith("Levit") else 1))
+    else:
+        size = _pair(size)
+    if not values["do_center_crop"]:
+        crop = size
     return Preprocessing(
-        resize=size if isinstance(size, int) else tuple(size),
-        crop=tuple(crop),
-        interpolation=_FILTERS.get(processor.get("resample", defaults.resample), "bicubic"),
-        mean=tuple(processor.get("image_mean") or defaults.mean),
-        std=tuple(processor.get("image_std") or defaults.std),
+        resize=size,
+        crop=_pair(crop),
+        interpolation=_FILTERS.get(values["resample"], "bicubic"),
+        mean=tuple(values["image_mean"]),
+        std=tuple(values["image_std"]),
     )
+
+
+def _defaults(kind: str, image_hw: tuple[int, int]) -> dict[str, Any]:
+    """Values of fields that are missing from preprocessor_config.json, by the kind of processor."""
+    if kind.startswith("DeiT"):
+        return {"size": 256, "do_center_crop": True, "resample": 3, "image_mean": _HALF, "image_std": _HALF}
+    if kind.startswith("Levit"):
+        normalisation = {"image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD}
+        return {"size": {"shortest_edge": 224}, "do_center_crop": True, "resample": 3, **normalisation}
+    return {"size": image_hw, "do_center_crop": False, "resample": 2, "image_mean": _HALF, "image_std": _HALF}
+
+
+def _pair(size: Any) -> tuple[int, int]:
+    """(height, width) of a size in any of its forms."""
+    if isinstance(size, Mapping):
+        return size["height"], size["width"]
+    return (size, size) if isinstance(size, int) else tuple(size)
 
 
 def write_processor(spec: Preprocessing) -> dict[str, Any]:

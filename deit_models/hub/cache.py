@@ -19,7 +19,7 @@ from . import fetch
 from .fetch import Access, file_name
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)
 class CachedFile:
     """One weights file of the cache.
 
@@ -75,72 +75,41 @@ def _hub_cache(cache_dir: str | os.PathLike[str] | None) -> Path:
 def _repo_files(repo: CachedRepoInfo) -> Iterator[CachedFile]:
     known = find_repo(repo.repo_id)
     for revision in repo.revisions:
-        files = {file.file_name: file for file in revision.files}
-        weights = next((files[name] for name in WEIGHTS_NAMES if name in files), None)
-        if weights is None:
-            continue
-        config = files.get(CONFIG_NAME)
-        if known is not None:
-            model: str | None = known[0].name
-        else:
-            model = None if config is None else _model_of(Path(config.file_path))
-        if model is None:
+        files = {file.file_name: Path(file.file_path) for file in revision.files}
+        path = next((files[name] for name in WEIGHTS_NAMES if name in files), None)
+        model = known[0].name if known is not None else _model_of(files.get(CONFIG_NAME))
+        if path is None or model is None:
             continue  # another library's
         recorded = known is not None and known[1].revision == revision.commit_hash and known[1].sha256
-        yield CachedFile(
-            model=model,
-            source=repo.repo_id,
-            kind="hub",
-            path=Path(weights.file_path),
-            size_bytes=weights.size_on_disk,
-            digest=recorded or fetch.etag_digest(Path(weights.file_path)),
-            revision=revision.commit_hash,
-        )
+        digest = recorded or fetch.etag_digest(path)
+        yield CachedFile(model, repo.repo_id, "hub", path, path.stat().st_size, digest, revision.commit_hash)
 
 
-def _model_of(config: Path) -> str | None:
+def _model_of(config: Path | None) -> str | None:
     try:
-        return read_config(read_json(config)).origin.name
+        return None if config is None else read_config(read_json(config)).origin.name
     except (DeitModelsError, OSError):
         return None
 
 
 def _downloads(access: Access) -> Iterator[CachedFile]:
-    by_name = {
-        file_name(source.url): (info, source)
-        for info in load_manifest().values()
-        for source in info.sources
-        if source.url is not None
-    }
+    published = [(info.name, source) for info in load_manifest().values() for source in info.sources if source.url]
+    by_name = {file_name(str(source)): (model, str(source), source.digest) for model, source in published}
     for path in sorted(fetch.assets_dir("downloads", access).iterdir()):
-        if path.suffix in (".lock", ".part"):
-            continue
-        info, source = by_name.get(path.name, (None, None))
-        yield CachedFile(
-            model=None if info is None else info.name,
-            source=path.name if source is None else str(source),
-            kind="download",
-            path=path,
-            size_bytes=path.stat().st_size,
-            digest=None if source is None else source.digest,
-        )
+        if path.suffix not in (".lock", ".part"):
+            model, source, digest = by_name.get(path.name, (None, path.name, None))
+            yield CachedFile(model, source, "download", path, path.stat().st_size, digest)
 
 
 def _converted(access: Access) -> Iterator[CachedFile]:
+    by_source = {str(source): info.name for info in load_manifest().values() for source in info.sources}
     for path in sorted(fetch.assets_dir("converted", access).glob("*.safetensors")):
         try:
             record = read_json(path.with_suffix(".json"))
             source, digest = record["source"], record["sha256"]
         except (DeitModelsError, OSError, LookupError):
             source, digest = path.name, None
-        yield CachedFile(
-            model=next((c.name for c in load_manifest().values() if source in map(str, c.sources)), None),
-            source=source,
-            kind="converted",
-            path=path,
-            size_bytes=path.stat().st_size,
-            digest=digest,
-        )
+        yield CachedFile(by_source.get(source), source, "converted", path, path.stat().st_size, digest)
 
 
 def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Verdict]:

@@ -48,7 +48,7 @@ def test_family_that_no_library_has_is_native_alone() -> None:
     assert layouts.family == "t2t_vit"
     assert layouts.tell_naming(["anything"]) == "native"
     assert "t2t_vit" in refusal(ConfigError, lambda: layouts.write_transformers(None))
-    assert "timm" in refusal(ConfigError, lambda: layouts.timm_architecture("t2t_vit_7", None))
+    assert "timm" in refusal(ConfigError, lambda: layouts.write_timm("t2t_vit_7", None))
 
 
 def test_unknown_layout_and_model_without_origin_are_refused() -> None:
