@@ -119,24 +119,19 @@ class SearchSpace:
 
     def largest(self) -> Candidate:
         """The network that contains all others."""
-        return Candidate(
-            tuple(
-                StageChoice(s.embed_dim[0], (BlockChoice(s.num_heads[0], s.mlp_hidden[0]),) * s.depth)
-                for s in self.stages
-            )
-        )
+        return self._extreme(0)
 
     def smallest(self) -> Candidate:
         """The network that is contained in all others."""
-        return Candidate(
-            tuple(
-                StageChoice(
-                    s.embed_dim[-1],
-                    tuple(BlockChoice(s.num_heads[-1], s.mlp_hidden[-1], i not in s.removable) for i in range(s.depth)),
-                )
-                for s in self.stages
-            )
-        )
+        return self._extreme(-1)
+
+    def _extreme(self, end: int) -> Candidate:
+        stages = []
+        for s in self.stages:
+            filled = [end == 0 or place not in s.removable for place in range(s.depth)]
+            blocks = tuple(BlockChoice(s.num_heads[end], s.mlp_hidden[end], kept) for kept in filled)
+            stages.append(StageChoice(s.embed_dim[end], blocks))
+        return Candidate(tuple(stages))
 
     def config_of(self, candidate: Candidate, **overrides: Any) -> ViTResNASConfig:
         """The config that builds a candidate; `overrides` replace its other fields."""
