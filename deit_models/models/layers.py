@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from ..checkpoint import Layout
 from ..config import override
 from ..errors import ConfigError
+from ..registry import meta_model
 
 if TYPE_CHECKING:
     from ..checkpoint import Origin
@@ -94,11 +95,11 @@ class ImageClassifier(nn.Module):
         Raises: ConfigError: no such field, or a rate that is no probability below 1.
         """
         self.config = override(self.config, rates)
-        with torch.device("meta"):
-            rebuilt = dict(type(self)(self.config).named_modules())
-        for name, module in self.named_modules():
-            for field in {"p", "rate"} & set(vars(module)):  # of nn.Dropout; of DropPath and PatchDropout
-                setattr(module, field, getattr(rebuilt[name], field))
+        own = dict(self.named_modules())
+        for name, wanted in meta_model(type(self), self.config).named_modules():
+            # of nn.Dropout; of DropPath and PatchDropout; not of parts that were exchanged for others
+            for field in {"p", "rate"} & vars(wanted).keys() & vars(own.get(name, self)).keys():
+                setattr(own[name], field, getattr(wanted, field))
 
     def check_input(self, x: Tensor) -> None:
         """Raise ConfigError unless x is a batch of images of the config's channels and size, (B, C, H, W)."""

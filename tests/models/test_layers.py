@@ -113,3 +113,10 @@ def test_drop_rates_that_change_are_those_of_a_model_built_with_them(name: str) 
         assert module.extra_repr() == wanted.extra_repr()
     with pytest.raises(ConfigError, match="unknown option 'drop'"):
         changed.set_drop_rates(drop=0.1)
+
+
+def test_drop_rates_of_exchanged_parts_stay() -> None:
+    model = create_model("levit_micro_cifar10")
+    model.head, model.blocks[0].drop_path = nn.Sequential(nn.Dropout(0.9), nn.Linear(256, 10)), nn.Identity()
+    model.set_drop_rates(drop_rate=0.25, drop_path_rate=0.5)
+    assert (model.head[0].p, model.head_dist.drop.p, model.blocks[1].drop_path.rate) == (0.9, 0.25, 0.5)
