@@ -1,1 +1,1 @@
-"""A pretrained model on other classes: heads, settings, split, training or a head on cached features, and a report."""
+"""Other classes for a pretrained model: new heads, training or heads on cached features, and a report."""
