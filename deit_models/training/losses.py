@@ -96,8 +96,6 @@ class DistillationLoss:
     label_heads="both" lets both heads learn from the labels, each by its own loss. A head without a loss stays
     untrained, as in the authors' code; this is logged once, because evaluation takes the mean of both heads.
 
-    It is no module, so that a teacher never ends up in a student's state dict.
-
     Raises: TrainingError: the recipe distils and there is no teacher, or the other way round.
     """
 
@@ -109,7 +107,6 @@ class DistillationLoss:
         if recipe.distillation == "none" and teacher is not None:
             raise TrainingError("a teacher is given, but distillation='none'; pass distillation='hard' or 'soft'")
         self.recipe = recipe
-        self.teacher = teacher
         self.extra = extra
         self._base = soft_target_cross_entropy if recipe.loss == "ce" else binary_cross_entropy
         self._warned = False
