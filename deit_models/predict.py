@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from .data.classes import class_labels
-from .data.datasets import find_images
 from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
 from .data.transforms import to_device, transform_for
@@ -22,8 +21,6 @@ from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import eval_mode
 from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL
-
-__all__ = ["DEFAULT_MODEL", "Classifier", "ImageResult", "Prediction", "attention_maps", "find_images"]
 
 logger = logging.getLogger(__name__)
 
@@ -167,30 +164,24 @@ class Classifier:
         start = 0
         while start < len(levels):
             part = levels[start : start + self.batch_size]
-            top = self._top_if_it_fits(part, top_k)
-            if top is not None:
-                tops.append(top)
+            try:
+                with torch.inference_mode():
+                    images = self.transform.to_input(to_device(part, _device(self.model)))
+                    logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
+                    tops.append(top_classes(logits, top_k))
                 start += len(part)
+                continue
+            except torch.OutOfMemoryError as error:
+                if len(part) == 1:
+                    raise DeitModelsError(
+                        f"not even one image fits into the memory of this device beside the model; free some, "
+                        f"or use a smaller model or the CPU ({str(error).partition('. ')[0]})"
+                    ) from error
+            # here the error is gone, and with it the tensors that its traceback held
+            self.batch_size = len(part) // 2
+            logger.warning("%d images at once do not fit into memory; going on with %d", len(part), self.batch_size)
+            torch.cuda.empty_cache()  # does nothing where no GPU is in use
         return tops
-
-    def _top_if_it_fits(self, levels: Tensor, top_k: int) -> TopClasses | None:
-        """None, and a smaller `batch_size` from now on, where the device has too little memory for so many at once."""
-        try:
-            with torch.inference_mode():
-                images = self.transform.to_input(to_device(levels, _device(self.model)))
-                logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
-                return top_classes(logits, top_k)
-        except torch.OutOfMemoryError as error:
-            if len(levels) == 1:
-                raise DeitModelsError(
-                    f"not even one image fits into the memory of this device beside the model; free some, "
-                    f"or use a smaller model or the CPU ({str(error).partition('. ')[0]})"
-                ) from error
-        # here the error is gone, and with it the tensors that its traceback held
-        self.batch_size = len(levels) // 2
-        logger.warning("%d images at once do not fit into memory; going on with %d", len(levels), self.batch_size)
-        torch.cuda.empty_cache()  # does nothing where no GPU is in use
-        return None
 
     def _predictions(self, tops: list[TopClasses]) -> list[tuple[Prediction, ...]]:
         return [tuple(Prediction(self.labels[i], p, i) for p, i in row) for top in tops for row in top.read()]

@@ -43,16 +43,9 @@ class Plan(NamedTuple):
 
 
 def cut(images: Tensor, cuts: Tensor, size: tuple[int, int], *, padding: tuple[int, int], mode: str) -> Tensor:
-    """Pad, crop and mirror a batch at once, with no copy of the padded images.
+    """Pad (above and beside; "constant" or "reflect"), crop and mirror a batch, with no copy of the padded images.
 
-    Args:
-        images: (N, 3, h, w) uint8.
-        cuts: (B, 4) int64 on the same device, see `Plan`.
-        size: (H, W) of the crops.
-        padding: pixels above and below, and beside the images.
-        mode: "constant" or "reflect".
-
-    Gives (B, 3, H, W) uint8.
+    Shape: (N, 3, h, w) uint8 and (B, 4) int64 (see `Plan`), on one device -> (B, 3, H, W) uint8, `size` being (H, W).
     """
     (_, _, height, width), (rows, columns) = images.shape, size
     index, top, left, mirrored = cuts[:, :, None].unbind(1)
@@ -71,7 +64,7 @@ def cut(images: Tensor, cuts: Tensor, size: tuple[int, int], *, padding: tuple[i
 
 
 def _mirrored_inside(places: Tensor, length: int) -> Tensor:
-    """Places outside 0 ... length - 1 reflected at the edge pixel, which is not repeated."""
+    """Places outside 0 ... length - 1, reflected at the edge pixel, which is not repeated."""
     return length - 1 - (length - 1 - places.abs()).abs()
 
 

@@ -44,7 +44,7 @@ class InputBatches:
         keep: bool = False,
         keep_workers: bool = False,
     ) -> None:
-        """Prepare a loader.
+        """Prepare a loader, see `make_loader`.
 
         Args:
             samples: made by the workers.
@@ -53,19 +53,13 @@ class InputBatches:
             batch_size: of the model's input.
             workers: loading processes.
             device: of the model.
-            size: (height, width) of an image.
-            keep: keep what the loader gave in memory, for a sampler and samples that give the same each time.
+            size: (height, width) of an image, by which batches are divided into parts.
+            keep: keep the samples in memory, if they and their order are the same each time.
             keep_workers: from one reading to the next.
         """
         part = min(batch_size, _PART_IMAGES, max(_PART_BYTES // (3 * size[0] * size[1]), 1))
         self.loader = make_loader(
-            samples,
-            sampler,
-            batch_size=batch_size,
-            workers=workers,
-            device=device,
-            part=part,
-            keep_workers=keep_workers,
+            samples, sampler, batch_size=batch_size, workers=workers, device=device, part=part, keep_workers=keep_workers
         )
         self.to_input, self.device = to_input, device
         self._images = len(sampler)  # type: ignore[arg-type]

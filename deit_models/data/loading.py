@@ -205,7 +205,7 @@ _WORKER_DEATHS = (
 
 
 class FileBatch(NamedTuple):
-    """Some files in order: their paths, for each None or why it could not be decoded, the pixels of the others."""
+    """Some files in order: their paths, for each None or the reason of a failure, the pixels of the others."""
 
     sources: Sequence[str]
     errors: Sequence[str | None]
@@ -226,9 +226,8 @@ def file_batches(
         paths: any number of them.
         decode: gives the pixels of one, all in the same shape, or raises ImageError.
         batch_size: files in a batch; the last may have fewer.
-        workers: processes that decode; 0 decodes in this one, image by image. None is what suits the device. For a CPU
-            these are threads that decode a batch and then rest: they take turns with the model, and every core is busy
-            with either. Overlapping them brought nothing more. Beside a GPU they are processes.
+        workers: processes that decode; 0 decodes in this one, image by image. None: beside a GPU processes, on a CPU
+            threads that decode a batch and then rest while the model computes; to overlap them brought nothing more.
         device: of the model.
 
     Raises: TrainingError: a loading process died.
@@ -237,11 +236,15 @@ def file_batches(
     if workers is None:
         batches = -(-len(paths) // batch_size) if isinstance(paths, Sized) else None
         workers = decoding_workers(batches, device, cores=cpu_cores())
-    if workers is None:
-        yield from _by_threads(files, paths, batch_size)
+    if workers is not None:
+        with explained_worker_failure(workers):
+            yield from make_loader(files, paths, batch_size=batch_size, workers=workers, device=device)
         return
-    with explained_worker_failure(workers):
-        yield from make_loader(files, paths, batch_size=batch_size, workers=workers, device=device)
+    drawn = iter(paths)
+    # as many threads as the model computes with; Pillow releases the interpreter while it decodes and resizes
+    with ThreadPoolExecutor(torch.get_num_threads(), "decode") as pool:
+        while chunk := list(islice(drawn, batch_size)):
+            yield files.batch(chunk, pool.map)
 
 
 def decoding_workers(batches: int | None, device: torch.device, *, cores: int) -> int | None:
@@ -258,7 +261,7 @@ class _Files(Dataset[Any]):
         self.decode = decode
 
     def __getitem__(self, path: str | PathLike[str]) -> tuple[str, Tensor | None, str | None]:
-        """The path, its pixels, and why it has none."""
+        """The path, its pixels, and the reason if there are none."""
         source = fspath(path)
         try:
             return source, self.decode(source), None
@@ -272,14 +275,6 @@ class _Files(Dataset[Any]):
         return FileBatch(sources, errors, torch.stack(found) if found else torch.empty(0))
 
 
-def _by_threads(files: _Files, paths: Iterable[str | PathLike[str]], batch_size: int) -> Iterator[FileBatch]:
-    drawn = iter(paths)
-    # As many as the model computes with. Pillow lets go of the interpreter while it decodes and resizes
-    with ThreadPoolExecutor(torch.get_num_threads(), "decode") as pool:
-        while chunk := list(islice(drawn, batch_size)):
-            yield files.batch(chunk, pool.map)
-
-
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
 """Passes batches on, given how many there will be; a progress bar goes here."""
 
@@ -290,10 +285,10 @@ def plain_watch(batches: Iterable[Any], total: int) -> Iterable[Any]:  # noqa: A
 
 
 class DamageCount:
-    """Counts the images that could not be read, names each once, and stops a run that has met too many.
+    """Counts the images that could not be read, logs each once, and stops a run with too many.
 
-    Too many are more than `limit` of all images, and three or more. Of all, not of those seen so far: early on, or
-    where broken ones lie side by side, that share is high by chance.
+    Too many are three or more, and more than `limit` of all images; of those seen so far the share may be high by
+    chance, early on or where broken images lie side by side.
     """
 
     def __init__(self, records: ImageRecords, limit: float, *, failed: Iterable[int] = ()) -> None:
@@ -303,7 +298,7 @@ class DamageCount:
         self.failed = set(failed)
 
     def add(self, failures: Tensor) -> None:
-        """Note one batch. Raises: DataError: too many images failed."""
+        """Note one batch's failures. Raises: DataError: too many images failed."""
         for index in failures[failures >= 0].tolist():
             if index not in self.failed:
                 self.failed.add(index)
