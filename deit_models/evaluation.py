@@ -177,7 +177,7 @@ def _forward(heads: nn.Module, images: Tensor, precision: Precision) -> list[Ten
 class Heads(nn.Module):
     """A model whose forward gives the logits of each head, in training and in eval mode alike.
 
-    This module is what is compiled and distributed, because DDP and torch.compile go through `forward`.
+    This module is compiled and distributed, because DDP and torch.compile go through `forward`.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -43,7 +43,7 @@ class Classifier:
         """Load a model, or take one.
 
         Args:
-            model: what `from_pretrained` takes (name, path, Hub repository), or a model, which is put in eval mode.
+            model: a name, path or Hub repository for `from_pretrained`, or a model, which is put in eval mode.
             device: where to run. By default a named model goes to the GPU if there is one; a given model stays.
             dtype: floating-point type of the parameters; probabilities are float32 in any case.
             batch_size: images that go through the model at once; halved, with a log line, where memory is short.
@@ -52,7 +52,7 @@ class Classifier:
             **load_options: further keywords of `from_pretrained`, e.g. revision="...", or model="..." for a bare file.
 
         Raises: ConfigError: labels that do not fit the classes, a bad batch size, load options for a loaded model;
-            and what `from_pretrained` raises.
+            and the errors of `from_pretrained`.
         """
         if batch_size < 1:
             raise ConfigError(f"batch_size={batch_size}; expected 1 or more")

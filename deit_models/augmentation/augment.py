@@ -39,8 +39,8 @@ class Resize:
         height, width = size
         if self.pillow:
             return image.resize((width, height), interpolation)
-        # Four bytes a pixel are what Pillow stores and what torch's kernel computes with: no repacking.
-        # interpolate itself, because torchvision's wrappers around it cost as much again
+        # Pillow stores four bytes a pixel, and torch's kernel takes them: no repacking. Called directly, because
+        # torchvision's wrappers take as much time again
         pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.uint8)
         planes = pixels.view(1, image.height, image.width, 4).permute(0, 3, 1, 2)
         planes = torch.nn.functional.interpolate(planes, size, mode=interpolation.name.lower(), antialias=True)

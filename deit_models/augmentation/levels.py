@@ -19,7 +19,7 @@ from ..data.transforms import to_device
 
 
 class Levels(NamedTuple):
-    """Images before normalising, and what to erase of them; of one image as below, or with a batch axis in front.
+    """Images before normalising, and boxes to erase; of one image as below, or with a batch axis in front.
 
     Attributes:
         values: (3, H, W) uint8.

@@ -86,7 +86,7 @@ class Mixing:
         centre = int(torch.randint(height, ())), int(torch.randint(width, ()))
         box = cutmix_box(height, width, share, centre)
         top, bottom, left, right = box
-        # The box may stick out of the image: what counts is the area that was really pasted
+        # the box may stick out of the image: the area inside counts
         return Mix(1 - (bottom - top) * (right - left) / (height * width), box)
 
 

@@ -65,9 +65,9 @@ def _shifted(word: Tensor, bits: int) -> Tensor:
 class TrainSampler(Sampler[tuple[int, int]]):
     """One epoch's (index, augmentation seed) pairs for one process.
 
-    The epoch is one list of positions, the same whatever the number of processes; optimiser step t owns the positions
-    t * batch_size to (t + 1) * batch_size - 1, and process r takes every world-th of them from the r-th. What is left
-    over at the end of an epoch is dropped; a set smaller than one batch fills that batch by starting over.
+    The epoch is one list of positions, the same for any number of processes; optimiser step t owns the positions
+    t * batch_size to (t + 1) * batch_size - 1, and process r takes every world-th of them from the r-th. The rest of an
+    epoch is dropped; a set smaller than one batch fills that batch by starting over.
 
     With repeats R, neighbouring positions hold the same image R times, each with a seed of its own, so the copies fall
     on different processes where there are R or more; an epoch keeps its usual length (rounded down to a multiple of 256
@@ -255,10 +255,10 @@ def training_batches(
     workers: int,
     device: torch.device,
 ) -> InputBatches:
-    """Augmented batches of a set as the model's input, the same wherever and by however many processes they are made.
+    """Augmented batches of a set as the model's input; they do not depend on the device or the number of workers.
 
-    Of a set in memory that is only cut, flipped and erased, the device does all of it. Then no process loads; beside a
-    GPU a few draw the random numbers ahead, of which one process draws some 60,000 images' a second.
+    If a set in memory is only cut, flipped and erased, the device does all of it. Then no process loads; beside a GPU a
+    few draw the random numbers ahead, one of them for some 60,000 images a second.
     """
     to_input = TrainInput(transform.preprocessing, device)
     pair = None if transform.changes else _cut_at_once(records, transform)

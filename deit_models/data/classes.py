@@ -44,8 +44,8 @@ class Match(NamedTuple):
     """Correspondence of a data set's classes with a model's.
 
     Attributes:
-        order: for each label of the data the model's logit of the same class; None if that cannot be told.
-        difference: why not; empty if the model has no class names.
+        order: for each label of the data the model's logit of the same class; None if the names do not match.
+        difference: of the names; empty if they match or the model has none.
     """
 
     order: tuple[int, ...] | None

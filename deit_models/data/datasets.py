@@ -334,7 +334,7 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
 
 
 def wrap(dataset: Any, classes: Sequence[str] | None = None) -> ImageRecords:
-    """Any Dataset of (image, label) pairs, as the training loop reads it.
+    """Any Dataset of (image, label) pairs as `ImageRecords`.
 
     Args:
         dataset: has a length, and items of an image, in a form that `load_image` accepts (a PIL image, a path, an array
@@ -406,7 +406,7 @@ class _WrappedRecords(ImageRecords):
 
 
 def _own_classes(dataset: Any) -> Sequence[Any] | None:
-    """`classes` of a data set, or of what a Subset (.dataset) or ConcatDataset (.datasets) is made from."""
+    """`classes` of a data set, or of the one behind a Subset (.dataset) or ConcatDataset (.datasets)."""
     while dataset is not None:
         if getattr(dataset, "classes", None) is not None:
             return dataset.classes

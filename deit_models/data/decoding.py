@@ -59,8 +59,8 @@ class Reduced(NamedTuple):
 def decode_reduced(source: str | PathLike[str] | bytes, *, side: int) -> Reduced | PIL.Image.Image:
     """Decode a JPEG to 1/2, 1/4 or 1/8 of its size if no side falls below `side` pixels; an image as it is otherwise.
 
-    JPEG decoders do most of their work pixel by pixel, so that a photograph far larger than a model's input is ready in
-    a fraction of the time. Refuses what `decode_image` refuses.
+    JPEG decoders work pixel by pixel, so a photograph far larger than a model's input is decoded in a fraction of the
+    time. The same files are refused as by `decode_image`.
 
     Raises: ImageError: see `decode_image`.
     """
@@ -156,7 +156,7 @@ def _check_picture(image: PIL.Image.Image, name: str) -> None:
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
     if image.format == "EPS":
-        # Pillow would run Ghostscript on it, whatever the file's suffix says
+        # Pillow would run Ghostscript on it, also if the file's suffix is another format's
         raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
 
 
@@ -207,7 +207,7 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
 
 
 def _array_to_tensor(source: Any) -> Tensor:
-    import numpy as np  # not a dependency: whoever has an array has numpy
+    import numpy as np  # not a dependency; it is installed where arrays are
 
     try:
         # A copy in C order: torch takes neither read-only arrays nor negative strides (`bgr[..., ::-1]`).

@@ -18,7 +18,7 @@ from .records import ImageRecords
 from .transforms import EvalInput, EvalTransform, to_device
 
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
-"""The most that a worker makes at once: with small parts an epoch begins soon."""
+"""Upper bounds of a part, which a worker makes at once; with small parts an epoch begins soon."""
 
 Transform = Callable[[PIL.Image.Image], Any]
 """From an RGB image to a tensor or, in training, to `Levels`."""
@@ -59,7 +59,13 @@ class InputBatches:
         """
         part = min(batch_size, _PART_IMAGES, max(_PART_BYTES // (3 * size[0] * size[1]), 1))
         self.loader = make_loader(
-            samples, sampler, batch_size=batch_size, workers=workers, device=device, part=part, keep_workers=keep_workers
+            samples,
+            sampler,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            part=part,
+            keep_workers=keep_workers,
         )
         self.to_input, self.device = to_input, device
         self._images = len(sampler)  # type: ignore[arg-type]

@@ -37,7 +37,7 @@ def cpu_cores() -> int:
 
 
 def default_workers(device: torch.device) -> int:
-    """Loading processes for one training process: up to 12 beside a GPU; one beside a CPU, whose cores are wanted."""
+    """Loading processes for one training process: up to 12 beside a GPU; one beside a CPU, whose cores compute."""
     cores = cpu_cores()
     return _beside_gpu(cores // max(torch.cuda.device_count(), 1)) if device.type == "cuda" else min(1, cores - 1)
 
@@ -169,7 +169,7 @@ def _leave_interrupts_to_parent(_: int) -> None:
 
 @contextmanager
 def explained_worker_failure(workers: int) -> Iterator[None]:
-    """Turn a worker's death into one line that says what to do, and our own errors in workers back into their one line.
+    """Explain a worker's death in one line, with a remedy, and reduce our own errors in workers to their one line.
 
     Raises: TrainingError: a worker was killed, mostly for lack of shared memory.
     """
@@ -179,14 +179,14 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
         text = str(error)
         if not text.startswith("Caught "):
             raise
-        # the loader's words, then the worker's traceback, which ends in the message
+        # torch's text, then the worker's traceback, which ends in the message
         raise type(error)(text.rstrip().rpartition("\n")[2].partition(": ")[2]) from error
     except (RuntimeError, OSError, EOFError) as error:
         hung_up = workers > 0 and isinstance(error, (ConnectionError, EOFError))
         if not hung_up and not any(sign in str(error) for sign in _WORKER_DEATHS):
             raise
         if hung_up:
-            # torch raises RuntimeError wherever the signal of the worker's death finds us: let it find us here
+            # torch raises RuntimeError wherever the signal of the worker's death arrives: wait for it here
             with suppress(RuntimeError):
                 time.sleep(1)
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__

@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 Cache = Literal["auto", "ram", "none"]
 _SHARE = 4
-"""A set is kept unasked if it takes at most this fraction of the free memory: a quarter."""
+"""With cache="auto" a set may take one part in so many of the free memory."""
 _WORTH_A_LINE = 64 << 20
 """Bytes; smaller sets are kept without a warning."""
 _PROBES = 16

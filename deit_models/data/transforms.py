@@ -25,7 +25,7 @@ _IN_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
 class EvalTransform:
     """The evaluation transform of a checkpoint: resize, centre crop, scale to 0..1, normalise.
 
-    Resizing is Pillow's, antialiased, since that is what the published accuracies were measured with.
+    Resizing is Pillow's, antialiased: the published accuracies were measured so.
     """
 
     def __init__(self, preprocessing: Preprocessing, *, normalise: bool = True, fast_pixels: bool = False) -> None:
