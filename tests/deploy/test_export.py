@@ -145,11 +145,6 @@ def test_wrong_format_or_suffix_is_refused(name: str, kind: str, message: str, t
         deit_models.export(build("deit"), tmp_path / name, format=kind)
 
 
-def test_merging_is_refused_where_every_patch_is_needed(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="token_merging=8: LeViT needs its tokens on a grid"):
-        deit_models.export(build("levit"), tmp_path / "model.onnx", token_merging=8)
-
-
 @pytest.mark.parametrize(("name", "library"), [("onnx", "onnx"), ("onnx", "onnxscript"), ("openvino", "openvino")])
 def test_missing_library_is_one_line_with_what_to_install(
     name: str, library: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -396,11 +396,6 @@ def test_a_kept_choice_is_kept_for_its_plan(tmp_path: Path) -> None:
     assert len(list(tmp_path.rglob("*.json"))) == 3
 
 
-def test_merging_is_refused_where_every_patch_is_needed(options: dict[str, object]) -> None:
-    with pytest.raises(ConfigError, match="token_merging=8: LeViT needs its tokens on a grid"):
-        deit_models.optimize(build("levit"), token_merging=8, **options)
-
-
 # Refusals
 
 
