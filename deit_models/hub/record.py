@@ -6,6 +6,7 @@ announcement (Hub files), or with nothing; afterwards with the recorded one.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -118,7 +119,7 @@ def set_value(text: str, model: str, source: Source | None, key: str, value: Any
         wanted = f"[model.{model}]" if source is None else f"[[model.{model}.source]]"
         place = None if source is None else f'"{source.file or source.repo or source.url}"'
         if header.partition("#")[0].strip() == wanted and (place is None or place in body):
-            chunks[index] = _set_in_table(chunk, key, _toml(value))
+            chunks[index] = _set_in_table(chunk, key, json.dumps(value))
             return "".join(chunks)
     raise ManifestError(f"the manifest has no table for {model}" + ("" if source is None else f" from {source}"))
 
@@ -131,7 +132,3 @@ def _set_in_table(table: str, key: str, value: str) -> str:
     lines = table.splitlines()
     last = max(i for i, line in enumerate(lines) if line.strip() and not line.lstrip().startswith("#"))
     return "\n".join([*lines[: last + 1], f"{key} = {value}", *lines[last + 1 :], ""])
-
-
-def _toml(value: Any) -> str:
-    return f'"{value}"' if isinstance(value, str) else str(value)
