@@ -66,7 +66,8 @@ class Mixing:
 
         Raises: DataError: a label outside 0 ... K - 1 (see `smooth_one_hot`), or another number of labels than images.
         """
-        check_batch(images, labels)
+        if labels.shape != images.shape[:1]:
+            raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
         targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
         if self.own is not None:
             return self.own(images, targets)
@@ -88,12 +89,6 @@ class Mixing:
         top, bottom, left, right = box
         # the box may stick out of the image: the area inside counts
         return Mix(1 - (bottom - top) * (right - left) / (height * width), box)
-
-
-def check_batch(images: Tensor, labels: Tensor) -> None:
-    """Raise DataError unless there is a label for each image."""
-    if labels.shape != images.shape[:1]:
-        raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
 
 
 def cutmix_box(height: int, width: int, share: float, centre: tuple[int, int]) -> tuple[int, int, int, int]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
-import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
@@ -21,6 +20,7 @@ from ..errors import ConfigError, DataError, ImageError
 from .augment import TrainTransform, sample_rng
 from .levels import TrainInput
 
+_T = TypeVar("_T")
 Keys = Sequence[tuple[int, int]]
 """Indices of images, each with the seed of its augmentation."""
 
@@ -162,10 +162,10 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         index, seed = key
         if isinstance(self.transform, TrainTransform) and always_the_same(self.records):
             # nothing draws from the global generators, so they need no seed: a sixth of the time of a small image
-            image, label, failed = self._read(index)
+            (image, label), failed = self._readable(index, self.records.__getitem__)
             return self.transform(image, sample_rng(seed)), label, failed
         with _seeded(seed):
-            image, label, failed = self._read(index)
+            (image, label), failed = self._readable(index, self.records.__getitem__)
             return self.transform(image), label, failed
 
     def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
@@ -178,37 +178,23 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         rows, seeds = (list(column) for column in zip(*keys, strict=True))
         failed = [FINE] * len(rows)
         if records.broken:
-            for place, index in enumerate(rows):
-                if index in records.broken:
-                    rows[place], failed[place] = self._substitute(records, index), index
+            rows, failed = map(list, zip(*(self._readable(index, records.readable) for index in rows), strict=True))
         if self.planned:
             images: Any = transform.plan(records.size, rows, seeds)
         else:
             images = transform.cut_batch(records.images, rows, seeds)
         return images, records.labels[rows], torch.tensor(failed)
 
-    def _read(self, index: int) -> tuple[PIL.Image.Image, int, int]:
-        last: Exception | None = None
+    def _readable(self, index: int, read: Callable[[int], _T]) -> tuple[_T, int]:
+        """An image as `read` gives it, and FINE; or the next that can be read, and the index."""
         for attempt in range(self.substitutes + 1):
             try:
-                image, label = self.records[(index + attempt) % len(self.records)]
+                return read((index + attempt) % len(self.records)), index if attempt else FINE
             except (ImageError, OSError) as error:
                 last = error
-            else:
-                return image, label, FINE if attempt == 0 else index
-        raise self._nothing_readable(index, last) from last
-
-    def _substitute(self, records: CachedRecords, index: int) -> int:
-        for attempt in range(1, self.substitutes + 1):
-            row = (index + attempt) % len(records)
-            if row not in records.broken:
-                return row
-        raise self._nothing_readable(index, records.broken[row])
-
-    def _nothing_readable(self, index: int, last: object) -> DataError:
-        return DataError(
+        raise DataError(
             f"{self.records.describe(index)} and the {self.substitutes} images after it cannot be read; last: {last}"
-        )
+        ) from last
 
 
 def _cut_at_once(records: ImageRecords, transform: Transform) -> tuple[CachedRecords, TrainTransform] | None:

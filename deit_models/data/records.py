@@ -138,12 +138,16 @@ class CachedRecords(ImageRecords):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
-        index = range(len(self))[index]
-        if index in self.broken:
-            raise ImageError(self.broken[index])
+        index = self.readable(range(len(self))[index])
         height, width = self.size
         pixels = self.images[index].permute(1, 2, 0).contiguous().numpy().tobytes()
         return PIL.Image.frombytes("RGB", (width, height), pixels), int(self.labels[index])
+
+    def readable(self, index: int) -> int:
+        """The same index. Raises: ImageError: the image cannot be read."""
+        if index in self.broken:
+            raise ImageError(self.broken[index])
+        return index
 
     def label(self, index: int) -> int:
         return self._records.label(index)
