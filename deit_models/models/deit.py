@@ -98,13 +98,6 @@ class DeiTConfig(ImageSize):
         """Position embeddings in front of the patches'."""
         return self.num_prefix_tokens if self.prefix_positions else 0
 
-    @property
-    def drop_path_rates(self) -> list[float]:
-        """Stochastic depth of each block."""
-        if self.drop_path_uniform:
-            return [self.drop_path_rate] * self.depth
-        return drop_path_rates(self.drop_path_rate, self.depth)
-
 
 class PatchEmbed(nn.Module):
     """Cut the image into patches and project each linearly: (B, C, H, W) -> (B, N, D), row by row."""
@@ -162,7 +155,8 @@ class DeiT(VisionTransformer):
         self.dist_token = nn.Parameter(torch.empty(1, 1, width)) if config.distilled else None
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.patch_drop = PatchDropout(config.patch_drop_rate, num_prefix=config.num_prefix_tokens)
-        self.blocks = make_blocks(config, layer_scale=config.layer_scale)
+        rates = drop_path_rates(config.drop_path_rate, config.depth, uniform=config.drop_path_uniform)
+        self.blocks = make_blocks(config, rates, layer_scale=config.layer_scale)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.num_classes)
         self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None

@@ -23,6 +23,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
 from ..config import check_rates, check_whole
 from ..errors import ConfigError
@@ -147,17 +148,15 @@ class NormLinear(nn.Module):
 
 def _without_norm(module: ConvNorm | LinearNorm | NormLinear) -> nn.Module:
     """One layer with bias, equal to `module` in eval mode."""
-    bn = module.bn
+    if isinstance(module, ConvNorm):
+        return fuse_conv_bn_eval(module.c, module.bn)
+    if isinstance(module, LinearNorm):
+        return fuse_linear_bn_eval(module.c, module.bn)
+    bn, layer = module.bn, copy.deepcopy(module.l)  # a head: the BatchNorm comes first
     scale = bn.weight / (cast(Tensor, bn.running_var) + bn.eps).sqrt()
     shift = bn.bias - cast(Tensor, bn.running_mean) * scale
-    layer: nn.Linear | nn.Conv2d
-    if isinstance(module, NormLinear):  # here the BatchNorm comes first
-        layer = copy.deepcopy(module.l)
-        weight, bias = layer.weight * scale, layer.bias + layer.weight @ shift
-    else:
-        layer = copy.deepcopy(module.c)
-        weight, bias = layer.weight * scale.view(-1, *[1] * (layer.weight.ndim - 1)), shift
-    layer.weight, layer.bias = nn.Parameter(weight), nn.Parameter(bias)
+    layer.bias = nn.Parameter(layer.bias + layer.weight @ shift)
+    layer.weight = nn.Parameter(layer.weight * scale)
     return layer
 
 

@@ -104,11 +104,6 @@ class T2TViTConfig(ImageSize):
         """(height, width) of the input in tokens."""
         return patch_grid(self.image_hw, self.patch_size)
 
-    @property
-    def drop_path_rates(self) -> list[float]:
-        """Stochastic depth of each block."""
-        return drop_path_rates(self.drop_path_rate, self.depth)
-
 
 class TokenPerformer(nn.Module):
     """Attention layer in linear time by random features: (B, T, input width) -> (B, T, token width).
@@ -241,7 +236,7 @@ class T2TViT(VisionTransformer):
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + h * w, width), requires_grad=False)
         self.tokens_to_token = TokensToToken(config)
         self.pos_drop = nn.Dropout(config.drop_rate)
-        self.blocks = make_blocks(config)
+        self.blocks = make_blocks(config, drop_path_rates(config.drop_path_rate, config.depth))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
         self.head = nn.Linear(width, config.num_classes)
         self.aux_head = nn.Linear(width, config.num_classes) if config.token_head else None

@@ -104,8 +104,8 @@ def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
     return branch if gamma is None else branch * gamma
 
 
-def make_blocks(config: Any, *, layer_scale: float = 0.0) -> nn.Sequential:
-    """Blocks that differ only in stochastic depth, from the fields of a family's config."""
+def make_blocks(config: Any, rates: Iterable[float], *, layer_scale: float = 0.0) -> nn.Sequential:
+    """One block for each rate of stochastic depth, from the fields of a family's config."""
     return nn.Sequential(
         *(
             Block(
@@ -118,14 +118,14 @@ def make_blocks(config: Any, *, layer_scale: float = 0.0) -> nn.Sequential:
                 drop_path_rate=rate,
                 layer_scale=layer_scale,
             )
-            for rate in config.drop_path_rates
+            for rate in rates
         )
     )
 
 
-def drop_path_rates(rate: float, depth: int) -> list[float]:
-    """Stochastic depth of each block, growing linearly from 0 to `rate` at the last."""
-    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+def drop_path_rates(rate: float, depth: int, *, uniform: bool = False) -> list[float]:
+    """Stochastic depth of each block: growing linearly from 0 to `rate` at the last, or `rate` everywhere."""
+    return [rate if uniform else rate * i / max(depth - 1, 1) for i in range(depth)]
 
 
 class VisionTransformer(ImageClassifier):

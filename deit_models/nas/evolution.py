@@ -7,7 +7,7 @@ the scores it had in its ledger. Source: section 4.3 of the ViT-ResNAS paper; nu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from random import Random
 from typing import TypeVar
@@ -94,8 +94,8 @@ class _Hunt:
             if not legal:
                 raise ConfigError(self._nothing())
             if len(legal) <= self.settings.population:
-                return self._new(iter(legal.values()), len(legal))
-        fresh = self._new(self._randomly(), self.settings.population)
+                return self._new(iter(legal.values()).__next__, len(legal))
+        fresh = self._new(self._random, self.settings.population)
         if not fresh:
             raise ConfigError(f"{self._nothing()} ({_TRIES} tries)")
         return fresh
@@ -103,22 +103,20 @@ class _Hunt:
     def next(self, found: list[ScoredCandidate]) -> list[Candidate]:
         """A generation made from the best so far; empty where it brings up nothing new."""
         parents = [one.candidate for one in found[: self.settings.parents]]
-        mutants = self._new(self._mutants(parents), self.settings.mutants)
-        return mutants + self._new(self._crossed(parents), self.settings.crossovers)
+        mutants = self._new(lambda: self._mutant(parents), self.settings.mutants)
+        return mutants + self._new(lambda: self._crossed(parents), self.settings.crossovers)
 
-    def _new(self, source: Iterator[Candidate | None], count: int) -> list[Candidate]:
+    def _new(self, make: Callable[[], Candidate | None], count: int) -> list[Candidate]:
         """Up to `count` legal networks that were not met before; fewer where many tries in a row give none."""
         fresh: list[Candidate] = []
         misses = 0
-        for candidate in source:
+        while len(fresh) < count and misses < _TRIES:
+            candidate = make()
+            misses += 1
             if candidate is not None and candidate.key() not in self.met and self._legal(candidate):
                 self.met.add(candidate.key())
                 fresh.append(candidate)
                 misses = 0
-            else:
-                misses += 1
-            if len(fresh) == count or misses == _TRIES:
-                break
         return fresh
 
     def _legal(self, candidate: Candidate) -> bool:
@@ -135,19 +133,15 @@ class _Hunt:
         low, high = self.settings.floor * self.limit, self.limit
         return f"no network of the space is within the limit of {low:,.6g} to {high:,.6g} {self.cost.unit}"
 
-    def _randomly(self) -> Iterator[Candidate | None]:
-        while True:
-            stages = []
-            for choices in self.space.stages:
-                places = (
-                    BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], self._present(choices, place))
-                    for place in range(choices.depth)
-                )
-                stages.append(StageChoice(self.rng.choice(choices.embed_dim), tuple(places)))
-            yield self._cut_down(Candidate(tuple(stages)))
-
-    def _present(self, choices: StageChoices, place: int) -> bool:
-        return place not in choices.removable or self._happens(0.5)
+    def _random(self) -> Candidate | None:
+        stages = []
+        for choices in self.space.stages:
+            width, blocks = self.rng.choice(choices.embed_dim), []
+            for place in range(choices.depth):
+                kept = place not in choices.removable or self._happens(0.5)
+                blocks.append(BlockChoice(choices.num_heads[0], choices.mlp_hidden[0], kept))
+            stages.append(StageChoice(width, tuple(blocks)))
+        return self._cut_down(Candidate(tuple(stages)))
 
     def _cut_down(self, candidate: Candidate) -> Candidate | None:
         """The candidate, made smaller at random until it is within the limit; None: that is not possible."""
@@ -175,10 +169,8 @@ class _Hunt:
         stage = replace(stage, blocks=_exchanged(stage.blocks, place, block))
         return Candidate(_exchanged(candidate.stages, number, stage))
 
-    def _mutants(self, parents: list[Candidate]) -> Iterator[Candidate]:
-        while True:
-            parent = self.rng.choice(parents)
-            yield Candidate(tuple(map(self._mutated, self.space.stages, parent.stages)))
+    def _mutant(self, parents: list[Candidate]) -> Candidate:
+        return Candidate(tuple(map(self._mutated, self.space.stages, self.rng.choice(parents).stages)))
 
     def _mutated(self, choices: StageChoices, stage: StageChoice) -> StageChoice:
         blocks = []
@@ -192,24 +184,18 @@ class _Hunt:
     def _redrawn(self, value: int, choices: tuple[int, ...]) -> int:
         return self.rng.choice(choices) if self._happens(self.settings.mutation) else value
 
-    def _crossed(self, parents: list[Candidate]) -> Iterator[Candidate | None]:
-        while True:
-            if len(parents) < 2:
-                yield None
-                continue
-            one, other = self.rng.sample(parents, 2)
-            yield Candidate(tuple(map(self._crossed_stage, one.stages, other.stages)))
+    def _crossed(self, parents: list[Candidate]) -> Candidate | None:
+        if len(parents) < 2:
+            return None
+        one, other = self.rng.sample(parents, 2)
+        return Candidate(tuple(map(self._crossed_stage, one.stages, other.stages)))
 
     def _crossed_stage(self, one: StageChoice, other: StageChoice) -> StageChoice:
-        blocks = (  # drawn after the width
-            BlockChoice(
-                self._either(a.num_heads, b.num_heads),
-                self._either(a.mlp_hidden, b.mlp_hidden),
-                self._either(a.kept, b.kept),
-            )
-            for a, b in zip(one.blocks, other.blocks, strict=True)
-        )
-        return StageChoice(self._either(one.embed_dim, other.embed_dim), tuple(blocks))
+        width, blocks = self._either(one.embed_dim, other.embed_dim), []
+        for a, b in zip(one.blocks, other.blocks, strict=True):
+            heads, hidden = self._either(a.num_heads, b.num_heads), self._either(a.mlp_hidden, b.mlp_hidden)
+            blocks.append(BlockChoice(heads, hidden, self._either(a.kept, b.kept)))
+        return StageChoice(width, tuple(blocks))
 
     def _either(self, one: T, other: T) -> T:
         return other if self._happens(self.settings.crossover) else one

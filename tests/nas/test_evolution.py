@@ -74,13 +74,23 @@ def test_limit_that_nothing_meets_says_so_at_once() -> None:
     assert not asked
 
 
-def test_check_of_a_limit_that_is_met_costs_a_few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
-    space, drawn = SPACES["small32"], []
-    original = _Hunt._randomly
-    monkeypatch.setattr(_Hunt, "_randomly", lambda hunt: (drawn.append(one) or one for one in original(hunt)))
-    cost = Macs(space, 10)
-    check_limit(space, Evolution(), cost=cost, limit=(cost(space.smallest()) + cost(space.largest())) / 2)
-    assert 0 < len(drawn) < 50
+class Counting(Macs):
+    """Counts how often it is asked."""
+
+    calls = 0
+
+    def __call__(self, candidate: Candidate) -> float:
+        self.calls += 1
+        return super().__call__(candidate)
+
+
+def test_check_of_a_limit_that_is_met_costs_a_few_draws() -> None:
+    space = SPACES["small32"]
+    few, many = Counting(space, 10), Counting(space, 10)
+    limit = (few(space.smallest()) + few(space.largest())) / 2
+    check_limit(space, Evolution(), cost=few, limit=limit)
+    evolve(space, Evolution(generations=1), cost=many, limit=limit, score=units)
+    assert 0 < 50 * few.calls < many.calls
 
 
 def test_limit_in_a_gap_of_a_small_space_is_found_out() -> None:
@@ -119,8 +129,7 @@ def test_small_space_is_looked_through_completely() -> None:
 def test_mutants_change_each_item_at_the_given_rate() -> None:
     hunt = _Hunt(SPACE, Evolution(mutation=0.3), COST, LIMIT)
     parent = SPACE.largest()
-    source = hunt._mutants([parent])
-    drawn = [next(source) for _ in range(2000)]
+    drawn = [hunt._mutant([parent]) for _ in range(2000)]
     # of three widths the parent's own is drawn again a third of the time
     changed = sum(one.stages[0].embed_dim != 16 for one in drawn) / 2000
     assert changed == pytest.approx(0.3 * 2 / 3, abs=0.04)
@@ -131,10 +140,9 @@ def test_mutants_change_each_item_at_the_given_rate() -> None:
 
 def test_crossed_candidates_take_every_item_from_one_of_two_parents() -> None:
     hunt = _Hunt(SPACE, Evolution(), COST, LIMIT)
-    source = hunt._crossed([SPACE.largest(), SPACE.smallest()])
-    drawn = [next(source) for _ in range(1000)]
+    drawn = [hunt._crossed([SPACE.largest(), SPACE.smallest()]) for _ in range(1000)]
     assert {one.stages[0].embed_dim for one in drawn if one} == {16, 8}
     assert {one.stages[0].blocks[0] for one in drawn if one} == {
         BlockChoice(heads, hidden) for heads in (3, 1) for hidden in (24, 8)
     }
-    assert next(hunt._crossed([SPACE.largest()])) is None
+    assert hunt._crossed([SPACE.largest()]) is None
