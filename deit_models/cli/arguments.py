@@ -73,19 +73,13 @@ def device(name: str) -> str:
 
 LOADING = ("--revision", "--cache-dir", "--offline")
 TEACHER = ("--teacher", "--teacher-weights", "--teacher-precision")
+_COUNT: dict[str, Any] = {"type": at_least(0), "metavar": "N"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON for programs"},
     "--device": {"type": device, "help": "cpu, cuda, mps, ...; default: the GPU if there is one"},
-    "--workers": {
-        "type": at_least(0),
-        "metavar": "N",
-        "help": "decoding processes, 0: decode in this one; default: by the number of cores",
-    },
-    "--token-merging": {
-        "type": at_least(0),
-        "metavar": "N",
-        "help": "patch tokens that every block merges into others like them: faster, and other logits; default none",
-    },
+    "--workers": _COUNT | {"help": "decoding processes, 0: decode in this one; default: by the number of cores"},
+    "--token-merging": _COUNT
+    | {"help": "patch tokens that every block merges into others like them: faster, and other logits; default none"},
     "--model": {"metavar": "NAME", "help": "the model that a bare weights file holds"},
     "--revision": {"help": "branch, tag or commit of a Hub repository"},
     "--cache-dir": {"type": Path, "help": "where to keep downloads"},
@@ -100,15 +94,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, "
         "which is run"
     },
-    "--teacher-weights": {
-        "metavar": "FILE",
-        "help": "a weights file of the teacher, or the name of torchvision's weights",
-    },
-    "--teacher-precision": {
-        "choices": ["float32", "bf16"],
-        "default": "float32",
-        "help": "precision of the teacher, default float32",
-    },
+    "--teacher-weights": {"metavar": "FILE", "help": "a weights file, or the name of torchvision's weights"},
+    "--teacher-precision": {"choices": ["float32", "bf16"], "default": "float32", "help": "default float32"},
 }
 
 

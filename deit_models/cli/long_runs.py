@@ -29,11 +29,7 @@ _PREFIX = "recipe."  # of a field's name in the namespace, so that no other opti
 def add_recipe(parser: argparse.ArgumentParser, preset: str, *, by_data: bool = False) -> None:
     """Add `--recipe`, `--list-recipes`, one option for each field of `Recipe`, and a help that shows their values.
 
-    Args:
-        parser: made without a help option.
-        preset: the default of `--recipe`.
-        by_data: without `--recipe` the command chooses by the data: its value is then None, and only the help uses
-            `preset`.
+    `preset` is the default of `--recipe`; with `by_data` it is the default in the help only, and the value is None.
     """
     shown: dict[str, argparse.Action] = {}
     parser.add_argument("-h", "--help", action=_Help, nargs=0, shown=shown, help="show this, with the recipe's values")
@@ -138,14 +134,8 @@ def given_teacher(
 
     if args.teacher is None:
         return None
-    return load_teacher(
-        args.teacher,
-        num_classes=num_classes,
-        student=transform_for(model).preprocessing,
-        weights=args.teacher_weights,
-        precision=args.teacher_precision,
-        device=device,
-    )
+    options = {"weights": args.teacher_weights, "precision": args.teacher_precision, "device": device}
+    return load_teacher(args.teacher, num_classes=num_classes, student=transform_for(model).preprocessing, **options)
 
 
 def state_file(args: argparse.Namespace) -> Path:
@@ -161,9 +151,7 @@ def state_file(args: argparse.Namespace) -> Path:
 class TrainingDisplay:
     """Progress of a training run: a bar for the running epoch, on a terminal, and a line for each finished one.
 
-    Attributes:
-        epochs: length of the run.
-        finished: epochs that are done; None until the first line of a run that goes on.
+    `finished` counts the epochs that are done; it is None until the first line of a continued run.
     """
 
     def __init__(self, epochs: int, *, finished: int | None, stream: TextIO | None = None) -> None:
