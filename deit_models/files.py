@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import TYPE_CHECKING, Any
 
 from .errors import CheckpointError, ConfigError, IntegrityError, SaveError, first_line
@@ -31,6 +29,8 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises: SaveError: no space, no permission; an existing file is left as it was.
     """
+    from tempfile import NamedTemporaryFile  # here, because importing the package is to be quick
+
     temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -119,6 +119,8 @@ def toml_lines(values: Mapping[str, Any]) -> str:
 
 def sha256_of(path: Path) -> str:
     """SHA-256 of a file as 64 hex digits."""
+    import hashlib  # here, because importing the package is to be quick
+
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(CHUNK_BYTES):
