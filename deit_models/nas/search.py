@@ -97,7 +97,7 @@ def train_supernet(
     _keep(Path(out) / "sampling.toml", toml_lines(asdict(sampling)))
     torch.manual_seed(recipe.seed)
     network = ViTResNAS(space.config_of(space.largest(), num_classes=len(images.classes)))
-    network.origin = Origin(name="supernet", preprocessing=preprocessing_for(space))
+    network.origin = Origin(name="supernet", preprocessing=_preprocessing(space))
     whole = SuperNetwork(network, space, sampling)
     return run_training(
         whole,
@@ -160,11 +160,16 @@ def search(
             largest, space, images, folder, process, computing=computing, precision=precision, batch_size=batch_size
         )
         found = evolve(space, evolution, cost=price, limit=limit, score=scores, on_generation=on_generation)
-        winner = extract(largest, space, found[0].candidate)
-        winner.origin = Origin(name=WINNER_FOLDER, preprocessing=preprocessing_for(space))
+        winner, preprocessing = extract(largest, space, found[0].candidate), _preprocessing(space)
+        winner.origin = Origin(name=WINNER_FOLDER, preprocessing=preprocessing)
         if process.is_main:
             write_tables(folder, found, unit=price.unit, limit=limit)
-            _write_architecture(folder / WINNER_NAME, winner)
+            config = winner.config
+            settings = {name: getattr(config, name) for name in config.__slots__ if "drop" not in name}
+            architecture = Architecture(
+                name=WINNER_FOLDER, family=winner.family, settings=settings, preprocessing=preprocessing
+            )
+            write_text(folder / WINNER_NAME, architecture.to_toml())
         export_model(
             winner,
             folder / WINNER_FOLDER,
@@ -212,7 +217,7 @@ class CandidateScores:
         self.known = Ledger(folder / SCORES_NAME, "top1", writes=process.is_main)
         self._alone = Process(0, 1, process.device)  # each process scores candidates of its own, on all images
         workers, self._damage = computing.workers_beside(process.device), DamageCount(images, computing.corrupt_limit)
-        transform = EvalTransform(preprocessing_for(space))
+        transform = EvalTransform(_preprocessing(space))
         self._batches = eval_batches(images, transform, self._alone, batch_size=batch_size, workers=workers, keep=True)
         with explained_worker_failure(workers):
             for _, _, failures in computing.watch(self._batches, len(self._batches)):
@@ -238,19 +243,7 @@ class CandidateScores:
         return round(outcomes.evaluation().top1, 4)
 
 
-def _write_architecture(path: Path, network: ViTResNAS) -> None:
-    settings = {name: getattr(network.config, name) for name in network.config.__slots__ if "drop" not in name}
-    origin = network.origin
-    record = Architecture(
-        name=path.stem,
-        family=network.family,
-        settings=settings,
-        preprocessing=None if origin is None else origin.preprocessing,
-    )
-    write_text(path, record.to_toml())
-
-
-def preprocessing_for(space: SearchSpace) -> Preprocessing:
+def _preprocessing(space: SearchSpace) -> Preprocessing:
     """The transform from images to the input of the networks of a space."""
     return space.preprocessing or default_preprocessing("", space.config_of(space.largest()).image_hw)
 

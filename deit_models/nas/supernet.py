@@ -260,16 +260,11 @@ def extract(largest: ViTResNAS, space: SearchSpace, candidate: Candidate) -> ViT
 
 def _source_names(candidate: Candidate) -> list[int]:
     """For each entry of the candidate's `blocks` the number of the entry in the largest network's."""
-    numbers, number = [], 0
-    for place, stage in enumerate(candidate.stages):
-        if place:  # the reduction in front of the stage
-            numbers.append(number)
-            number += 1
-        for block in stage.blocks:
-            if block.kept:
-                numbers.append(number)
-            number += 1
-    return numbers
+    kept: list[bool] = []
+    for stage in candidate.stages:
+        reduction = [True] if kept else []  # in front of every stage but the first
+        kept += [*reduction, *(block.kept for block in stage.blocks)]
+    return [number for number, stays in enumerate(kept) if stays]
 
 
 def _corner(tensor: Tensor, wanted: Tensor, *, fused: int) -> Tensor:
