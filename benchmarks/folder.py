@@ -49,7 +49,7 @@ SIDES = {
 PACKAGES = ("torch", "torchvision", "pillow", "timm", "transformers", "openvino")
 REMEMBERED = ("deit-models", "deit-models, optimize, fast pixels")
 JUDGES = 50
-"""Files that `optimize` sees: half of a hundred photographs, so that int8 answers for as many it was not fitted to."""
+"""Files that `optimize` uses: half of a hundred photographs, so that int8 is also run on as many others."""
 SUFFIXES = {".jpg", ".jpeg"}
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 Classify = Callable[[list[str]], Iterable[int]]

@@ -117,8 +117,8 @@ def chosen_model(args: argparse.Namespace) -> str:
     if args.model is None:
         info = model_info(DEFAULT_MODEL)
         say(
-            f"deit-models: no --model given: {DEFAULT_MODEL}, which comes with the package, knows {info.num_classes} "
-            f"classes of {info.dataset} at {info.input_size} pixels; deit_small_patch16_224 knows ImageNet's 1000",
+            f"deit-models: no --model given: {DEFAULT_MODEL}, which comes with the package, has {info.num_classes} "
+            f"classes of {info.dataset} at {info.input_size} pixels; deit_small_patch16_224 has ImageNet's 1000",
             file=sys.stderr,
         )
     return str(args.model or DEFAULT_MODEL)

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
 
-_JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares answers on, and that int8 ranges are fitted to
+_JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares logits on, and that int8 ranges are fitted to
 _TUNING = ("precision", "min_agreement", "token_merging")
 
 
