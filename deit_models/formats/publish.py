@@ -10,7 +10,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
 from ..checkpoint import Layout, ModelLike, Origin, load_manifest
-from ..errors import ConfigError, FetchError, first_line
+from ..errors import ConfigError, FetchError, SaveError, first_line
 from ..files import write_json, write_tensors, write_text
 from ..registry import meta_model
 from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
@@ -61,7 +61,7 @@ def push_to_hub(
 ) -> str:
     """Upload the folder `save_pretrained` writes; the repository is created if need be. Gives its address.
 
-    Raises: ConfigError: see `save_pretrained`. FetchError: the Hub refused, or cannot be reached.
+    Raises: ConfigError, SaveError: see `save_pretrained`. FetchError: the Hub refused, or cannot be reached.
     """
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
@@ -79,6 +79,8 @@ def push_to_hub(
                 commit_message=commit_message,
                 ignore_patterns=[CARD_NAME] if has_card else None,
             )
+        except SaveError:
+            raise
         except (hub_errors.HTTPError, ValueError, OSError, RuntimeError) as error:  # type: ignore[attr-defined]
             raise FetchError(
                 f"could not push to {repo_id}: {first_line(error)}; is the token right, and may it write?"
