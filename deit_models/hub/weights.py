@@ -173,13 +173,14 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
     """
     expected, tensors = model.state_dict(), mapped.tensors
     problems = [_listing("missing", mapped.missing), _listing("unexpected", mapped.unexpected)]
-    whole = not (mapped.missing or mapped.uneven)
-    if whole and isinstance(model, ImageClassifier) and made_for not in (None, model.config):
-        tensors = _fitted(tensors, model, made_for)
+    comparable = True
+    if isinstance(model, ImageClassifier) and made_for not in (None, model.config):
+        comparable = not (mapped.missing or mapped.uneven)
+        tensors = _fitted(tensors, model, made_for) if comparable else tensors
     shapes = mapped.uneven + [
         f"{name} is {tuple(tensor.shape)}, expected {tuple(expected[name].shape)}"
         for name, tensor in tensors.items()
-        if tensor.shape != expected[name].shape
+        if comparable and tensor.shape != expected[name].shape
     ]
     types = [
         f"{name} is {tensor.dtype}"

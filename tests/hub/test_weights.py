@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_state, refusal, tiny_model
 from tracing import calls_of
 
-from deit_models import CheckpointError, IntegrityError, SaveError
+from deit_models import CheckpointError, ConfigError, IntegrityError, SaveError
+from deit_models.config import override
 from deit_models.files import sha256_of
 from deit_models.formats.layouts import layouts_of
 from deit_models.hub.fetch import Access
@@ -105,6 +106,27 @@ def test_all_mismatches_stand_in_one_message(state, model):
     assert "1 unexpected: extra" in message
     assert "1 wrong shape: head.weight is (3, 16), expected (10, 16)" in message
     assert "1 not floating point: cls_token is torch.int32" in message
+
+
+def test_other_size_and_classes_are_fitted_before_shapes_are_compared(state, model):
+    other = meta_model(DeiT, override(model.config, {"num_classes": 3, "img_size": 48}))
+    mapped = layouts_of("deit").to_native(state, other.state_dict(), config=other.config)
+    fitted = verified_state(mapped, other, made_for=model.config)
+    assert fitted["pos_embed"].shape == (1, 2 + 12 * 12, 16)
+    assert not any(name.startswith("head") for name in fitted)
+    del mapped.tensors["norm.bias"]
+    mapped.missing.append("norm.bias")
+    message = refusal(CheckpointError, lambda: verified_state(mapped, other, made_for=model.config))
+    assert message == "not the weights of this model: 1 missing: norm.bias"
+
+
+@pytest.mark.parametrize("shape", [(5,), (1, 60, 16), (2, 66, 16), (1, 66, 8)])
+def test_positions_that_cannot_be_fitted_are_refused(state, model, shape):
+    other = meta_model(DeiT, override(model.config, {"img_size": 48}))
+    state["pos_embed"] = torch.zeros(shape)
+    mapped = layouts_of("deit").to_native(state, other.state_dict(), config=other.config)
+    with pytest.raises((CheckpointError, ConfigError)):
+        verified_state(mapped, other, made_for=model.config)
 
 
 def test_long_lists_are_cut(state, model):
