@@ -72,7 +72,6 @@ def device(name: str) -> str:
 
 
 LOADING = ("--revision", "--cache-dir", "--offline")
-TEACHER = ("--teacher", "--teacher-weights", "--teacher-precision")
 _COUNT: dict[str, Any] = {"type": at_least(0), "metavar": "N"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON for programs"},

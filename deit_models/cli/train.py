@@ -7,19 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
-from .arguments import (
-    LOADING,
-    TEACHER,
-    add_data,
-    add_options,
-    chosen_model,
-    command,
-    loading,
-    open_data,
-    picked,
-    say,
-    watcher,
-)
+from .arguments import LOADING, add_data, add_options, chosen_model, command, loading, open_data, picked, say, watcher
 from .long_runs import (
     TrainingDisplay,
     add_folder,
@@ -66,7 +54,7 @@ def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe:
     add_recipe(parser, recipe)
     if teacher:
         add_options(parser, "--teacher", required=True)
-        add_options(parser, *TEACHER[1:])
+        add_options(parser, "--teacher-weights", "--teacher-precision")
     text = "a folder with train/ and val/, each with a folder of images for each class; or a name: cifar10, ..."
     add_data(parser, text)
     text = f"images to evaluate on, a folder or a name; default: those of DATA; {NO_VALIDATION}: train without any"
@@ -207,7 +195,8 @@ def add_finetune(commands: Any) -> None:
     parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=f"{text}default full")
     text = "start a class's row of the head from the row of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
-    add_options(parser, *TEACHER, *LOADING, "--workers", "--device", "--cache")
+    add_options(parser, "--teacher", "--teacher-weights", "--teacher-precision")
+    add_options(parser, *LOADING, "--workers", "--device", "--cache")
     text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
