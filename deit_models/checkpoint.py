@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, cast
+from typing import Any, ClassVar, Literal, Protocol
 
 from .errors import ConfigError, ManifestError
-from .files import parse_toml
+from .files import parse_toml, tuples
 
 Layout = Literal["native", "timm", "timm-conv", "transformers"]
 """Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
@@ -43,8 +43,7 @@ class Preprocessing:
         known = {field.name for field in fields(cls)}
         if not {"resize", "crop"} <= set(data) <= known:
             raise ConfigError(f"preprocessing has fields {sorted(data)}; expected some of {sorted(known)}")
-        values: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in data.items()}
-        return cls(**values)
+        return cls(**tuples(data))
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and TOML."""
@@ -62,16 +61,14 @@ class Preprocessing:
         if crop == self.crop:
             return self
         if isinstance(self.resize, int):
-            return replace(self, crop=crop, resize=int(max(crop) / self._ratio()))
+            return replace(self, crop=crop, resize=int(max(crop) / _ratio(max(self.crop), self.resize)))
         height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
         return replace(self, crop=crop, resize=(height, width))
 
-    def _ratio(self) -> float:
-        """Crop to shorter side. That side was rounded down, from one of the usual ratios if one fits."""
-        crop = max(self.crop)
-        return next(
-            (ratio for ratio in _USUAL_RATIOS if int(crop / ratio) == self.resize), crop / cast("int", self.resize)
-        )
+
+def _ratio(crop: int, resize: int) -> float:
+    """Crop to shorter side, which was rounded down: one of the usual ratios, if one fits."""
+    return next((ratio for ratio in _USUAL_RATIOS if int(crop / ratio) == resize), crop / resize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -301,7 +298,7 @@ def parse_manifest(text: str) -> dict[str, ModelInfo]:
 def _read_table(name: str, table: Any) -> ModelInfo:
     if not isinstance(table, dict):
         raise ManifestError(f"manifest.toml, model.{name}: expected a table")
-    table = {key: tuple(value) if isinstance(value, list) else value for key, value in table.items()}
+    table = tuples(table)
     try:
         sources = tuple(Source(**source) for source in table.pop("source", ()))
         table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))

@@ -111,6 +111,11 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise ConfigError(f"{path}: {error}") from error
 
 
+def tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A table with tuples for its lists: JSON and TOML have no tuples, fields of configurations do."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}
+
+
 def toml_lines(values: Mapping[str, Any]) -> str:
     """Plain values and lists of them as TOML, a line each."""
     # JSON's strings, numbers, booleans and lists are TOML's too

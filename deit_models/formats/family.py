@@ -214,8 +214,3 @@ def read_class_names(id2label: Any) -> tuple[str, ...] | None:
 def write_class_names(names: tuple[str, ...]) -> dict[str, str]:
     """The inverse of `read_class_names`; JSON has no other keys than strings."""
     return {str(index): name for index, name in enumerate(names)}
-
-
-def tuples(data: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON has no tuples; config fields do."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in data.items()}

@@ -9,9 +9,10 @@ from typing import Any
 from ..checkpoint import Layout, ModelLike, Origin, Preprocessing
 from ..config import override
 from ..errors import CheckpointError, ConfigError, DeitModelsError
+from ..files import tuples
 from ..registry import family_spec
 from .deit import DeiTLayouts
-from .family import Description, FamilyLayouts, read_class_names, tuples, write_class_names
+from .family import Description, FamilyLayouts, read_class_names, write_class_names
 from .levit import LeViTLayouts
 from .timm_config import read_timm_config, write_timm_config
 from .transformers_config import read_transformers_config, write_processor, write_transformers_config

@@ -8,8 +8,9 @@ from typing import Any
 from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
 from ..config import override
 from ..errors import ConfigError
+from ..files import tuples
 from ..registry import model_spec, unknown_model
-from .family import Description, FamilyLayouts, read_class_names, tuples
+from .family import Description, FamilyLayouts, read_class_names
 
 
 def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Description:

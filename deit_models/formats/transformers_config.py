@@ -8,8 +8,9 @@ from typing import Any
 
 from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
 from ..errors import ConfigError
+from ..files import tuples
 from ..registry import default_preprocessing, model_spec
-from .family import Description, FamilyLayouts, read_class_names, tuples, write_class_names
+from .family import Description, FamilyLayouts, read_class_names, write_class_names
 
 # Pillow's resampling filters by the numbers image processors store.
 _FILTERS = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
