@@ -102,10 +102,6 @@ class _Parts(Sampler[list[Any]]):
         while batch := list(islice(keys, self.batch_size)):
             yield from (batch[start : start + self.part] for start in range(0, len(batch), self.part))
 
-    def __len__(self) -> int:
-        whole, rest = divmod(len(self.sampler), self.batch_size)  # type: ignore[arg-type]
-        return whole * -(-self.batch_size // self.part) + -(-rest // self.part)
-
 
 class _WholeParts(Dataset[Any]):
     """Samples by lists of keys, joined where they are made."""
