@@ -1,4 +1,4 @@
-"""DeiT elsewhere: timm kept the authors' names; transformers calls it DeiT with a distillation token, else ViT.
+"""DeiT in other libraries: timm kept the authors' names; transformers has DeiT with a distillation token, else ViT.
 
 DeiT III is in timm, under other names for the layer scale, and not in transformers.
 """

@@ -1,4 +1,4 @@
-"""LeViT elsewhere: the authors number all layers in one row, timm and transformers by stage.
+"""LeViT in other libraries: the authors number all layers in one row, timm and transformers by stage.
 
 The attention between two stages and the MLP after it are at the head of timm's later stage and at the end of
 transformers' earlier one. timm's `levit_conv_*` are the same models with 1x1 convolutions for linear layers.
@@ -46,7 +46,7 @@ _FIELDS = {
 }
 # Fields of transformers that have one value in these models.
 _FIXED = {"kernel_size": 3, "stride": 2, "padding": 1, "patch_size": 16}
-# Options that stand once in our config and once for each stage in transformers'.
+# Options with one value in our config, and one for each stage in transformers'.
 _PER_STAGE = {"key_dim": "key_dim", "attn_ratio": "attention_ratio", "mlp_ratio": "mlp_ratio"}
 
 
@@ -162,7 +162,7 @@ def _down_ops(config: Any) -> list[list[Any]]:
 
 @cache
 def _modules(config: Any) -> dict[str, _Elsewhere]:
-    """Names elsewhere of the modules with parameters, by native name."""
+    """Other libraries' names of the modules with parameters, by native name."""
     modules = {"head": _Elsewhere("head", "classifier"), "head_dist": _Elsewhere("head_dist", "classifier_distill")}
     for number in range(1, 5):
         stem = _Elsewhere(f"stem.conv{number}", f"patch_embeddings.embedding_layer_{number}")
@@ -175,7 +175,7 @@ def _modules(config: Any) -> dict[str, _Elsewhere]:
 
 
 def _layers(config: Any) -> Iterator[tuple[dict[str, tuple[str, str]], _Elsewhere]]:
-    """The authors' row of layers: the parts of each, and its names elsewhere."""
+    """The authors' row of layers: the parts of each, and its names in other libraries."""
     for stage, depth in enumerate(config.depth):
         if stage:
             before = _Elsewhere(f"stages.{stage}.downsample", f"encoder.stages.{stage - 1}.layers")

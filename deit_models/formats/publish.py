@@ -25,8 +25,7 @@ _USE = {
 def save_pretrained(model: ModelLike, save_directory: str | os.PathLike[str], *, layout: Layout = "native") -> None:
     """Write a model as a folder: config.json, model.safetensors and a model card (an existing README.md is kept).
 
-    Each file is written beside its place and moved there once complete, so that a folder which is being written over,
-    even the one the model was loaded from, holds a whole file at any moment.
+    Each file is moved to its place once it is complete. So the folder may be the one that the model was loaded from.
 
     Args:
         model: from `create_model` or `from_pretrained`.

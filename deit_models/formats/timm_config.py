@@ -1,4 +1,4 @@
-"""timm's config.json, read and written; what differs between families stands in the families' files."""
+"""timm's config.json, read and written, as far as families are alike."""
 
 from __future__ import annotations
 

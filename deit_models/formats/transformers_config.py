@@ -57,7 +57,7 @@ def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyL
 
 
 def _registered_name(config: Any, family: str) -> str | None:
-    """The registered model of the same shape, whatever its number of classes, size and epsilon."""
+    """The registered model of the same shape; number of classes, size and epsilon may differ."""
     ignored = {
         *("img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "patch_drop_rate", "dynamic_img_size"),
     }

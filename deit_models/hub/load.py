@@ -63,14 +63,14 @@ def from_pretrained(
         source: a registered name (its sources in the manifest are tried in turn), a directory with config.json and
             weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or this package's layout.
         model: the registered model that weights without a config.json are of.
-        num_classes: another number of classes than the checkpoint's; the heads are then made anew.
+        num_classes: another number of classes than the checkpoint's; the heads are then new.
         img_size: another input size in pixels, one number or (height, width); positions are interpolated.
         revision: branch, tag or commit of a Hub repository.
         token: Hub token for private repositories; by default the one `hf auth login` stored.
         cache_dir: where to keep downloads; by default the Hub's cache.
         local_files_only: use only what is on this machine, as HF_HUB_OFFLINE=1 does.
         device: where to put the model; by default the CPU.
-        dtype: floating-point type of its parameters, whatever the file's; by default float32.
+        dtype: floating-point type of its parameters; by default float32, also for files of another type.
 
     Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: a file is
         damaged, unsafe, or another model; IntegrityError: of another SHA-256. ConfigError: options that do not fit.

@@ -108,7 +108,7 @@ def set_value(text: str, model: str, source: Source | None, key: str, value: Any
         text: the manifest.
         model: the table's model.
         source: one of its sources, or None for the model's own table.
-        key: replaced where it stands, otherwise put at the end of the table.
+        key: replaced if the table has it, otherwise added at the end.
         value: a string or a list of numbers.
 
     Raises: ManifestError: the manifest has no such table.

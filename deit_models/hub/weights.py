@@ -150,7 +150,7 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
 
 
 def _forget(path: Path, access: Access) -> None:
-    """Remove a cached download that is not what was announced, so that the next try fetches it anew.
+    """Remove a cached download of another digest, so that the next try fetches it again.
 
     Only files of the cache are removed: never one the user named.
     """
