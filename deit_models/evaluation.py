@@ -134,15 +134,10 @@ def score_each(
 ) -> dict[str, Outcomes]:
     """Score several models in one pass; every process brings its share, and all get the same result.
 
-    Args:
-        models: each gives the logits of its heads, see `Heads`; the mode of each module is left as found.
-        batches: this process's share of the images, in the order of `ShardSampler`.
-        process: this one.
-        precision: of the forward pass.
-        damage: counts images that could not be read.
-        rounds: forward passes that each process must run, for models whose parameters are divided between processes.
+    The models give the logits of their heads, see `Heads`; the mode of each module is left as found. The batches are
+    this process's share, in the order of `ShardSampler`. Where parameters are divided between processes, each must run
+    as many forward passes, `rounds`. Results stay on the device; they are read once, at the end.
 
-    Results stay on the device; they are read once, at the end.
     Raises: DataError: more classes than logits, or too many images that cannot be read.
     """
     tallies, device, done = {name: Tally() for name in models}, process.device, 0
@@ -154,11 +149,8 @@ def score_each(
             images = images.to(device, non_blocking=True)
             for name, model in models.items():
                 logits = _forward(model, images, precision)
-                if logits[0].shape[1] < len(damage.records.classes):
-                    raise DataError(
-                        f"{damage.records.name} has {len(damage.records.classes)} classes, the model "
-                        f"{logits[0].shape[1]}"
-                    )
+                if (found := logits[0].shape[1]) < (needed := len(damage.records.classes)):
+                    raise DataError(f"{damage.records.name} has {needed} classes, the model {found}")
                 tallies[name].add(logits, labels)
             done += 1
         for _ in range(done, rounds or 0):  # the other processes still have images

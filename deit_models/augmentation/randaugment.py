@@ -115,13 +115,8 @@ def apply_operation(
 ) -> Image.Image:
     """One of `OPERATIONS` on an RGB image, which is not changed, but perhaps returned.
 
-    Args:
-        image: RGB.
-        name: of the operation.
-        magnitude: strength, from 0 to 10; AutoContrast, Equalize and Invert have none.
-        sign: 1 or -1: direction of a geometric operation, more or less of an enhancement; the others have none.
-        interpolation: of a geometric operation.
-        fill: RGB of pixels from outside the image.
+    The magnitude goes from 0 to 10; AutoContrast, Equalize and Invert have none. The sign, 1 or -1, is the direction of
+    a geometric operation, more or less of an enhancement. `fill` is the RGB of pixels from outside the image.
 
     Raises: ConfigError: no such operation.
     """

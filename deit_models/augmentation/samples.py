@@ -83,15 +83,10 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __init__(
         self, length: int, *, batch_size: int, repeats: int = 1, seed: int = 0, rank: int = 0, world: int = 1
     ) -> None:
-        """Plan the epochs.
+        """Plan the epochs of a set of so many images.
 
-        Args:
-            length: images in the training set.
-            batch_size: images of one optimiser step, over all processes and accumulation steps.
-            repeats: times each image stands in its epoch's list.
-            seed: of order and augmentation.
-            rank: this process, from 0.
-            world: number of processes.
+        `batch_size` counts the images of one optimiser step, over all processes and accumulation steps; `repeats`, how
+        often an image stands in its epoch's list; `seed` is that of order and augmentation.
 
         Raises: ConfigError: no images, a batch that the processes cannot share evenly, or a rank out of range.
         """
@@ -137,20 +132,13 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
     """Training samples, made by the loader's workers: (index, seed) -> (changed image, label, failed index or FINE).
 
     All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
-    that cannot be read is replaced by the next one that can; the third value is then its index, to be reported.
+    that cannot be read is replaced by the next of a few `substitutes`; the third value is then its index, to be
+    reported. `planned` samples are the `Plan` of each batch instead of its levels, for a set on the model's device.
     """
 
     def __init__(
         self, records: ImageRecords, transform: Transform, *, substitutes: int = 5, planned: bool = False
     ) -> None:
-        """Join images and augmentation.
-
-        Args:
-            records: the images.
-            transform: from an RGB image to a sample.
-            substitutes: how many others are tried for an image that cannot be read.
-            planned: give the `Plan` of each batch instead of its levels, for a set that lies on the model's device.
-        """
         self.records, self.transform = records, transform
         self.substitutes, self.planned = substitutes, planned
 

@@ -44,18 +44,11 @@ class InputBatches:
         keep: bool = False,
         keep_workers: bool = False,
     ) -> None:
-        """Prepare a loader, see `make_loader`.
+        """Prepare a loader, see `make_loader`; the sampler has a length.
 
-        Args:
-            samples: made by the workers.
-            sampler: gives their keys; has a length.
-            to_input: from a batch of samples to (B, 3, H, W) float32 on the device.
-            batch_size: of the model's input.
-            workers: loading processes.
-            device: of the model.
-            size: (height, width) of an image, by which batches are divided into parts.
-            keep: keep the samples in memory, if they and their order are the same each time.
-            keep_workers: from one reading to the next.
+        `to_input` turns a batch of samples into (B, 3, H, W) float32 on the device. By the images' `size`, (height,
+        width), batches are divided into parts. `keep` keeps samples in memory, which must be the same each time, and
+        `keep_workers` the processes, from one reading to the next.
         """
         part = min(batch_size, _PART_IMAGES, max(_PART_BYTES // (3 * size[0] * size[1]), 1))
         self.loader = make_loader(

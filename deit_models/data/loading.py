@@ -216,15 +216,11 @@ def file_batches(
     workers: int | None,
     device: torch.device,
 ) -> Iterator[FileBatch]:
-    """Decode files in batches; paths are drawn as needed.
+    """Decode files in batches; paths, any number of them, are drawn as needed.
 
-    Args:
-        paths: any number of them.
-        decode: gives the pixels of one, all in the same shape, or raises ImageError.
-        batch_size: files in a batch; the last may have fewer.
-        workers: processes that decode; 0 decodes in this one, image by image. None: beside a GPU processes, on a CPU
-            threads that decode a batch and then rest while the model computes; to overlap them brought nothing more.
-        device: of the model.
+    `decode` gives the pixels of a file, all in the same shape, or raises ImageError. `workers` are processes; 0 decodes
+    in this one, image by image. None: beside a GPU processes, on a CPU threads that decode a batch and then rest while
+    the model computes; to overlap them brought nothing more.
 
     Raises: TrainingError: a loading process died.
     """
