@@ -117,12 +117,9 @@ class Classifier:
         top_k = self._checked(top_k)
         if workers is not None and workers < 0:
             raise ConfigError(f"workers={workers}; expected 0 or more")
-        return self._stream(paths, top_k, workers)
-
-    def _stream(self, paths: Iterable[str | PathLike[str]], top_k: int, workers: int | None) -> Iterator[ImageResult]:
         device, decode = _device(self.model), self.transform.levels
         batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
-        yield from self._classify(batches, top_k)
+        return self._classify(batches, top_k)
 
     def _classify(self, batches: Iterable[FileBatch], top_k: int, *, ahead: int | None = None) -> Iterator[ImageResult]:
         """The results of each batch; `ahead` batches are launched before results are read: on a GPU one."""
