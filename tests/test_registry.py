@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub.toy_manifest import put_checkpoints_in_force
 from torch.utils.flop_counter import FlopCounterMode
+from toy_manifest import put_checkpoints_in_force
 
 import deit_models
 from deit_models import (

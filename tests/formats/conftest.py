@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from hub.tiny_models import named, randomise
-from hub.tiny_models import tiny_model as make
+from tiny_models import named, randomise
+from tiny_models import tiny_model as make
 
 from deit_models import create_model
 

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from formats.deit_names import read, renamed
-from hub.tiny_models import answer, assert_same_state, refusal, tiny_model
+from tiny_models import answer, assert_same_state, refusal, tiny_model
 
 from deit_models import CheckpointError, create_model
 from deit_models.formats.layouts import FAMILIES

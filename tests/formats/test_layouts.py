@@ -3,8 +3,8 @@
 from typing import Any
 
 import pytest
-from hub.tiny_models import LAYOUTS, named, refusal
-from hub.tiny_models import tiny_model as make
+from tiny_models import LAYOUTS, named, refusal
+from tiny_models import tiny_model as make
 
 from deit_models import CheckpointError, ConfigError, UnknownModelError, create_model
 from deit_models.formats.layouts import layouts_of, read_config, write_config

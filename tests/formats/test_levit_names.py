@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hub.tiny_models import assert_same_state, refusal
+from tiny_models import assert_same_state, refusal
 
 from deit_models import CheckpointError, ConfigError, create_model
 from deit_models.formats.layouts import FAMILIES

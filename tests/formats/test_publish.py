@@ -5,10 +5,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hub.tiny_models import CLASSES
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_models import LAYOUTS, answer, assert_same_state, published_files, refusal
+from tiny_models import CLASSES, LAYOUTS, answer, assert_same_state, published_files, refusal
 from tiny_models import tiny_model as make
 
 from deit_models import ConfigError, SaveError, from_pretrained

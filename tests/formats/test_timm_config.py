@@ -1,8 +1,8 @@
 """timm and this package load each other's folders with equal logits."""
 
 import pytest
-from hub.tiny_models import assert_same_answer, photo, randomise, refusal
-from hub.tiny_models import tiny_model as make
+from tiny_models import assert_same_answer, photo, randomise, refusal
+from tiny_models import tiny_model as make
 
 from deit_models import ConfigError, from_pretrained, transform_for
 

@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from hub.tiny_models import CLASSES, assert_same_answer, photo, randomise
-from hub.tiny_models import tiny_model as make
+from tiny_models import CLASSES, assert_same_answer, photo, randomise
+from tiny_models import tiny_model as make
 
 from deit_models import from_pretrained, transform_for
 

@@ -3,10 +3,10 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from hub.tiny_models import (
+from hub_protocol import sha256
+from tiny_models import (
     refusal,
 )
-from hub_protocol import sha256
 
 from deit_models import (
     FetchError,

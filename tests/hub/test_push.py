@@ -1,9 +1,9 @@
 """push_to_hub to a local Hub and back, and what is refused in one line."""
 
 import pytest
-from hub.tiny_models import CLASSES, LAYOUTS, assert_same_answer, named, published_files, refusal
-from hub.tiny_models import tiny_model as make
 from huggingface_hub import ModelCard
+from tiny_models import CLASSES, LAYOUTS, assert_same_answer, named, published_files, refusal
+from tiny_models import tiny_model as make
 
 from deit_models import FetchError, from_pretrained
 from deit_models.formats import publish

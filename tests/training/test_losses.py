@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from hub.tiny_models import tiny_model
+from tiny_models import tiny_model
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -2,13 +2,14 @@
 
 import copy
 import socket
-from collections.abc import Sequence
+import urllib.request
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from hub.tiny_models import randomise, refusal, tiny_model
 from safetensors.torch import save_file
+from tiny_models import randomise, refusal, tiny_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
@@ -303,14 +304,18 @@ def test_foreign_and_damaged_files_are_refused(torchvision_file: tuple[nn.Module
 
 
 @pytest.fixture
-def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def torch_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The folder in which torchvision keeps weights; it can fetch no others, for want of a way out."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     monkeypatch.setenv("no_proxy", "")
     with socket.create_server(("127.0.0.1", 0)) as closed_again:
         port = closed_again.getsockname()[1]
     monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{port}")
-    return tmp_path
+    # urllib reads the environment once, for the opener that all requests share
+    urllib.request.install_opener(urllib.request.build_opener())
+    yield tmp_path
+    monkeypatch.undo()
+    urllib.request.install_opener(urllib.request.build_opener())
 
 
 @pytest.mark.parametrize("weights", [None, "IMAGENET1K_V1", "SqueezeNet1_1_Weights.IMAGENET1K_V1"])
