@@ -1,16 +1,22 @@
-"""Files of every part: atomic writes, digests, JSON, TOML and safetensors. Needs no torch until tensors are written."""
+"""Files of every part: atomic writes, digests, text, JSON, TOML, CSV, Markdown and safetensors.
+
+Needs no torch until tensors are written.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import os
+import re
 import sys
-from collections.abc import Iterator, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import CheckpointError, ConfigError, IntegrityError, SaveError, first_line
+from .errors import CheckpointError, ConfigError, DeitModelsError, IntegrityError, SaveError, first_line
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -47,9 +53,25 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a UTF-8 file atomically. Raises: SaveError: no space, no permission."""
+    """Write a UTF-8 file atomically, with escapes for bytes of file names that are no Unicode.
+
+    Raises: SaveError: no space, no permission.
+    """
     with atomic_write(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def read_text(path: str | os.PathLike[str], *, error: type[DeitModelsError] = ConfigError) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Raises: `error`: it cannot be read, or is no text; the file is named.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as cause:
+        raise error(f"{path}: {cause.strerror or cause}") from cause
+    except UnicodeDecodeError as cause:
+        raise error(f"{path}: not a text in utf-8 (see byte {cause.start}); is it another kind of file?") from cause
 
 
 def append_text(path: Path, text: str) -> None:
@@ -97,17 +119,16 @@ def parse_toml(text: str) -> dict[str, Any]:
     """The table of a TOML text. Raises: ConfigError: not TOML."""
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also of numbers and tables without end
         raise ConfigError(f"not TOML: {error}") from error
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The table of a TOML file. Raises: ConfigError: it cannot be read, or is not TOML; the file is named."""
+    text = read_text(path)
     try:
-        return parse_toml(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, ConfigError) as error:
+        return parse_toml(text)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
 
 
@@ -120,6 +141,41 @@ def toml_lines(values: Mapping[str, Any]) -> str:
     """Plain values and lists of them as TOML, a line each."""
     # JSON's strings, numbers, booleans and lists are TOML's too
     return "".join(f"{key} = {json.dumps(value)}\n" for key, value in values.items())
+
+
+_CONTROLS = {"Cc", "Cf", "Cs", "Zl", "Zp"}
+_JOINERS = "\u200c\u200d"
+"""Invisible characters that Persian, Hindi and emoji are spelled with."""
+_FORMULA = re.compile("'*[-=+@\t\r\n\uff1d\uff0b\uff0d\uff20]")
+_QUOTED = re.compile('[",;\t\r\n]')
+_MARKDOWN = re.compile(r"[\\`*\[\]|~#]|(?<![^\W_])_|_(?![^\W_])")
+
+
+def printable(text: str) -> str:
+    """A name on one line, with escapes for control characters, which could move the cursor or reverse the text."""
+    hidden = {char for char in text if unicodedata.category(char) in _CONTROLS and char not in _JOINERS}
+    return "".join(char.encode("unicode_escape").decode() if char in hidden else char for char in text)
+
+
+def markdown(name: str) -> str:
+    """A name as Markdown that shows it as it is, also in a table: no markup, no HTML, no control characters."""
+    return _MARKDOWN.sub(r"\\\g<0>", html.escape(printable(name), quote=False))
+
+
+def csv_line(cells: Iterable[object]) -> str:
+    """A line of CSV; `csv_cell` gives a cell back.
+
+    Text that a spreadsheet would compute, since it begins with = + - @ or white space, gets an apostrophe in front.
+    """
+    texts = (f"'{cell}" if isinstance(cell, str) and _FORMULA.match(cell) else str(cell) for cell in cells)
+    # the csv module of Python 3.12 and earlier does not quote \r
+    quoted = (f'"{text.replace(chr(34), chr(34) * 2)}"' if _QUOTED.search(text) else text for text in texts)
+    return ",".join(quoted) + "\n"
+
+
+def csv_cell(text: str) -> str:
+    """A text cell without the apostrophe that `csv_line` put in front."""
+    return text[1:] if text.startswith("'") and _FORMULA.match(text) else text
 
 
 def sha256_of(path: Path) -> str:

@@ -1,7 +1,10 @@
 """Files are written whole or not at all, and bad ones are refused by name."""
 
+import csv
 import hashlib
+import io
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -13,8 +16,13 @@ from deit_models.files import (
     append_text,
     atomic_write,
     check_digest,
+    csv_cell,
+    csv_line,
+    markdown,
     parse_toml,
+    printable,
     read_json,
+    read_text,
     read_toml,
     sha256_of,
     toml_lines,
@@ -116,3 +124,70 @@ def test_digest_is_compared_as_far_as_it_is_known(tmp_path: Path) -> None:
     assert check_digest(path, digest[:8]) == check_digest(path, digest) == digest
     with pytest.raises(IntegrityError, match=f"the source: SHA-256 is {digest[:16]}..., expected 0000"):
         check_digest(path, "0" * 64, name="the source")
+
+
+CELLS = ("plain", "a\rb", "two\nlines", 'a "quote"', "x;=1+1", " blank ", "'90s", "", "\x85\u2028", "ü猫")
+FORMULAS = ("=1+1", "+49", "-x.png", "@SUM(A1)", "\tx", "\r=1", "\n", "'=1", "''-1", "\uff1d1")
+
+
+def test_every_line_of_csv_is_read_back_as_it_was() -> None:
+    text = csv_line(CELLS) + csv_line(FORMULAS) + csv_line([-1, 0.5])
+    first, second, numbers = csv.reader(io.StringIO(text, newline=""))
+    assert tuple(map(csv_cell, first)) == CELLS == tuple(first)
+    assert tuple(map(csv_cell, second)) == FORMULAS
+    assert all(cell.startswith("'") for cell in second), "a spreadsheet would compute it"
+    assert numbers == ["-1", "0.5"]
+
+
+@pytest.mark.parametrize("name", ["a\x1b[2Jb", "a\rb", "two\nlines", "\u202egnp.exe", "\x9b31m", "a\udcffb", "\u2029"])
+def test_printed_names_hold_no_control_characters(name: str) -> None:
+    shown = printable(name)
+    assert "\\" in shown
+    assert not any(unicodedata.category(char)[0] in "CZ" for char in shown)
+
+
+@pytest.mark.parametrize(
+    "name", ["deit_tiny.png", "C:\\photos", "猫 und ü", "\u0645\u06cc\u200c\u062e", "\U0001f469\u200d\U0001f52c"]
+)
+def test_other_names_are_printed_as_they_are(name: str) -> None:
+    assert printable(name) == name
+
+
+@pytest.mark.parametrize(
+    ("name", "written"),
+    [
+        ("cats|dogs", r"cats\|dogs"),
+        ("<img src=x>", "&lt;img src=x&gt;"),
+        ("[a](http://b)", r"\[a\](http://b)"),
+        ("`code` *bold* _sly_", r"\`code\` \*bold\* \_sly\_"),
+        ("a\n# b", r"a\\n\# b"),
+        ("&amp; ~~c~~", r"&amp;amp; \~\~c\~\~"),
+        ("imagenet_1k-v2.0 (set)", "imagenet_1k-v2.0 (set)"),
+    ],
+)
+def test_markdown_shows_a_name_as_it_is(name: str, written: str) -> None:
+    assert markdown(name) == written
+
+
+def test_text_is_read_with_a_byte_order_mark_and_refused_in_other_codings(tmp_path: Path) -> None:
+    path = tmp_path / "a.toml"
+    path.write_bytes(b"\xef\xbb\xbfepochs = 3")
+    assert read_text(path) == "epochs = 3"
+    assert read_toml(path) == {"epochs": 3}
+    for content in ("größe".encode("latin-1"), "epochs".encode("utf-16"), b"\x89PNG"):
+        path.write_bytes(content)
+        with pytest.raises(SaveError, match=r"a\.toml: not a text in utf-8"):
+            read_text(path, error=SaveError)
+    with pytest.raises(ConfigError, match="Is a directory"):
+        read_text(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "a = " + "1" * 5000])
+def test_toml_without_end_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^not TOML: "):
+        parse_toml(text)
+
+
+def test_names_that_are_no_unicode_are_written_with_escapes(tmp_path: Path) -> None:
+    write_json(tmp_path / "a.json", {"data": "caf\udce9"})
+    assert read_json(tmp_path / "a.json") == {"data": "caf\udce9"}

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from .. import __version__
 from ..errors import DeitModelsError
+from ..files import printable
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, process_number
 from .catalogue import add_cache, add_convert, add_info, add_list
 from .inference import add_bench, add_evaluate, add_export, add_predict
@@ -27,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
         # one process of a run prints the warnings of all
-        logging.basicConfig(format="%(message)s", level=logging.ERROR if process_number() else logging.WARNING)
+        handler = logging.StreamHandler()
+        handler.setFormatter(_OneLine())
+        logging.basicConfig(handlers=[handler], level=logging.ERROR if process_number() else logging.WARNING)
         status: int = args.run(args)
         sys.stdout.flush()
         return status
@@ -36,13 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         return EXIT_OK
     except (DeitModelsError, OSError) as error:
         who = f" (process {process_number()})" if process_number() else ""
-        print(f"deit-models{who}: {error}", file=sys.stderr)
+        print(printable(f"deit-models{who}: {error}"), file=sys.stderr)
         if not isinstance(error, DeitModelsError):
             sys.stdout = None  # perhaps it cannot be written
         return EXIT_FAILED
     except KeyboardInterrupt:
         print("deit-models: interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+class _OneLine(logging.Formatter):
+    """A message that moves no cursor: file names may hold control characters."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(record.getMessage())
 
 
 def build_parser() -> argparse.ArgumentParser:

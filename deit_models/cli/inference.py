@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, ImageError
+from ..files import printable
 from .arguments import (
     EXIT_FAILED,
     EXIT_OK,
@@ -87,14 +88,14 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
     results = make_classifier(args, paths, optimize).classify_files(paths, top_k=args.top_k, workers=args.workers)
     header = not resumed or args.output.stat().st_size == 0
     mode = "a" if resumed else "w"
-    # newline="": the csv module ends lines itself
+    # newline="": lines end alike on every system
     file = nullcontext(sys.stdout) if args.output is None else args.output.open(mode, encoding="utf-8", newline="")
     with file as stream:
         shown = progress_bar(results, len(paths), unit="image", wanted=len(paths) > 1 and not stream.isatty())
         errors = before + write_results(shown, stream, format=args.format, header=header)
     if errors:
         print(f"deit-models: {len(errors)} of {len(every)} images could not be read:", file=sys.stderr)
-        print("\n".join(f"  {error}" for error in errors), file=sys.stderr)
+        print("\n".join(f"  {printable(error)}" for error in errors), file=sys.stderr)
     return EXIT_FAILED if errors else EXIT_OK
 
 
@@ -186,7 +187,7 @@ def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluatio
             rows[name] += "" if figure is None else f"  published: {figure} % ({published['dataset']})"
     rows |= {f"{name} head": f"{top1:.2f} % top-1" for name, top1 in result.heads.items()}
     rows |= {"loss": f"{result.loss:.4f}", "images": str(result.images), "skipped": str(result.skipped)}
-    lines = [f"{args.source} on {args.data}, {args.split}"]
+    lines = [printable(f"{args.source} on {args.data}, {args.split}")]
     return "\n".join(lines + [f"  {name:<20}{value}" for name, value in rows.items()])
 
 

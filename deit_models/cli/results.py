@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
 from ..errors import ConfigError
+from ..files import csv_cell, csv_line, printable
 
 if TYPE_CHECKING:
     from ..predict import ImageResult
@@ -28,21 +29,21 @@ def write_results(
 ) -> list[str]:
     """Write results as they come; returns an error for each image that was not classified.
 
-    "text": the name of a file, then a line for each prediction; failed files are left out.
+    "text": the name of a file, then a line for each prediction, with escapes for control characters; failed files are
+    left out.
     "jsonl": a line for each image, {"file", "predictions": [{"label", "probability", "index"}]} or {"file", "error"}.
     "csv": a line for each prediction, with the columns file, rank (from 1), label, index, probability, error, after a
-    line with their names unless `header` is off.
+    line with their names unless `header` is off; an apostrophe stands before text that a spreadsheet would compute.
     Raises: ConfigError: another format.
     """
     if format not in ("text", "jsonl", "csv"):
         raise ConfigError(f"format={format!r}; expected 'text', 'jsonl' or 'csv'")
-    table = csv.writer(stream, lineterminator="\n") if format == "csv" else None
-    if table is not None and header:
-        table.writerow(_COLUMNS)
+    if format == "csv" and header:
+        stream.write(csv_line(_COLUMNS))
     errors: list[str] = []
     for result in results:
-        if table is not None:
-            table.writerows(_rows(result))
+        if format == "csv":
+            stream.writelines(map(csv_line, _rows(result)))
         else:
             stream.write(_text(result) if format == "text" else json.dumps(_record(result)) + "\n")
         stream.flush()
@@ -62,31 +63,31 @@ def resume_results(path: Path, *, format: Format) -> tuple[set[str], list[str]]:
     names: set[str] = set()
     errors: list[str] = []
     end = 0
-    begins = b'{"file": ' if format == "jsonl" else f"{','.join(_COLUMNS)}\n".encode()
+    begins = b'{"file": ' if format == "jsonl" else csv_line(_COLUMNS).encode()
     with path.open("rb") as stream:
         found = stream.read(len(begins))
         if not begins.startswith(found):  # a torn beginning is fine; any other content is not ours to cut
             raise ConfigError(f"{path} holds other things than results as {format}; choose another file")
         stream.seek(0)
-        for name, error, end in _records(stream, path) if format == "jsonl" else _groups(stream):  # noqa: B007
-            names.add(written_name(name))
-            errors += [error] if error else []
+        try:
+            for name, error, end in _records(stream) if format == "jsonl" else _groups(stream):  # noqa: B007
+                names.add(written_name(name))
+                errors += [error] if error else []
+        except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
+            raise ConfigError(f"{path} holds other things than results as {format}; choose another file") from error
     os.truncate(path, end)
     return names, errors
 
 
-def _records(stream: BinaryIO, path: Path) -> Iterator[tuple[str, str, int]]:
+def _records(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
     """File, error and end of the line, for each complete line of JSON."""
     end = 0
     for line in stream:
         if not line.endswith(b"\n"):
             return
         end += len(line)
-        try:
-            row = json.loads(line)
-            yield row["file"], row.get("error", ""), end
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(f"{path} holds other things than results as jsonl; choose another file") from error
+        row = json.loads(line)
+        yield row["file"], row.get("error", ""), end
 
 
 def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
@@ -103,8 +104,9 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
     rows = csv.reader(lines())
     next(rows, None)  # the header, which was checked
     # a row of another length was torn within quotes
-    whole = ((row[0], row[-1], read) for row in takewhile(lambda row: len(row) == len(_COLUMNS), rows))
-    for record, (following, *_) in pairwise(whole):
+    whole = takewhile(lambda row: len(row) == len(_COLUMNS), rows)
+    images = ((csv_cell(row[0]), csv_cell(row[-1]), read) for row in whole)
+    for record, (following, *_) in pairwise(images):
         if following != record[0]:
             yield record
 
@@ -112,8 +114,8 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
 def _text(result: ImageResult) -> str:
     if result.error is not None:
         return ""
-    predictions = (f"  {100 * p.probability:6.2f} %  {p.label}\n" for p in result.predictions)
-    return f"{written_name(result.source)}\n{''.join(predictions)}"
+    predictions = (f"  {100 * p.probability:6.2f} %  {printable(p.label)}\n" for p in result.predictions)
+    return f"{printable(result.source)}\n{''.join(predictions)}"
 
 
 def _record(result: ImageResult) -> dict[str, object]:

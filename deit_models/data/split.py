@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import ConfigError, DataError, ImageError, TrainingError
-from ..files import write_text
+from ..files import read_text, write_text
 from .records import ImageRecords, SubsetRecords
 
 logger = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ def keep_split(out: Path, records: ImageRecords, split: Split) -> None:
     path = out / SPLIT_NAME
     names = {part: [records.key(index) for index in getattr(split, part)] for part in ("train", "val")}
     text = json.dumps({"data": records.name, "seed": split.seed, "fraction": split.fraction, **names}, indent=1) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8") != text:
+    if path.exists() and read_text(path, error=TrainingError) != text:
         raise TrainingError(
             f"{path} is the split of other images, or with another seed or fraction; use a new folder for this run"
         )

@@ -174,7 +174,7 @@ def _claim(folder: Path, model: ImageClassifier, records: ImageRecords, precisio
     path = folder / _IDENTITY_NAME
     if path.exists():
         with suppress(ValueError):
-            if json.loads(path.read_text(encoding="utf-8")) == identity:
+            if json.loads(path.read_bytes()) == identity:
                 return
         raise TrainingError(f"{folder} holds the features of other images, or of another model; use a new folder")
     write_text(path, json.dumps(identity, indent=1) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from ..data.records import ImageRecords
 from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
 from ..evaluation import Outcomes
-from ..files import atomic_write, write_json
+from ..files import atomic_write, csv_line, markdown, write_json, write_text
 from ..formats.layouts import CARD_NAME, write_config
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
@@ -103,11 +102,10 @@ def _figures(outcomes: Outcomes, num_classes: int) -> dict[str, Any]:
 
 def _write_classes(path: Path, classes: Sequence[str], outcomes: Outcomes) -> None:
     counts = (column.tolist() for column in outcomes.by_class(len(classes)))
-    with atomic_write(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        table = csv.writer(file)
-        table.writerow(("class", "images", "correct", "accuracy"))
-        for name, images, correct in zip(classes, *counts, strict=True):
-            table.writerow((name, images, correct, f"{100 * correct / images:.2f}" if images else ""))
+    lines = [csv_line(("class", "images", "correct", "accuracy"))]
+    for name, images, correct in zip(classes, *counts, strict=True):
+        lines.append(csv_line((name, images, correct, f"{100 * correct / images:.2f}" if images else "")))
+    write_text(path, "".join(lines))
 
 
 def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes: str) -> None:
@@ -145,9 +143,10 @@ def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
     counts = {part: found["images"] + found["unreadable"] for part, found in sets.items()}
     aside = "" if split is None else f" (set aside by class with seed {split['seed']}, {SPLIT_NAME})"
     tested = f", {counts['test']} for testing" if "test" in counts else ""
+    data = markdown(metrics["data"])
     rows = {
-        "started from": metrics["started_from"],
-        "data": f"{metrics['data']}, {metrics['classes']} classes: {metrics['train_images']} images for training, "
+        "started from": markdown(metrics["started_from"]),
+        "data": f"{data}, {metrics['classes']} classes: {metrics['train_images']} images for training, "
         f"{counts['val']} for validation{aside}{tested}",
         "what learned": metrics["mode"],
         "settings": _settings(metrics, recipe),
@@ -157,7 +156,7 @@ def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
             f"{found['top1']:.2f} % top-1, {found['top5']:.2f} % top-5, {found['mean_class_accuracy']:.2f} % "
             f"as the mean over classes; {found['images']} images"
         )
-    lines = [f"| {key} | {value.replace('|', chr(92) + '|')} |" for key, value in rows.items()]
+    lines = [f"| {key} | {value} |" for key, value in rows.items()]
     chosen = "The validation images also chose these weights, which flatters their figure."
     return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, is_dataclass
 from os import PathLike
-from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError
-from ..files import parse_toml, toml_lines
+from ..files import parse_toml, read_text, toml_lines
 
 FORMAT = 1
 SUFFIX = ".toml"
@@ -57,8 +56,9 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
 
     Raises: ConfigError: no such file, not TOML, or not an architecture.
     """
+    text = read_text(path)
     try:
-        data = parse_toml(Path(path).read_text(encoding="utf-8"))
+        data = parse_toml(text)
         if data.get("architecture") != FORMAT:
             raise ConfigError(f"it has no line `architecture = {FORMAT}`")
         known = {"architecture", "name", "family", "settings", "preprocessing"}
@@ -71,7 +71,5 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
             settings=data["settings"],
             preprocessing=None if spec is None else Preprocessing.from_dict(spec),
         )
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, ConfigError, TypeError) as error:
+    except (ConfigError, TypeError) as error:
         raise ConfigError(f"{path} is not an architecture: {error}") from error

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, SaveError, first_line
-from ..files import write_json, write_tensors, write_text
+from ..files import markdown, write_json, write_tensors, write_text
 from ..registry import meta_model
 from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
 
@@ -111,8 +111,8 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
     # weights trained here have data and no source
     made = "random, not trained" if origin.dataset is None else "trained with deit-models"
     facts = {
-        "Weights": f"{origin.source or made}{digest}",
-        "Trained on": origin.dataset or "not recorded",
+        "Weights": f"{markdown(origin.source or made)}{digest}",
+        "Trained on": markdown(origin.dataset or "not recorded"),
         "Accuracy": ", ".join(accuracies) or "not recorded",
         "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",
         "Paper": known.paper if known is not None else None,
@@ -120,7 +120,7 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
     use = _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}")
     parts = [
         f"---\n{_front_matter(model, origin, layout).to_yaml()}\n---",
-        f"# {origin.name}",
+        f"# {markdown(origin.name)}",
         f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
         f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
         "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None),

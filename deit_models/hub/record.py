@@ -17,7 +17,7 @@ import torch
 from ..checkpoint import ModelInfo, Source, parse_manifest
 from ..config import nearest
 from ..errors import CheckpointError, DeitModelsError, ManifestError, UnknownModelError
-from ..files import sha256_of, write_text
+from ..files import read_text, sha256_of, write_text
 from .fetch import Access
 from .load import load_source
 from .weights import REFERENCE_TOLERANCE, reference_logits
@@ -53,7 +53,7 @@ def record(
 
     Raises: ManifestError: the file is not a manifest. UnknownModelError: it lists no sources of a wanted model.
     """
-    checkpoints = parse_manifest(manifest.read_text(encoding="utf-8"))
+    checkpoints = parse_manifest(read_text(manifest, error=ManifestError))
     published = [info.name for info in checkpoints.values() if info.sources]
     wanted = list(names) or published
     for name in wanted:
@@ -67,7 +67,7 @@ def record(
             if report is not None:
                 for outcome in found:
                     report(outcome)
-            text = manifest.read_text(encoding="utf-8")
+            text = read_text(manifest, error=ManifestError)
             for (source, key), value in facts.items():
                 text = set_value(text, info.name, source, key, value)
             parse_manifest(text)

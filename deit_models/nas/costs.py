@@ -7,6 +7,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from numbers import Real
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
@@ -31,11 +32,11 @@ class Ledger(dict[str, float]):
         name: of the number in each line.
         writes: whether this process writes; the others of a search keep the same numbers in memory.
 
-    Raises: SaveError: no space or no permission.
+    Raises: SaveError: no space or no permission. TrainingError: the file is damaged.
     """
 
     def __init__(self, path: Path, name: str, *, writes: bool = True) -> None:
-        super().__init__({row["key"]: row[name] for row in read_log(path)})
+        super().__init__({row["key"]: row[name] for row in read_log(path, {"key": str, name: Real})})
         self._path, self._name, self._writes = path, name, writes
         if writes and path.exists():
             write_text(path, "".join(map(self._line, self)))

@@ -20,7 +20,7 @@ from ..data.transforms import EvalTransform
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Heads, score
-from ..files import toml_lines, write_text
+from ..files import read_text, toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
 from ..models.vit_resnas import ViTResNAS
@@ -252,6 +252,6 @@ def _keep(path: Path, text: str) -> None:
     """Write a file of settings; one that is there already must be the same. Raises: TrainingError: it is not."""
     if not path.exists():
         write_text(path, text)
-    elif (before := path.read_text(encoding="utf-8")) != text:
+    elif (before := read_text(path, error=TrainingError)) != text:
         changed = [line for line in before.splitlines() if line not in text.splitlines()]
         raise TrainingError(f"{path} says {'; '.join(changed[:3]) or 'otherwise'}; use those settings, or a new folder")

@@ -17,7 +17,7 @@ from typing import Any
 from ..checkpoint import Preprocessing
 from ..config import check_whole, nearest, override
 from ..errors import ConfigError
-from ..files import parse_toml, toml_lines
+from ..files import parse_toml, read_text, toml_lines
 from ..models.vit_resnas import Stage, ViTResNASConfig
 
 
@@ -315,7 +315,8 @@ def read_space(source: str | PathLike[str]) -> SearchSpace:
     path = Path(source)
     if not path.is_file():
         raise ConfigError(f"no search space {str(source)!r}{nearest(str(source), SPACES)}; or name a TOML file")
+    text = read_text(path)
     try:
-        return space_from_toml(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, ConfigError) as error:
+        return space_from_toml(text)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from numbers import Real
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,8 +41,8 @@ def write_tables(folder: Path, found: Sequence[ScoredCandidate], *, unit: str, l
 
 
 def read_candidates(folder: Path) -> list[dict[str, Any]]:
-    """The candidates of a finished search, the best first. Raises: TrainingError: there is none in the folder."""
-    rows = read_log(folder / CANDIDATES_NAME)
+    """The candidates of a finished search, the best first. Raises: TrainingError: there is none, or it is damaged."""
+    rows = read_log(folder / CANDIDATES_NAME, {"key": str, "top1": Real, "cost": Real, "generation": int})
     if not rows:
         raise TrainingError(f"{folder} holds no finished search; run the search to its end first")
     return rows

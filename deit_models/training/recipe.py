@@ -11,12 +11,11 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from os import PathLike
-from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
 from ..config import nearest, override
 from ..errors import ConfigError
-from ..files import parse_toml, toml_lines
+from ..files import parse_toml, read_text, toml_lines
 from .presets import PRESETS
 
 Precision = Literal["float32", "bf16", "fp16"]
@@ -212,9 +211,8 @@ def read_recipe(path: str | PathLike[str], /, **overrides: Any) -> Recipe:
 
     Raises: ConfigError: the file cannot be read, or `recipe_from_toml` refuses it; the file is named.
     """
+    text = read_text(path)
     try:
-        return recipe_from_toml(Path(path).read_text(encoding="utf-8"), **overrides)
-    except OSError as error:
-        raise ConfigError(f"{path}: {error.strerror or error}") from error
-    except (UnicodeDecodeError, ConfigError) as error:
+        return recipe_from_toml(text, **overrides)
+    except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error

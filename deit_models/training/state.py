@@ -32,7 +32,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..data.records import ImageRecords
 from ..distributed import Process
 from ..errors import MissingExtraError, TrainingError, first_line
-from ..files import append_text, atomic_write, write_tensors, write_text
+from ..files import append_text, atomic_write, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
 from .learner import Learner
@@ -53,11 +53,12 @@ class RunLog:
         writes: whether this process writes at all.
 
     Raises: MissingExtraError: TensorBoard is asked for and not installed. SaveError: no space or no permission.
+        TrainingError: the folder's log is damaged.
     """
 
     def __init__(self, out: Path, *, first_epoch: int, tensorboard: bool, writes: bool) -> None:
         self.path = out / LOG_NAME
-        self.rows = [row for row in read_log(self.path) if row["epoch"] < first_epoch]
+        self.rows = [row for row in read_log(self.path, {"epoch": int}) if row["epoch"] < first_epoch]
         self._writes = writes
         self._board = _open_tensorboard(out / "tensorboard", first_epoch) if tensorboard and writes else None
         if writes:
@@ -80,15 +81,26 @@ class RunLog:
             self._board.close()
 
 
-def read_log(path: Path) -> list[dict[str, Any]]:
-    """The complete rows of a log; a last line that a killed process left unfinished is dropped."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
+def read_log(path: Path, kinds: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
+    """The complete rows of a log; a last line that a killed process left unfinished is dropped.
+
+    Raises: TrainingError: not a log, or a row without a field of `kinds`, which gives their types.
+    """
+    rows: list[dict[str, Any]] = []
+    lines = read_text(path, error=TrainingError).split("\n") if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            if not isinstance(row, dict):
+                raise ValueError("no table")
+            if wrong := [name for name, kind in (kinds or {}).items() if not isinstance(row.get(name), kind)]:
+                raise ValueError(f"no {wrong[0]}")
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
                 break
+            text = f"{path}, line {number} is not a row of this log: {first_line(error)}"
+            raise TrainingError(f"{text}; mend or remove the file, or use a new folder") from error
+        rows.append(row)
     return rows
 
 

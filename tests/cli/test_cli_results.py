@@ -93,3 +93,40 @@ def test_written_results_are_read_back_and_a_torn_end_is_cut_off(tmp_path: Path,
 def test_text_cannot_be_read_back(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="format='text' cannot be resumed"):
         resume_results(tmp_path / "out", format="text")
+
+
+@pytest.mark.parametrize(
+    "name", ["a\rb.png", "two\nlines.png", 'a "b".png', "=1+1.png", "@x", "'-x", "\t.png", ";.png"]
+)
+def test_odd_names_are_read_back_from_csv(tmp_path: Path, name: str) -> None:
+    """So that a resumed run does none of them twice, nor leaves one out."""
+    prediction = Prediction("=cmd|' /C calc'!A0", 0.5, 0)
+    results = [
+        ImageResult(name, (prediction,)),
+        ImageResult("-", (), f"{name}: empty"),
+        ImageResult("z", (prediction,)),
+    ]
+    path = tmp_path / "o.csv"
+    with path.open("w", encoding="utf-8", newline="") as stream:
+        write_results(results, stream, format="csv")
+    with path.open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.reader(stream))
+    assert not any(cell.startswith(tuple("=+-@\t\r")) for row in rows for cell in row)
+    assert resume_results(path, format="csv") == ({name, "-"}, [f"{name}: empty"])
+
+
+def test_csv_of_another_program_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "o.csv"
+    for row in ("a\rb,1,x,0,1,\n", f"a,{'x' * 200_000},,,,\n"):
+        path.write_bytes(b"file,rank,label,index,probability,error\n" + row.encode())
+        with pytest.raises(ConfigError, match=r"o\.csv holds other things than results as csv"):
+            resume_results(path, format="csv")
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"), [("a\x1b[2J.png", r"a\x1b[2J.png"), ("\u202eb", r"\u202eb"), ("a\rb", r"a\rb")]
+)
+def test_text_shows_control_characters_as_escapes(name: str, shown: str) -> None:
+    stream = io.StringIO()
+    write_results([ImageResult(name, (Prediction(name, 0.5, 0),))], stream, format="text")
+    assert stream.getvalue() == f"{shown}\n   50.00 %  {shown}\n"

@@ -117,3 +117,6 @@ def test_split_of_other_images_is_not_written_over(tmp_path):
     with pytest.raises(TrainingError, match=r"split.json is the split of other images, or with another seed"):
         keep_split(tmp_path / "out", records, other)
     assert (tmp_path / "out" / "split.json").read_bytes() == before
+    (tmp_path / "out" / "split.json").write_bytes(b"\x89PNG")
+    with pytest.raises(TrainingError, match=r"split\.json: not a text in utf-8"):
+        keep_split(tmp_path / "out", records, split)

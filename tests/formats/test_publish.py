@@ -132,6 +132,19 @@ def test_files_and_addresses_are_no_base_model(tiny):
         assert source in text
 
 
+@pytest.mark.parametrize(
+    "name", ["<script>x</script>", "a | b", "two\n---\nlicense: mit", "[x](http://y)", "caf\udce9"]
+)
+def test_names_in_a_card_are_no_markup(tiny, tmp_path, name):
+    tiny.origin = replace(tiny.origin, name=name, dataset=name, source=name, top1=50.0)
+    tiny.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    for markup in ("<script>", "[x](", " | ", "\n---\nlicense"):
+        assert markup not in card.text
+    assert card.data.license == tiny.origin.licence.lower()
+    assert from_pretrained(tmp_path).origin.dataset == name
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_written_card_is_the_models(tiny, tmp_path, layout):
     tiny.save_pretrained(tmp_path, layout=layout)

@@ -196,6 +196,9 @@ def test_interrupted_run_keeps_the_models_it_finished(published):
 def test_file_that_is_no_manifest_is_refused(tmp_path):
     (tmp_path / "other.toml").write_text("schema = 2")
     refusal(ManifestError, lambda: record(tmp_path / "other.toml"))
+    for content in (b"\x89PNG", "schema = 1".encode("utf-16"), b"schema = 1\nmodel = '\xe9'"):
+        (tmp_path / "other.toml").write_bytes(content)
+        refusal(ManifestError, lambda: record(tmp_path / "other.toml"))
 
 
 # What it is good for

@@ -54,3 +54,11 @@ def test_folder_without_a_search_is_refused(tmp_path: Path) -> None:
             (tmp_path / "search.toml").write_text(text)
         with pytest.raises(TrainingError, match=r"search\.toml does not say what the search was limited by"):
             read_limit(tmp_path)
+
+
+def test_damaged_list_of_candidates_is_refused(tmp_path: Path) -> None:
+    row = '{"key": "a", "top1": 1.0, "cost": 5, "generation": 0}\n'
+    for text in (f"{row}[]\n", row.replace("5", '"5"'), f"{{\n{row}"):
+        (tmp_path / "candidates.jsonl").write_text(text)
+        with pytest.raises(TrainingError, match=r"candidates\.jsonl, line \d is not a row"):
+            read_candidates(tmp_path)

@@ -406,6 +406,23 @@ def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
     assert read_log(tmp_path / "none.jsonl") == []
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'{"epoch": 0}\n{"epo\n{"epoch": 2}\n', "line 2 is not a row of this log"),
+        (b'{"epoch": 0}\n[1]\n', "line 2 is not a row of this log: no table"),
+        (b'{"step": 0}\n', "line 1 is not a row of this log: no epoch"),
+        (b'{"epoch": "0"}\n', "line 1 is not a row of this log: no epoch"),
+        ('{"epoch": 0}\n'.encode("utf-16"), "not a text in utf-8"),
+    ],
+)
+def test_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / LOG_NAME).write_bytes(content)
+    with pytest.raises(TrainingError, match=rf"log\.jsonl.*{message}"):
+        RunLog(tmp_path, first_epoch=3, tensorboard=False, writes=True)
+    assert (tmp_path / LOG_NAME).read_bytes() == content
+
+
 def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
     log = RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=True)
     log.path = Path("/dev/full")
