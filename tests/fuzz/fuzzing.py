@@ -77,22 +77,27 @@ Case = Callable[[random.Random, Path], tuple[str, Callable[[], str]]]
 """From a random generator and an empty folder: the label of the case, and its act, which gives the outcome's name."""
 
 
-def run_cases(case: Case, *, seed: int, numbers: Iterable[int], seconds: float | None = None) -> Tally:
+def run_cases(
+    case: Case, *, seed: int, numbers: Iterable[int], seconds: float | None = None, skip: str | None = None
+) -> Tally:
     """Run numbered cases one after the other; each depends on the seed and its number alone."""
     tally, began = Tally(), time.monotonic()
     with tempfile.TemporaryDirectory(dir=_memory_disk()) as folder, _limits():
         for number in numbers:
             if seconds is not None and time.monotonic() - began > seconds:
                 break
+            Path(folder, "number").write_text(str(number))  # left behind, with the files, if the process is ended
             place = Path(folder, "case")
             place.mkdir()
-            _one(case, number, random.Random(f"{seed}-{number}"), place, tally)
+            _one(case, number, random.Random(f"{seed}-{number}"), place, tally, skip)
             shutil.rmtree(place)
     return tally
 
 
-def _one(case: Case, number: int, rng: random.Random, place: Path, tally: Tally) -> None:
+def _one(case: Case, number: int, rng: random.Random, place: Path, tally: Tally, skip: str | None) -> None:
     label, act = case(rng, place)
+    if label == skip:
+        return
     before, began = _peak_bytes(), time.monotonic()
     # inside C code no signal is seen: then the process ends and says where
     faulthandler.dump_traceback_later(4 * LIMIT_S, exit=True, file=_report_to)
@@ -211,11 +216,12 @@ def main(description: str, case: Case) -> int:
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--first", type=int, default=0, help="number of the first case")
     parser.add_argument("--only", type=int, help="run this one case")
+    parser.add_argument("--skip", help="leave out the cases of this label")
     options = parser.parse_args()
     numbers = range(options.first, options.first + options.count) if options.only is None else [options.only]
     began = time.monotonic()
     with _quiet_libraries():
-        total = run_cases(case, seed=options.seed, numbers=numbers)
+        total = run_cases(case, seed=options.seed, numbers=numbers, skip=options.skip)
     print(total)
     kinds = Counter((finding.label, _kind(finding)) for finding in total.findings)
     first = {(finding.label, _kind(finding)): finding for finding in reversed(total.findings)}
