@@ -450,7 +450,6 @@ def _options(rng: random.Random, place: Path, saved: Saved) -> Act:
         torch.int8,
         torch.complex64,
         "cpu",
-        "meta",
         "nope",
         "float16",
         "deit_tiny_patch16_224",

@@ -89,31 +89,20 @@ def run_cases(
             Path(folder, "number").write_text(str(number))  # left behind, with the files, if the process is ended
             place = Path(folder, "case")
             place.mkdir()
-            _one(case, number, random.Random(f"{seed}-{number}"), place, tally, skip)
+            label, act = case(random.Random(f"{seed}-{number}"), place)
+            if label != skip:
+                _one(number, label, act, place, tally)
             shutil.rmtree(place)
     return tally
 
 
-def _one(case: Case, number: int, rng: random.Random, place: Path, tally: Tally, skip: str | None) -> None:
-    label, act = case(rng, place)
-    if label == skip:
-        return
+def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Tally) -> None:
     before, began = _peak_bytes(), time.monotonic()
     # inside C code no signal is seen: then the process ends and says where
     faulthandler.dump_traceback_later(4 * LIMIT_S, exit=True, file=_report_to)
     signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
     try:
-        outcome, problem = act(), None
-    except DeitModelsError as error:
-        outcome, problem = "refused", message_fault(error, place)
-    except WrongError as error:
-        outcome, problem = "FAULT", f"wrong: {error}"
-    except OvertimeError:
-        outcome, problem = "FAULT", "hangs at " + _place(traceback.format_exc())
-    except BaseException as error:
-        if isinstance(error, KeyboardInterrupt):
-            raise
-        outcome, problem = "FAULT", f"{type(error).__name__}: {str(error)[:150]} at {_place(traceback.format_exc())}"
+        outcome, problem = _tried(act, place)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
@@ -128,6 +117,22 @@ def _one(case: Case, number: int, rng: random.Random, place: Path, tally: Tally,
     tally.outcomes.setdefault(label, Counter())["FAULT" if problem else outcome] += 1
     if problem is not None:
         tally.findings.append(Finding(number, label, problem))
+
+
+def _tried(act: Callable[[], str], place: Path) -> tuple[str, str | None]:
+    """The outcome of a case, and what is wrong with it."""
+    try:
+        return act(), None
+    except DeitModelsError as error:
+        return "refused", message_fault(error, place)
+    except WrongError as error:
+        return "", f"wrong: {error}"
+    except OvertimeError:
+        return "", "hangs at " + _place(traceback.format_exc())
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # noqa: BLE001 (what is looked for)
+        return "", f"{type(error).__name__}: {str(error)[:150]} at {_place(traceback.format_exc())}"
 
 
 def message_fault(error: BaseException, place: Path) -> str | None:
