@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from .errors import ConfigError, ManifestError
 from .files import parse_toml, tuples
 
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
+"""Meaning of the logits, by transformers' names: one class an image, several labels at once, or plain values."""
 Layout = Literal["native", "timm", "timm-conv", "transformers"]
 """Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
 
@@ -18,6 +21,10 @@ SCHEMA = 1
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Crop ratios that published checkpoints were evaluated with.
 _USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+"""Pillow's filters."""
+_NO_RESIZE = "none"
+_LONGEST_SIDE, _LARGEST_MEAN, _STD_RANGE = 16_384, 1e6, (1e-6, 1e6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,33 +32,59 @@ class Preprocessing:
     """Evaluation transform of a checkpoint, as numbers; `data.transforms.EvalTransform` carries it out.
 
     Attributes:
-        resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up.
-        crop: (height, width) of the centre crop in pixels.
-        interpolation: "bicubic", "bilinear", "nearest" or "lanczos".
-        mean, std: per channel, on values from 0 to 1.
+        resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up; or None: not resized.
+        crop: (height, width) of the centre crop in pixels; a smaller image gets a black border.
+        interpolation: one of `INTERPOLATIONS`.
+        mean, std: per channel, on values from 0 to 1. Mean 0 and std 1 leave them as they are, std 1/255 gives pixels.
+
+    Raises: ConfigError: a value of another type, or out of range.
     """
 
-    resize: int | tuple[int, int]
+    resize: int | tuple[int, int] | None
     crop: tuple[int, int]
     interpolation: str = "bicubic"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
+    def __post_init__(self) -> None:
+        for name in ("resize", "crop", "mean", "std"):
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
+        if not (self.resize is None or _is_side(self.resize) or _are_sides(self.resize)):
+            raise ConfigError(f"resize={self.resize!r}; expected pixels, one number or two, 1 to {_LONGEST_SIDE}")
+        if not _are_sides(self.crop):
+            raise ConfigError(f"crop={self.crop!r}; expected height and width in pixels, 1 to {_LONGEST_SIDE}")
+        if self.interpolation not in INTERPOLATIONS:
+            raise ConfigError(f"interpolation={self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
+        mean, std = self.mean, self.std
+        numbers = isinstance(mean, tuple) and isinstance(std, tuple) and all(map(is_finite, (*mean, *std)))
+        low, high = _STD_RANGE
+        if not numbers or len(mean) != len(std) or not all(low <= value <= high for value in std):
+            raise ConfigError(f"mean={mean!r}, std={std!r}; expected a number each a channel, std above 0")
+        if not mean or max(map(abs, mean)) > _LARGEST_MEAN:
+            raise ConfigError(f"mean={mean!r}; expected a number each channel, at most {_LARGEST_MEAN:g}")
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
-        """The inverse of `to_dict`; a list becomes a tuple. Raises: ConfigError: an unknown or missing field."""
+        """The inverse of `to_dict`; a list becomes a tuple. Raises: ConfigError: an unknown, missing or bad field."""
         known = {field.name for field in fields(cls)}
-        if not {"resize", "crop"} <= set(data) <= known:
-            raise ConfigError(f"preprocessing has fields {sorted(data)}; expected some of {sorted(known)}")
-        return cls(**tuples(data))
+        if not isinstance(data, Mapping) or not {"resize", "crop"} <= set(data) <= known:
+            found = sorted(data) if isinstance(data, Mapping) else repr(data)
+            raise ConfigError(f"preprocessing has fields {found}; expected some of {sorted(known)}")
+        given = tuples(data)
+        return cls(**{**given, "resize": None if given["resize"] == _NO_RESIZE else given["resize"]})
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and TOML."""
-        return {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        return plain | ({"resize": _NO_RESIZE} if self.resize is None else {})
 
     def __str__(self) -> str:
-        resize = f"shorter side to {self.resize}" if isinstance(self.resize, int) else "to {}x{}".format(*self.resize)
-        return f"resize {resize} ({self.interpolation}), centre crop {self.crop[0]}x{self.crop[1]}"
+        resize = f"resize shorter side to {self.resize}"
+        if isinstance(self.resize, tuple):
+            resize = "resize to {}x{}".format(*self.resize)
+        resize = "no resize" if self.resize is None else f"{resize} ({self.interpolation})"
+        return f"{resize}, centre crop {self.crop[0]}x{self.crop[1]}"
 
     def at_size(self, crop: tuple[int, int]) -> Preprocessing:
         """The same preprocessing for another input size, keeping the ratio of crop to resize.
@@ -60,13 +93,28 @@ class Preprocessing:
         """
         if crop == self.crop:
             return self
+        if self.resize is None:
+            return replace(self, crop=crop)
         if isinstance(self.resize, int):
-            return replace(self, crop=crop, resize=int(max(crop) / _ratio(max(self.crop), self.resize)))
+            return replace(self, crop=crop, resize=int(max(crop) / usual_ratio(max(self.crop), self.resize)))
         height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
         return replace(self, crop=crop, resize=(height, width))
 
 
-def _ratio(crop: int, resize: int) -> float:
+def is_finite(value: Any) -> bool:
+    """Whether a value of a config file is a number, neither a truth value nor infinite."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= _LONGEST_SIDE
+
+
+def _are_sides(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(map(_is_side, value))
+
+
+def usual_ratio(crop: int, resize: int) -> float:
     """Crop to shorter side, which was rounded down: one of the usual ratios, if one fits."""
     return next((ratio for ratio in _USUAL_RATIOS if int(crop / ratio) == resize), crop / resize)
 
@@ -79,6 +127,7 @@ class Origin:
         name: the registered model it is a variant of.
         preprocessing: the evaluation transform of these weights.
         class_names: a name for each logit, where the checkpoint brings them.
+        problem_type: meaning of the logits, where the checkpoint brings it; None: one class an image.
         dataset: what the weights were trained on; None for random weights.
         top1: accuracy of these very weights on that data's test images, in percent.
         top5: likewise.
@@ -92,6 +141,7 @@ class Origin:
     name: str
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
+    problem_type: Problem | None = None
     dataset: str | None = None
     top1: float | None = None
     top5: float | None = None
@@ -100,6 +150,10 @@ class Origin:
     revision: str | None = None
     sha256: str | None = None
     notes: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.problem_type not in (None, *get_args(Problem)):
+            raise ConfigError(f"problem_type={self.problem_type!r}; expected one of {', '.join(get_args(Problem))}")
 
     @property
     def non_commercial(self) -> bool:
@@ -110,10 +164,21 @@ class Origin:
         """The same weights, read from a file."""
         return replace(self, source=source, revision=revision, sha256=sha256)
 
-    def adapted(self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None) -> Origin:
+    def adapted(
+        self, image_hw: tuple[int, int], *, class_names: tuple[str, ...] | None, dataset: str | None, new_heads: bool
+    ) -> Origin:
         """Weights fitted to another input size or other classes: no accuracy, digest or notes of the old ones."""
         fitted = replace(self, preprocessing=self.preprocessing.at_size(image_hw), top1=None, top5=None)
-        return replace(fitted, class_names=class_names, dataset=dataset, sha256=None, notes=None)
+        problem = None if new_heads else self.problem_type
+        return replace(fitted, class_names=class_names, problem_type=problem, dataset=dataset, sha256=None, notes=None)
+
+    def check_single_label(self, work: str) -> None:
+        """Raise ConfigError where the logits stand for several labels at once, or for plain values."""
+        if self.problem_type in ("multi_label_classification", "regression"):
+            raise ConfigError(
+                f"the model is for {self.problem_type}, {work} needs one class for each image; "
+                f"make new heads with adapt_head(model, num_classes=N)"
+            )
 
     def unknown(self) -> Origin:
         """Other weights of the same model, of which nothing is known.

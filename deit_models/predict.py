@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from typing import Any, NamedTuple, overload
@@ -71,6 +71,7 @@ class Classifier:
         self.transform.normalise = not getattr(loaded, "takes_pixels", False)  # `optimize` may put that inside
         self.transform.fast_pixels = fast_pixels
         self.labels = class_labels(loaded, labels)
+        self._scores = scores_of(loaded)
 
     @overload
     def __call__(self, images: str | PathLike[str] | bytes | PIL.Image.Image, *, top_k: int = 5) -> ImageResult: ...
@@ -165,7 +166,7 @@ class Classifier:
                 with torch.inference_mode():
                     images = self.transform.to_input(to_device(part, _device(self.model)))
                     logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
-                    tops.append(top_classes(logits, top_k))
+                    tops.append(top_classes(logits, top_k, self._scores))
                 start += len(part)
                 continue
             except torch.OutOfMemoryError as error:
@@ -248,9 +249,22 @@ class TopClasses(NamedTuple):
         return [[(p, int(number)) for p, number in zip(*row, strict=True)] for row in pairs]
 
 
-def top_classes(logits: Tensor, top_k: int) -> TopClasses:
+def scores_of(model: ImageClassifier) -> Callable[[Tensor], Tensor]:
+    """Logits (B, num_classes) to scores, by the model's `problem_type`: as the pipeline of transformers does.
+
+    Probabilities that sum to 1; of several labels at once, or of a single logit, each for itself; values as they are.
+    """
+    problem = None if model.origin is None else model.origin.problem_type
+    if problem == "regression":
+        return Tensor.float
+    if problem == "multi_label_classification" or model.num_classes == 1:
+        return lambda logits: logits.float().sigmoid()
+    return lambda logits: logits.float().softmax(dim=-1)
+
+
+def top_classes(logits: Tensor, top_k: int, scores: Callable[[Tensor], Tensor]) -> TopClasses:
     """The likeliest classes by logits (B, num_classes); on a GPU without waiting for it."""
-    probabilities, numbers = logits.float().softmax(dim=-1).topk(top_k)
+    probabilities, numbers = scores(logits).topk(top_k)
     packed = torch.stack([probabilities, numbers.float()])
     if packed.device.type != "cuda":
         return TopClasses(packed, None)
@@ -265,7 +279,10 @@ def _event_after_all_work(device: torch.device) -> torch.cuda.Event:
 
 
 class Prediction(NamedTuple):
-    """One class an image may belong to; `index` is its place among the logits."""
+    """One class an image may belong to; `index` is its place among the logits.
+
+    Of a regression model, `probability` is the value itself.
+    """
 
     label: str
     probability: float

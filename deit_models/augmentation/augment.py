@@ -9,11 +9,10 @@ from random import Random
 import torch
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
-from ..data.transforms import to_device
+from ..data.transforms import resize_and_crop, to_device
 from ..errors import ConfigError
 from ..training.recipe import Recipe
 from .levels import ErasingBox, Levels, Plan, box_sides, cut
@@ -136,15 +135,11 @@ class EvalCrop:
         self.spec = preprocessing if preprocessing.crop == size else preprocessing.at_size(size)
 
     def __call__(self, image: Image.Image, _: Random) -> Image.Image:
-        resize = [self.spec.resize] if isinstance(self.spec.resize, int) else list(self.spec.resize)
-        image = TF.resize(image, resize, interpolation=InterpolationMode(self.spec.interpolation))
-        return TF.center_crop(image, list(self.spec.crop))
+        return resize_and_crop(image, self.spec)
 
     def fits(self, height: int, width: int) -> bool:
         """Whether an image of this size comes out unchanged."""
-        resized = self.spec.resize if isinstance(self.spec.resize, tuple) else (height, width)
-        shorter = min(height, width) if isinstance(self.spec.resize, tuple) else self.spec.resize
-        return (height, width) == self.spec.crop == resized and min(height, width) == shorter
+        return (height, width) == self.spec.crop and self.spec.resize in (None, (height, width), min(height, width))
 
     def place(self, height: int, width: int, _: Random) -> tuple[int, int]:  # noqa: ARG002
         """The whole image, as (top, left)."""
@@ -290,7 +285,7 @@ def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[_Change]:
         return [ThreeAugment(), *jitter]
     if not recipe.augment.startswith("rand-"):
         raise ConfigError(f"augment={recipe.augment!r}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
-    fill = tuple(min(255, round(255 * value)) for value in preprocessing.mean)
+    fill = tuple(max(0, min(255, round(255 * value))) for value in preprocessing.mean)
     return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
 
 

@@ -37,18 +37,11 @@ class EvalTransform:
             fast_pixels: nearly the same pixels in less time: JPEG files far larger than the input are decoded at a
                 fraction of their size, the others resized by torch instead of Pillow.
 
-        Raises: ConfigError: an interpolation that does not exist, or a mean and deviation that cannot be.
         """
-        if len(preprocessing.mean) != len(preprocessing.std) or not all(preprocessing.std):
-            raise ConfigError(f"mean={preprocessing.mean}, std={preprocessing.std}; expected one each a channel, no 0")
         self.preprocessing = preprocessing
         self.normalise = normalise
         self.fast_pixels = fast_pixels
-        try:
-            self._interpolation = InterpolationMode(preprocessing.interpolation)
-        except ValueError:
-            modes = ", ".join(mode.value for mode in InterpolationMode)
-            raise ConfigError(f"interpolation={preprocessing.interpolation!r}; expected one of {modes}") from None
+        self._interpolation = InterpolationMode(preprocessing.interpolation)
 
     def __call__(self, image: ImageSource) -> Tensor:
         """One image, in any accepted form, to (3, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
@@ -57,11 +50,10 @@ class EvalTransform:
     def levels(self, image: ImageSource) -> Tensor:
         """The pixels before they are scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
         spec = self.preprocessing
-        size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
-        if self.fast_pixels:
+        if self.fast_pixels and spec.resize is not None:
+            size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
             return TF.center_crop(self._resized_fast(image, size), list(spec.crop))
-        resized = TF.resize(load_image(image), size, interpolation=self._interpolation)
-        return TF.pil_to_tensor(TF.center_crop(resized, list(spec.crop)))
+        return TF.pil_to_tensor(resize_and_crop(load_image(image), spec))
 
     def to_input(self, levels: Tensor) -> Tensor:
         """Levels of one image or of a whole batch to the model's input, with the same bits."""
@@ -108,6 +100,14 @@ class EvalInput:
         if not self.normalise:
             return values
         return values.to(torch.float32).div_(self._full).sub_(self._mean).div_(self._std)
+
+
+def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing) -> PIL.Image.Image:
+    """The pixels of an image that a model gets."""
+    if spec.resize is not None:
+        size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
+        image = TF.resize(image, size, interpolation=InterpolationMode(spec.interpolation))
+    return TF.center_crop(image, list(spec.crop))
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

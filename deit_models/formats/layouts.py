@@ -23,7 +23,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""
 CONFIG_FORMAT = 1
-_FACTS = ("dataset", "top1", "top5", "licence", "notes")
+_FACTS = ("problem_type", "dataset", "top1", "top5", "licence", "notes")
 FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
 """Families that other libraries have, too."""
 
@@ -45,16 +45,28 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
     """
     try:
         if "deit_models" in data:
-            return _read_native(data)
+            return _checked(_read_native(data))
         if "architecture" in data:
-            return read_timm_config(data, FAMILIES)
+            return _checked(read_timm_config(data, FAMILIES))
         if "model_type" in data:
-            return read_transformers_config(data, processor, FAMILIES)
+            return _checked(read_transformers_config(data, processor, FAMILIES))
     except DeitModelsError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError) as error:
         raise CheckpointError(f"config.json lacks or misuses a field ({type(error).__name__}: {error})") from error
     raise CheckpointError("config.json is of no known layout: it has neither deit_models, architecture nor model_type")
+
+
+def _checked(said: Description) -> Description:
+    """The description, if its images are input of its model. Raises: ConfigError: another size or number of colours."""
+    spec, config = said.origin.preprocessing, said.config
+    if spec.crop != config.image_hw and not getattr(config, "dynamic_img_size", False):
+        raise ConfigError(
+            f"preprocessing gives images of {spec.crop}, the model takes {config.image_hw}; mend one of them"
+        )
+    if config.in_chans == 3 and len(spec.mean) != 3:
+        raise ConfigError(f"preprocessing has mean={spec.mean}; expected a number each of {config.in_chans} channels")
+    return said
 
 
 def write_config(model: ModelLike, layout: Layout) -> dict[str, dict[str, Any]]:

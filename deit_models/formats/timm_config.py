@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
+from ..checkpoint import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    ModelLike,
+    Origin,
+    Preprocessing,
+    is_finite,
+    load_manifest,
+    usual_ratio,
+)
 from ..config import override
 from ..errors import ConfigError
 from ..files import tuples
@@ -41,8 +50,9 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
     config = override(spec.config, overrides)
     origin = Origin(
         name=name,
-        preprocessing=_read_preprocessing(cfg, config.image_hw),
+        preprocessing=_read_preprocessing(cfg, config.image_hw, config.in_chans),
         class_names=read_class_names(_labels(data, cfg)),
+        problem_type=data.get("problem_type"),
         licence=cfg.get("license"),
     )
     return Description(config=config, origin=origin, family=spec.family, layout="timm")
@@ -61,13 +71,11 @@ def write_timm_config(
 
     Raises: ConfigError: timm has no such model.
     """
-    config, spec = model.config, origin.preprocessing
+    config = model.config
     name, facts = layouts.write_timm(origin.name, config)
     reference = model_spec(layouts.from_timm_name(name, None)).config
     options = layouts.timm_options
     differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
-    squash = not isinstance(spec.resize, int)
-    resized = spec.resize[0] if isinstance(spec.resize, tuple) else spec.resize
     data: dict[str, Any] = {
         "architecture": name.replace("_", "_conv_", 1) if conv else name,
         "num_classes": config.num_classes,
@@ -77,11 +85,7 @@ def write_timm_config(
             "custom_load": False,
             "input_size": [config.in_chans, *config.image_hw],
             "fixed_input_size": True,
-            "interpolation": spec.interpolation,
-            "crop_pct": spec.crop[0] / resized if squash else max(spec.crop) / resized,
-            "crop_mode": "squash" if squash else "center",
-            "mean": list(spec.mean),
-            "std": list(spec.std),
+            **_write_preprocessing(origin.preprocessing),
             "num_classes": config.num_classes,
             **facts,
         },
@@ -90,6 +94,8 @@ def write_timm_config(
         data["pretrained_cfg"]["license"] = origin.licence.lower()
     if origin.class_names is not None:
         data["label_names"] = list(origin.class_names)
+    if origin.problem_type is not None:  # for this package; timm ignores it
+        data["problem_type"] = origin.problem_type
     return data | ({"model_args": differing} if differing else {})
 
 
@@ -111,13 +117,36 @@ def _labels(data: Mapping[str, Any], cfg: Mapping[str, Any]) -> Any:
     return {index: descriptions.get(name, name) for index, name in enumerate(names)} if names else None
 
 
-def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int]) -> Preprocessing:
-    crop_pct = cfg.get("crop_pct") or 0.875
+def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int], channels: int) -> Preprocessing:
+    """Timm's transform at an input size. Raises: ConfigError: a crop of another kind, or values out of range."""
+    mode, crop_pct = cfg.get("crop_mode") or "center", cfg.get("crop_pct") or 0.875
+    if mode not in ("center", "squash"):
+        raise ConfigError(f"config.json has crop_mode={mode!r}; expected 'center' or 'squash'")
+    if not is_finite(crop_pct) or not crop_pct > 0:
+        raise ConfigError(f"config.json has crop_pct={crop_pct!r}; expected a number above 0, such as 0.875")
+    if cfg.get("label_offset"):
+        raise ConfigError(f"config.json has label_offset={cfg['label_offset']!r}; expected no classes before the first")
     scaled = (int(image_hw[0] / crop_pct), int(image_hw[1] / crop_pct))
+    interpolation = cfg.get("interpolation") or "bicubic"
+    mean, std = tuple(cfg.get("mean") or IMAGENET_MEAN), tuple(cfg.get("std") or IMAGENET_STD)
     return Preprocessing(
-        resize=scaled if cfg.get("crop_mode") == "squash" else max(scaled),
+        resize=scaled if mode == "squash" else max(scaled),
         crop=image_hw,
-        interpolation=cfg.get("interpolation") or "bicubic",
-        mean=tuple(cfg.get("mean") or IMAGENET_MEAN),
-        std=tuple(cfg.get("std") or IMAGENET_STD),
+        # of images that are Pillow's, these two are one filter
+        interpolation="nearest" if interpolation == "nearest-exact" else interpolation,
+        mean=mean * channels if len(mean) == 1 else mean,
+        std=std * channels if len(std) == 1 else std,
     )
+
+
+def _write_preprocessing(spec: Preprocessing) -> dict[str, Any]:
+    """Fields of the same transform. Raises: ConfigError: timm has no such transform."""
+    data: dict[str, Any] = {"interpolation": spec.interpolation, "mean": list(spec.mean), "std": list(spec.std)}
+    data["crop_mode"] = "squash" if isinstance(spec.resize, tuple) else "center"
+    pairs = zip(spec.crop, spec.resize, strict=True) if isinstance(spec.resize, tuple) else ()
+    for crop, resize in [(max(spec.crop), spec.resize)] if isinstance(spec.resize, int) else pairs:
+        # the side is rounded down: half a pixel more is safe from the rounding of the ratio itself
+        for data["crop_pct"] in (usual_ratio(crop, resize), crop / (resize + 0.5)):
+            if _read_preprocessing(data, spec.crop, len(spec.mean)) == spec:
+                return data
+    raise ConfigError(f"timm has no transform like '{spec}'; save the model with layout='native' or 'transformers'")

@@ -243,7 +243,7 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     origin = said.origin.loaded(located.source, revision=located.revision, sha256=sha256)
     if wanted != said.config:
         class_names = None if remade else origin.class_names
-        origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset)
+        origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset, new_heads=remade)
     elif located.reference_logits is not None:
         check_reference(model.float(), located.reference_logits)
     model.origin = origin
@@ -252,7 +252,8 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
 
 def _sized(said: Description, config: Any) -> Description:
     """The description of a bare file, once the number of classes and the size of its tensors are known."""
-    return replace(said, config=config, origin=said.origin.adapted(config.image_hw, class_names=None, dataset=None))
+    origin = said.origin.adapted(config.image_hw, class_names=None, dataset=None, new_heads=False)
+    return replace(said, config=config, origin=origin)
 
 
 def _class_of(family: str) -> type[ImageClassifier]:

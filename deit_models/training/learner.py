@@ -169,6 +169,8 @@ def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
 
 
 def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing) -> None:
+    if isinstance(model, ImageClassifier) and model.origin is not None:
+        model.origin.check_single_label("training")
     if isinstance(model, ImageClassifier) and model.num_classes != num_classes:
         raise DataError(
             f"the training set has {num_classes} classes, the model {model.num_classes}; build or load it with "

@@ -236,6 +236,8 @@ def _described(network: Any) -> _Found:
     if not callable(network):
         raise ConfigError(f"{type(network).__name__} is no teacher; expected a name, a module or a callable")
     origin = network.origin if isinstance(network, ImageClassifier) else None
+    if origin is not None:
+        origin.check_single_label("a teacher")
     return (network, None, None) if origin is None else (network, origin.preprocessing.mean, origin.preprocessing.std)
 
 
