@@ -59,10 +59,10 @@ class Preprocessing:
         mean, std = self.mean, self.std
         numbers = isinstance(mean, tuple) and isinstance(std, tuple) and all(map(is_finite, (*mean, *std)))
         low, high = _STD_RANGE
-        if not numbers or len(mean) != len(std) or not all(low <= value <= high for value in std):
-            raise ConfigError(f"mean={mean!r}, std={std!r}; expected a number each a channel, std above 0")
+        if not numbers or len(mean) != len(std) or not all(low <= abs(value) <= high for value in std):
+            raise ConfigError(f"mean={mean!r}, std={std!r}; expected one each a channel, no 0 and nothing infinite")
         if not mean or max(map(abs, mean)) > _LARGEST_MEAN:
-            raise ConfigError(f"mean={mean!r}; expected a number each channel, at most {_LARGEST_MEAN:g}")
+            raise ConfigError(f"mean={mean!r}; expected one each a channel, at most {_LARGEST_MEAN:g}")
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Preprocessing:
@@ -177,7 +177,7 @@ class Origin:
         if self.problem_type in ("multi_label_classification", "regression"):
             raise ConfigError(
                 f"the model is for {self.problem_type}, {work} needs one class for each image; "
-                f"make new heads with adapt_head(model, num_classes=N)"
+                f"adapt_head(model, num_classes=N) makes new heads"
             )
 
     def unknown(self) -> Origin:

@@ -76,6 +76,8 @@ def evaluate(
     """
     records = open_images(data, "val")
     if isinstance(model, ImageClassifier):
+        if model.origin is not None:
+            model.origin.check_single_label("evaluation")
         records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
     with join_processes(device) as process:
         return collect_outcomes(

@@ -114,8 +114,10 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
 def _text(result: ImageResult) -> str:
     if result.error is not None:
         return ""
-    predictions = (f"  {100 * p.probability:6.2f} %  {printable(p.label)}\n" for p in result.predictions)
-    return f"{printable(result.source)}\n{''.join(predictions)}"
+    plain = any(not 0 <= p.probability <= 1 for p in result.predictions)  # values of a regression
+    numbers = (f"{p.probability:8.6g}" if plain else f"{100 * p.probability:6.2f} %" for p in result.predictions)
+    lines = (f"  {number}  {printable(p.label)}\n" for number, p in zip(numbers, result.predictions, strict=True))
+    return f"{printable(result.source)}\n{''.join(lines)}"
 
 
 def _record(result: ImageResult) -> dict[str, object]:

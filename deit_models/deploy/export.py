@@ -110,6 +110,7 @@ def _metadata(model: ImageClassifier, *, pixels: bool, plan: tuple[int, ...]) ->
     record = {
         "model": origin and origin.name,
         "class_names": list(class_labels(model)),
+        "problem_type": origin and origin.problem_type,
         "preprocessing": origin and origin.preprocessing.to_dict(),
         "pixels": pixels,
         "input": [model.config.in_chans, *model.config.image_hw],

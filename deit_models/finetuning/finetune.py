@@ -23,6 +23,7 @@ from ..distributed import Process, join_processes
 from ..errors import ConfigError
 from ..evaluation import collect_outcomes
 from ..files import write_text
+from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe, recipe_named
@@ -133,6 +134,7 @@ def finetune(
     started_from = _description_of(model)
     torch.manual_seed(recipe.seed)
     adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
+    known_origin(model).check_single_label("fine-tuning")
     computing = Computing(
         device=device, workers=workers, cache=cache, corrupt_limit=corrupt_limit, watch=watch, on_epoch=on_epoch
     )
