@@ -35,6 +35,7 @@ class Preprocessing:
         resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up; or None: not resized.
         crop: (height, width) of the centre crop in pixels; a smaller image gets a black border.
         interpolation: one of `INTERPOLATIONS`.
+        rounding: of a half pixel beside the crop, "even" as torchvision does it, or "down" as transformers.
         mean, std: per channel, on values from 0 to 1. Mean 0 and std 1 leave them as they are, std 1/255 gives pixels.
 
     Raises: ConfigError: a value of another type, or out of range.
@@ -43,6 +44,7 @@ class Preprocessing:
     resize: int | tuple[int, int] | None
     crop: tuple[int, int]
     interpolation: str = "bicubic"
+    rounding: Literal["even", "down"] = "even"
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
 
@@ -56,6 +58,8 @@ class Preprocessing:
             raise ConfigError(f"crop={self.crop!r}; expected height and width in pixels, 1 to {_LONGEST_SIDE}")
         if self.interpolation not in INTERPOLATIONS:
             raise ConfigError(f"interpolation={self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
+        if self.rounding not in ("even", "down"):
+            raise ConfigError(f"rounding={self.rounding!r}; expected 'even' or 'down'")
         mean, std = self.mean, self.std
         numbers = isinstance(mean, tuple) and isinstance(std, tuple) and all(map(is_finite, (*mean, *std)))
         low, high = _STD_RANGE
@@ -77,6 +81,8 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and TOML."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
+        if self.rounding == "even":
+            del plain["rounding"]
         return plain | ({"resize": _NO_RESIZE} if self.resize is None else {})
 
     def __str__(self) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from os import PathLike
-from typing import Literal
+from typing import Any, Literal
 
 import PIL.Image
 import torch
@@ -52,7 +52,7 @@ class EvalTransform:
         spec = self.preprocessing
         if self.fast_pixels and spec.resize is not None:
             size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
-            return TF.center_crop(self._resized_fast(image, size), list(spec.crop))
+            return _cropped(self._resized_fast(image, size), spec)
         return TF.pil_to_tensor(resize_and_crop(load_image(image), spec))
 
     def to_input(self, levels: Tensor) -> Tensor:
@@ -107,7 +107,15 @@ def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing) -> PIL.Image.Im
     if spec.resize is not None:
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
         image = TF.resize(image, size, interpolation=InterpolationMode(spec.interpolation))
-    return TF.center_crop(image, list(spec.crop))
+    cropped: PIL.Image.Image = _cropped(image, spec)
+    return cropped
+
+
+def _cropped(image: Any, spec: Preprocessing) -> Any:
+    if spec.rounding == "even":
+        return TF.center_crop(image, list(spec.crop))
+    top, left = (int((side - crop) / 2) for side, crop in zip(TF.get_size(image), spec.crop, strict=True))
+    return TF.crop(image, top, left, *spec.crop)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from ..checkpoint import (
@@ -140,13 +141,13 @@ def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int], chann
 
 
 def _write_preprocessing(spec: Preprocessing) -> dict[str, Any]:
-    """Fields of the same transform. Raises: ConfigError: timm has no such transform."""
+    """Fields of the same transform, to half a pixel. Raises: ConfigError: timm has no such transform."""
     data: dict[str, Any] = {"interpolation": spec.interpolation, "mean": list(spec.mean), "std": list(spec.std)}
     data["crop_mode"] = "squash" if isinstance(spec.resize, tuple) else "center"
     pairs = zip(spec.crop, spec.resize, strict=True) if isinstance(spec.resize, tuple) else ()
     for crop, resize in [(max(spec.crop), spec.resize)] if isinstance(spec.resize, int) else pairs:
         # the side is rounded down: half a pixel more is safe from the rounding of the ratio itself
         for data["crop_pct"] in (usual_ratio(crop, resize), crop / (resize + 0.5)):
-            if _read_preprocessing(data, spec.crop, len(spec.mean)) == spec:
+            if _read_preprocessing(data, spec.crop, len(spec.mean)) == replace(spec, rounding="even"):
                 return data
     raise ConfigError(f"timm has no transform like '{spec}'; save the model with layout='native' or 'transformers'")

@@ -6,7 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, Literal
 
 from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, is_finite, load_manifest
 from ..errors import ConfigError
@@ -23,7 +23,8 @@ _CLIP = {"image_mean": (0.48145466, 0.4578275, 0.40821073), "image_std": (0.2686
 _SETTINGS = {
     **{"do_resize": True, "size": 224, "default_to_square": True, "resample": 3, "crop_size": None},
     **{"do_center_crop": False, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True},
-    **{"image_mean": _HALF, "image_std": _HALF},
+    # the last is of our own files: the transform of the weights, which transformers follows to half a pixel
+    **{"image_mean": _HALF, "image_std": _HALF, "rounding": None},
 }
 _CROPPED = {"size": {"shortest_edge": 224}, "default_to_square": False, "crop_size": 224, "do_center_crop": True}
 # Processors that do no more than these settings say, with the defaults in which they differ.
@@ -127,7 +128,7 @@ def read_processor(processor: Mapping[str, Any], model_type: str, *, channels: i
             mean=_per_channel(values["image_mean"], channels),
             std=_per_channel(values["image_std"], channels),
         )
-        return _rescaled(spec, values)
+        return _rescaled(replace(spec, rounding=values["rounding"] or _rounding(spec)), values)
     except ConfigError as error:
         raise ConfigError(f"{_FILE}: {error}") from error
 
@@ -191,6 +192,16 @@ def _read_crop(values: Mapping[str, Any], resize: Any) -> Any:
     return tuple(crop) if isinstance(crop, (list, tuple)) else (crop, crop)
 
 
+def _rounding(spec: Preprocessing) -> Literal["even", "down"]:
+    """Where transformers puts a crop; squashed images mostly have no half pixel to round."""
+    squash = spec.resize if isinstance(spec.resize, tuple) else None
+    return (
+        "even"
+        if squash and not any((one - other) % 2 for one, other in zip(squash, spec.crop, strict=True))
+        else "down"
+    )
+
+
 def _rescaled(spec: Preprocessing, values: Mapping[str, Any]) -> Preprocessing:
     """The normalisation on values from 0 to 1 that equals the processor's own on values of its scale."""
     factor = values["rescale_factor"] if values["do_rescale"] else 1
@@ -214,6 +225,7 @@ def write_processor(spec: Preprocessing) -> dict[str, Any]:
         "resample": next(number for number, name in _FILTERS.items() if name == spec.interpolation),
         "do_center_crop": spec.resize != spec.crop,
         "crop_size": {"height": spec.crop[0], "width": spec.crop[1]},
+        **({} if _rounding(spec) == spec.rounding else {"rounding": spec.rounding}),
         "do_rescale": True,
         "rescale_factor": 1 / 255,
         "do_normalize": True,
