@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+MESSAGE_LENGTH = 300
+"""Characters of an error message, at most."""
+
 
 class DeitModelsError(Exception):
-    """Base of all errors raised by deit-models: the message says what was given, what was expected, what to do."""
+    """Base of all errors raised by deit-models: the message says what was given, what was expected, what to do.
+
+    Messages hold names and texts of others: they are shown on one line of at most MESSAGE_LENGTH characters. The whole
+    text is in `args`.
+    """
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
 
 class UnknownModelError(DeitModelsError, ValueError):
@@ -55,6 +65,25 @@ class AgreementError(DeitModelsError, ValueError):
     """A faster or exported form of a model gives other logits than the model; it is not handed over."""
 
 
+def one_line(text: str, length: int = MESSAGE_LENGTH) -> str:
+    """A text of others on one line: control characters escaped, the middle left out where it is longer."""
+    if len(text) > length:
+        half = (length - 3) // 2
+        text = f"{text[: length - 3 - half]}...{text[-half:]}"
+    if not text.isprintable():
+        text = "".join(c if c.isprintable() else " " if c in "\r\n" else ascii(c)[1:-1] for c in text)
+        return one_line(text, length)
+    return text
+
+
 def first_line(error: BaseException) -> str:
     """An error's message, or its kind, on one line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return one_line((str(error).strip() or type(error).__name__).splitlines()[0])
+
+
+def shown(value: object) -> str:
+    """A value of others in a message: its `repr`, shortened."""
+    try:
+        return one_line(repr(value), 80)
+    except Exception:  # noqa: BLE001 - whole numbers beyond 4,300 digits, and objects of others, have none
+        return f"a {type(value).__name__} that cannot be shown"

@@ -9,6 +9,7 @@ import html
 import json
 import os
 import re
+import stat
 import sys
 import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 CHUNK_BYTES = 1 << 20
+MOST_JSON_BYTES = 1 << 26
 
 
 @contextmanager
@@ -105,22 +107,38 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON table. Raises: CheckpointError: not JSON, or something else than a table."""
+    """A JSON table. Raises: CheckpointError: no JSON, something else than a table, no file, or a huge one."""
+    facts = path.stat()
+    if not stat.S_ISREG(facts.st_mode) or facts.st_size > MOST_JSON_BYTES:
+        raise CheckpointError(f"{path} is {facts.st_size} bytes or no file; expected JSON, {MOST_JSON_BYTES} at most")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from error
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a mark in front
+        data = json.loads(text, object_pairs_hook=_table, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:  # beside JSONDecodeError: not UTF-8, 5,000 digits, nested too deep
+        raise CheckpointError(f"{path} is not JSON: {first_line(error)}") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} holds a {type(data).__name__}; expected a table of settings")
     return data
+
+
+def _table(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    table: dict[str, Any] = {}
+    for key, value in pairs:
+        if table.setdefault(key, value) != value:
+            raise ValueError(f"it gives {key!r} two values")
+    return table
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number of JSON")
 
 
 def parse_toml(text: str) -> dict[str, Any]:
     """The table of a TOML text. Raises: ConfigError: not TOML."""
     try:
         return tomllib.loads(text)
-    except (ValueError, RecursionError) as error:  # also of numbers and tables without end
-        raise ConfigError(f"not TOML: {error}") from error
+    except (ValueError, RecursionError) as error:  # beside TOMLDecodeError: 5,000 digits, nested too deep
+        raise ConfigError(f"not TOML: {first_line(error)}") from error
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -187,6 +205,14 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(CHUNK_BYTES):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def git_sha1_of(path: Path) -> str:
+    """SHA-1 by which git names a file's contents: the name of a small file in the Hub's cache."""
+    import hashlib
+
+    data = path.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
 def check_digest(path: Path, expected: str | None, *, name: str | None = None) -> str | None:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from .checkpoint import ModelInfo, ModelLike, Preprocessing, load_manifest
 from .config import nearest, override
-from .errors import ConfigError, ManifestError, UnknownModelError
+from .errors import ConfigError, ManifestError, UnknownModelError, first_line, shown
 
 M = TypeVar("M", bound=ModelLike)
 
@@ -70,12 +70,12 @@ def family_spec(family: str) -> ModelSpec:
         if info.family == family:
             return model_spec(name)
     known = sorted({info.family for info in load_manifest().values()})
-    raise ConfigError(f"unknown model family {family!r}; known: {', '.join(known)}")
+    raise ConfigError(f"unknown model family {shown(family)}; known: {', '.join(known)}")
 
 
 def unknown_model(name: str) -> UnknownModelError:
     """The error for a name that is not registered."""
-    return UnknownModelError(f"unknown model {name!r}{nearest(name, _names())}")
+    return UnknownModelError(f"unknown model {shown(name)}{nearest(name, _names())}")
 
 
 def list_models(pattern: str = "*", *, pretrained: bool = False) -> list[str]:
@@ -113,11 +113,17 @@ def model_info(name: str) -> ModelInfo:
 
 
 def meta_model(model_class: type[M], config: Any) -> M:
-    """A model on the meta device: it has names and shapes and takes no memory."""
+    """A model on the meta device: it has names and shapes and takes no memory.
+
+    Raises: ConfigError: tensors that are larger than any memory.
+    """
     import torch
 
-    with torch.device("meta"):
-        return model_class(config)
+    try:
+        with torch.device("meta"):
+            return model_class(config)
+    except (RuntimeError, OverflowError) as error:
+        raise ConfigError(f"{model_class.__name__} of such sizes cannot be built: {first_line(error)}") from error
 
 
 def count_macs(model: ModelLike | str | Any) -> int:

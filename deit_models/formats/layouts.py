@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 from ..checkpoint import Layout, ModelLike, Origin, Preprocessing
@@ -98,7 +98,13 @@ def _read_native(data: Mapping[str, Any]) -> Description:
     if data["deit_models"] != CONFIG_FORMAT:
         raise CheckpointError(f"config.json has format {data['deit_models']!r}; this version reads {CONFIG_FORMAT}")
     spec = family_spec(data["family"])
-    config = override(type(spec.config)(), tuples(data["config"]))
+    kind, given = type(spec.config), tuples(data["config"])
+    # Fields without which older versions wrote their files; all others are in every file.
+    added = getattr(kind, "added", frozenset[str]())
+    missing = [field.name for field in fields(kind) if field.name not in given and field.name not in added]
+    if missing:
+        raise CheckpointError(f"config.json lacks the fields {', '.join(missing)} of its config; it is not complete")
+    config = override(kind(), given)
     origin = Origin(
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),

@@ -21,7 +21,7 @@ from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # 
 from huggingface_hub.utils.tqdm import tqdm
 
 from ..errors import FetchError, IntegrityError, SaveError, first_line
-from ..files import CHUNK_BYTES, check_digest
+from ..files import CHUNK_BYTES, check_digest, git_sha1_of
 
 logger = logging.getLogger(__name__)
 
@@ -66,12 +66,33 @@ class Access:
 
 
 def hub_file(repo_id: str, filename: str, access: Access) -> Path:
-    """A file of a Hub repository, from the cache or the network.
+    """A file of a Hub repository, from the cache or the network; small ones are compared with their git SHA-1.
 
     Raises: NoSuchFileError: the repository lacks it. SaveError: no space, no permission. FetchError: any other failure,
-        with the reason and what to do.
+        with the reason and what to do. IntegrityError: other bytes than the Hub announced; the cache forgets them.
     """
-    return with_retries(lambda: _hub_file(repo_id, filename, access))
+    path = with_retries(lambda: _hub_file(repo_id, filename, access))
+    blob = path.resolve()
+    try:
+        if _is_hex(blob.name, 40) and (actual := git_sha1_of(blob)) != blob.name:
+            told = f"git SHA-1 is {actual[:16]}..., expected {blob.name[:16]}..."
+            raise IntegrityError(f"{repo_id}/{filename}: {told}; the file was changed")
+        if filename.endswith(".json"):  # those kept as large files; weights are compared when they are read
+            check_digest(blob, etag_digest(path), name=f"{repo_id}/{filename}")
+    except IntegrityError:
+        forget(path, access)
+        raise
+    return path
+
+
+def forget(path: Path, access: Access) -> None:
+    """Remove a cached download of other contents, so that the next try fetches it again.
+
+    Only files of the cache are removed: never one the user named.
+    """
+    if commit_of(path) is not None or path.parent == assets_dir("downloads", access):
+        path.resolve().unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
 def with_retries(fetch: Callable[[], T]) -> T:
@@ -116,7 +137,10 @@ def _hub_file(repo_id: str, filename: str, access: Access) -> Path:
             reason = "not in the cache, and offline; load it once with network, or pass a path"
             raise FetchError(f"{where}: {reason}") from error
         # the same error as for a server that answers with an error, which another repository may not meet
-        kind = FetchError if isinstance(error.__cause__, hub_errors.HfHubHTTPError) else HubUnreachableError
+        cause = error.__cause__
+        kind = FetchError if isinstance(cause, hub_errors.HfHubHTTPError) else HubUnreachableError
+        if isinstance(cause, hub_errors.HfHubHTTPError) and cause.response.status_code < 500:
+            raise FetchError(f"{_failure(cause, where)}; the file is not in the cache") from error
         reason = f"{constants.ENDPOINT} cannot be reached, and the file is not in the cache"
         raise kind(f"{where}: {reason}") from error
     except Exception as error:
@@ -164,7 +188,11 @@ def commit_of(path: Path) -> str | None:
 def etag_digest(path: Path) -> str | None:
     """The SHA-256 the Hub announced for a cached large file: the name of the blob it links to."""
     blob = path.resolve().name
-    return blob if len(blob) == 64 and set(blob) <= set("0123456789abcdef") else None
+    return blob if _is_hex(blob, 64) else None
+
+
+def _is_hex(name: str, length: int) -> bool:
+    return len(name) == length and set(name) <= set("0123456789abcdef")
 
 
 def assets_dir(namespace: str, access: Access) -> Path:

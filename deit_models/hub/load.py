@@ -166,12 +166,29 @@ def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:
         config = fetch.hub_file(repo_id, CONFIG_NAME, access)
         # the rest from the same commit, also if the branch moves in between
         access = replace(access, revision=fetch.commit_of(config) or access.revision)
-        data = read_json(config)
+        data = _hub_json(config, access)
         processor = fetch.optional_hub_file(repo_id, PROCESSOR_NAME, access) if "model_type" in data else None
-        description = read_config(data, None if processor is None else read_json(processor))
+        description = _described(repo_id, data, None if processor is None else _hub_json(processor, access))
     weights = _hub_weights(repo_id, access)
     digest, revision = fetch.etag_digest(weights), fetch.commit_of(weights)
     return Located(weights=weights, description=description, source=repo_id, digest=digest, revision=revision)
+
+
+def _hub_json(path: Path, access: Access) -> Mapping[str, Any]:
+    """A JSON file of the cache, which forgets it if it is damaged: not every cache says what it should hold."""
+    try:
+        return read_json(path)
+    except CheckpointError:
+        fetch.forget(path, access)
+        raise
+
+
+def _described(source: str, config: Mapping[str, Any], processor: Mapping[str, Any] | None) -> Description:
+    """`read_config`, with the place of the file in errors."""
+    try:
+        return read_config(config, processor)
+    except (CheckpointError, ConfigError, UnknownModelError) as error:
+        raise type(error)(f"{source}: {error}") from error
 
 
 def _hub_weights(repo_id: str, access: Access) -> Path:
@@ -198,7 +215,7 @@ def _locate_path(path: Path, model: str | None) -> Located:
     if model is not None:
         description = _describe_bare(model)
     elif config.is_file():
-        description = read_config(read_json(config), read_json(processor) if processor.is_file() else None)
+        description = _described(str(folder), read_json(config), read_json(processor) if processor.is_file() else None)
     else:
         raise ConfigError(f"{path} has no config.json beside it; say which model it is: model='deit_...'")
     return Located(weights=path, description=description, source=str(path))

@@ -86,7 +86,7 @@ def read_tensors(
     try:
         actual = check_digest(path, digest, name=source)
     except CheckpointError:
-        _forget(path, access)
+        fetch.forget(path, access)
         raise
     if path.suffix in PICKLE_SUFFIXES:
         actual = actual or sha256_of(path)
@@ -149,16 +149,6 @@ def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Ten
     return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
 
 
-def _forget(path: Path, access: Access) -> None:
-    """Remove a cached download of another digest, so that the next try fetches it again.
-
-    Only files of the cache are removed: never one the user named.
-    """
-    if fetch.commit_of(path) is not None or path.parent == fetch.assets_dir("downloads", access):
-        path.resolve().unlink(missing_ok=True)
-        path.unlink(missing_ok=True)
-
-
 def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) -> dict[str, Tensor]:
     """Native tensors, fitted to the model and compared with it.
 
@@ -212,7 +202,7 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _listing(problem: str, entries: list[str], *, most: int = 6) -> str:
+def _listing(problem: str, entries: list[str], *, most: int = 2) -> str:
     if not entries:
         return ""
     more = f" and {len(entries) - most} more" if len(entries) > most else ""

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ..config import check_positive, check_rates, check_whole
+from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
@@ -51,6 +51,11 @@ class DeiTConfig(ImageSize):
         dynamic_img_size: accept any multiple of the patch when called, resizing the positions on the fly.
     """
 
+    added: ClassVar[frozenset[str]] = frozenset(
+        ("layer_scale", "prefix_positions", "drop_path_uniform", "patch_drop_rate")
+    )
+    """Fields that files of older versions lack; their defaults change nothing."""
+
     img_size: int | tuple[int, int] = 224
     patch_size: int = 16
     in_chans: int = 3
@@ -72,11 +77,10 @@ class DeiTConfig(ImageSize):
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-        check_whole(self, "patch_size", "in_chans", "num_classes", "embed_dim", "depth", "num_heads")
-        check_positive(self, "mlp_ratio", "norm_eps")
+        check_positive(self, "mlp_ratio")
+        check_positive(self, "norm_eps", most=1)
         check_rates(self, "drop_rate", "drop_path_rate", "patch_drop_rate")
+        self.check_fields()
         if self.layer_scale:
             check_positive(self, "layer_scale")
         if self.embed_dim % self.num_heads:

@@ -11,12 +11,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import Layout
-from ..config import override
-from ..errors import ConfigError
+from ..config import MOST, check_fields, override
+from ..errors import ConfigError, shown
 from ..registry import meta_model
 
 if TYPE_CHECKING:
     from ..checkpoint import Origin
+
+
+MOST_PIXELS = 1 << 26
+"""Pixels of an input image, at most: 8192x8192."""
 
 
 class HeadLogits(NamedTuple):
@@ -44,6 +48,12 @@ class ImageSize:
     def image_hw(self) -> tuple[int, int]:
         """(height, width) of the input in pixels."""
         return self.img_size if isinstance(self.img_size, tuple) else (self.img_size, self.img_size)
+
+    def check_fields(self) -> None:
+        """Check flags and numbers, see `config.check_fields`; a list as `img_size` becomes a tuple."""
+        if isinstance(self.img_size, list):
+            object.__setattr__(self, "img_size", tuple(self.img_size))
+        check_fields(self)
 
 
 class ImageClassifier(nn.Module):
@@ -168,10 +178,12 @@ class DropPath(nn.Module):
 def patch_grid(image_hw: tuple[int, int], patch_size: int, *, name: str = "patch_size") -> tuple[int, int]:
     """Patches along (height, width); errors call the side of a patch by `name`.
 
-    Raises: ConfigError: a side is not a positive multiple of the patch.
+    Raises: ConfigError: a side is not a positive multiple of the patch, or the image is larger than any is.
     """
-    if len(image_hw) != 2 or not all(isinstance(side, int) for side in image_hw):
-        raise ConfigError(f"img_size={image_hw} is neither a whole number nor (height, width)")
+    if len(image_hw) != 2 or not all(type(side) is int for side in image_hw):
+        raise ConfigError(f"img_size={shown(image_hw)} is neither a whole number nor (height, width)")
+    if max(image_hw) > MOST or image_hw[0] * image_hw[1] > MOST_PIXELS:
+        raise ConfigError(f"img_size={shown(image_hw)} is too large; expected {MOST_PIXELS} pixels at most")
     for side in image_hw:
         if side < patch_size or side % patch_size:
             below = max(side // patch_size, 1) * patch_size

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 
-from ..config import check_rates, check_whole
+from ..config import check_rates, check_sizes, check_total
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import (
@@ -41,6 +41,8 @@ from .layers import (
 
 PATCH_SIZE = 16
 """Pixels along a side that one position of the first stage stands for."""
+MOST_OFFSETS = 100_000_000
+"""Pairs of positions in the attention of all blocks, at most: each block holds their offsets, eight bytes a pair."""
 SHRINK_ATTN_RATIO, SHRINK_MLP_RATIO = 4, 2  # between stages: the same in every published model
 
 
@@ -78,20 +80,21 @@ class LeViTConfig(ImageSize):
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        for name in ("img_size", "embed_dim", "depth", "num_heads"):
+        for name in ("embed_dim", "depth", "num_heads"):
             if isinstance(getattr(self, name), list):
                 object.__setattr__(self, name, tuple(getattr(self, name)))
-        check_whole(self, "in_chans", "num_classes", "key_dim", "attn_ratio", "mlp_ratio")
         check_rates(self, "drop_rate", "drop_path_rate")
-        for name in ("embed_dim", "depth", "num_heads"):
-            values = getattr(self, name)
-            whole = isinstance(values, tuple) and all(type(value) is int and value > 0 for value in values)
-            if not whole or not len(values) == len(self.embed_dim) > 0:
-                raise ConfigError(f"{name}={values!r}; expected one whole number above 0 for each stage, as a tuple")
+        self.check_fields()
+        check_sizes(self, "embed_dim", entry="stage")
+        for name in ("depth", "num_heads"):
+            check_sizes(self, name, entry="stage", count=len(self.embed_dim))
         if self.embed_dim[0] % 8 or min(self.embed_dim) < self.key_dim:
             needed = f"the first a multiple of 8, none below key_dim={self.key_dim}"
             raise ConfigError(f"embed_dim={self.embed_dim}; expected {needed}")
         patch_grid(self.image_hw, PATCH_SIZE)
+        check_total("depth", sum(self.depth))
+        if sum(n * (h * w) ** 2 for n, (h, w) in zip(self.depth, self.grids, strict=True)) > MOST_OFFSETS:
+            raise ConfigError(f"img_size={self.img_size} is too large for depth={self.depth}; use 768 or less")
 
     @property
     def grids(self) -> tuple[tuple[int, int], ...]:

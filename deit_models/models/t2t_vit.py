@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..config import check_positive, check_rates, check_whole
+from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
@@ -84,11 +84,10 @@ class T2TViTConfig(ImageSize):
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
-        check_whole(self, "in_chans", "num_classes", "token_dim", "embed_dim", "depth", "num_heads")
-        check_positive(self, "mlp_ratio", "norm_eps")
+        check_positive(self, "mlp_ratio")
+        check_positive(self, "norm_eps", most=1)
         check_rates(self, "token_drop_rate", "drop_rate", "drop_path_rate")
+        self.check_fields()
         for name, choices in (("tokens_type", get_args(TokensType)), ("pos_resize", get_args(PosResize))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from torch.distributions import Beta
 from torch.nn import functional as F
 
-from ..config import check_positive, check_rates, check_whole
-from ..errors import ConfigError
+from ..config import check_fields, check_positive, check_rates, check_sizes, check_total
+from ..errors import ConfigError, shown
 from ..registry import register_model
 from .layers import (
     HeadLogits,
@@ -56,11 +56,11 @@ class Stage:
 
     def __post_init__(self) -> None:
         """Raise ConfigError for a stage without blocks, or a number that is not a whole one above 0."""
-        check_whole(self, "embed_dim", "head_dim")
+        check_fields(self)
         for name in ("num_heads", "mlp_hidden"):
-            object.__setattr__(self, name, values := tuple(getattr(self, name)))
-            if not all(type(value) is int and value > 0 for value in values):
-                raise ConfigError(f"{name}={values}; expected whole numbers above 0, one for each block")
+            if isinstance(getattr(self, name), list):
+                object.__setattr__(self, name, tuple(getattr(self, name)))
+            check_sizes(self, name, entry="block")
         if not len(self.num_heads) == len(self.mlp_hidden) > 0:
             given = f"num_heads={self.num_heads} and mlp_hidden={self.mlp_hidden}"
             raise ConfigError(f"{given}; expected one of each for every block")
@@ -106,12 +106,13 @@ class ViTResNASConfig(ImageSize):
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        if isinstance(self.img_size, list):
-            object.__setattr__(self, "img_size", tuple(self.img_size))
+        if not isinstance(self.stages, (list, tuple)):
+            raise ConfigError(f"stages={shown(self.stages)}; expected a list of tables")
         object.__setattr__(self, "stages", tuple(map(_read_stage, self.stages)))
-        check_whole(self, "in_chans", "num_classes", "patch_size", "stem_dim")
-        check_positive(self, "norm_eps")
+        check_total("depth", self.depth)
+        check_positive(self, "norm_eps", most=1)
         check_rates(self, "drop_rate", "drop_path_rate")
+        self.check_fields()
         if self.stem not in get_args(Stem):
             raise ConfigError(f"stem={self.stem!r}; expected {' or '.join(map(repr, get_args(Stem)))}")
         if self.stem == "conv" and self.patch_size % 2:
@@ -148,7 +149,7 @@ def _read_stage(data: Any) -> Stage:
         return data if isinstance(data, Stage) else Stage(**data)
     except TypeError as error:
         known = ", ".join(field.name for field in fields(Stage))
-        raise ConfigError(f"stages: {data!r} is no stage ({error}); expected a table with {known}") from error
+        raise ConfigError(f"stages: {shown(data)} is no stage ({error}); expected a table with {known}") from error
 
 
 class StemConv(nn.Module):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import Layout
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..models.layers import HeadLogits, ImageClassifier
 from ..models.transformer import Attention, Block, Mlp
 from ..models.vit_resnas import PatchLogits, PatchTraining, SpatialReduction, ViTResNAS
@@ -74,7 +74,9 @@ class SuperNetwork(ImageClassifier):
         super().__init__(net.config)
         wanted = space.config_of(space.largest()).stages
         if net.config.stages != wanted:
-            raise ConfigError(f"a super-network of stages {net.config.stages}; the space's largest has {wanted}")
+            raise ConfigError(
+                f"a super-network of stages {shown(net.config.stages)}; the space's largest has {shown(wanted)}"
+            )
         self.net, self.space, self.sampling = net, space, sampling
         self.origin = net.origin
         self.epoch = sampling.warmup_epochs
