@@ -56,8 +56,10 @@ def check_whole(config: Any, *names: str, most: int = 10**12) -> None:
 
 
 def check_sizes(config: Any, name: str, *, entry: str, count: int | None = None) -> None:
-    """Raise ConfigError unless a field is a tuple of sizes, one for each `entry`, of which there are `count`."""
+    """Raise ConfigError unless a field holds a size for each `entry`, `count` of them; a list becomes a tuple."""
     values = getattr(config, name)
+    if isinstance(values, list):
+        object.__setattr__(config, name, values := tuple(values))
     whole = isinstance(values, tuple) and all(type(value) is int and 0 < value <= MOST for value in values)
     if not whole or not values or (count is not None and len(values) != count):
         raise ConfigError(

@@ -160,7 +160,9 @@ def _failure(error: Exception, where: str) -> Exception:
         return kind(f"{where}: the server answered {status}{advice}")
     # HTTPError is the base class of whatever HTTP library the installed client uses
     if isinstance(error, hub_errors.HTTPError):  # type: ignore[attr-defined]  # imported there, not listed
-        return TransientError(f"{where}: connection lost ({first_line(error)})")
+        # the client has tried again itself until no byte came for about a minute
+        kind = FetchError if "Timeout" in type(error).__name__ else TransientError
+        return kind(f"{where}: connection lost ({first_line(error)})")
     if isinstance(error, OSError):
         # a full disk has an errno; a download that came out short has none
         return (SaveError if error.errno is not None else TransientError)(f"{where}: {first_line(error)}")

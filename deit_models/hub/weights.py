@@ -162,7 +162,6 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
         or infinity inside. All mismatches are listed in one message.
     """
     expected, tensors = model.state_dict(), mapped.tensors
-    problems = [_listing("missing", mapped.missing), _listing("unexpected", mapped.unexpected)]
     comparable = True
     if isinstance(model, ImageClassifier) and made_for not in (None, model.config):
         comparable = not (mapped.missing or mapped.uneven)
@@ -177,9 +176,11 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
         for name, tensor in tensors.items()
         if expected[name].is_floating_point() and not tensor.is_floating_point()
     ]
-    problems += [_listing("wrong shape", shapes), _listing("not floating point", types)]
-    if any(problems):
-        raise CheckpointError("not the weights of this model: " + "; ".join(filter(None, problems)))
+    problems = {"missing": mapped.missing, "unexpected": mapped.unexpected}
+    problems |= {"wrong shape": shapes, "not floating point": types}
+    if most := {0: 0, 1: 6}.get(sum(map(bool, problems.values())), 2):  # a message has room for so many names
+        listings = (_listing(problem, entries, most=most) for problem, entries in problems.items() if entries)
+        raise CheckpointError("not the weights of this model: " + "; ".join(listings))
     not_finite = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if not_finite:
         raise CheckpointError("damaged weights: " + _listing("NaN or infinity in", not_finite))
@@ -202,8 +203,6 @@ def _finite(tensor: Tensor) -> bool:
     return bool(low.isfinite() and high.isfinite())
 
 
-def _listing(problem: str, entries: list[str], *, most: int = 2) -> str:
-    if not entries:
-        return ""
+def _listing(problem: str, entries: list[str], *, most: int = 6) -> str:
     more = f" and {len(entries) - most} more" if len(entries) > most else ""
     return f"{len(entries)} {problem}: {', '.join(entries[:most])}{more}"

@@ -80,9 +80,6 @@ class LeViTConfig(ImageSize):
 
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
-        for name in ("embed_dim", "depth", "num_heads"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         check_rates(self, "drop_rate", "drop_path_rate")
         self.check_fields()
         check_sizes(self, "embed_dim", entry="stage")

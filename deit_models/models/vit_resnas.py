@@ -58,8 +58,6 @@ class Stage:
         """Raise ConfigError for a stage without blocks, or a number that is not a whole one above 0."""
         check_fields(self)
         for name in ("num_heads", "mlp_hidden"):
-            if isinstance(getattr(self, name), list):
-                object.__setattr__(self, name, tuple(getattr(self, name)))
             check_sizes(self, name, entry="block")
         if not len(self.num_heads) == len(self.mlp_hidden) > 0:
             given = f"num_heads={self.num_heads} and mlp_hidden={self.mlp_hidden}"
