@@ -106,6 +106,13 @@ class Preprocessing:
         height, width = (new * old // was for new, old, was in zip(crop, self.resize, self.crop, strict=True))
         return replace(self, crop=crop, resize=(height, width))
 
+    def for_channels(self, channels: int) -> Preprocessing:
+        """The same preprocessing for images of so many channels; a number a channel is averaged where it has to be."""
+        if channels == len(self.mean) == len(self.std):
+            return self
+        mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
+        return replace(self, mean=(mean,) * channels, std=(std,) * channels)
+
 
 def is_finite(value: Any) -> bool:
     """Whether a value of a config file is a number, neither a truth value nor infinite."""

@@ -12,10 +12,11 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
+from ..data.decoding import ImageSource, check_resized, load_planes
 from ..data.transforms import resize_and_crop, to_device
 from ..errors import ConfigError
 from ..training.recipe import Recipe
-from .levels import ErasingBox, Levels, Plan, box_sides, cut
+from .levels import ErasingBox, Levels, Plan, box_sides, cut, greyed
 from .randaugment import ENHANCE, RandAugment, Resampling
 
 
@@ -90,7 +91,9 @@ class PaddedCrop:
         self.size, self.padding, self.mode, self.resize = size, padding, mode, resize
 
     def __call__(self, image: Image.Image, rng: Random) -> Image.Image:
-        image = self.resize(image, covering(self.size, image.height, image.width), rng)
+        resized = covering(self.size, image.height, image.width)
+        check_resized("image", image.height, image.width, resized)
+        image = self.resize(image, resized, rng)
         top, left = self._place(image.height, image.width, rng)
         vertical, horizontal = self.padding
         image = TF.pad(image, [horizontal, vertical], padding_mode=self.mode)
@@ -159,12 +162,13 @@ _INTERPOLATIONS = {
 
 
 class TrainTransform:
-    """The changes of a recipe to an RGB PIL image: crop, flip, augment, in this order; `TrainInput` does the rest.
+    """The changes of a recipe to an image: crop, flip, augment, in this order; `TrainInput` does the rest.
 
     All randomness follows from torch's global generator: the same seed gives the same levels and box to erase.
-    The parts `crop`, `hflip`, `changes` and `erase` are attributes and may be exchanged.
+    The parts `crop`, `hflip`, `changes` and `erase` are attributes and may be exchanged. For other than three channels,
+    by the length of the preprocessing's mean, each channel is changed in the same way, as a picture in grey.
 
-    Shape: an RGB PIL image of any size -> `Levels` of (3, height, width).
+    Shape: an RGB PIL image of any size, or see `load_planes` -> `Levels` of (C, height, width).
     Source: DeiT, table 9; DeiT III (arXiv:2204.07118) for 3-Augment and the simple crop.
     """
 
@@ -183,12 +187,24 @@ class TrainTransform:
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
         self.erase = ErasingBox(recipe.erase)
-        self.preprocessing, self.size = preprocessing, size
+        self.preprocessing, self.size, self.channels = preprocessing, size, len(preprocessing.mean)
 
-    def __call__(self, image: Image.Image, rng: Random | None = None) -> Levels:
-        """An RGB PIL image to levels of (3, H, W), and the box to erase; by default torch's generator seeds it."""
+    def __call__(self, image: ImageSource, rng: Random | None = None) -> Levels:
+        """An image to levels of (C, H, W), and the box to erase; by default torch's generator seeds it."""
         # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
         rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
+        if self.channels == 3:
+            values = self._levels(image if isinstance(image, Image.Image) else load_planes(image, 3)[0], rng)
+        else:
+            state, planes = rng.getstate(), []
+            for plane in load_planes(image, self.channels):
+                rng.setstate(state)
+                planes.append(self._levels(plane.convert("RGB"), rng)[:1])
+            values = torch.cat(planes)
+        return Levels(values, torch.tensor(self.erase(values.shape[1], values.shape[2], rng)))
+
+    def _levels(self, image: Image.Image, rng: Random) -> Tensor:
+        """Levels (3, H, W) of a changed RGB image."""
         image = self.crop(image, rng)
         if rng.random() < self.hflip:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
@@ -196,17 +212,17 @@ class TrainTransform:
             image = change(image, rng)
         # Plane by plane as Pillow can: half the time of bringing the channels forward in torch
         planes = bytearray(b"".join([band.tobytes() for band in image.split()]))
-        values = torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
-        return Levels(values, torch.tensor(self.erase(image.height, image.width, rng)))
+        return torch.frombuffer(planes, dtype=torch.uint8).view(3, image.height, image.width)
 
     def cuts(self, height: int, width: int) -> bool:
         """Whether images of this size are cut without resizing, which `cut_batch` does for many at once."""
-        return not isinstance(self.crop, RandomResizedCrop) and self.crop.fits(height, width)
+        cutter = not isinstance(self.crop, RandomResizedCrop) and self.crop.fits(height, width)
+        return cutter and self.channels in (1, 3)
 
     def cut_batch(self, images: Tensor, rows: Sequence[int], seeds: Sequence[int]) -> Levels:
         """Levels of some images of a set in memory, bit for bit those that each image gives with its `sample_rng`.
 
-        Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, 3, H, W), (B, 5).
+        Shape: (N, 3, h, w) uint8, of which B rows are taken -> (B, C, H, W), (B, 5).
         """
         rngs = [sample_rng(seed) for seed in seeds]
         values = self._cut(images, self._cuts((images.shape[2], images.shape[3]), rows, rngs))
@@ -225,7 +241,8 @@ class TrainTransform:
 
     def _cut(self, images: Tensor, cuts: Tensor) -> Tensor:
         crop = self._cutter()
-        return cut(images, cuts, self.size, padding=crop.padding, mode=crop.mode)
+        values = cut(images, cuts, self.size, padding=crop.padding, mode=crop.mode)
+        return greyed(values) if self.channels == 1 else values
 
     def _cuts(self, size: tuple[int, int], rows: Sequence[int], rngs: Sequence[Random]) -> Tensor:
         place = self._cutter().place
@@ -244,7 +261,7 @@ class TrainTransform:
     def _changed(self, values: Tensor, rngs: Sequence[Random]) -> Tensor:
         """Apply the changes to each image, as a picture of Pillow's."""
         height, width = self.size
-        pixels = values.permute(0, 2, 3, 1).contiguous()
+        pixels = values.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).contiguous()
         memory, length = pixels.numpy().data.cast("B"), 3 * height * width
         for number, rng in enumerate(rngs):
             part = memory[number * length : (number + 1) * length]
@@ -253,7 +270,7 @@ class TrainTransform:
                 image = change(image, rng)
             if image is not before:
                 part[:] = image.tobytes()
-        return pixels.permute(0, 3, 1, 2).contiguous()
+        return pixels.permute(0, 3, 1, 2)[:, : self.channels].contiguous()
 
     def __repr__(self) -> str:
         parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.erase]
@@ -285,7 +302,7 @@ def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[_Change]:
         return [ThreeAugment(), *jitter]
     if not recipe.augment.startswith("rand-"):
         raise ConfigError(f"augment={recipe.augment!r}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
-    fill = tuple(max(0, min(255, round(255 * value))) for value in preprocessing.mean)
+    fill = tuple(max(0, min(255, round(255 * value))) for value in preprocessing.for_channels(3).mean)
     return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
 
 

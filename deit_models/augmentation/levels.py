@@ -22,7 +22,7 @@ class Levels(NamedTuple):
     """Images before normalising, and boxes to erase; of one image as below, or with a batch axis in front.
 
     Attributes:
-        values: (3, H, W) uint8.
+        values: (C, H, W) uint8.
         erase: (5,) int64: top, left, height, width of the box, height 0 for none, and the seed of its noise.
     """
 
@@ -45,7 +45,7 @@ class Plan(NamedTuple):
 def cut(images: Tensor, cuts: Tensor, size: tuple[int, int], *, padding: tuple[int, int], mode: str) -> Tensor:
     """Pad (above and beside; "constant" or "reflect"), crop and mirror a batch, with no copy of the padded images.
 
-    Shape: (N, 3, h, w) uint8 and (B, 4) int64 (see `Plan`), on one device -> (B, 3, H, W) uint8, `size` being (H, W).
+    Shape: (N, C, h, w) uint8 and (B, 4) int64 (see `Plan`), on one device -> (B, C, H, W) uint8, `size` being (H, W).
     """
     (_, _, height, width), (rows, columns) = images.shape, size
     index, top, left, mirrored = cuts[:, :, None].unbind(1)
@@ -55,12 +55,18 @@ def cut(images: Tensor, cuts: Tensor, size: tuple[int, int], *, padding: tuple[i
     if mode == "reflect":
         down, across = _mirrored_inside(down, height), _mirrored_inside(across, width)
     places = down.clamp(0, height - 1)[:, :, None] * width + across.clamp(0, width - 1)[:, None, :]
-    pixels = images.flatten(2)[index[:, 0]].gather(2, places.flatten(1)[:, None].expand(-1, 3, -1))
-    values = pixels.view(len(cuts), 3, rows, columns)
+    pixels = images.flatten(2)[index[:, 0]].gather(2, places.flatten(1)[:, None].expand(-1, images.shape[1], -1))
+    values = pixels.view(*pixels.shape[:2], rows, columns)
     if mode == "reflect" or padding == (0, 0):
         return values
     inside = ((down >= 0) & (down < height))[:, :, None] & ((across >= 0) & (across < width))[:, None, :]
     return values.mul_(inside[:, None])
+
+
+def greyed(images: Tensor) -> Tensor:
+    """Colours to greys as Pillow converts them: (B, 3, H, W) -> (B, 1, H, W) uint8."""
+    red, green, blue = images.to(torch.int32).unbind(1)
+    return ((19595 * red + 38470 * green + 7471 * blue + 0x8000) >> 16).to(torch.uint8)[:, None]
 
 
 def _mirrored_inside(places: Tensor, length: int) -> Tensor:
@@ -115,13 +121,13 @@ class TrainInput:
     def __init__(self, preprocessing: Preprocessing, device: torch.device) -> None:
         scale = 255 * torch.tensor(preprocessing.std, dtype=torch.float64)
         offset = -255 * torch.tensor(preprocessing.mean, dtype=torch.float64) / scale
-        self._factor = (1 / scale).float().view(3, 1, 1).to(device)
-        self._offset = offset.float().view(3, 1, 1).to(device)
+        self._factor = (1 / scale).float().view(-1, 1, 1).to(device)
+        self._offset = offset.float().view(-1, 1, 1).to(device)
         self._noise = torch.Generator(device)
         self.device = device
 
     def __call__(self, levels: Levels) -> Tensor:
-        """(B, 3, H, W) float32 on the device."""
+        """(B, C, H, W) float32 on the device."""
         images = levels.values.to(self.device, non_blocking=True) * self._factor
         images += self._offset
         hit = levels.erase[:, 2].nonzero().flatten()
@@ -137,7 +143,7 @@ class TrainInput:
 
 
 def paste(noise: Tensor, images: Tensor, where: Tensor, boxes: Tensor) -> None:
-    """In place: (K, 3, H, W) noise in the `boxes` (K, 5) of those `images` whose numbers are in `where` (K,)."""
+    """In place: (K, C, H, W) noise in the `boxes` (K, 5) of those `images` whose numbers are in `where` (K,)."""
     top, left, height, width, _ = boxes[:, :, None].unbind(1)
     down, across = (torch.arange(side, device=images.device) for side in images.shape[2:])
     rows, columns = (down >= top) & (down < top + height), (across >= left) & (across < left + width)

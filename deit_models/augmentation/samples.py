@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -148,13 +148,21 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
     def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
         """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
         index, seed = key
-        if isinstance(self.transform, TrainTransform) and always_the_same(self.records):
-            # nothing draws from the global generators, so they need no seed: a sixth of the time of a small image
-            (image, label), failed = self._readable(index, self.records.__getitem__)
-            return self.transform(image, sample_rng(seed)), label, failed
-        with _seeded(seed):
-            (image, label), failed = self._readable(index, self.records.__getitem__)
-            return self.transform(image), label, failed
+        if not isinstance(self.transform, TrainTransform):  # an ImageError of which is a mistake and no damaged image
+            with _seeded(seed):
+                (image, label), failed = self._readable(index, self.records.__getitem__)
+                return self.transform(image), label, failed
+        transform = self.transform
+        # such a pair draws from no global generator, so it needs no seed: a sixth of the time of a small image
+        unseeded = always_the_same(self.records)
+
+        def made(number: int) -> tuple[Any, int]:
+            image, label = self.records[number]
+            return transform(image, sample_rng(seed) if unseeded else None), label
+
+        with nullcontext() if unseeded else _seeded(seed):
+            (levels, label), failed = self._readable(index, made)
+        return levels, label, failed
 
     def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
         """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""

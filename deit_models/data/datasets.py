@@ -3,37 +3,39 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
 from operator import index as whole_number
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-import PIL.Image
 from torch.utils.data import Subset
 from torchvision import datasets
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
 from ..errors import ConfigError, DataError, ImageError, MissingExtraError, first_line
-from .decoding import load_image
+from .decoding import load_item
 from .records import (
     IMAGE_SUFFIXES,
     ArrayRecords,
     FileRecords,
     ImageRecords,
     check_classes,
-    is_image,
+    list_images,
     read_class_folders,
     some,
     subfolders,
+    unread_files,
 )
+
+logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val"]
 
@@ -338,7 +340,8 @@ def wrap(dataset: Any, classes: Sequence[str] | None = None) -> ImageRecords:
 
     Args:
         dataset: has a length, and items of an image, in a form that `load_image` accepts (a PIL image, a path, an array
-            or tensor of uint8 or of floats 0..1, not yet normalised), and a whole number from 0.
+            or tensor of uint8 or of floats 0..1, not yet normalised, with as many channels as the model takes), and a
+            whole number from 0.
         classes: class names in the order of the labels; by default the data set's own `classes`, or those of the data
             set that a Subset or ConcatDataset is made from.
 
@@ -369,7 +372,7 @@ class _WrappedRecords(ImageRecords):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         item = self._dataset[index]
         try:
             image, label = item
@@ -378,7 +381,7 @@ class _WrappedRecords(ImageRecords):
             raise DataError(f"{self.describe(index)}: {error}; expected a pair of image and whole number") from error
         if not 0 <= number < len(self.classes):
             raise DataError(f"{self.describe(index)}: label {number}, expected 0 to {len(self.classes) - 1}")
-        return load_image(image), number
+        return load_item(image), number
 
     def describe(self, index: int) -> str:
         dataset, inner = self._inner(index)
@@ -416,20 +419,20 @@ def _own_classes(dataset: Any) -> Sequence[Any] | None:
 
 
 def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted; they are known by IMAGE_SUFFIXES, and hidden files are left out.
+    """The image files of a folder, sorted; they are known by IMAGE_SUFFIXES, see `list_images` for what is left out.
 
-    Raises: ImageError: no such folder, or no image in it.
+    Files that look like images and cannot be read here, such as HEIC without pillow-heif, are counted in a warning.
+
+    Raises: ImageError: no such folder, or no image in it. DataError: a folder in it cannot be read.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
-    found = [
-        Path(parent, name)
-        for parent, _, names in islice(os.walk(root), None if recursive else 1)
-        for name in names
-        if is_image(name)
-    ]
+    found, unread = list_images(root, recursive=recursive)
     if not found:
         where = "in it or below" if recursive else "directly in it"
-        raise ImageError(f"{root}: no image {where}; looked for {' '.join(IMAGE_SUFFIXES)}")
-    return sorted(found)
+        reason = unread_files(unread) if unread else f"looked for {' '.join(IMAGE_SUFFIXES)}"
+        raise ImageError(f"{root}: no image {where}; {reason}")
+    if unread:
+        logger.warning("%s: %s", root, unread_files(unread))
+    return sorted(root / name for name in found)

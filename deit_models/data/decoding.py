@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import io
+import logging
+import math
 import stat
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +22,9 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
-from ..errors import ImageError
+from ..errors import ConfigError, DeitModelsError, ImageError, first_line
+
+logger = logging.getLogger(__name__)
 
 ImageSource = str | PathLike[str] | bytes | PIL.Image.Image | Tensor | Any
 """A path, encoded bytes, a PIL image, an (H, W[, C]) array, or a (C, H, W) tensor; arrays of uint8 or floats 0..1."""
@@ -26,7 +32,19 @@ ImageSource = str | PathLike[str] | bytes | PIL.Image.Image | Tensor | Any
 MAX_IMAGE_PIXELS = 178_956_970
 """Images with more pixels are refused before they are decoded: 512 MiB as RGB, Pillow's own limit for an error."""
 
+MAX_RESIZED_PIXELS = MAX_IMAGE_PIXELS // 4
+"""Images that would have more pixels once their shorter side is resized, as a strip of 60000x1 would, are refused."""
+HEIF_SUFFIXES = (".heic", ".heif", ".hif")
+"""Photographs of phones, which Pillow reads with pillow-heif alone."""
+
 _ORIENTATION = 0x0112
+_Turn = PIL.Image.Transpose
+_TURNS = {
+    **{2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE},
+    **{6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90},
+}
+_ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
+"""Entries of `Image.info` with an orientation, which is no longer true once the picture is turned."""
 # Values of the EXIF orientation by their effect: axes swapped, right edge shown left, bottom edge shown at the top
 _ON_ITS_SIDE, _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 
@@ -35,7 +53,7 @@ def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
     """Decode an image as a photo viewer would show it, as an RGB PIL image.
 
     The EXIF orientation is applied, transparency is laid over white, the first frame of an animation is taken,
-    palettes, CMYK and 16-bit greys are converted. An ordinary RGB file gives exactly Pillow's pixels.
+    palettes, CMYK and deep greys are converted, see `to_rgb`. An ordinary RGB file gives exactly Pillow's pixels.
 
     Args:
         source: a path, or the encoded bytes.
@@ -82,11 +100,23 @@ def decode_reduced(source: str | PathLike[str] | bytes, *, side: int) -> Reduced
 @contextmanager
 def _opened(source: str | PathLike[str] | bytes) -> Iterator[tuple[PIL.Image.Image, str]]:
     """The image, not decoded yet, and its name in errors."""
-    name = f"{len(source)} bytes" if isinstance(source, bytes) else fspath(source)
+    name = name_of(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
-    with _explained(name), PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    if name.lower().endswith(HEIF_SUFFIXES) or (isinstance(source, bytes) and source[4:8] == b"ftyp"):
+        reads_heif()
+    with explained(name), PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
         yield image, name
+
+
+@cache
+def reads_heif() -> bool:
+    """Whether HEIC photographs can be read; pillow-heif is registered with Pillow where it is installed."""
+    try:
+        import_module("pillow_heif").register_heif_opener()
+    except (ImportError, AttributeError):
+        return ".heic" in PIL.Image.registered_extensions()
+    return True
 
 
 def _check_file(path: Path, name: str) -> None:
@@ -133,22 +163,29 @@ _QUIET = _Quiet()
 
 
 @contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn Pillow's errors into an ImageError that names the image, and keep its warnings quiet."""
+def explained(name: str) -> Iterator[None]:
+    """Turn whatever Pillow raises into an ImageError that names the image, and keep its warnings quiet."""
     try:
         with _QUIET:
             yield
-    except ImageError:
+    except DeitModelsError:
         raise
-    except PIL.UnidentifiedImageError as error:
-        raise ImageError(f"{name}: not an image in a format Pillow knows") from error
-    except PIL.Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: {error}") from error
-    except PermissionError as error:
-        raise ImageError(f"{name}: cannot be read ({error.strerror})") from error
-    except (OSError, SyntaxError, ValueError, EOFError, RuntimeError) as error:
-        # Pillow's decoders raise all of these for damaged data, the AVIF one RuntimeError
-        raise ImageError(f"{name}: damaged image ({error})") from error
+    except Exception as error:
+        # Decoders fail on damaged data in any way they like, so there is no list of types here
+        raise ImageError(f"{name}: {_reason(error, name)}") from error
+
+
+def _reason(error: Exception, name: str) -> str:
+    if isinstance(error, PIL.UnidentifiedImageError):
+        if name.lower().endswith(HEIF_SUFFIXES) and not reads_heif():
+            return "Pillow reads HEIC with pillow-heif alone; pip install pillow-heif, or convert it to JPEG"
+        return "not an image in a format Pillow knows"
+    if isinstance(error, MemoryError):
+        return "needs more memory than there is"
+    if isinstance(error, PermissionError):
+        return f"cannot be read ({error.strerror})"
+    text = first_line(error)[:200]
+    return text if isinstance(error, PIL.Image.DecompressionBombError) else f"damaged image ({text})"
 
 
 def _check_picture(image: PIL.Image.Image, name: str) -> None:
@@ -161,25 +198,100 @@ def _check_picture(image: PIL.Image.Image, name: str) -> None:
 
 
 def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
-    """Decode, turn upright in place, which copies nothing of a photograph that is upright already, convert to RGB."""
+    """Decode, turn upright, which copies nothing of a photograph that is upright already, convert to RGB."""
     _check_picture(image, name)
+    deep = image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
     image.load()
-    PIL.ImageOps.exif_transpose(image, in_place=True)
-    return to_rgb(image)
+    if deep and 0 < max(high for _, high in _extrema(image)[:3]) < _DARK:
+        raise ImageError(f"{name}: colours of 16 bits of which no more than 12 are used; convert it to 8 bits first")
+    try:
+        return to_rgb(upright(image))
+    except ImageError as error:
+        raise ImageError(f"{name}: {error}") from error
+
+
+def _extrema(image: PIL.Image.Image) -> Any:
+    return image.getextrema()
+
+
+def upright(image: PIL.Image.Image) -> PIL.Image.Image:
+    """An image turned as its EXIF orientation says, or itself.
+
+    Differs from Pillow's `exif_transpose`: the orientation alone is read; other tags, damaged ones too, are not written
+    anew.
+    """
+    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in _ORIENTED_BY:
+        turned.info.pop(key, None)
+    return turned
 
 
 def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any Pillow mode to RGB: alpha over white, 16-bit greys scaled to 8 bits rather than clipped."""
+    """Any Pillow mode to RGB, with alpha over white.
+
+    Greys of more than 8 bits are scaled, never clipped: from the bits that the format declares (12-bit TIFF, PGM,
+    JPEG 2000); else from the fewest of 1, 8, 10, 12, 14 and 16 bits, 15 for signed numbers, that hold the largest
+    value. Floats up to 1 are scaled from 1. A depth that was guessed is logged once.
+
+    Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
+        nothing above 15 that are not of zeros and ones.
+    """
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
-    if image.mode.startswith("I"):
+    if image.mode.startswith(("I", "F")):
         # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
-        return image.convert("I").point(lambda level: level * (1 / 257)).convert("L").convert("RGB")
+        return _shallow(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
         rgba = image.convert("RGBA")
         background = PIL.Image.new("RGBA", rgba.size, "white")
         return PIL.Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
+
+
+_DEPTHS = (1, 8, 10, 12, 14, 16)
+_DARK = 16
+_BITS, _PHOTOMETRIC = 258, 262
+"""TIFF tags: bits of a sample; 0 where the largest value is black."""
+
+
+def _shallow(image: PIL.Image.Image) -> PIL.Image.Image:
+    """A grey image of more than 8 bits, or of floats, in 8 bits; see `to_rgb`."""
+    wide = image if image.mode == "F" else image.convert("I")
+    low, high = _extrema(wide)
+    if image.mode == "F" and not math.isfinite(_extrema(wide.resize((1, 1), PIL.Image.Resampling.BOX))[0]):
+        raise ImageError("grey values that are no numbers, or not finite; convert it to 8 or 16 bits first")
+    tags = getattr(image, "tag_v2", {})
+    declared = 12 if tags.get(_BITS) == (12,) else 16 if image.format in ("PPM", "JPEG2000") and high <= 65535 else None
+    if low < 0 or round(high) > 65535 or (declared is None and 1 < high < _DARK):
+        raise ImageError(
+            f"grey values from {low:g} to {high:g}, which could mean anything; convert it to 8 or 16 bits first"
+        )
+    depths = (*_DEPTHS[:-1], 15, 16) if image.mode == "I" else _DEPTHS
+    bits = declared or next(depth for depth in depths if round(high) < 1 << depth)
+    if declared is None and bits < 16 and not (image.mode == "F" and high <= 1):
+        _log_guess(image.mode, bits)
+    # floats are rounded, whole numbers rounded down
+    scale, more = 255 / ((1 << bits) - 1), 0.5 if image.mode == "F" else 1e-6
+    shallow = wide.point(lambda level: level * scale + more).convert("L")
+    return PIL.ImageOps.invert(shallow) if tags.get(_PHOTOMETRIC) == 0 else shallow
+
+
+@cache
+def _log_guess(mode: str, bits: int) -> None:
+    logger.warning("a grey image of Pillow's mode %s is taken for one of %d bits, by its largest value", mode, bits)
+
+
+def check_resized(name: str, height: float, width: float, size: Sequence[int]) -> None:
+    """Raise ImageError if an image has too many pixels once it is resized to `size`: shorter side, or height, width."""
+    rows, columns = size if len(size) == 2 else (int(size[0] * side / min(height, width)) for side in (height, width))
+    if rows * columns > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"{name}: {width:.0f}x{height:.0f} pixels, which become {columns}x{rows} when resized, more than "
+            f"{MAX_RESIZED_PIXELS}; cut it to a less extreme aspect first"
+        )
 
 
 def load_image(source: ImageSource) -> PIL.Image.Image:
@@ -190,10 +302,48 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
     if isinstance(source, (str, PathLike, bytes)):
         return decode_image(source)
     if isinstance(source, PIL.Image.Image):
-        name = getattr(source, "filename", "") or "PIL image"
-        with _explained(name):
-            _check_picture(source, name)
-            return to_rgb(PIL.ImageOps.exif_transpose(source))  # a copy: the caller's image stays as it is
+        name = name_of(source)
+        with explained(name):
+            image = _show(source, name)
+            return image.copy() if image is source else image  # the caller's image stays as it is
+    return to_rgb(TF.to_pil_image(_array_levels(source, (1, 3, 4))))
+
+
+def name_of(source: ImageSource) -> str:
+    """An image's name in errors."""
+    if isinstance(source, (str, PathLike)):
+        return fspath(source)
+    if isinstance(source, bytes):
+        return f"{len(source)} bytes"
+    return getattr(source, "filename", "") or ("PIL image" if isinstance(source, PIL.Image.Image) else "image")
+
+
+def load_planes(source: ImageSource, channels: int) -> list[PIL.Image.Image]:
+    """An image as pictures that are to be treated alike: one in RGB, or in grey one for each of the `channels`.
+
+    Raises: ConfigError: a file or PIL image for neither 1 nor 3 channels. ImageError: see `load_image`.
+    """
+    if channels in (1, 3):
+        image = load_image(source)
+        return [image if channels == 3 else image.convert("L")]
+    if isinstance(source, (str, PathLike, bytes, PIL.Image.Image)):
+        raise ConfigError(
+            f"{name_of(source)}: the model takes {channels} channels, and image files are read as 3 or 1; pass arrays "
+            f"(H, W, {channels}) or tensors ({channels}, H, W)"
+        )
+    return [TF.to_pil_image(plane) for plane in _array_levels(source, (channels,))]
+
+
+def load_item(source: ImageSource) -> PIL.Image.Image | Tensor:
+    """An RGB PIL image; of arrays and tensors with other than 1 or 3 channels their levels, (C, H, W) uint8."""
+    if not hasattr(source, "ndim"):
+        return load_image(source)
+    levels = _array_levels(source, None)
+    return to_rgb(TF.to_pil_image(levels)) if len(levels) in (1, 3) else levels
+
+
+def _array_levels(source: Any, channels: tuple[int, ...] | None) -> Tensor:
+    """An array or tensor as (C, H, W) uint8, where C is one of `channels`, or any number."""
     if isinstance(source, Tensor):
         tensor = source.detach()
     elif hasattr(source, "__array_interface__"):
@@ -203,7 +353,14 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
         raise ImageError(
             f"{type(source).__name__} is not an image; pass a path, bytes, a PIL image, an array or a tensor"
         )
-    return _tensor_to_rgb(tensor, shape=tuple(source.shape))
+    wanted = channels or tensor.shape[:1]
+    if tensor.ndim != 3 or tensor.shape[0] not in wanted or 0 in tensor.shape:
+        known = " or ".join(", ".join(map(str, wanted)).rsplit(", ", 1)) if channels else "any"
+        raise ImageError(
+            f"shape {tuple(source.shape)} is not an image; expected an (H, W, C) array or a (C, H, W) tensor, "
+            f"C = {known}"
+        )
+    return _to_bytes(tensor).cpu()
 
 
 def _array_to_tensor(source: Any) -> Tensor:
@@ -218,16 +375,13 @@ def _array_to_tensor(source: Any) -> Tensor:
         ) from error
 
 
-def _tensor_to_rgb(tensor: Tensor, shape: tuple[int, ...]) -> PIL.Image.Image:
-    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3, 4) or 0 in tensor.shape:
-        raise ImageError(
-            f"shape {shape} is not an image; expected an (H, W, C) array or a (C, H, W) tensor, C = 1, 3 or 4"
-        )
+def _to_bytes(tensor: Tensor) -> Tensor:
+    """Floats from 0 to 1 as uint8. Raises: ImageError: other floats, other types."""
     if tensor.is_floating_point():
         low, high = (float(bound) for bound in tensor.aminmax())
         if not (low >= 0 and high <= 1):
             raise ImageError(f"float image with values from {low:g} to {high:g}; expected 0 to 1, not yet normalised")
-        tensor = (tensor.float() * 255).round().to(torch.uint8)
-    elif tensor.dtype != torch.uint8:
+        return (tensor.float() * 255).round().to(torch.uint8)
+    if tensor.dtype != torch.uint8:
         raise ImageError(f"image of type {tensor.dtype}; expected uint8 or floats from 0 to 1")
-    return to_rgb(TF.to_pil_image(tensor.cpu()))
+    return tensor

@@ -20,8 +20,8 @@ from .transforms import EvalInput, EvalTransform, to_device
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
 """Upper bounds of a part, which a worker makes at once; with small parts an epoch begins soon."""
 
-Transform = Callable[[PIL.Image.Image], Any]
-"""From an RGB image to a tensor or, in training, to `Levels`."""
+Transform = Callable[[Any], Any]
+"""From an image, as `ImageRecords` give it, to a tensor or, in training, to `Levels`."""
 
 
 class InputBatches:
@@ -46,7 +46,7 @@ class InputBatches:
     ) -> None:
         """Prepare a loader, see `make_loader`; the sampler has a length.
 
-        `to_input` turns a batch of samples into (B, 3, H, W) float32 on the device. By the images' `size`, (height,
+        `to_input` turns a batch of samples into (B, C, H, W) float32 on the device. By the images' `size`, (height,
         width), batches are divided into parts. `keep` keeps samples in memory, which must be the same each time, and
         `keep_workers` the processes, from one reading to the next.
         """
@@ -137,7 +137,7 @@ def eval_batches(
     Workers pass bytes on; these are normalised on the model's device.
     """
     return InputBatches(
-        EvalSamples(records, transform.levels),
+        EvalSamples(records, transform.levels, channels=len(transform.preprocessing.mean)),
         ShardSampler(len(records), rank=process.rank, world=process.world),
         EvalInput(transform.preprocessing, process.device, normalise=transform.normalise),
         batch_size=batch_size,
@@ -154,9 +154,10 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
     An image that cannot be read comes as zeros with label -1; it is counted as skipped and never scored.
     """
 
-    def __init__(self, records: ImageRecords, transform: Transform) -> None:
+    def __init__(self, records: ImageRecords, transform: Transform, *, channels: int = 3) -> None:
         self.records = records
         self.transform = transform
+        self.channels = channels
 
     def __len__(self) -> int:
         return len(self.records)
@@ -164,9 +165,10 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
         try:
             image, label = self.records[index]
+            return self.transform(image), label, FINE
         except (ImageError, OSError):
-            return torch.zeros_like(self.transform(PIL.Image.new("RGB", (64, 64)))), -1, index
-        return self.transform(image), label, FINE
+            blank = PIL.Image.new("RGB", (64, 64)) if self.channels == 3 else torch.zeros(self.channels, 64, 64)
+            return torch.zeros_like(self.transform(blank)), -1, index
 
 
 class ShardSampler(Sampler[int]):

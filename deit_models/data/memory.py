@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import PIL.Image
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError, DataError, ImageError
+from .decoding import load_image
 from .loading import make_loader
 from .records import CachedRecords, ImageRecords, always_the_same
 
@@ -108,7 +110,7 @@ def _size_of(records: ImageRecords) -> tuple[int, int]:
     sizes: dict[tuple[int, int], int] = {}
     for index in dict.fromkeys(len(records) * number // _PROBES for number in range(_PROBES)):
         with suppress(ImageError, OSError):
-            image, _ = records[index]
+            image = _picture(records, index)[0]
             sizes.setdefault((image.height, image.width), index)
     if not sizes:
         raise DataError(f"{records.name}: none of {_PROBES} images can be read")
@@ -116,6 +118,11 @@ def _size_of(records: ImageRecords) -> tuple[int, int]:
         first, second = list(sizes)[:2]
         raise _unequal(records, sizes[second], second, first)
     return next(iter(sizes))
+
+
+def _picture(records: ImageRecords, index: int) -> tuple[PIL.Image.Image, int]:
+    image, label = records[index]
+    return load_image(image) if isinstance(image, Tensor) else image, label
 
 
 def _unequal(records: ImageRecords, index: int, size: tuple[int, int], others: tuple[int, int]) -> DataError:
@@ -134,7 +141,7 @@ class _Decoder(Dataset[Any]):
 
     def __getitem__(self, index: int) -> tuple[int, str | None]:
         try:
-            image, label = self.records[index]
+            image, label = _picture(self.records, index)
         except (ImageError, OSError) as error:
             return -1, str(error)
         size, expected = (image.height, image.width), (self.images.shape[2], self.images.shape[3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from array import array
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,21 +14,30 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError, ImageError
-from .decoding import load_image
+from .decoding import HEIF_SUFFIXES, load_image, reads_heif
+
+logger = logging.getLogger(__name__)
 
 IMAGE_SUFFIXES = tuple(
-    ".avif .bmp .gif .jfif .jp2 .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp".split()
+    ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .tga .tif "
+    ".tiff .webp".split()
 )
-"""Files with these suffixes, in upper or lower case, are images."""
+"""Files with these suffixes, in upper or lower case, are images: in training, evaluation and prediction."""
+_UNREAD_SUFFIXES = tuple(".arw .cr2 .cr3 .dng .jxl .nef .orf .psd .raf .raw .rw2 .svg".split())
+_NO_IMAGES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+"""Folders that operating systems and servers make; like hidden ones they hold no images of the user's."""
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name is that of an image, and not hidden."""
-    return name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
+    known = name.lower().endswith(IMAGE_SUFFIXES) or (name.lower().endswith(HEIF_SUFFIXES) and reads_heif())
+    return known and not name.startswith(".")
 
 
-class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
+class ImageRecords(Dataset[tuple[Any, int]]):
     """Labelled images: item i is (RGB PIL image, label from 0 to len(classes) - 1).
+
+    In the place of a PIL image there may be its levels, (C, H, W) uint8, where C is neither 1 nor 3.
 
     A subclass sets `name` and `classes` and gives `__len__`, `__getitem__` and, where it can, `describe`; an image that
     cannot be read raises ImageError or OSError, so that the run can go on without it.
@@ -41,7 +51,7 @@ class ImageRecords(Dataset[tuple[PIL.Image.Image, int]]):
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} does not define __len__")
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         raise NotImplementedError(f"{type(self).__name__} does not define __getitem__")
 
     def describe(self, index: int) -> str:
@@ -180,7 +190,7 @@ class SubsetRecords(ImageRecords):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[Any, int]:
         image, label = self._records[self._indices[index]]
         return image, self._numbers[label]
 
@@ -203,11 +213,66 @@ def always_the_same(records: ImageRecords) -> bool:
 
 def subfolders(folder: str | Path) -> list[str]:
     """Names of the folders in a folder, sorted, without hidden ones. Raises: DataError: it cannot be read."""
+    return _listed(folder)[1]
+
+
+def _listed(folder: str | Path) -> tuple[list[str], list[str]]:
+    """Names of the files and of the folders in a folder, sorted, without hidden ones."""
+    files: list[str] = []
+    folders: list[str] = []
     try:
         with os.scandir(folder) as entries:
-            return sorted(entry.name for entry in entries if not entry.name.startswith(".") and entry.is_dir())
+            for entry in entries:
+                if not entry.name.startswith(".") and entry.name not in _NO_IMAGES:
+                    (folders if entry.is_dir() else files).append(entry.name)
     except OSError as error:
-        raise DataError(f"{folder}: {error.strerror or error}; expected a folder") from error
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    return sorted(files), sorted(folders)
+
+
+def list_images(folder: str | Path, *, recursive: bool = True) -> tuple[list[str], list[str]]:
+    """Images in a folder and below it, relative to it and folder by folder; and files that only look like images.
+
+    Hidden folders and those of operating systems are left out. Links are followed, though no folder is read twice, nor
+    one that holds `folder`.
+
+    Raises: DataError: a folder cannot be read.
+    """
+    images, unread = [], []
+    seen = {_identity(parent) for parent in Path(folder).resolve().parents}
+    waiting = [""]
+    while waiting:
+        prefix = waiting.pop()
+        place = os.path.join(folder, prefix) if prefix else folder
+        if (identity := _identity(place)) in seen:
+            continue
+        seen.add(identity)
+        files, folders = _listed(place)
+        images += [prefix + name for name in files if is_image(name)]
+        unread += [
+            prefix + name
+            for name in files
+            if name.lower().endswith(HEIF_SUFFIXES + _UNREAD_SUFFIXES) and not is_image(name)
+        ]
+        waiting += [f"{prefix}{name}/" for name in reversed(folders)] if recursive else []
+    return images, unread
+
+
+def _identity(folder: str | Path) -> tuple[int, int]:
+    """The same for every name of a folder."""
+    try:
+        found = os.stat(folder)
+    except OSError as error:
+        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
+    return found.st_dev, found.st_ino
+
+
+def unread_files(names: Sequence[str]) -> str:
+    """A line on files that look like images and cannot be read, with the remedy."""
+    suffixes = {os.path.splitext(name)[1].lower() for name in names}
+    heif = "pip install pillow-heif, which reads HEIC, or " if suffixes & {*HEIF_SUFFIXES} else ""
+    kinds = ", ".join(sorted(suffixes))
+    return f"{len(names)} image files that cannot be read here ({kinds}); {heif}convert them to JPEG or PNG"
 
 
 def read_class_folders(
@@ -237,15 +302,20 @@ def read_class_folders(
     numbers = {label: number for number, label in enumerate(found if classes is None else classes)}
     files: list[str] = []
     labels = array("q")
-    empty = []
+    empty, unread = [], []
     for entry in folders:
-        images = _images_in(folder / entry, f"{entry}/")
+        images, others = list_images(folder / entry)
         if not images:
             empty.append(entry)
-        files += images
+        files += [f"{entry}/{image}" for image in images]
+        unread += others
         labels.extend([numbers[class_of(entry)]] * len(images))
+    advice = unread_files(unread) if unread else ""
     if empty:
-        raise DataError(f"{folder}: no images in class folder {some(empty)}; expected {' '.join(IMAGE_SUFFIXES)} files")
+        expected = advice or f"expected {' '.join(IMAGE_SUFFIXES)} files"
+        raise DataError(f"{folder}: no images in class folder {some(empty)}; {expected}")
+    if advice:
+        logger.warning("%s: %s", folder, advice)
     if len(found) == 1:
         raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders")
     return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
@@ -258,24 +328,6 @@ def _check_spelling(folder: Path, names: Sequence[str]) -> None:
             name.encode()
         except UnicodeEncodeError as error:
             raise DataError(f"{folder}: class folder {os.fsencode(name)!r} is not named in UTF-8; rename it") from error
-
-
-def _images_in(folder: str | Path, prefix: str) -> list[str]:
-    """Image files in a folder and below it, sorted folder by folder, each after `prefix`, without hidden ones."""
-    files, folders = [], []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    folders += [] if entry.name.startswith(".") else [entry.name]
-                elif is_image(entry.name):
-                    files.append(prefix + entry.name)
-    except OSError as error:
-        raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
-    files.sort()
-    for name in sorted(folders):
-        files += _images_in(os.path.join(folder, name), f"{prefix}{name}/")
-    return files
 
 
 def check_classes(found: Sequence[str], expected: Sequence[str], *, where: str) -> None:

@@ -15,7 +15,16 @@ from torchvision.transforms.v2 import functional as TF
 from ..checkpoint import Preprocessing, load_manifest
 from ..errors import ConfigError
 from ..models.layers import ImageClassifier
-from .decoding import ImageSource, Reduced, decode_reduced, load_image
+from .decoding import (
+    ImageSource,
+    Reduced,
+    check_resized,
+    decode_reduced,
+    explained,
+    load_image,
+    load_planes,
+    name_of,
+)
 
 _REDUCED_SIDES = 2
 """A reduced JPEG keeps so many times the side to resize to; below that, predictions change."""
@@ -44,16 +53,25 @@ class EvalTransform:
         self._interpolation = InterpolationMode(preprocessing.interpolation)
 
     def __call__(self, image: ImageSource) -> Tensor:
-        """One image, in any accepted form, to (3, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
+        """One image, in any accepted form, to (C, H, W) float32, or uint8. Raises: ImageError: see `load_image`."""
         return self.to_input(self.levels(image))
 
     def levels(self, image: ImageSource) -> Tensor:
-        """The pixels before they are scaled and normalised, (3, H, W) uint8. Raises: ImageError: see `load_image`."""
-        spec = self.preprocessing
-        if self.fast_pixels and spec.resize is not None:
-            size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
-            return _cropped(self._resized_fast(image, size), spec)
-        return TF.pil_to_tensor(resize_and_crop(load_image(image), spec))
+        """The pixels before they are scaled and normalised, (C, H, W) uint8.
+
+        C is the length of the preprocessing's mean. Files and PIL images are read for 3 channels and, as greys, for 1;
+        arrays and tensors for any number.
+
+        Raises: ImageError: see `load_image`, and an aspect so extreme that the resized image would be too large.
+            ConfigError: a file or PIL image for another number of channels.
+        """
+        spec, name = self.preprocessing, name_of(image)
+        with explained(name):
+            if self.fast_pixels and spec.resize is not None and len(spec.mean) == 3:
+                size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
+                return _cropped(self._resized_fast(image, size), spec)
+            planes = load_planes(image, len(spec.mean))
+            return torch.cat([TF.pil_to_tensor(resize_and_crop(plane, spec, name)) for plane in planes])
 
     def to_input(self, levels: Tensor) -> Tensor:
         """Levels of one image or of a whole batch to the model's input, with the same bits."""
@@ -69,10 +87,12 @@ class EvalTransform:
             # predictions more than the reduction does
             left, top, right, bottom = found.box
             width, height = right - left, bottom - top
+            check_resized(name_of(image), height, width, size)
             if len(size) == 1:
                 size = [int(size[0] * side / min(width, height)) for side in (height, width)]
             resample = PIL.Image.Resampling[self._interpolation.name.partition("_")[0]]
             return TF.pil_to_tensor(found.image.resize((size[1], size[0]), resample, found.box))
+        check_resized(name_of(image), found.height, found.width, size)
         if self._interpolation in _IN_TORCH:
             # as a batch of one with its channels last, in which the resize is vectorised
             return TF.resize(TF.pil_to_tensor(found)[None], size, interpolation=self._interpolation)[0]
@@ -84,7 +104,7 @@ class EvalTransform:
 
 
 class EvalInput:
-    """Turns pixels into the model's input on a device: one image or a batch, (..., 3, H, W) uint8 to float32."""
+    """Turns pixels into the model's input on a device: one image or a batch, (..., C, H, W) uint8 to float32."""
 
     def __init__(self, preprocessing: Preprocessing, device: torch.device, *, normalise: bool = True) -> None:
         self.device, self.normalise = device, normalise
@@ -102,10 +122,11 @@ class EvalInput:
         return values.to(torch.float32).div_(self._full).sub_(self._mean).div_(self._std)
 
 
-def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing) -> PIL.Image.Image:
-    """The pixels of an image that a model gets."""
+def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing, name: str = "image") -> PIL.Image.Image:
+    """The pixels of an image that a model gets. Raises: ImageError: it would become too large."""
     if spec.resize is not None:
         size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
+        check_resized(name, image.height, image.width, size)
         image = TF.resize(image, size, interpolation=InterpolationMode(spec.interpolation))
     cropped: PIL.Image.Image = _cropped(image, spec)
     return cropped

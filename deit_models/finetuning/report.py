@@ -235,7 +235,8 @@ def draw_mistakes(outcomes: Outcomes, records: ImageRecords, path: Path) -> None
         axes.set_axis_off()
     for axes, place in zip(panels, worst, strict=False):  # the last row may have room left
         try:
-            axes.imshow(records[int(outcomes.index[place])][0])
+            image = records[int(outcomes.index[place])][0]
+            axes.imshow(image[0] if isinstance(image, Tensor) else image)
         except (ImageError, OSError):  # it was there a moment ago; the others are still worth a look
             axes.text(0.5, 0.5, "cannot be read", ha="center")
         label, predicted = (_short(records.classes[int(of[place])]) for of in (outcomes.label, outcomes.predicted))

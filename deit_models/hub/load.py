@@ -263,7 +263,7 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
         origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset, new_heads=remade)
     elif located.reference_logits is not None:
         check_reference(model.float(), located.reference_logits)
-    model.origin = origin
+    model.origin = replace(origin, preprocessing=origin.preprocessing.for_channels(wanted.in_chans))
     return model
 
 

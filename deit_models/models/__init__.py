@@ -47,5 +47,6 @@ def create_model(
     if not isinstance(model, ImageClassifier):
         raise ConfigError(f"{name} is registered with {type(model).__name__}, which is no ImageClassifier")
     preprocessing = preprocessing or default_preprocessing(spec.name, config.image_hw)
-    model.origin = Origin(name=spec.name, preprocessing=preprocessing.at_size(config.image_hw))
+    preprocessing = preprocessing.at_size(config.image_hw).for_channels(config.in_chans)
+    model.origin = Origin(name=spec.name, preprocessing=preprocessing)
     return model if dtype is None else model.to(dtype)
