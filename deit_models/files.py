@@ -215,6 +215,12 @@ def git_sha1_of(path: Path) -> str:
     return hashlib.sha1(b"blob %d\0" % len(data) + data, usedforsecurity=False).hexdigest()
 
 
+def check_regular(path: Path) -> None:
+    """Raises: CheckpointError: a pipe, a device or a folder in the place of a file; reading it may never end."""
+    if path.exists() and not path.is_file():
+        raise CheckpointError(f"{path} is no regular file; expected a weights file")
+
+
 def check_digest(path: Path, expected: str | None, *, name: str | None = None) -> str | None:
     """Compare a file's SHA-256 with the known leading digits; gives the full digest, or None where none is known.
 

@@ -71,7 +71,7 @@ def device(name: str) -> str:
     return name
 
 
-LOADING = ("--revision", "--cache-dir", "--offline")
+LOADING = ("--payload", "--revision", "--cache-dir", "--offline")
 _COUNT: dict[str, Any] = {"type": at_least(0), "metavar": "N"}
 _OPTIONS: dict[str, dict[str, Any]] = {
     "--json": {"action": "store_true", "help": "print JSON for programs"},
@@ -80,6 +80,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
     "--token-merging": _COUNT
     | {"help": "patch tokens that every block merges into others like them: faster, and other logits; default none"},
     "--model": {"metavar": "NAME", "help": "the model that a bare weights file holds"},
+    "--payload": {"metavar": "KEY", "help": "the state dict to load from a training checkpoint, e.g. model_ema"},
     "--revision": {"help": "branch, tag or commit of a Hub repository"},
     "--cache-dir": {"type": Path, "help": "where to keep downloads"},
     "--offline": {"action": "store_true", "help": "use only what is on this machine"},
@@ -106,7 +107,7 @@ def add_options(parser: argparse.ArgumentParser, *names: str, **changes: Any) ->
 
 def loading(args: argparse.Namespace) -> dict[str, Any]:
     """The options `LOADING`, as keywords of `from_pretrained`."""
-    return {"revision": args.revision, "cache_dir": args.cache_dir, "local_files_only": args.offline}
+    return picked(args, "payload", "revision", "cache_dir") | {"local_files_only": args.offline}
 
 
 def chosen_model(args: argparse.Namespace) -> str:

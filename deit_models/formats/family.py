@@ -83,10 +83,13 @@ class FamilyLayouts:
             config: the model's config: some names depend on depths, or on whether there is a distillation head.
             naming: the file's tensor names; told from the names if not given.
 
-        Raises: CheckpointError: names of no known layout.
+        Raises: CheckpointError: names of no known layout, two names of one tensor, or parts of one tensor of two kinds.
         """
         naming = naming or self.tell_naming(tensors)
         bare = {self._bare_name(name): name for name in tensors}
+        if len(bare) < len(tensors):
+            twice = next(name for name in tensors if bare[self._bare_name(name)] != name)
+            raise CheckpointError(f"{twice!a} and {bare[self._bare_name(twice)]!a} are two names of one tensor")
         if self.ignored is not None:
             bare = {short: name for short, name in bare.items() if not re.match(self.ignored, short)}
         native: dict[str, Tensor] = {}
@@ -99,6 +102,9 @@ class FamilyLayouts:
             found = [tensors[bare[part]] for part in parts if part in bare]
             if len({tensor.shape for tensor in found}) > 1:
                 uneven.append(", ".join(f"{bare[part]} is {tuple(tensors[bare[part]].shape)}" for part in parts))
+            elif len({tensor.is_floating_point() for tensor in found}) > 1:  # a concatenation would convert them
+                odd = next(part for part in parts if not tensors[bare[part]].is_floating_point())
+                raise CheckpointError(f"{bare[odd]} is {tensors[bare[odd]].dtype}, not floating point")
             elif not absent:
                 tensor = found[0] if len(found) == 1 else torch.cat(found)
                 native[name] = tensor if naming == "native" else self.read_tensor(name, tensor)

@@ -47,12 +47,13 @@ class TransientError(FetchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Access to network and cache: keywords of `from_pretrained`, and the function of the Hub client."""
+    """Access to network, cache and file: keywords of `from_pretrained`, and the function of the Hub client."""
 
     revision: str | None = None
     token: str | bool | None = None
     cache_dir: str | os.PathLike[str] | None = None
     local_files_only: bool = False
+    payload: str | None = None
     download: Callable[..., str] = hf_hub_download
 
     def at(self, revision: str | None) -> Access:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,9 +27,19 @@ from ..models.layers import ImageClassifier
 from ..registry import family_spec, meta_model, model_info, model_spec, unknown_model
 from . import fetch
 from .fetch import Access, url_file
-from .weights import PICKLE_SUFFIXES, check_reference, read_tensors, verified_state
+from .payload import Expected
+from .weights import FLOATS, INDEX_SUFFIX, check_range, check_reference, read_tensors, shard_names, verified_state
 
 logger = logging.getLogger(__name__)
+
+WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"}
+_INDEX_NAME = "model" + INDEX_SUFFIX
+# What timm's train.py leaves: the epoch it reports, and the last one.
+_TIMM_NAMES = ("model_best.pth.tar", "last.pth.tar")
+# What accelerate and Lightning put beside weights, with suffixes of weights.
+_STATES = re.compile(
+    r"(?:optimizer|scheduler|scaler|sampler|random_states|custom_checkpoint|training_args|rng_state).*"
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,12 +61,13 @@ def from_pretrained(
     model: str | None = None,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
+    payload: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
     local_files_only: bool = False,
     device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | str | None = None,
 ) -> ImageClassifier:
     """Load published or own weights into a model, verified, in eval mode.
 
@@ -65,21 +77,36 @@ def from_pretrained(
         model: the registered model that weights without a config.json are of.
         num_classes: another number of classes than the checkpoint's; the heads are then new.
         img_size: another input size in pixels, one number or (height, width); positions are interpolated.
+        payload: the key of the state dict in a training checkpoint, such as "model_ema" or "state_dict.model"; by
+            default the one that its own project evaluates, or the only one that fits.
         revision: branch, tag or commit of a Hub repository.
         token: Hub token for private repositories; by default the one `hf auth login` stored.
         cache_dir: where to keep downloads; by default the Hub's cache.
         local_files_only: use only what is on this machine, as HF_HUB_OFFLINE=1 does.
         device: where to put the model; by default the CPU.
-        dtype: floating-point type of its parameters; by default float32, also for files of another type.
+        dtype: floating-point type of its parameters, or its name; by default float32, also for files of another type.
 
     Raises: UnknownModelError: no such name or path. FetchError: no source could be reached. CheckpointError: a file is
         damaged, unsafe, or another model; IntegrityError: of another SHA-256. ConfigError: options that do not fit.
         SaveError: a download or converted copy cannot be written.
     """
-    access = Access(revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only)
+    access = Access(
+        revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, payload=payload
+    )
+    wanted = _float_type(dtype)
     changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
     loaded = load(source, access, model=model, changes=changes)
-    return loaded.to(device=device, dtype=dtype or torch.float32).eval()
+    check_range(loaded, wanted)
+    return loaded.to(device=device, dtype=wanted).eval()
+
+
+def _float_type(dtype: torch.dtype | str | None) -> torch.dtype:
+    named = torch.float32 if dtype is None else dtype
+    if isinstance(named, str):
+        named = getattr(torch, named.removeprefix("torch."), None)  # type: ignore[assignment]  # checked below
+    if named not in FLOATS:
+        raise ConfigError(f"dtype={dtype!r}; expected float32, float16, bfloat16 or float64")
+    return named
 
 
 def load(
@@ -91,7 +118,7 @@ def load(
         return _from_manifest(load_manifest()[name], access, changes)
     if path.exists():
         return _build(_locate_path(path, model), changes, access)
-    is_file = path.suffix == ".safetensors" or path.suffix in PICKLE_SUFFIXES
+    is_file = path.suffix.lower() in WEIGHTS_SUFFIXES
     if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:
         return _build(_locate_repo(name, access, model), changes, access)
     if os.sep in name or path.suffix:
@@ -192,25 +219,28 @@ def _described(source: str, config: Mapping[str, Any], processor: Mapping[str, A
 
 
 def _hub_weights(repo_id: str, access: Access) -> Path:
-    for name in WEIGHTS_NAMES:
+    refused: FetchError | None = None
+    for name in (*WEIGHTS_NAMES, _INDEX_NAME):
         try:
-            return fetch.hub_file(repo_id, name, access)
+            weights = fetch.hub_file(repo_id, name, access)
+            for shard in shard_names(weights) if name == _INDEX_NAME else ():
+                fetch.hub_file(repo_id, shard, access)
+            return weights
         except fetch.NoSuchFileError:
             continue
-        except FetchError:
-            # offline, the cache cannot tell "not there" from "not fetched": the other name may be cached
-            if not access.offline or name == WEIGHTS_NAMES[-1]:
+        except FetchError as error:
+            # offline, the cache cannot tell "not there" from "not fetched": another name may be cached
+            if not access.offline:
                 raise
-    raise FetchError(f"{repo_id} has no {' or '.join(WEIGHTS_NAMES)}")
+            refused = refused or error
+    raise refused or FetchError(f"{repo_id} has no {' or '.join(WEIGHTS_NAMES)}")
 
 
 def _locate_path(path: Path, model: str | None) -> Located:
     folder = path if path.is_dir() else path.parent
     if path.is_dir():
-        found = [folder / name for name in WEIGHTS_NAMES if (folder / name).is_file()]
-        if not found:
-            raise CheckpointError(f"{path} has no {' or '.join(WEIGHTS_NAMES)}")
-        path = found[0]
+        path = _weights_in(path)
+        model = model or _timm_model(folder)
     config, processor = folder / CONFIG_NAME, folder / PROCESSOR_NAME
     if model is not None:
         description = _describe_bare(model)
@@ -219,6 +249,42 @@ def _locate_path(path: Path, model: str | None) -> Located:
     else:
         raise ConfigError(f"{path} has no config.json beside it; say which model it is: model='deit_...'")
     return Located(weights=path, description=description, source=str(path))
+
+
+def _weights_in(folder: Path) -> Path:
+    """The weights of a folder, as this package, transformers, timm's train.py, Lightning or accelerate leave it."""
+    for name in (*WEIGHTS_NAMES, _INDEX_NAME, *_TIMM_NAMES):
+        if (folder / name).is_file():
+            if name == _TIMM_NAMES[0] and (folder / _TIMM_NAMES[1]).is_file():
+                logger.warning("%s: loading %s, the best epoch; pass the path of another", folder, name)
+            return folder / name
+    for place in (folder, folder / "checkpoints"):
+        found = sorted(
+            path
+            for path in (place.iterdir() if place.is_dir() else ())
+            if path.suffix.lower() in WEIGHTS_SUFFIXES and path.is_file() and not _STATES.fullmatch(path.name)
+        )
+        if len(found) == 1:
+            return found[0]
+        if found:
+            names = ", ".join(path.name for path in found[:6])
+            raise CheckpointError(f"{place} has {len(found)} weights files ({names}); pass the path of one")
+    raise CheckpointError(f"{folder} has no {' or '.join(WEIGHTS_NAMES)}")
+
+
+def _timm_model(folder: Path) -> str | None:
+    """The registered model that the args.yaml of timm's train.py names, where there is no config.json."""
+    settings = folder / "args.yaml"
+    if (folder / CONFIG_NAME).exists() or not settings.is_file():
+        return None
+    found = re.search(
+        r"^model: *['\"]?([\w./:-]+)", settings.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
+    )
+    if found is None:
+        return None
+    name = found[1].rpartition("/")[2].partition(".")[0]
+    logger.warning("%s: a %s, says args.yaml; model='...' takes another", folder, name)
+    return name
 
 
 def _describe_registered(name: str) -> Description:
@@ -235,15 +301,23 @@ def _describe_bare(name: str) -> Description:
 
 def _build(located: Located, changes: Mapping[str, Any], access: Access) -> ImageClassifier:
     """A model with the tensors of a file; `changes` are fields of the config."""
-    tensors, sha256 = read_tensors(
-        located.weights, access, source=located.source, digest=located.digest, payload=located.payload
-    )
     said = located.description
-    model_class = _class_of(said.family)
-    wanted = override(said.config, changes)
+    model_class, layouts = _class_of(said.family), layouts_of(said.family)
+    wanted, payload = override(said.config, changes), access.payload or located.payload
     try:
         model = meta_model(model_class, wanted)
-        mapped = layouts_of(said.family).to_native(tensors, model.state_dict(), config=wanted)
+    except ConfigError as error:
+        raise CheckpointError(f"{located.source}: {error}") from error
+    tensors, sha256 = read_tensors(
+        located.weights,
+        access,
+        source=located.source,
+        digest=located.digest,
+        payload=payload,
+        expected=Expected(model, layouts, wanted),
+    )
+    try:
+        mapped = layouts.to_native(tensors, model.state_dict(), config=wanted)
         if said.layout is None:
             said = _sized(said, model_class.describe_state(mapped.tensors, said.config))
             wanted = override(said.config, changes)
@@ -261,7 +335,7 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     if wanted != said.config:
         class_names = None if remade else origin.class_names
         origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset, new_heads=remade)
-    elif located.reference_logits is not None:
+    elif located.reference_logits is not None and payload == located.payload:
         check_reference(model.float(), located.reference_logits)
     model.origin = replace(origin, preprocessing=origin.preprocessing.for_channels(wanted.in_chans))
     return model

@@ -2,35 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
+import hashlib
 import logging
-import pickle
-import re
-import struct
-import threading
-import zipfile
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from ..errors import CheckpointError, first_line
-from ..files import check_digest, read_json, sha256_of, write_json, write_tensors
+from ..files import check_digest, check_regular, read_json, sha256_of, write_json, write_tensors
 from ..formats.family import Mapped
 from ..models.layers import ImageClassifier
 from . import fetch
 from .fetch import Access
+from .payload import Expected, choose
+from .pickles import MOST_INFLATION, unpickle
 
 logger = logging.getLogger(__name__)
-_unpickling = threading.Lock()
 
-PICKLE_SUFFIXES = {".pth", ".pt", ".bin", ".tar"}
-# Keys of the state dict in training scripts' files; averaged weights first, because accuracies were measured with them.
-PAYLOAD_KEYS = ("state_dict_ema", "model_ema", "model", "state_dict", "net")
+INDEX_SUFFIX = ".safetensors.index.json"
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+_DTYPES = FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+_MOST_HEADER_BYTES, _SMALL_BYTES = 100 << 20, 64 << 20
 REFERENCE_TOLERANCE = 1e-3
 
 
@@ -60,93 +56,184 @@ def check_reference(model: ImageClassifier, expected: tuple[float, ...]) -> None
         raise CheckpointError(f"logits differ from the recorded ones by {difference:.3g}; not the published weights")
 
 
-# Errors of torch's unpickler for damaged bytes; BadZipFile is derived from none of the others.
-_UNPICKLING_ERRORS: tuple[type[Exception], ...] = (RuntimeError, EOFError, OSError, ValueError, LookupError, TypeError)
-_UNPICKLING_ERRORS += (AttributeError, AssertionError, ArithmeticError, struct.error, zipfile.BadZipFile)
-
-
 def read_tensors(
-    path: Path, access: Access, *, source: str, digest: str | None = None, payload: str | None = None
+    path: Path,
+    access: Access,
+    *,
+    source: str,
+    digest: str | None = None,
+    payload: str | None = None,
+    expected: Expected | None = None,
 ) -> tuple[dict[str, Tensor], str | None]:
     """The tensors of a weights file, memory-mapped, and its SHA-256 where it was computed.
 
-    A pickle is read with `weights_only=True` and converted to safetensors in the cache, once: later loads map the copy.
-    A cached download that fails its digest is removed, so that the next load fetches it anew.
+    The format is told from the content. A pickle is read with `weights_only=True` and converted to safetensors in the
+    cache, once: later loads map the copy. A cached download that fails its digest is removed, so that the next load
+    fetches it anew.
 
     Args:
-        path: the file; its suffix tells a pickle from safetensors.
+        path: the file, or the index of several safetensors files beside it.
         access: where the cache is.
         source: where the file came from, for messages.
         digest: the leading digits of its SHA-256, where known.
-        payload: the key of the state dict in a pickle, where known.
+        payload: the key of the state dict, where known.
+        expected: the model, by which its state dict is found among others.
 
     Raises: CheckpointError: not a weights file, damaged, or a pickle that holds more than tensors.
         IntegrityError: the digest differs.
     """
+    check_regular(path)
+    if path.name.endswith(INDEX_SUFFIX):
+        return _chosen(path, _read_shards(path, access), payload, expected), None
+    actual = _checked_digest(path, digest, access, source=source)
+    if _is_safetensors(path):
+        return _chosen(path, _read_safetensors(path), payload, expected), actual
+    actual = actual or sha256_of(path)
+    return _read_pickle(path, access, source=source, digest=actual, payload=payload, expected=expected), actual
+
+
+def read_uncached(path: Path, expected: Expected) -> dict[str, Tensor]:
+    """The tensors of any weights file, without a converted copy. Raises: CheckpointError: as `read_tensors`."""
+    check_regular(path)
+    if _is_safetensors(path):
+        return _chosen(path, _read_safetensors(path), None, expected)
+    return unpickle_tensors(path, expected=expected)
+
+
+def _checked_digest(path: Path, digest: str | None, access: Access, *, source: str) -> str | None:
     try:
-        actual = check_digest(path, digest, name=source)
+        return check_digest(path, digest, name=source)
     except CheckpointError:
         fetch.forget(path, access)
         raise
-    if path.suffix in PICKLE_SUFFIXES:
-        actual = actual or sha256_of(path)
-        return _read_pickle(path, access, source=source, digest=actual, payload=payload), actual
-    return _read_safetensors(path), actual
+
+
+def _is_safetensors(path: Path) -> bool:
+    with path.open("rb") as file:
+        start = file.read(9)
+    if len(start) == 9 and start[8:] == b"{" and int.from_bytes(start[:8], "little") < _MOST_HEADER_BYTES:
+        return True
+    pickled = start.startswith((b"PK", b"\x80"))
+    return path.suffix.lower() == ".safetensors" and not pickled  # then its damage is to be named
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
+    except Exception as error:  # whatever its reader makes of any bytes
         with path.open("rb") as file:
             start = file.read(64).lstrip().lower()
         what = "a web page, not weights" if start.startswith((b"<!doctype", b"<html")) else "truncated or damaged"
-        raise CheckpointError(f"{path} is {what} ({error})") from error
+        raise CheckpointError(f"{path} is {what} ({first_line(error)})") from error
 
 
-def _read_pickle(path: Path, access: Access, *, source: str, digest: str, payload: str | None) -> dict[str, Tensor]:
-    converted = fetch.assets_dir("converted", access) / f"{digest}-{payload or 'auto'}.safetensors"
+def shard_names(index: Path) -> list[str]:
+    """The files that an index names, beside it. Raises: CheckpointError: not an index, or a path out of the folder."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map; expected a file's name for each tensor")
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        if name != PurePosixPath(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
+            raise CheckpointError(f"{index} names {name!a:.80}; expected safetensors files in its own folder")
+    return names
+
+
+def _read_shards(index: Path, access: Access) -> dict[str, Tensor]:
+    weight_map: dict[str, str] = read_json(index)["weight_map"]
+    tensors: dict[str, Tensor] = {}
+    for name in shard_names(index):
+        shard = index.with_name(name)
+        if not shard.is_file():
+            raise CheckpointError(f"{index} names {name}, which is not beside it; fetch all of its files")
+        _checked_digest(shard, fetch.etag_digest(shard), access, source=str(shard))
+        part = _read_safetensors(shard)
+        if part.keys() != {tensor for tensor, file in weight_map.items() if file == name}:
+            raise CheckpointError(f"{shard} does not hold the tensors that {index.name} names; they are of two models")
+        tensors |= part
+    return tensors
+
+
+def _read_pickle(
+    path: Path, access: Access, *, source: str, digest: str, payload: str | None, expected: Expected | None
+) -> dict[str, Tensor]:
+    choice = f"{payload!a} {expected and expected.key}"
+    name = f"{digest}-{hashlib.sha256(choice.encode()).hexdigest()[:16]}.safetensors"
+    converted = fetch.assets_dir("converted", access) / name
     record = converted.with_suffix(".json")
     if converted.is_file() and record.is_file():
         try:
-            check_digest(converted, read_json(record)["sha256"])
-            return _read_safetensors(converted)
+            facts = read_json(record)
+            check_digest(converted, facts["sha256"])
+            tensors = _read_safetensors(converted)
         except (CheckpointError, LookupError, AttributeError, TypeError) as error:
             logger.warning("%s; converting %s again", error, path)
-    tensors = unpickle_tensors(path, payload=payload)
+        else:
+            _tell(facts.get("note"))
+            return tensors
+    tensors, note = _unpickled(path, payload, expected)
     write_tensors(converted, tensors)
-    write_json(record, {"source": source, "source_sha256": digest, "sha256": sha256_of(converted)})
+    facts = {"source": source, "source_sha256": digest, "sha256": sha256_of(converted)}
+    write_json(record, facts if note is None else facts | {"note": note})
+    _tell(note)
     return _read_safetensors(converted)
 
 
-def unpickle_tensors(path: Path, *, payload: str | None = None) -> dict[str, Tensor]:
+def unpickle_tensors(path: Path, *, payload: str | None = None, expected: Expected | None = None) -> dict[str, Tensor]:
     """The state dict of a `.pth`, read without running any code of it.
 
     Args:
-        path: the file; beside tensors it may hold plain values and an `argparse.Namespace`, as training scripts save.
-        payload: the key of the state dict; the usual ones are tried if not given.
+        path: the file; beside tensors it may hold plain values and harmless objects, as training scripts save.
+        payload: the key of the state dict, with dots between nested ones.
+        expected: the model, by which its state dict is found among others.
 
     Raises: CheckpointError: truncated, holds other objects, or no state dict where expected.
     """
-    try:
-        # torch's list of allowed classes is one for all threads
-        with _unpickling, torch.serialization.safe_globals([argparse.Namespace]):
-            data = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError as error:
-        foreign = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
-        raise CheckpointError(f"{path} is refused: {what}") from error
-    except _UNPICKLING_ERRORS as error:
-        raise CheckpointError(f"{path} is truncated or damaged ({first_line(error)})") from error
-    keys = (payload,) if payload is not None else PAYLOAD_KEYS
-    state = next((data[key] for key in keys if isinstance(data, dict) and isinstance(data.get(key), Mapping)), data)
-    if not isinstance(state, Mapping) or (payload is not None and state is data):
-        raise CheckpointError(f"{path} has no state dict under {' or '.join(map(repr, keys))}")
-    tensors = {str(k).removeprefix("module."): v for k, v in state.items() if isinstance(v, Tensor)}
-    if not tensors:
-        raise CheckpointError(f"{path} holds no tensors under {', '.join(map(repr, keys))} nor at its top")
-    # contiguous and unshared, as safetensors demands
-    return {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    tensors, note = _unpickled(path, payload, expected)
+    _tell(note)
+    return tensors
+
+
+def _unpickled(path: Path, payload: str | None, expected: Expected | None) -> tuple[dict[str, Tensor], str | None]:
+    tensors, note = choose(path, unpickle(path), expected, payload)
+    _check_kinds(path, tensors)
+    total = sum(torch.numel(tensor) * tensor.dtype.itemsize for tensor in tensors.values())
+    if total > 2 * MOST_INFLATION * path.stat().st_size + _SMALL_BYTES:
+        raise CheckpointError(f"{path} is refused: {path.stat().st_size} bytes whose tensors would take {total}")
+    try:  # contiguous and unshared, as safetensors demands
+        dense = torch.contiguous_format
+        copies = {name: torch.clone(tensor.data, memory_format=dense) for name, tensor in tensors.items()}
+    except (RuntimeError, TypeError, MemoryError) as error:
+        raise CheckpointError(f"{path} holds tensors that cannot be read ({first_line(error)})") from error
+    return copies, note
+
+
+def _chosen(
+    path: Path, tensors: dict[str, Tensor], payload: str | None, expected: Expected | None
+) -> dict[str, Tensor]:
+    chosen = choose(path, tensors, expected, payload)
+    _check_kinds(path, chosen.tensors)
+    _tell(chosen.note)
+    return chosen.tensors
+
+
+def _tell(note: Any) -> None:
+    if isinstance(note, str):
+        logger.warning("%s", note)
+
+
+def _check_kinds(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Raises: CheckpointError: a tensor that is not a plain table of common numbers, or has no proper name."""
+    for name, tensor in tensors.items():
+        if not name.isprintable():  # surrogates, which no other file can hold, are not either
+            raise CheckpointError(f"{path} holds a tensor with the name {name!a:.80}, which is no name of a weight")
+        kind = None
+        if tensor.is_nested or tensor.layout is not torch.strided:
+            kind = "nested" if tensor.is_nested else str(tensor.layout).removeprefix("torch.")
+        elif tensor.is_meta or tensor.dtype not in _DTYPES:
+            kind = "without values (meta)" if tensor.is_meta else str(tensor.dtype).removeprefix("torch.")
+        if kind is not None:
+            raise CheckpointError(f"{path}: {name[:80]} is {kind}; expected plain tensors of 16, 32 or 64-bit floats")
 
 
 def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) -> dict[str, Tensor]:
@@ -185,6 +272,15 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
     if not_finite:
         raise CheckpointError("damaged weights: " + _listing("NaN or infinity in", not_finite))
     return tensors
+
+
+def check_range(model: nn.Module, dtype: torch.dtype) -> None:
+    """Raises: CheckpointError: weights that are finite now and would not be in the wanted type."""
+    most = torch.finfo(dtype).max
+    parts = [(name, t) for name, t in model.state_dict().items() if t.is_floating_point() and t.numel()]
+    beyond = [name for name, t in parts if torch.finfo(t.dtype).max > most and float(t.abs().max()) > most]
+    if beyond:
+        raise CheckpointError(_listing(f"beyond the range of {dtype}", beyond) + "; pass another dtype")
 
 
 def _fitted(tensors: dict[str, Tensor], model: ImageClassifier, made_for: Any) -> dict[str, Tensor]:

@@ -24,9 +24,9 @@ from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from ..config import nearest
 from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
 from ..formats.family import Mapped
-from ..hub.fetch import Access
 from ..hub.load import from_pretrained
-from ..hub.weights import PICKLE_SUFFIXES, read_tensors, unpickle_tensors, verified_state
+from ..hub.payload import Expected
+from ..hub.weights import read_uncached, verified_state
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import list_models
 from .recipe import Precision
@@ -275,8 +275,7 @@ def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
         raise ConfigError(f"weights cannot be loaded into {type(network).__name__}; expected a module")
     if not path.is_file():
         raise FetchError(f"{path}: no such weights file")
-    pickled = path.suffix in PICKLE_SUFFIXES
-    tensors = unpickle_tensors(path) if pickled else read_tensors(path, Access(), source=path.name)[0]
+    tensors = read_uncached(path, Expected(network))
     # whole numbers are counters of batches, and tables that a network computes itself
     own, given = ({k: t for k, t in s.items() if t.is_floating_point()} for s in (network.state_dict(), tensors))
     missing, unexpected = sorted(own.keys() - given), sorted(given.keys() - own)

@@ -1,0 +1,169 @@
+"""Torch files are read without running their code, whatever lies beside the tensors, and never grow in memory."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import decimal
+import os
+import pickle
+import struct
+import uuid
+import zipfile
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_models import refusal
+
+from deit_models import CheckpointError
+from deit_models.hub.pickles import unpickle
+
+WEIGHT = torch.arange(6.0).reshape(2, 3)
+
+
+def saved(path: Path, contents: Any, **options: Any) -> Path:
+    torch.save(contents, path, **options)
+    return path
+
+
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        np.float32(0.5),
+        np.int64(7),
+        np.bool_(True),
+        np.array(["cat", "dog"]),
+        np.arange(5, dtype=np.int16),
+        {"best": [np.float64(81.2)] * 3},
+        Path("runs/1"),
+        PurePosixPath("a/b"),
+        datetime.datetime(2024, 5, 1, tzinfo=datetime.timezone.utc),
+        datetime.timedelta(hours=3),
+        collections.defaultdict(dict, {"loss": {1: 0.3}}),
+        collections.deque([1, 2], maxlen=4),
+        collections.Counter("aab"),
+        frozenset({1, 2}),
+        {Path("a"): 1, Path("b"): 2},
+        decimal.Decimal("0.1"),
+        uuid.UUID(int=5),
+        argparse.Namespace(out=Path("out"), seed=np.uint32(3), when=datetime.date(2024, 1, 1)),
+        torch.float16,
+        torch.device("cpu"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_harmless_objects_are_passed_over(tmp_path: Path, beside: Any, legacy: bool) -> None:
+    path = saved(tmp_path / "x.pth", {"model": WEIGHT, "beside": beside}, _use_new_zipfile_serialization=not legacy)
+    assert torch.equal(unpickle(path)["model"], WEIGHT)
+
+
+def test_no_class_of_a_file_is_built(tmp_path: Path) -> None:
+    data = unpickle(saved(tmp_path / "x.pth", {"where": Path("x"), "table": collections.defaultdict(list, a=[1])}))
+    assert not isinstance(data["where"], Path)
+    assert type(data["table"]) is dict
+    assert data["table"] == {"a": [1]}
+
+
+class Own:
+    """A class of the user's own program."""
+
+
+@pytest.mark.parametrize(
+    ("contents", "name"),
+    [
+        ({"model": WEIGHT, "trainer": Own()}, "test_pickles.Own"),
+        (torch.nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
+        ({"f": print}, "print"),
+        ({"f": os.system}, "system"),
+        ({"f": getattr}, "getattr"),
+    ],
+)
+def test_any_other_class_or_function_is_refused_by_name(tmp_path: Path, contents: Any, name: str) -> None:
+    assert name in refusal(CheckpointError, lambda: unpickle(saved(tmp_path / "x.pth", contents)))
+
+
+def encoded(name: str, times: int) -> bytes:
+    """A pickle that encodes a string again and again, each time twice as long."""
+    word = b"X" + struct.pack("<I", len(name)) + name.encode()
+    start = b"X\x04\x00\x00\x00seedX\x06\x00\x00\x00latin1\x86R"
+    return b"\x80\x02" + b"c_codecs\nencode\n" * (times + 1) + start + (word + b"\x86R") * times + b"."
+
+
+@pytest.mark.parametrize(
+    "bomb",
+    [
+        b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R.",
+        b"\x80\x02c__builtin__\nbytearray\nq\x00h\x00\x8a\x05\x00\x00\x00\x00\x09\x85R.",
+        encoded("hex", 40),
+        encoded("BASE-64", 90),
+        encoded("!!hex--codec!", 40),
+        encoded("hex_codec", 40).replace(b"\x86R", b"q\x00\x86R"),
+    ],
+)
+def test_pickle_that_grows_is_refused_before_it_does(tmp_path: Path, bomb: bytes) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(bomb)
+    assert "any size" in refusal(CheckpointError, lambda: unpickle(path))
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("x/data.pkl", bomb)
+        archive.writestr("x/version", "3\n")
+    assert "any size" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+def test_archive_behind_a_pickle_hides_nothing(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"a": WEIGHT})
+    path.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R." + path.read_bytes())
+    assert zipfile.is_zipfile(path)
+    assert "any size" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+def rewritten(path: Path, compression: int) -> Path:
+    """The same archive, written by another program."""
+    copy = path.with_name("copy.pth")
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(copy, "w", compression) as new:
+        for entry in old.infolist():
+            new.writestr(entry.filename, old.read(entry))
+    return copy
+
+
+def test_archive_that_was_packed_again_is_read_unless_it_inflates(tmp_path: Path) -> None:
+    noise = torch.randn(5000)
+    packed = rewritten(saved(tmp_path / "x.pth", {"a": noise}), zipfile.ZIP_DEFLATED)
+    assert torch.equal(unpickle(packed)["a"], noise)
+    bomb = rewritten(saved(tmp_path / "x.pth", {"a": torch.zeros(1 << 20)}), zipfile.ZIP_DEFLATED)
+    assert bomb.stat().st_size < 20_000
+    assert "unpack to" in refusal(CheckpointError, lambda: unpickle(bomb))
+
+
+def test_flipped_bit_of_a_tensor_is_seen_by_the_archives_own_sum(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"a": torch.full((300,), 2.0)})
+    whole = path.read_bytes()
+    at = whole.index(struct.pack("<f", 2.0) * 200) + 400
+    path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+    assert "CRC" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+@pytest.mark.filterwarnings("ignore:Duplicate name")
+def test_archive_with_two_entries_of_one_name_is_refused(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"a": WEIGHT})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(archive.namelist()[0], b"\x80\x02}.")
+    assert "one name" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+@pytest.mark.parametrize("contents", [b"", b"\x80", b"\x80\x02.", b"PK\x03\x04", b"no weights", pickle.dumps([1])])
+def test_other_bytes_are_one_line_that_names_the_file(tmp_path: Path, contents: bytes) -> None:
+    path = tmp_path / "x.pth"
+    path.write_bytes(contents)
+    assert str(path) in refusal(CheckpointError, lambda: unpickle(path))
+
+
+def test_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "x.pth")
+    assert "regular file" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pth"))
+    assert "regular file" in refusal(CheckpointError, lambda: unpickle(Path("/dev/zero")))
