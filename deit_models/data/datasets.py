@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -39,8 +40,17 @@ logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val"]
 
-_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "val": ("val", "validation", "valid", "test")}
-"""Names of a split's folder, in the order they are looked for."""
+_FOLDERS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev", "development", "eval", "evaluation", "test", "testing"),
+}
+"""Words for a split's folder, in the order they are looked for."""
+_SPLIT = re.compile(
+    rf"(?P<before>.*[\W_])?(?P<word>{'|'.join(sum(_FOLDERS.values(), ()))})"
+    r"[\W_]*(?:data|folder|images|set|split)?[\W_]*\d*",
+    re.IGNORECASE,
+)
+"""A split's folder, such as Train, valid_set, VAL2017; with anything before the word, it is one by suspicion only."""
 
 
 def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = None) -> ImageRecords:
@@ -68,7 +78,8 @@ def open_dataset(
     """The training or the validation images of a data set.
 
     Args:
-        source: a folder with train/ and val/ (or validation/, valid/, test/), each with one folder of images a class; a
+        source: a folder with train/ and val/ (or validation/, valid/, dev/, test/, in any spelling: Training/,
+            valid_set/), each with one folder of images a class; a
             folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
             stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
             "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
@@ -101,7 +112,7 @@ def open_dataset(
 def has_validation(source: str | os.PathLike[str]) -> bool:
     """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
     folder = Path(source).expanduser()
-    return _is_named(source) or (folder.is_dir() and any(name in _FOLDERS["val"] for name in _split_folders(folder)))
+    return _is_named(source) or (folder.is_dir() and "val" in _split_folders(folder))
 
 
 def _is_named(source: str | os.PathLike[str]) -> bool:
@@ -309,24 +320,43 @@ def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
     return f"{source}: neither a folder nor a data set known by name{nearest(source, DATASETS)}"
 
 
-def _split_folders(folder: Path) -> list[str]:
-    """The folders of splits in a folder; none where it holds class folders.
+def _split_folders(folder: Path) -> dict[str, str]:
+    """The folder of each split in a folder; none where it holds class folders.
 
     A set of vehicles may well have a class called "train": its folder holds images, a split's holds class folders.
-    Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val".
+    Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val". A
+    test folder beside others may hold images without classes, and is then passed over.
+
+    Raises: DataError: folders such as seg_train and seg_test.
     """
     found = subfolders(folder)
-    present = [name for names in _FOLDERS.values() for name in names if name in found]
-    split = present and (len(present) == len(found) or any(subfolders(folder / name) for name in present))
-    return present if split else []
+    named = {name: match for name in found if (match := _SPLIT.fullmatch(name))}
+    deep = {name for name in named if subfolders(folder / name)}
+    if not named or (len(named) < len(found) and not deep):
+        return {}
+    present: dict[str, str] = {}
+    suspects: dict[str, str] = {}
+    for split, words in _FOLDERS.items():
+        for word in reversed(words):
+            for name, match in named.items():
+                if match["word"].lower() == word and (name in deep or not deep or not word.startswith("test")):
+                    (suspects if match["before"] else present)[split] = name
+    if not present and len(suspects) == 2:
+        raise DataError(
+            f"{folder}: {' and '.join(suspects.values())} look like splits, not like classes; rename them to train and "
+            "val, or name each by itself"
+        )
+    return present
 
 
 def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
     if present := _split_folders(folder):
-        for name in _FOLDERS[split]:
-            if name in present:
-                return read_class_folders(folder / name, name=folder.resolve().name, classes=classes)
-        raise DataError(f"{folder}: has {some(present)} but no {' or '.join(_FOLDERS[split])} folder")
+        if split in present:
+            if split == "train" and (others := [name for name in subfolders(folder) if not _SPLIT.fullmatch(name)]):
+                logger.warning("%s: images are read from %s, none from %s", folder, present[split], some(others))
+            return read_class_folders(folder / present[split], name=folder.resolve().name, classes=classes)
+        expected = {"train": "train", "val": "val or validation or valid or test"}[split]
+        raise DataError(f"{folder}: has {some([*present.values()])} but no {expected} folder with class folders")
     if split == "val" and not own_folder:
         raise DataError(
             f"{folder}: class folders without a split, which are a training set; put the images for validation into "

@@ -18,6 +18,7 @@ from .decoding import HEIF_SUFFIXES, load_image, reads_heif
 
 logger = logging.getLogger(__name__)
 
+
 IMAGE_SUFFIXES = tuple(
     ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .tga .tif "
     ".tiff .webp".split()
@@ -290,15 +291,18 @@ def read_class_folders(
         classes: expected names; their order numbers the classes.
         class_of: from a folder's name to its class's, where several folders make one class.
 
-    Raises: DataError: fewer than two classes, a class without images, other classes than expected.
+    Empty folders, and expected classes without one, are named in a warning. Images in folders of a class folder are of
+    that class; a warning says so where a class folder holds nothing else.
+
+    Raises: DataError: fewer than two classes, a class folder with other files only, classes that are not expected.
     """
-    folders = subfolders(folder)
+    folders = _filled(folder, subfolders(folder))
     if not folders:
         raise DataError(f"{folder}: no class folders; expected one folder of images for each class")
     _check_spelling(folder, folders)
     found = list(dict.fromkeys(map(class_of, folders)))
     if classes is not None:
-        check_classes(found, classes, where=str(folder))
+        check_classes(found, classes, where=str(folder), all_of_them=False)
     numbers = {label: number for number, label in enumerate(found if classes is None else classes)}
     files: list[str] = []
     labels = array("q")
@@ -316,9 +320,46 @@ def read_class_folders(
         raise DataError(f"{folder}: no images in class folder {some(empty)}; {expected}")
     if advice:
         logger.warning("%s: %s", folder, advice)
-    if len(found) == 1:
-        raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders")
+    nested = _nested(files)
+    if len(numbers) == 1:
+        hint = f"; are they in {folder / folders[0]}?" if nested else ""
+        raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders{hint}")
+    if nested:
+        logger.warning(
+            "%s: classes are the %d folders in it; images in folders below, as %s, are of the class above",
+            *(folder, len(folders), some(nested)),
+        )
     return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
+
+
+def _filled(folder: Path, names: Sequence[str]) -> list[str]:
+    """Folders with any file in them or below, hidden ones aside; a warning names the others."""
+    filled = [name for name in names if _has_files(folder / name)]
+    if names and not filled:
+        raise DataError(f"{folder}: no images in class folder {some(names)}, nor any other file")
+    if len(filled) < len(names):
+        empty = [name for name in names if name not in {*filled}]
+        logger.warning("%s: no class for empty folders: %s", folder, some(empty))
+    return filled
+
+
+def _has_files(folder: Path) -> bool:
+    files, folders = _listed(folder)
+    return bool(files) or any(_has_files(folder / name) for name in folders)
+
+
+def _nested(files: Iterable[str]) -> list[str]:
+    """Folders of images within class folders that have no image beside them."""
+    direct: set[str] = set()
+    below: dict[str, str] = {}
+    for file in files:
+        top, _, rest = file.partition("/")
+        inner, found, _ = rest.partition("/")
+        if found:
+            below[f"{top}/{inner}"] = top
+        else:
+            direct.add(top)
+    return [path for path, top in below.items() if top not in direct]
 
 
 def _check_spelling(folder: Path, names: Sequence[str]) -> None:
@@ -330,12 +371,17 @@ def _check_spelling(folder: Path, names: Sequence[str]) -> None:
             raise DataError(f"{folder}: class folder {os.fsencode(name)!r} is not named in UTF-8; rename it") from error
 
 
-def check_classes(found: Sequence[str], expected: Sequence[str], *, where: str) -> None:
-    """Raise DataError unless two sets have the same class names; the order may differ."""
+def check_classes(found: Sequence[str], expected: Sequence[str], *, where: str, all_of_them: bool = True) -> None:
+    """Raise DataError unless two sets have the same class names; the order may differ.
+
+    Unless `all_of_them` must be there, a warning names the missing ones.
+    """
     here, there = set(found), set(expected)
     missing = [name for name in expected if name not in here]
     extra = [name for name in found if name not in there]
-    if missing or extra:
+    if missing and not extra and not all_of_them:
+        logger.warning("%s: no images of %s", where, some(missing))
+    elif missing or extra:
         parts = [f"missing {some(missing)}"] * bool(missing) + [f"not in training {some(extra)}"] * bool(extra)
         raise DataError(f"{where}: not the {len(expected)} classes of the training set: {'; '.join(parts)}")
 

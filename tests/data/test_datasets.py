@@ -15,7 +15,7 @@ from torch.utils.data import ConcatDataset, Subset, TensorDataset
 from torchvision.datasets import ImageFolder
 
 from deit_models.augmentation.samples import TrainingSamples
-from deit_models.data.datasets import open_dataset, wrap
+from deit_models.data.datasets import has_validation, open_dataset, wrap
 from deit_models.errors import ConfigError, DataError, ImageError
 
 # Class folders
@@ -119,6 +119,94 @@ def test_folder_of_classes_is_a_training_set_unless_named_for_validation(tmp_pat
     assert len(open_dataset(tmp_path, "val", own_folder=True)) == 4
 
 
+@pytest.mark.parametrize(
+    ("train", "val"),
+    [
+        ("Train", "Val"),
+        ("TRAINING", "Testing"),
+        ("train_set", "valid_set"),
+        ("training-data", "dev"),
+        ("train2017", "val2017"),
+        ("Train Images", "Evaluation"),
+    ],
+)
+def test_split_folders_in_other_spellings_are_no_classes(tmp_path: Path, train: str, val: str) -> None:
+    fill(tmp_path / train)
+    fill(tmp_path / val, images=1)
+    assert has_validation(tmp_path)
+    assert [
+        (len(found), found.classes) for found in (open_dataset(tmp_path, "train"), open_dataset(tmp_path, "val"))
+    ] == [
+        (4, ("cat", "dog")),
+        (2, ("cat", "dog")),
+    ]
+
+
+@pytest.mark.parametrize(
+    "names", [("seg_train", "seg_test"), ("my train", "my val"), ("pets-training", "pets-dev-set")]
+)
+def test_folders_that_look_like_splits_are_refused(tmp_path: Path, names: tuple[str, str]) -> None:
+    for name in names:
+        fill(tmp_path / name)
+    with pytest.raises(DataError, match=f"{names[0]} and {names[1]} look like splits, not like classes; rename them"):
+        open_dataset(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "classes", [("bullet_train", "car"), ("steam train", "crash-test", "x"), ("strain", "contest")]
+)
+def test_classes_that_end_in_the_word_of_a_split_are_classes(tmp_path: Path, classes: tuple[str, ...]) -> None:
+    assert open_dataset(fill(tmp_path, classes), "train").classes == tuple(sorted(classes))
+
+
+def test_test_images_without_classes_are_passed_over(tmp_path: Path) -> None:
+    fill(tmp_path / "train")
+    write_image(tmp_path / "Test" / "0.png")
+    assert not has_validation(tmp_path)
+    assert len(open_dataset(tmp_path, "train")) == 4
+    with pytest.raises(DataError, match=r"has train but no val .* folder with class folders"):
+        open_dataset(tmp_path, "val")
+
+
+def test_folders_beside_the_splits_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("train", "val", "test", "unsorted"):
+        fill(tmp_path / name)
+    assert len(open_dataset(tmp_path, "train")) == 4
+    assert caplog.messages == [f"{tmp_path}: images are read from train, none from unsorted"]
+
+
+def test_nested_folders_belong_to_the_class_above(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path, ("animals/cat", "animals/dog", "plants/rose", "tools"))
+    assert open_dataset(tmp_path, "train").classes == ("animals", "plants", "tools")
+    assert "classes are the 3 folders in it" in caplog.text
+    assert "animals/cat, animals/dog, plants/rose, are of the class above" in caplog.text
+    for name in ("animals", "plants"):
+        write_image(tmp_path / name / "0.png")
+    caplog.clear()
+    assert len(open_dataset(tmp_path, "train")) == 10
+    assert not caplog.messages
+    fill(tmp_path / "other/inner")
+    with pytest.raises(DataError, match=r"only one class, inner;.*; are they in .*inner\?"):
+        open_dataset(tmp_path / "other", "train")
+
+
+def test_empty_class_folders_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (fill(tmp_path) / "fish" / "deep").mkdir(parents=True)
+    (tmp_path / "bird").mkdir()
+    (tmp_path / "bird" / ".DS_Store").touch()
+    assert open_dataset(tmp_path, "train").classes == ("cat", "dog")
+    assert caplog.messages == [f"{tmp_path}: no class for empty folders: bird, fish"]
+
+
+def test_validation_may_lack_a_class(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    fill(tmp_path / "val", ("ant", "cow"), images=1)
+    (tmp_path / "val" / "bee").mkdir()
+    records = open_dataset(tmp_path, "val", classes=("cow", "bee", "ant", "gnu"))
+    assert records.classes == ("cow", "bee", "ant", "gnu")
+    assert [records.label(i) for i in range(2)] == [2, 0]
+    assert caplog.messages[-1] == f"{tmp_path / 'val'}: no images of bee, gnu"
+
+
 def test_class_called_train_is_a_class(tmp_path: Path) -> None:
     fill(tmp_path, ("car", "train", "test"))
     assert open_dataset(tmp_path, "train").classes == ("car", "test", "train")
@@ -135,8 +223,9 @@ def empty_folder(path: Path) -> Path:
     return path
 
 
-def one_empty_class(path: Path) -> Path:
+def class_without_images(path: Path) -> Path:
     (fill(path) / "fish").mkdir()
+    (path / "fish" / "notes.txt").touch()
     return path
 
 
@@ -154,7 +243,7 @@ def a_file(path: Path) -> Path:
     ("make", "split", "message"),
     [
         (empty_folder, "train", "set: no class folders; expected one folder of images for each class"),
-        (one_empty_class, "train", "set: no images in class folder fish; expected .*[.]jpg .* files"),
+        (class_without_images, "train", "set: no images in class folder fish; expected .*[.]jpg .* files"),
         (lambda path: fill(path, ["cat"]), "train", "set: only one class, cat; a classifier needs two"),
         (no_validation, "val", "set: has train but no val or validation or valid or test folder"),
         (a_file, "train", "set: not a folder"),
