@@ -90,4 +90,51 @@ def test_labels_follow_names_and_numbers_only_where_the_model_has_no_names(caplo
         in_the_models_order(model, records)
     assert in_the_models_order(model, records, ignore_class_names=True) is records
     with pytest.raises(DataError, match="photos has 2 classes, the model has 3"):
-        in_the_models_order(model, Named(("ant", "bee")))
+        in_the_models_order(model, Named(("ant", "owl")))
+
+
+@pytest.mark.parametrize(
+    ("classes", "logits"),
+    [
+        (("n01440764", "n15075141", "n02102040"), [0, 999, 217]),
+        (("toilet tissue", "goldfish"), [999, 1]),
+        (("Great_White_Shark", "english-springer"), [2, 217]),
+        (("tench, Tinca tinca", "ear, spike, capitulum"), [0, 998]),
+        (("0", "017", "999"), [0, 17, 999]),
+    ],
+)
+def test_some_of_the_models_classes_are_matched_by_name_id_or_number(classes, logits, caplog):
+    records = in_the_models_order(imagenet_model(), Named(classes))
+    assert [records.label(i) for i in range(len(classes))] == logits
+    assert [records[i][1] for i in range(len(classes))] == logits
+    assert len(records.classes) == 1000
+    assert f"photos: {len(classes)} of the model's 1000 classes, matched by" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [
+        ("n00000000", "n01440764"),
+        ("tench", "cauliflower ear"),
+        ("goldfish", "Goldfish"),
+        ("1", "1000"),
+        ("1", "01"),
+        ("tench", "5"),
+    ],
+)
+def test_classes_that_the_model_lacks_or_that_are_one_are_refused(classes):
+    with pytest.raises(DataError, match="photos has 2 classes, the model has 1000"):
+        in_the_models_order(imagenet_model(), Named(classes))
+
+
+def test_wordnet_ids_are_those_of_imagenets_order_alone():
+    other = imagenet_model(class_names=tuple(f"kind {number}" for number in range(1000)))
+    with pytest.raises(DataError, match="photos has 2 classes"):
+        in_the_models_order(other, Named(("n01440764", "n15075141")))
+
+
+def test_numbered_folders_are_in_the_order_of_their_numbers(caplog):
+    model = deit_models.create_model(PLAIN, num_classes=12)
+    records = in_the_models_order(model, Named(sorted(map(str, range(12)))))
+    assert [records.label(i) for i in range(4)] == [0, 1, 10, 11]
+    assert "matched by number" in caplog.text
