@@ -360,7 +360,7 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
     if split == "val" and not own_folder:
         raise DataError(
             f"{folder}: class folders without a split, which are a training set; put the images for validation into "
-            f"{folder / 'val'} and the others into {folder / 'train'}, or name a folder for validation alone"
+            "its folder val and the others into its folder train, or name a folder for validation alone"
         )
     return read_class_folders(folder, classes=classes)
 

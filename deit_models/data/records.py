@@ -18,7 +18,6 @@ from .decoding import HEIF_SUFFIXES, load_image, reads_heif
 
 logger = logging.getLogger(__name__)
 
-
 IMAGE_SUFFIXES = tuple(
     ".apng .avif .bmp .dib .gif .j2k .jfif .jp2 .jpe .jpeg .jpf .jpg .jpx .mpo .pbm .pfm .pgm .png .pnm .ppm .tga .tif "
     ".tiff .webp".split()
