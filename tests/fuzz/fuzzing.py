@@ -33,7 +33,7 @@ LIMIT_S = 20
 LIMIT_BYTES = 1 << 30
 MOST_CHARACTERS = 300
 """Of an error message, the name of the file not counted."""
-_ADDRESS_SPACE = 16 << 30  # the machine survives a case that asks for more; it is a fault all the same
+_ROOM = 3 * LIMIT_BYTES  # addresses, beyond those in use; the machine survives a case that asks for more
 _report_to = sys.__stderr__
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "MemoryError", "bad_alloc", "Cannot allocate memory")
 
@@ -82,7 +82,7 @@ def run_cases(
 ) -> Tally:
     """Run numbered cases one after the other; each depends on the seed and its number alone."""
     tally, began = Tally(), time.monotonic()
-    with tempfile.TemporaryDirectory(dir=_memory_disk()) as folder, _limits():
+    with tempfile.TemporaryDirectory(dir=_memory_disk()) as folder, limits():
         for number in numbers:
             if seconds is not None and time.monotonic() - began > seconds:
                 break
@@ -97,6 +97,16 @@ def run_cases(
 
 
 def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Tally) -> None:
+    began = time.monotonic()
+    outcome, problem = attempt(act, place)
+    tally.slowest_s = max(tally.slowest_s, time.monotonic() - began)
+    tally.outcomes.setdefault(label, Counter())["FAULT" if problem else outcome] += 1
+    if problem is not None:
+        tally.findings.append(Finding(number, label, problem))
+
+
+def attempt(act: Callable[[], str], place: Path) -> tuple[str, str | None]:
+    """Run a case inside `limits`: its outcome, and what is wrong with it."""
     before, began = _peak_bytes(), time.monotonic()
     # inside C code no signal is seen: then the process ends and says where
     faulthandler.dump_traceback_later(4 * LIMIT_S, exit=True, file=_report_to)
@@ -113,14 +123,10 @@ def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Ta
         problem = f"took {grown >> 20} MiB"
     if grown > LIMIT_BYTES // 16:
         _forget_peak()
-    tally.slowest_s = max(tally.slowest_s, took)
-    tally.outcomes.setdefault(label, Counter())["FAULT" if problem else outcome] += 1
-    if problem is not None:
-        tally.findings.append(Finding(number, label, problem))
+    return outcome, problem
 
 
 def _tried(act: Callable[[], str], place: Path) -> tuple[str, str | None]:
-    """The outcome of a case, and what is wrong with it."""
     try:
         return act(), None
     except DeitModelsError as error:
@@ -163,7 +169,7 @@ def _memory_disk() -> str | None:
 
 
 @contextlib.contextmanager
-def _limits() -> Iterator[None]:
+def limits() -> Iterator[None]:
     """No warnings and log lines; an alarm ends a case; memory is bounded far above what a case may take."""
 
     def alarm(*_: object) -> None:
@@ -171,9 +177,8 @@ def _limits() -> Iterator[None]:
 
     handler = signal.signal(signal.SIGALRM, alarm)
     space = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(
-        resource.RLIMIT_AS, (_ADDRESS_SPACE if space[1] < 0 else min(_ADDRESS_SPACE, space[1]), space[1])
-    )
+    most = _addresses() + _ROOM
+    resource.setrlimit(resource.RLIMIT_AS, (most if space[1] < 0 else min(most, space[1]), space[1]))
     logging.disable(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
@@ -183,6 +188,11 @@ def _limits() -> Iterator[None]:
         logging.disable(logging.NOTSET)
         resource.setrlimit(resource.RLIMIT_AS, space)
         signal.signal(signal.SIGALRM, handler)
+
+
+def _addresses() -> int:
+    """Size of this process's address space, in bytes."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def _peak_bytes() -> int:

@@ -113,7 +113,6 @@ def written() -> tuple[tuple[str, bytes], ...]:
         ("PCX", {}, "RGB"),
         ("SGI", {}, "RGB"),
         ("DDS", {}, "RGBA"),
-        ("IM", {}, "RGB"),
         ("QOI", {}, "RGB"),
     ]
     forms += [
