@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
-from .errors import ConfigError, ManifestError
+from .errors import ConfigError, ManifestError, shown
 from .files import parse_toml, tuples
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -381,17 +381,32 @@ def _read_table(name: str, table: Any) -> ModelInfo:
         sources = tuple(Source(**source) for source in table.pop("source", ()))
         table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
         info = ModelInfo(name=name, sources=sources, **table)
+        for entry in (info, *sources):
+            _check_types(entry)
     except (TypeError, KeyError, ConfigError) as error:
         raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
-    for field in ("params", "macs", "input_size", "num_classes"):
-        if not isinstance(getattr(info, field), int):
-            raise ManifestError(f"manifest.toml, table model.{name}: {field} is not a whole number")
     for source in sources:
         if source.layout not in ("native", "timm", "transformers"):
             raise ManifestError(f"manifest.toml, table model.{name}: unknown layout {source.layout!r}")
         if sum(place is not None for place in (source.file, source.repo, source.url)) != 1:
             raise ManifestError(f"manifest.toml, table model.{name}: a source needs exactly one of file, repo, url")
     return info
+
+
+_TYPES = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
+
+
+def _check_types(entry: ModelInfo | Source) -> None:
+    """Raise ConfigError for a plain field, or a list of such, that is of another type than its annotation."""
+    for field in fields(entry):
+        value, said = getattr(entry, field.name), str(field.type)
+        plain = said.removesuffix(" | None")
+        one = _TYPES.get(plain.removeprefix("tuple[").removesuffix(", ...]"))
+        if one is None or (value is None and plain != said):
+            continue
+        values = value if plain.startswith("tuple[") else (value,)
+        if not isinstance(values, tuple) or any(type(item) not in one for item in values):
+            raise ConfigError(f"{field.name}={shown(value)}; expected {said}")
 
 
 def find_repo(repo_id: str) -> tuple[ModelInfo, Source] | None:
