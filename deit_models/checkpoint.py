@@ -167,6 +167,12 @@ class Origin:
     def __post_init__(self) -> None:
         if self.problem_type not in (None, *get_args(Problem)):
             raise ConfigError(f"problem_type={self.problem_type!r}; expected one of {', '.join(get_args(Problem))}")
+        for name in ("name", "dataset", "licence", "source", "revision", "sha256", "notes"):
+            if not isinstance(value := getattr(self, name), str) and (value is not None or name == "name"):
+                raise ConfigError(f"{name}={shown(value)}; expected a text")
+        for name in ("top1", "top5"):
+            if (value := getattr(self, name)) is not None and not (is_finite(value) and 0 <= value <= 100):
+                raise ConfigError(f"{name}={shown(value)}; expected percent, from 0 to 100")
 
     @property
     def non_commercial(self) -> bool:

@@ -6,7 +6,16 @@ from typing import Any
 import pytest
 
 from deit_models import ConfigError
-from deit_models.config import check_positive, check_rates, check_whole, nearest, override
+from deit_models.config import check_fields, check_positive, check_rates, check_sizes, check_whole, nearest, override
+
+
+@dataclass(frozen=True)
+class Typed:
+    depth: "int" = 2
+    width: "int" = 8
+    bias: "bool" = True
+    ratio: "float" = 4.0
+    widths: "tuple[int, ...]" = (1, 2)
 
 
 @dataclass(frozen=True)
@@ -56,3 +65,43 @@ def test_rates_are_below_one(value: Any) -> None:
 def test_nearest_names_are_three_at_most() -> None:
     assert nearest("ab", ["abc", "abd", "abe", "abf"]).count(",") == 2
     assert nearest("ab", []) == ""
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *(("bias", value) for value in ("false", "", 0, 1, None, [], [True])),
+        *(("depth", value) for value in (1001, 2**31, True, "2", 2.0, None, -1)),
+        pytest.param("width", 10**5000, id="5,001 digits"),
+        *(("width", value) for value in (65_537, 2**63, float("inf"))),
+        *(("ratio", value) for value in (float("nan"), float("inf"), True, "4", None, [4.0])),
+    ],
+)
+def test_flags_and_numbers_have_their_type_and_range(field: str, value: Any) -> None:
+    check_fields(Typed(depth=1000, ratio=3))
+    with pytest.raises(ConfigError, match=f"^{field}=|^{field} "):
+        check_fields(Typed(**{field: value}))
+
+
+def test_sizes_of_stages_are_a_tuple_of_the_right_length() -> None:
+    config = Typed(widths=[3, 4])  # type: ignore[arg-type]
+    check_sizes(config, "widths", entry="stage", count=2)
+    assert config.widths == (3, 4)
+    for values in ((), (0,), (1, True), (2**31,), "12", None, {1: 2}):
+        with pytest.raises(ConfigError, match=r"^widths=.*for each stage"):
+            check_sizes(Typed(widths=values), "widths", entry="stage")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"^widths=\(1, 2\)"):
+        check_sizes(Typed(), "widths", entry="stage", count=3)
+
+
+@pytest.mark.parametrize("value", [1e30, 9 * 10**18, float("inf"), True])
+def test_numbers_have_an_upper_bound(value: Any) -> None:
+    check_positive(Toy(ratio=1), "ratio", most=1)
+    with pytest.raises(ConfigError, match=r"^ratio="):
+        check_positive(Toy(ratio=value), "ratio")
+
+
+@pytest.mark.parametrize("overrides", [[], "depth", 3, None])
+def test_options_are_a_table(overrides: Any) -> None:
+    with pytest.raises(ConfigError, match="expected a table of its fields"):
+        override(Toy(), overrides)

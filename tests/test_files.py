@@ -4,6 +4,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import unicodedata
 from pathlib import Path
 
@@ -91,12 +92,39 @@ def test_json_comes_back(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not JSON"), (b"\xff", "is not JSON"), (json.dumps([1]).encode(), "holds a list; expected a table")],
+    [
+        (b"{", "is not JSON"),
+        (b"", "is not JSON"),
+        (b"\xff", "is not JSON"),
+        ('{"a": 1}'.encode("utf-16"), "is not JSON"),
+        (b'{"a": ' * 50_000, "is not JSON"),
+        (b"[" * 50_000 + b"]" * 50_000, "is not JSON"),
+        (b'{"a": -' + b"7" * 6000 + b"}", "is not JSON"),
+        (b'{"a": NaN}', "is not JSON: NaN is no number"),
+        (b'{"a": [-Infinity]}', "is not JSON: -Infinity"),
+        (b'{"a": 1, "b": 2, "a": 3}', "is not JSON: it gives 'a' two values"),
+        (b'{"a": {"b": 2, "b": null}}', "is not JSON: it gives 'b' two values"),
+        (json.dumps([1]).encode(), "holds a list; expected a table"),
+        (b" " * 70_000_000, "is 70000000 bytes"),
+    ],
 )
 def test_other_files_than_json_tables_are_refused(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"a\.json {message}"):
         read_json(tmp_path / "a.json")
+
+
+def test_mark_in_front_and_repeated_entries_do_no_harm(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_bytes(b'\xef\xbb\xbf{"a": 1, "a": 1}')
+    assert read_json(tmp_path / "a.json") == {"a": 1}
+
+
+def test_other_than_files_are_not_read_as_json(tmp_path: Path) -> None:
+    (tmp_path / "folder.json").mkdir()
+    os.mkfifo(tmp_path / "pipe.json")
+    for path in (tmp_path / "folder.json", tmp_path / "pipe.json", Path("/dev/zero")):
+        with pytest.raises(CheckpointError, match=f"{path.name} is .* no file"):
+            read_json(path)
 
 
 def test_toml_comes_back(tmp_path: Path) -> None:

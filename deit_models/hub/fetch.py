@@ -8,7 +8,8 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -31,6 +32,7 @@ ATTEMPTS = 3
 RETRY_DELAY_S = 1.0
 """Before the second attempt; doubled before the third."""
 TIMEOUT_S = 30.0
+WAIT_S = 120.0
 
 
 class NoSuchFileError(FetchError):
@@ -47,7 +49,11 @@ class TransientError(FetchError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Access:
-    """Access to network, cache and file: keywords of `from_pretrained`, and the function of the Hub client."""
+    """Access to network, cache and file: keywords of `from_pretrained`, and the function of the Hub client.
+
+    `wait_s` is the time without a byte, of a server or of a process that holds a lock, after which waiting ends; by
+    default HF_HUB_DOWNLOAD_TIMEOUT, where it is set, else two minutes.
+    """
 
     revision: str | None = None
     token: str | bool | None = None
@@ -55,6 +61,14 @@ class Access:
     local_files_only: bool = False
     payload: str | None = None
     download: Callable[..., str] = hf_hub_download
+    wait_s: float | None = None
+
+    @property
+    def patience_s(self) -> float:
+        """The time after which waiting ends."""
+        if self.wait_s is not None:
+            return self.wait_s
+        return constants.HF_HUB_DOWNLOAD_TIMEOUT if os.environ.get("HF_HUB_DOWNLOAD_TIMEOUT") else WAIT_S
 
     def at(self, revision: str | None) -> Access:
         """The same access to another revision, unless the caller pinned one."""
@@ -72,6 +86,7 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
     Raises: NoSuchFileError: the repository lacks it. SaveError: no space, no permission. FetchError: any other failure,
         with the reason and what to do. IntegrityError: other bytes than the Hub announced; the cache forgets them.
     """
+    _await_locks(repo_id, filename, access)
     path = with_retries(lambda: _hub_file(repo_id, filename, access))
     blob = path.resolve()
     try:
@@ -84,6 +99,32 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
         forget(path, access)
         raise
     return path
+
+
+def _await_locks(repo_id: str, filename: str, access: Access) -> None:
+    """Wait for other processes that fetch from a repository: the client itself would wait for ever."""
+    cache, folder = Path(access.cache_dir or constants.HF_HUB_CACHE), f"models--{repo_id.replace('/', '--')}"
+    if access.offline or any((cache / folder / "snapshots").glob(f"*/{filename}")):
+        return
+    for path in (cache / ".locks" / folder).glob("*.lock"):
+        with _lock(path, cache / folder / "blobs", access):
+            continue
+
+
+@contextmanager
+def _lock(path: Path, folder: Path, access: Access) -> Iterator[None]:
+    """A lock between processes. Raises: FetchError: another one holds it, and no file of the folder grows."""
+    with ExitStack() as stack:
+        while True:
+            before = [file.stat().st_size for file in folder.glob("*")]
+            try:
+                stack.enter_context(WeakFileLock(path, timeout=access.patience_s))
+                break
+            except TimeoutError as error:
+                if before == [file.stat().st_size for file in folder.glob("*")]:
+                    held = f"{path} is held by another process, which received nothing in {access.patience_s:g} s"
+                    raise FetchError(f"{held}; end it, or remove the file") from error
+        yield
 
 
 def forget(path: Path, access: Access) -> None:
@@ -223,9 +264,9 @@ def url_file(url: str, access: Access, *, digest: str | None = None) -> Path:
         return path
     if access.offline:
         raise FetchError(f"{url} is not in the cache, and offline; load it once with network, or pass a path")
-    with WeakFileLock(path.with_suffix(".lock")):
+    with _lock(path.with_suffix(".lock"), path.parent, access):
         if not path.exists():  # or another process fetched it while this one waited
-            with_retries(lambda: _download(url, path, digest))
+            with_retries(lambda: _download(url, path, digest, min(TIMEOUT_S, access.patience_s / ATTEMPTS)))
     return path
 
 
@@ -234,14 +275,14 @@ def file_name(url: str) -> str:
     return PurePosixPath(urlsplit(url).path).name
 
 
-def _download(url: str, path: Path, digest: str | None) -> None:
+def _download(url: str, path: Path, digest: str | None, timeout_s: float) -> None:
     part = path.with_name(path.name + ".part")
     have = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
     if request.type not in ("http", "https"):
         raise FetchError(f"{url}: only http and https addresses are fetched")
     try:
-        with urllib.request.urlopen(request, timeout=TIMEOUT_S) as response:
+        with urllib.request.urlopen(request, timeout=timeout_s) as response:
             resumed = response.status == 206
             left = int(response.headers.get("Content-Length") or -1)
             with part.open("ab" if resumed else "wb") as file:

@@ -19,16 +19,17 @@ import torch
 
 from ..checkpoint import ModelInfo, Source, find_repo, load_manifest, weights_dir
 from ..config import override
-from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError
+from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError, shown
 from ..files import read_json
 from ..formats.family import Description
 from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, layouts_of, read_config
+from ..models import check_device, float_type
 from ..models.layers import ImageClassifier
 from ..registry import family_spec, meta_model, model_info, model_spec, unknown_model
 from . import fetch
 from .fetch import Access, url_file
 from .payload import Expected
-from .weights import FLOATS, INDEX_SUFFIX, check_range, check_reference, read_tensors, shard_names, verified_state
+from .weights import INDEX_SUFFIX, check_range, check_reference, read_tensors, shard_names, verified_state
 
 logger = logging.getLogger(__name__)
 
@@ -93,20 +94,12 @@ def from_pretrained(
     access = Access(
         revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, payload=payload
     )
-    wanted = _float_type(dtype)
+    check_device(device)
     changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
+    wanted = float_type(dtype) or torch.float32
     loaded = load(source, access, model=model, changes=changes)
     check_range(loaded, wanted)
     return loaded.to(device=device, dtype=wanted).eval()
-
-
-def _float_type(dtype: torch.dtype | str | None) -> torch.dtype:
-    named = torch.float32 if dtype is None else dtype
-    if isinstance(named, str):
-        named = getattr(torch, named.removeprefix("torch."), None)  # type: ignore[assignment]  # checked below
-    if named not in FLOATS:
-        raise ConfigError(f"dtype={dtype!r}; expected float32, float16, bfloat16 or float64")
-    return named
 
 
 def load(
@@ -116,7 +109,11 @@ def load(
     name, path = os.fspath(source), Path(source)
     if isinstance(source, str) and name in load_manifest() and model in (None, name):
         return _from_manifest(load_manifest()[name], access, changes)
-    if path.exists():
+    try:
+        found = path.exists()
+    except OSError as error:  # a name of 5,000 characters, a folder that may not be read
+        raise UnknownModelError(f"{shown(name)} cannot be looked up here: {error.strerror}") from error
+    if found:
         return _build(_locate_path(path, model), changes, access)
     is_file = path.suffix.lower() in WEIGHTS_SUFFIXES
     if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:

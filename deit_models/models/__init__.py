@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import Origin
 from ..config import override
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line, shown
 from ..formats.architecture import SUFFIX, read_architecture
 from ..registry import default_preprocessing, family_spec, model_spec
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 
 def create_model(
-    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **overrides: Any
+    name: str, *, device: torch.device | str | None = None, dtype: torch.dtype | str | None = None, **overrides: Any
 ) -> ImageClassifier:
     """Build a registered model with random weights, in training mode.
 
     Args:
         name: one of `list_models()`, or a file with an architecture, see `formats.architecture.read_architecture`.
         device: where to put it.
-        dtype: floating-point type of its parameters.
+        dtype: floating-point type of its parameters, or its name.
         **overrides: fields of the family's config, e.g. num_classes=10, img_size=(224, 448), drop_path_rate=0.1.
 
     Raises: UnknownModelError: no such name. ConfigError: an unknown option, misfitting values, a file of another kind.
@@ -34,7 +34,8 @@ def create_model(
 
     from .layers import ImageClassifier
 
-    preprocessing = None
+    check_device(device)
+    wanted, preprocessing = float_type(dtype), None
     if name.endswith(SUFFIX):
         file = read_architecture(name)
         spec, preprocessing = family_spec(file.family), file.preprocessing
@@ -42,11 +43,35 @@ def create_model(
     else:
         spec = model_spec(name)
     config = override(spec.config, overrides)
-    with torch.device(device if device is not None else torch.get_default_device()):
-        model = spec.model_class(config)
+    try:
+        with torch.device(device if device is not None else torch.get_default_device()):
+            model = spec.model_class(config)
+    except (RuntimeError, OverflowError, MemoryError) as error:
+        raise ConfigError(f"{name} with {shown(overrides)} cannot be built: {first_line(error)}") from error
     if not isinstance(model, ImageClassifier):
         raise ConfigError(f"{name} is registered with {type(model).__name__}, which is no ImageClassifier")
     preprocessing = preprocessing or default_preprocessing(spec.name, config.image_hw)
     preprocessing = preprocessing.at_size(config.image_hw).for_channels(config.in_chans)
     model.origin = Origin(name=spec.name, preprocessing=preprocessing)
-    return model if dtype is None else model.to(dtype)
+    return model if wanted is None else model.to(wanted)
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ConfigError for a device that does not exist here."""
+    import torch
+
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each device's own code looks for it
+        raise ConfigError(f"device={shown(device)} cannot be used here: {first_line(error)}") from error
+
+
+def float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type by its name. Raises: ConfigError: none of those a model may have."""
+    import torch
+
+    known = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+    named = known.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if named is not None and named not in known.values():
+        raise ConfigError(f"dtype={shown(dtype)}; expected {', '.join(known)}")
+    return named

@@ -54,3 +54,66 @@ def test_family_that_no_library_has_is_native_alone() -> None:
 def test_unknown_layout_and_model_without_origin_are_refused() -> None:
     assert "expected 'native', 'timm' or 'transformers'" in refusal(ConfigError, lambda: write_config(make(), "keras"))
     assert "no origin" in refusal(ConfigError, lambda: write_config(DeiT(DeiTConfig(depth=1)), "native"))
+
+
+def _native(name: str, **fields: Any) -> dict[str, Any]:
+    data = write_config(create_model(name, device="meta"), "native")["config.json"]
+    return {**data, "config": {key: value for key, value in (data["config"] | fields).items() if value is not ...}}
+
+
+@pytest.mark.parametrize(
+    ("name", "field"),
+    [
+        *(("deit_micro_patch4_32", field) for field in ("num_heads", "norm_eps", "qkv_bias", "distilled", "mlp_ratio")),
+        *(("levit_128s", field) for field in ("key_dim", "distilled", "num_heads")),
+        *(("t2t_vit_7", field) for field in ("tokens_type", "pos_resize")),
+        *(("vit_resnas_tiny", field) for field in ("stem", "patch_head", "stages")),
+    ],
+)
+def test_native_config_without_a_field_is_refused(name: str, field: str) -> None:
+    read_config(_native(name))
+    assert f"lacks the fields {field}" in refusal(CheckpointError, lambda: read_config(_native(name, **{field: ...})))
+
+
+def test_native_config_of_an_older_version_is_read() -> None:
+    later = ("patch_drop_rate", "layer_scale", "prefix_positions", "drop_path_uniform")
+    written = _native("deit_micro_patch4_32")
+    assert read_config(_native("deit_micro_patch4_32", **dict.fromkeys(later, ...))) == read_config(written)
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("deit_micro_patch4_32", {"depth": 10**6}),
+        ("deit_micro_patch4_32", {"prefix_positions": "no"}),
+        ("deit_micro_patch4_32", {"img_size": [4, 2**40]}),
+        ("deit_micro_patch4_32", {"layer_scale": False}),
+        ("levit_128s", {"depth": [10**4, 1, 1]}),
+        ("levit_128s", {"img_size": 4096}),
+        ("levit_128s", {"distilled": 1}),
+        ("t2t_vit_7", {"token_head": None}),
+        ("t2t_vit_7", {"norm_eps": 1e9}),
+        ("vit_resnas_tiny", {"stages": "four"}),
+        ("vit_resnas_tiny", {"stem_dim": 2**33}),
+    ],
+)
+def test_native_config_of_no_possible_model_is_refused(name: str, fields: dict[str, Any]) -> None:
+    assert next(iter(fields)) in refusal(ConfigError, lambda: read_config(_native(name, **fields)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("top1", "81"), ("top5", True), ("top1", 120.0), ("licence", ["MIT"]), ("dataset", 3), ("architecture", None)],
+)
+def test_facts_of_a_native_config_have_their_type(key: str, value: Any) -> None:
+    data = _native("deit_micro_patch4_32")
+    assert key in refusal(ConfigError, lambda: read_config({**data, key: value})).replace("name", "architecture")
+
+
+@pytest.mark.parametrize("count", [1, 9, 11])
+def test_class_names_are_as_many_as_the_classes(count: int) -> None:
+    data = write_config(create_model("deit_micro_patch4_32", num_classes=10, device="meta"), "native")["config.json"]
+    names = {str(index): f"class {index}" for index in range(count)}
+    assert f"{count} class names" in refusal(
+        CheckpointError, lambda: read_config({**data, "id2label": names})
+    )

@@ -1,9 +1,13 @@
 """Plain downloads: cached, resumed, tried again, or one line that says why not."""
 
+import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
-from hub_protocol import sha256
+from hub_protocol import git_sha, sha256
+from huggingface_hub.utils import WeakFileLock
 from tiny_models import (
     refusal,
 )
@@ -106,3 +110,79 @@ def test_eight_at_once_download_once(hub, download, pth):
 def test_other_addresses_than_http_are_refused(download, tmp_path):
     (tmp_path / "a.pth").write_bytes(b"x")
     assert "only http" in refusal(FetchError, lambda: download((tmp_path / "a.pth").as_uri()))
+
+
+@pytest.fixture
+def impatient(tmp_path):
+    return Access(cache_dir=tmp_path / "own", wait_s=0.3)
+
+
+def test_lock_of_a_process_that_fetches_nothing_is_one_line(hub, impatient, pth):
+    url = hub.add_file("authors.pth", pth)
+    folder = fetch.assets_dir("downloads", impatient)
+    with WeakFileLock(folder / "authors.lock"):
+        assert "authors.lock is held by another process" in refusal(FetchError, lambda: fetch.url_file(url, impatient))
+    assert fetch.url_file(url, impatient).read_bytes() == pth
+
+
+def test_lock_of_a_process_that_fetches_is_awaited(hub, impatient, pth):
+    url = hub.add_file("authors.pth", pth)
+    part = fetch.assets_dir("downloads", impatient) / "authors.pth.part"
+
+    def other() -> None:
+        with WeakFileLock(part.with_name("authors.lock")):
+            started.set()
+            for length in range(0, 1000, 100):
+                part.write_bytes(pth[:length])
+                time.sleep(0.1)
+
+    started = threading.Event()
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(other)
+        started.wait()
+        assert fetch.url_file(url, impatient).read_bytes() == pth
+        done.result()
+
+
+def test_lock_in_the_cache_of_the_hub_is_one_line(hub, impatient, tmp_path):
+    hub.add_repo("me/m", {"config.json": b"{}"})
+    lock = tmp_path / "own" / ".locks" / "models--me--m" / f"{git_sha(b'{}')}.lock"
+    lock.parent.mkdir(parents=True)
+    with WeakFileLock(lock):
+        assert "held by another" in refusal(FetchError, lambda: fetch.hub_file("me/m", "config.json", impatient))
+    fetch.hub_file("me/m", "config.json", impatient)
+    with WeakFileLock(lock):
+        assert fetch.hub_file("me/m", "config.json", impatient).read_bytes() == b"{}"
+
+
+def test_silent_server_is_asked_again_and_then_one_line(hub, impatient, pth):
+    started, url = time.monotonic(), hub.add_file("authors.pth", pth)
+    hub.delay("/files/", seconds=5, times=1)
+    assert fetch.url_file(url, impatient).read_bytes() == pth
+    hub.delay("/files/", seconds=5)
+    url = hub.add_file("other.pth", pth)
+    assert "connection lost" in refusal(FetchError, lambda: fetch.url_file(url, impatient))
+    assert time.monotonic() - started < 4
+
+
+@pytest.mark.parametrize("status", [403, 404, 410])
+def test_refusal_of_the_hub_is_told_by_its_status(hub, impatient, status):
+    hub.add_repo("me/m", {"config.json": b"{}"})
+    hub.fail("/resolve/", status=status, times=None)
+    message = refusal(FetchError, lambda: fetch.hub_file("me/m", "config.json", impatient))
+    assert "cannot be reached" not in message
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json", "model.safetensors.index.json"])
+@pytest.mark.parametrize("edit", [None, lambda data: data.replace(b"3", b"4"), lambda data: bytes(len(data))])
+def test_other_small_file_than_announced_is_refused_and_fetched_anew(hub, impatient, name, edit):
+    hub.add_repo("me/m", {name: b'{"num_heads": 3}'})
+    hub.corrupt(name, edit)
+    assert "git SHA-1" in refusal(IntegrityError, lambda: fetch.hub_file("me/m", name, impatient))
+    hub.heal()
+    path = fetch.hub_file("me/m", name, impatient)
+    assert path.read_bytes() == b'{"num_heads": 3}'
+    path.resolve().write_bytes(b"")
+    offline = replace(impatient, local_files_only=True)
+    assert "git SHA-1" in refusal(IntegrityError, lambda: fetch.hub_file("me/m", name, offline))
+    assert fetch.hub_file("me/m", name, impatient).read_bytes() == b'{"num_heads": 3}'
