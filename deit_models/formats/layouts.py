@@ -58,8 +58,13 @@ def read_config(data: Mapping[str, Any], processor: Mapping[str, Any] | None = N
 
 
 def _checked(said: Description) -> Description:
-    """The description, if its images are input of its model. Raises: ConfigError: another size or number of colours."""
-    spec, config = said.origin.preprocessing, said.config
+    """The description, if its parts fit each other.
+
+    Raises: ConfigError: preprocessing of another size or number of colours. CheckpointError: other class names.
+    """
+    spec, config, names = said.origin.preprocessing, said.config, said.origin.class_names
+    if names is not None and len(names) != config.num_classes > 0:
+        raise CheckpointError(f"config.json has {len(names)} class names for num_classes={config.num_classes}")
     if spec.crop != config.image_hw and not getattr(config, "dynamic_img_size", False):
         raise ConfigError(
             f"preprocessing gives images of {spec.crop}, the model takes {config.image_hw}; mend one of them"

@@ -114,6 +114,4 @@ def test_facts_of_a_native_config_have_their_type(key: str, value: Any) -> None:
 def test_class_names_are_as_many_as_the_classes(count: int) -> None:
     data = write_config(create_model("deit_micro_patch4_32", num_classes=10, device="meta"), "native")["config.json"]
     names = {str(index): f"class {index}" for index in range(count)}
-    assert f"{count} class names" in refusal(
-        CheckpointError, lambda: read_config({**data, "id2label": names})
-    )
+    assert f"{count} class names" in refusal(CheckpointError, lambda: read_config({**data, "id2label": names}))
