@@ -214,7 +214,8 @@ class Run:
         with closing(RunLog(self.out, first_epoch=progress.epoch, tensorboard=board, writes=process.is_main)) as log:
             if process.is_main:
                 remove_leftovers(self.out)
-                write_text(self.out / RECIPE_NAME, recipe.to_toml())
+                if loading is not None:
+                    write_text(self.out / RECIPE_NAME, recipe.to_toml())
             if loading is not None:
                 self._epochs(progress, log, identity, *loading)
         last = log.rows[-1] if log.rows else {}

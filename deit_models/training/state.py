@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import pickle
 import struct
@@ -37,6 +38,8 @@ from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
+
+logger = logging.getLogger(__name__)
 
 LOG_NAME, STATE_NAME, WEIGHTS_NAME = "log.jsonl", "last.pt", "model.safetensors"
 MODEL_FOLDERS = ("model", "best", "ema")
@@ -202,9 +205,17 @@ def _rebuilt(model: ImageClassifier, state: dict[str, Any]) -> ImageClassifier:
 
 
 _FORMAT = 1
-_MAY_CHANGE = {"preset", "eval_every", "save_every", "compile", "accumulate"}
+_MAY_CHANGE = {"preset", "eval_every", "save_every", "compile", "precision", "accumulate"}
 """Recipe fields that change the last weights of a run by no more than rounding; and `accumulate`, which a machine with
 less memory may need, although it decides which images are mixed with each other."""
+
+
+def _goes_on(name: str, before: Any, now: Any, *, done: int) -> bool:
+    """Whether a run may go on with more images of the same classes, and with more epochs or fewer than are `done`."""
+    if name == "epochs":
+        return bool(now > before or now <= done)
+    (images, classes), (more, same) = (str(value).partition(" ")[::2] for value in (before, now))
+    return name == "data" and classes == same and images.isdecimal() and int(more) > int(images)
 
 
 @dataclass(slots=True)
@@ -341,9 +352,24 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict
         )
     before, now = asdict(recipe_from_toml(state["recipe"])) | state["run"], asdict(recipe) | run
     changed = [name for name in now | before if name not in _MAY_CHANGE and before.get(name) != now.get(name)]
-    if changed:
-        settings = ", ".join(f"{name}={before.get(name)!r} (now {now.get(name)!r})" for name in changed)
+    done = state["progress"]["epoch"] - recipe.cooldown_epochs
+    if going_on := [name for name in changed if _goes_on(name, before.get(name), now.get(name), done=done)]:
+        if "data" in going_on:
+            state["progress"]["unreadable"] = []  # the images have other numbers now
+        settings = ", ".join(f"{name}={before[name]!r} (now {now[name]!r})" for name in going_on)
+        logger.warning("%s goes on; it was saved with %s", path, settings)
+    if changed := [name for name in changed if name not in going_on]:
+        pairs = [(name, before.get(name), now.get(name)) for name in changed]
+        settings = ", ".join(f"{name}={_apart(old, new)!r} (now {_apart(new, old)!r})" for name, old, new in pairs)
         raise TrainingError(f"{path} was saved with {settings}; use those settings, or train into a new folder")
+
+
+def _apart(value: Any, other: Any) -> Any:
+    """Of the text of a configuration its beginning and the fields in which it differs from another; else the value."""
+    if not (isinstance(value, str) and isinstance(other, str) and "(" in value):
+        return value
+    first, *fields = value.split(", ")
+    return ", ".join([first, *(entry for entry in fields if entry not in other.split(", "))])
 
 
 def _restore(learner: Learner, state: dict[str, Any]) -> None:
@@ -359,7 +385,8 @@ def _restore(learner: Learner, state: dict[str, Any]) -> None:
         set_optimizer_state_dict(learner.bare.model, learner.optimizer, state["optimizer"], options=options)
     else:
         learner.optimizer.load_state_dict(state["optimizer"])
-    learner.scaler.load_state_dict(state["scaler"])
+    if state["scaler"]:  # empty unless the run was in fp16
+        learner.scaler.load_state_dict(state["scaler"])
     # a batch is done in as many parts as before, to mix the same images
     parts = int(state.get("parts", 1))
     if recipe_from_toml(state["recipe"]).accumulate == learner.recipe.accumulate and learner.batch_size % parts == 0:
