@@ -465,3 +465,38 @@ def test_a_failing_forward_leaves_the_training_mode() -> None:
     with pytest.raises(ConfigError):
         attention_maps(model, torch.zeros(1, 3, 8, 8))
     assert model.training
+
+
+# Other shapes and channel counts
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_strip_is_one_failure_of_a_folder(tmp_path: Path, fast: bool) -> None:
+    paths = save_pictures(tmp_path, 3)
+    PIL.Image.new("L", (1, 2_000_000)).save(paths[1])
+    found = list(Classifier(tiny_model(), fast_pixels=fast).classify_files(paths))
+    assert [result.error is None for result in found] == [True, False, True]
+    assert "001.png: 1x2000000 pixels, which become" in found[1].error
+
+
+def test_one_channel_is_classified_from_any_image(tmp_path: Path) -> None:
+    classifier = Classifier(tiny_model(in_chans=1))
+    grey = picture(0).convert("L")
+    grey.save(tmp_path / "grey.png")
+    forms = [grey, grey.convert("RGB"), np.asarray(grey), torch.from_numpy(np.array(grey))[None], tmp_path / "grey.png"]
+    found = [classifier(form).predictions for form in forms]
+    assert found == [found[0]] * 5
+    assert next(classifier.classify_files([tmp_path / "grey.png"])).predictions == found[0]
+
+
+def test_other_channel_counts_are_classified_from_arrays_and_tensors(tmp_path: Path) -> None:
+    classifier = Classifier(tiny_model(in_chans=4))
+    levels = np.random.default_rng(0).integers(0, 256, (2, 32, 32, 4), dtype=np.uint8)
+    found = classifier(levels)
+    assert [result.predictions for result in found] == [
+        result.predictions for result in classifier(torch.from_numpy(levels).permute(0, 3, 1, 2))
+    ]
+    with pytest.raises(ConfigError, match="the model takes 4 channels, and image files are read as 3 or 1"):
+        list(classifier.classify_files(save_pictures(tmp_path, 2)))
+    with pytest.raises(ImageError, match=r"image 1: shape \(32, 32, 3\) is not an image; .* C = 4"):
+        classifier([levels[0], levels[1, ..., :3]])

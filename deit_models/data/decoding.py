@@ -123,7 +123,9 @@ def _check_file(path: Path, name: str) -> None:
     try:
         mode, size = path.stat().st_mode, path.stat().st_size
     except (OSError, ValueError) as error:  # ValueError: a null character in the path
-        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({error})"
+        # not the error itself, which has the path in it once more
+        why = getattr(error, "strerror", None) or first_line(error)
+        reason = "no such file" if isinstance(error, FileNotFoundError) else f"cannot be read ({why})"
         raise ImageError(f"{name}: {reason}; expected an image file") from error
     if not stat.S_ISREG(mode):
         kind = "is a directory" if stat.S_ISDIR(mode) else "not a regular file"

@@ -15,7 +15,7 @@ from deit_models.augmentation.augment import ColorJitter, RandomResizedCrop, Thr
 from deit_models.augmentation.levels import Levels, TrainInput
 from deit_models.checkpoint import Preprocessing
 from deit_models.data.transforms import EvalTransform
-from deit_models.errors import ConfigError
+from deit_models.errors import ConfigError, ImageError
 from deit_models.training.recipe import Recipe
 
 PREPROCESSING = Preprocessing(resize=36, crop=(32, 32))
@@ -320,3 +320,32 @@ def test_normalised_values_are_timms() -> None:
     image = picture(32, 32)
     ours = TrainInput(PREPROCESSING, torch.device("cpu"))(batch(Levels(TF.pil_to_tensor(image), torch.zeros(5).long())))
     torch.testing.assert_close(ours[0], theirs(image), rtol=0, atol=1e-6)
+
+
+# Other channel counts
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+@pytest.mark.parametrize("crop", CROPS)
+def test_every_channel_is_changed_alike(channels: int, crop: str) -> None:
+    changes = {"augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "hflip": 0.5, "erase": 1.0, "crop": crop}
+    recipe, spec = Recipe(**{**PLAIN, **changes}), PREPROCESSING.for_channels(channels)  # type: ignore[arg-type]
+    grey = TF.pil_to_tensor(picture().convert("L"))
+    for seed in range(8):
+        found = TrainTransform(recipe, spec, (32, 32))(grey.expand(channels, -1, -1), random.Random(seed))
+        alone = TrainTransform(recipe, spec.for_channels(1), (32, 32))(picture().convert("L"), random.Random(seed))
+        assert torch.equal(found.values, alone.values.expand(channels, -1, -1))
+        assert TrainInput(spec, torch.device("cpu"))(batch(found, found)).shape == (2, channels, 32, 32)
+
+
+def test_transparent_tensor_is_trained_on_as_colours() -> None:
+    image = TF.pil_to_tensor(picture())
+    opaque = torch.cat([image, torch.full_like(image[:1], 255)])
+    assert torch.equal(build()(opaque, random.Random(0)).values, build()(picture(), random.Random(0)).values)
+
+
+@pytest.mark.parametrize("crop", ["pad", "simple", "none"])
+def test_strip_is_refused_before_it_is_resized(crop: str) -> None:
+    with pytest.raises(ImageError, match="image: 2000000x1 pixels, which become"):
+        build(crop=crop)(Image.new("RGB", (2_000_000, 1)))
+    assert build(crop="random_resized")(Image.new("RGB", (2_000_000, 1))).values.shape == (3, 32, 32)

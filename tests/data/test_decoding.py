@@ -16,8 +16,18 @@ import PIL.Image
 import pytest
 import torch
 
-from deit_models.data.decoding import _QUIET, MAX_IMAGE_PIXELS, Reduced, decode_image, decode_reduced, load_image
-from deit_models.errors import DeitModelsError, ImageError
+from deit_models.data.decoding import (
+    _QUIET,
+    MAX_IMAGE_PIXELS,
+    Reduced,
+    _log_guess,
+    decode_image,
+    decode_reduced,
+    load_image,
+    load_item,
+    load_planes,
+)
+from deit_models.errors import ConfigError, DeitModelsError, ImageError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -38,16 +48,14 @@ def store(folder: Path, name: str, data: bytes) -> Path:
     return folder / name
 
 
-def png_header(width: int, height: int) -> bytes:
+def png_header(width: int, height: int, *, bits: int = 8, data: bytes = bytes(64)) -> bytes:
     """A PNG that claims a size, with next to no data behind the claim."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(bytes(64))) + chunk(b"IEND", b"")
-    )
+    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
 def assert_near(pixel: object, expected: tuple[int, int, int], tolerance: int = 0) -> None:
@@ -164,10 +172,150 @@ def test_damaged_exif_does_not_cost_the_photo(tmp_path: Path, exif: bytes) -> No
         assert decode_image(path).size == (60, 40)
 
 
+def exif_with(orientation: int, tag: int, kind: int, value: bytes, count: int = 1) -> bytes:
+    """EXIF of an orientation and another tag, of any type; `value` has four bytes."""
+    entries = struct.pack("<HHIHH", 0x0112, 3, 1, orientation, 0) + struct.pack("<HHI", tag, kind, count) + value
+    return b"Exif\0\0II*\0" + struct.pack("<IH", 8, 2) + entries + bytes(4)
+
+
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [(0x011A, 3, b"\1\0\0\0"), (0x0213, 12, b"\0\0\xff\x7f"), (0x8769, 2, b"abc\0"), (0x927C, 0x77, b"\xff" * 4)],
+)
+def test_photo_is_turned_though_another_tag_is_broken(tag: int, kind: int, value: bytes) -> None:
+    data = encode(gradient(), "JPEG", exif=exif_with(6, tag, kind, value))
+    assert decode_image(data).size == (40, 60)
+    with warnings.catch_warnings():  # Pillow's own `open` warns of some
+        warnings.simplefilter("ignore")
+        with PIL.Image.open(io.BytesIO(data)) as image:
+            assert load_image(load_image(image)).size == (40, 60)
+            assert image.size == (60, 40)
+
+
+def test_whatever_a_decoder_raises_is_an_image_error() -> None:
+    class Odd(PIL.Image.Image):
+        error: BaseException = KeyError("chunk")
+
+        def load(self) -> object:
+            raise self.error
+
+    for error in (KeyError("chunk"), MemoryError(), RecursionError(), struct.error("short"), Exception("a\nb" * 500)):
+        odd = Odd()
+        odd._size, odd.error = (4, 4), error
+        assert_refused(odd, "PIL image: ", "more memory" if isinstance(error, MemoryError) else "damaged")
+    odd.error = KeyboardInterrupt()
+    with pytest.raises(KeyboardInterrupt):
+        load_image(odd)
+
+
 @pytest.mark.parametrize("mode", ["1", "L"])
 def test_grey_and_black_and_white_images_become_rgb(tmp_path: Path, mode: str) -> None:
     path = store(tmp_path, "photo.png", encode(PIL.Image.new(mode, (8, 8), "white"), "PNG"))
     assert_near(decode_image(path).getpixel((3, 3)), WHITE)
+
+
+# Greys of more than 8 bits
+
+RAMP = np.tile(np.linspace(0, 1, 16), (2, 1))
+
+
+def tiff(array: np.ndarray, **tags: int) -> bytes:
+    """An uncompressed grey TIFF with any bits, sign and meaning of zero, as Pillow does not write them."""
+    kind, order = array.dtype.kind, array.dtype.byteorder
+    mark = ">" if order == ">" else "<"
+    data = array.tobytes() if "bits" not in tags else packed_12(array)
+    fields = {
+        **{256: array.shape[1], 257: array.shape[0], 258: tags.get("bits", 8 * array.dtype.itemsize), 259: 1},
+        **{262: tags.get("photometric", 1), 273: 0, 277: 1, 278: array.shape[0], 279: len(data)},
+        339: {"u": 1, "i": 2, "f": 3}[kind],
+    }
+    fields[273] = 8 + 2 + 12 * len(fields) + 4
+    entries = b"".join(struct.pack(mark + "HHII", tag, 4, 1, value) for tag, value in sorted(fields.items()))
+    head = (b"MM\0*" if mark == ">" else b"II*\0") + struct.pack(mark + "I", 8)
+    return head + struct.pack(mark + "H", len(fields)) + entries + bytes(4) + data
+
+
+def packed_12(array: np.ndarray) -> bytes:
+    """Two values in three bytes."""
+    first, second = array.reshape(-1, 2).astype(int).T
+    return np.stack([first >> 4, (first & 15) << 4 | second >> 8, second & 255], axis=1).astype(np.uint8).tobytes()
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        (RAMP * 255).astype("<i2"),
+        (RAMP * 1023).astype("<u2"),
+        (RAMP * 16383).astype(">u2"),
+        (RAMP * 32767).astype("<i2"),
+        (RAMP * 65535).astype(">u2"),
+        (RAMP * 4095).astype(">i4"),
+        (RAMP * 65535).astype("<i4"),
+        RAMP.astype(">f4"),
+        (RAMP * 255).astype("<f4"),
+        (RAMP * 1023).astype("<f4"),
+    ],
+    ids=lambda array: f"{array.dtype.str}-{array.max():g}",
+)
+def test_deep_greys_are_scaled_by_their_own_range(tmp_path: Path, array: np.ndarray) -> None:
+    shown = np.asarray(decode_image(store(tmp_path, "scan.tif", tiff(array))))[..., 0]
+    assert np.abs(shown - RAMP * 255).max() <= 1.5
+    assert (shown[:, 0] == 0).all()
+    assert (shown[:, -1] == 255).all()
+
+
+def test_declared_depth_wins_over_the_largest_value() -> None:
+    dim = (RAMP * 900).astype("<u2")
+    assert np.asarray(decode_image(tiff(dim, bits=12))).max() == 900 * 255 // 4095
+    pgm = b"P5 16 2 65535\n" + dim.astype(">u2").tobytes()
+    assert np.asarray(decode_image(pgm)).max() == 900 // 257
+
+
+@pytest.mark.parametrize("array", [(RAMP * 65535).astype("<u2"), RAMP.astype("<f4")], ids=["uint16", "float"])
+def test_zero_is_white_where_a_tiff_says_so(array: np.ndarray) -> None:
+    shown = np.asarray(decode_image(tiff(array, photometric=0)))[0, :, 0]
+    assert shown[0] == 255
+    assert shown[-1] == 0
+
+
+def test_masks_of_zeros_and_ones_are_black_and_white() -> None:
+    mask = np.eye(4)
+    for array in (mask.astype(bool), mask.astype(np.uint16), mask.astype(np.int32), mask.astype(np.float32)):
+        assert np.array_equal(np.asarray(load_image(PIL.Image.fromarray(array)))[..., 1], 255 * mask), array.dtype
+
+
+def test_a_guessed_depth_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    _log_guess.cache_clear()
+    for _ in range(3):
+        decode_image(tiff((RAMP * 4095).astype("<u2")))
+        decode_image(tiff((RAMP * 65535).astype("<u2")))
+        decode_image(tiff(RAMP.astype("<f4")))
+    assert [record.getMessage() for record in caplog.records] == [
+        "a grey image of Pillow's mode I;16 is taken for one of 12 bits, by its largest value"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("array", "part"),
+    [
+        ((RAMP * 2000 - 1000).astype("<i2"), "from -1000 to 1000"),
+        ((RAMP * 7).astype("<u2"), "from 0 to 7"),
+        ((RAMP * 10**6).astype("<i4"), "to 1e+06"),
+        ((RAMP * 1.5).astype("<f4"), "to 1.5"),
+        ((RAMP - 0.25).astype("<f4"), "from -0.25"),
+        (np.where(RAMP == 1, np.nan, RAMP).astype("<f4"), "no numbers"),
+        (np.where(RAMP == 0, np.inf, RAMP).astype("<f4"), "not finite"),
+    ],
+)
+def test_greys_that_could_mean_anything_are_refused(tmp_path: Path, array: np.ndarray, part: str) -> None:
+    assert_refused(store(tmp_path, "scan.tif", tiff(array)), "scan.tif", part)
+
+
+def test_colours_of_16_bits_with_12_in_use_are_not_shown_black() -> None:
+    rows = b"".join(b"\0" + (np.linspace(0, 4095, 24).astype(">u2")).tobytes() for _ in range(2))
+    dark = png_header(8, 2, bits=16, data=rows)
+    assert_refused(dark, "16 bits of which no more than 12")
+    assert decode_image(png_header(8, 2, bits=16, data=bytes(len(rows)))).getextrema() == ((0, 0),) * 3
 
 
 # What is refused, by name and in one line
@@ -355,6 +503,21 @@ def test_pil_image_is_turned_upright() -> None:
 )
 def test_what_is_no_image_is_refused_with_what_was_given(bad: object, part: str) -> None:
     assert_refused(bad, part)
+
+
+def test_planes_of_other_channel_counts_come_from_arrays_and_tensors_alone() -> None:
+    levels = torch.arange(2 * 3 * 4, dtype=torch.uint8).view(2, 3, 4)
+    for source in (levels, levels.permute(1, 2, 0).numpy(), levels / 255):
+        planes = load_planes(source, 2)
+        assert [plane.mode for plane in planes] == ["L", "L"]
+        assert torch.equal(torch.stack([torch.from_numpy(np.array(plane)) for plane in planes]), levels)
+        assert torch.equal(load_item(source), levels)
+    assert load_planes(gradient(), 1) == [gradient().convert("L")]
+    assert load_item(levels[:1]).mode == "RGB"
+    with pytest.raises(ConfigError, match=r"photo\.png: the model takes 4 channels.*arrays \(H, W, 4\)"):
+        load_planes("photo.png", 4)
+    with pytest.raises(ImageError, match=r"shape \(2, 3, 4\) .* C = 5$"):
+        load_planes(levels, 5)
 
 
 # Decoding smaller

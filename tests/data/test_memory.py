@@ -380,3 +380,15 @@ def test_gpu_gets_the_batches_of_the_cpu_and_is_not_waited_for(kept: bool, erase
         assert torch.equal(ours[2], theirs[2])
         if not erase:
             torch.testing.assert_close(ours[0].cpu(), theirs[0], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("changes", [CUT_ONLY, EVERYTHING])
+@pytest.mark.parametrize("crop", ["pad", "simple"])
+def test_greys_for_one_channel_are_those_of_the_files(changes: dict[str, Any], crop: str) -> None:
+    records, spec = in_memory(), Preprocessing(resize=8, crop=(8, 10)).for_channels(1)
+    transform = TrainTransform(Recipe(**{**changes, "crop": crop}), spec, (8, 10))
+    keys = [(index, index + 7) for index in range(12)]
+    levels = TrainingSamples(records, transform).batch(keys)[0]
+    assert levels.values.shape == (12, 1, 8, 10)
+    for number, key in enumerate(keys):
+        assert torch.equal(levels.values[number], TrainingSamples(Loose(records), transform)[key][0].values)

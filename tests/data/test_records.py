@@ -1,16 +1,19 @@
 """Labelled images: small on their way to workers, parts of other sets, methods that subclasses must give."""
 
+import os
 import pickle
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import tiny
-from small_sets import fill, labelled_files
+from small_sets import fill, labelled_files, write_image
 
-from deit_models.data.datasets import open_dataset
+from deit_models.data.datasets import find_images, open_dataset
+from deit_models.data.decoding import load_image
 from deit_models.data.records import ImageRecords, SubsetRecords, always_the_same, check_classes, is_image
-from deit_models.errors import DataError
+from deit_models.errors import DataError, ImageError
 
 
 def test_records_travel_to_workers_small(tmp_path: Path) -> None:
@@ -36,6 +39,72 @@ def test_own_records_that_forget_a_method_are_told() -> None:
 def test_images_are_known_by_suffix_and_hidden_files_are_none() -> None:
     assert all(map(is_image, ("a.jpg", "b.JPEG", "c.d.webp")))
     assert not any(map(is_image, (".a.jpg", "jpg", "b.txt", "c.jpg.part")))
+
+
+def link(at: Path, to: Path) -> None:
+    at.symlink_to(to, target_is_directory=True)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links as POSIX has them")
+def test_links_are_followed_but_no_folder_is_read_twice(tmp_path: Path) -> None:
+    fill(tmp_path / "t", ["ant", "bee"])
+    store = fill(tmp_path / "store", ["more"], images=3)
+    link(tmp_path / "t/ant/up", tmp_path)
+    link(tmp_path / "t/ant/itself", tmp_path / "t/ant")
+    link(tmp_path / "t/bee/store", store)
+    for depth in range(3):  # each folder holds two links to the next
+        (tmp_path / f"chain/{depth}").mkdir(parents=True)
+        link(tmp_path / f"chain/{depth}/a", tmp_path / f"chain/{depth + 1}")
+        link(tmp_path / f"chain/{depth}/b", tmp_path / f"chain/{depth + 1}")
+    fill(tmp_path / "chain/3", ["last"], images=1)
+    link(tmp_path / "t/bee/chain", tmp_path / "chain/0")
+    records = open_dataset(tmp_path / "t", "train")
+    found = [records.key(i) for i in range(len(records))]
+    assert found == [
+        *("ant/0.png", "ant/1.png", "bee/0.png", "bee/1.png", "bee/chain/a/a/a/last/0.png"),
+        *(f"bee/store/more/{i}.png" for i in range(3)),
+    ]
+    assert len(find_images(tmp_path / "t")) == 8
+
+
+def test_folders_far_below_are_read(tmp_path: Path) -> None:
+    place = fill(tmp_path, ["ant", "bee"]) / "ant"
+    for _ in range(1200):  # beyond Python's limit of recursion
+        place /= "d"
+    deep = str(place)
+    os.makedirs(deep[: len(str(tmp_path)) + 1500])
+    assert len(open_dataset(tmp_path, "train")) == 4
+
+
+@pytest.mark.skipif(find_spec("pillow_heif") is not None, reason="HEIC is read here")
+def test_files_that_only_look_like_images_are_counted_with_the_remedy(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fill(tmp_path, ["ant", "bee"])
+    for name in ("ant/a.HEIC", "ant/b.heif", "bee/c.CR2", "bee/.d.heic", "bee/notes.txt"):
+        (tmp_path / name).write_bytes(b"\0\0\0\x18ftypheic")
+    line = (
+        f"{tmp_path}: 3 image files that cannot be read here (.cr2, .heic, .heif); pip install pillow-heif, which "
+        "reads HEIC, or convert them to JPEG or PNG"
+    )
+    assert len(open_dataset(tmp_path, "train")) == len(find_images(tmp_path)) == 4
+    assert [record.getMessage() for record in caplog.records] == [line, line]
+    for image in (tmp_path / "bee").glob("*.png"):
+        image.unlink()
+    with pytest.raises(DataError, match=r"class folder bee; 3 image files that cannot be read here"):
+        open_dataset(tmp_path, "train")
+    with pytest.raises(ImageError, match=r"bee: no image in it or below; 1 image files .* \(\.cr2\); convert them"):
+        find_images(tmp_path / "bee")
+    with pytest.raises(ImageError, match=r"a\.HEIC: .*pip install pillow-heif"):
+        load_image(tmp_path / "ant/a.HEIC")
+
+
+@pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".thumbnails", ".ipynb_checkpoints"])
+def test_folders_of_operating_systems_hold_no_images(tmp_path: Path, name: str) -> None:
+    fill(tmp_path, ["ant", "bee"])
+    for place in (tmp_path / name, tmp_path / "ant" / name):
+        write_image(place / "copy.png")
+    assert len(open_dataset(tmp_path, "train")) == len(find_images(tmp_path)) == 4
 
 
 def test_part_of_a_set_keeps_order_names_and_labels(tmp_path: Path) -> None:

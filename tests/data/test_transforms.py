@@ -17,7 +17,7 @@ from deit_models import create_model
 from deit_models.checkpoint import Preprocessing
 from deit_models.data.decoding import decode_reduced
 from deit_models.data.transforms import EvalInput, EvalTransform, transform_for
-from deit_models.errors import ConfigError
+from deit_models.errors import ConfigError, ImageError
 from deit_models.models.deit import DeiT, DeiTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -198,3 +198,47 @@ def test_evaluations_input_has_the_bits_of_its_transform() -> None:
     together = EvalInput(preprocessing, cpu)(levels)
     assert torch.equal(together, torch.stack([transform(image) for image in pictures]))
     assert EvalInput(preprocessing, cpu, normalise=False)(levels) is levels
+
+
+# Other shapes and channel counts
+
+
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+@pytest.mark.parametrize(("width", "height", "form"), [(60_000, 1, "PNG"), (1, 9_000, "JPEG"), (1_000_000, 2, "PNG")])
+def test_strip_that_would_grow_beyond_memory_is_refused_by_name(
+    tmp_path: Path, width: int, height: int, form: str, fast: bool
+) -> None:
+    transform = EvalTransform(Preprocessing(resize=256, crop=(224, 224)), fast_pixels=fast)
+    PIL.Image.new("L", (width, height)).save(tmp_path / "strip", form)
+    with pytest.raises(ImageError, match=rf"strip: {width}x{height} pixels, which become \d+x\d+ when resized"):
+        transform(tmp_path / "strip")
+    assert EvalTransform(Preprocessing(resize=(256, 256), crop=(224, 224)))(tmp_path / "strip").shape == (3, 224, 224)
+
+
+def test_long_but_sensible_picture_is_read() -> None:
+    spec = Preprocessing(resize=36, crop=(32, 32))
+    assert EvalTransform(spec)(PIL.Image.new("RGB", (3000, 20), "red")).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("channels", [2, 4, 5])
+def test_every_channel_is_resized_as_a_grey_picture(channels: int) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (50, 40, channels), dtype=np.uint8)
+    spec = Preprocessing(resize=36, crop=(32, 24)).for_channels(channels)
+    found = EvalTransform(spec)(noise)
+    grey = EvalTransform(spec.for_channels(1), fast_pixels=True)
+    assert torch.equal(found, torch.cat([grey(noise[..., number]) for number in range(channels)]))
+    assert torch.equal(found, EvalTransform(spec, fast_pixels=True)(torch.from_numpy(noise).permute(2, 0, 1)))
+    with pytest.raises(ConfigError, match=f"takes {channels} channels"):
+        EvalTransform(spec)(gradient())
+
+
+def test_one_channel_takes_every_form_of_image_as_greys(tmp_path: Path) -> None:
+    transform = transform_for(create_model("deit_micro_patch4_32", depth=1, in_chans=1, device="meta"))
+    gradient().convert("L").save(tmp_path / "grey.png")
+    levels = transform.levels(tmp_path / "grey.png")
+    assert levels.shape == (1, 32, 32)
+    for image in (gradient(), gradient().convert("L"), np.asarray(gradient()), np.asarray(gradient().convert("L"))):
+        assert torch.equal(transform.levels(image), levels)
+    assert len(transform.preprocessing.mean) == len(transform.preprocessing.std) == 1
+    colours = transform_for(create_model("deit_micro_patch4_32", depth=1, device="meta")).preprocessing.mean
+    assert transform.preprocessing.mean[0] == pytest.approx(sum(colours) / 3)

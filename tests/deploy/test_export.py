@@ -167,3 +167,16 @@ def test_model_built_by_hand_is_exported_but_not_with_preprocessing(tmp_path: Pa
     assert read_metadata(done.path)["class_names"] == ["class 0", "class 1", "class 2"]
     with pytest.raises(ConfigError, match="its normalisation is unknown"):
         deit_models.export(model, tmp_path / "m.pt2", format="torch-export", preprocessing=True)
+
+
+@pytest.mark.parametrize("channels", [1, 2, 5])
+def test_file_with_preprocessing_takes_pixels_of_other_channel_counts(channels: int, tmp_path: Path) -> None:
+    model = deit_models.create_model("deit_micro_patch4_32", in_chans=channels, num_classes=5, depth=1).eval()
+    path = tmp_path / "m.pt2"
+    deit_models.export(model, path, format="torch-export", preprocessing=True)
+    levels = torch.randint(0, 256, (2, channels, 32, 32), dtype=torch.uint8)
+    transform = deit_models.transform_for(model)
+    with torch.inference_mode():
+        expected = model(transform.to_input(levels))
+    torch.testing.assert_close(open_exported(path)(levels), expected, atol=1e-4, rtol=0)
+    assert len(read_metadata(path)["preprocessing"]["mean"]) == channels

@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file
+from small_sets import fill
 from torch import nn
 
 import deit_models
@@ -348,3 +349,55 @@ def test_divergence_names_the_last_good_state(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="epoch 0") as caught:
         run(tmp_path / "other", lr=1e30, warmup_epochs=0)
     assert "last good" not in str(caught.value)
+
+
+# ---- other channel counts
+
+
+class Bands(torch.utils.data.Dataset[tuple[torch.Tensor, int]]):
+    """Images of a satellite, one of them damaged."""
+
+    classes = ("field", "wood")
+
+    def __init__(self, channels: int) -> None:
+        self.channels = channels
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        generator = torch.Generator().manual_seed(index)
+        channels = 7 if index == 3 else self.channels
+        return torch.rand(channels, tiny.SIZE, tiny.SIZE, generator=generator), index % 2
+
+
+def network(channels: int) -> ImageClassifier:
+    return deit_models.create_model(
+        "deit_micro_patch4_32", in_chans=channels, num_classes=2, depth=1, embed_dim=24, num_heads=2
+    )
+
+
+@pytest.mark.parametrize("channels", [2, 4, 6])
+def test_data_set_of_tensors_with_the_models_channels_is_trained_on_and_scored(tmp_path: Path, channels: int) -> None:
+    changes = {"augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "epochs": 1, "warmup_epochs": 0}
+    options: dict[str, Any] = {"train": Bands(channels), "corrupt_limit": 0.5, "workers": 0, "device": "cpu"}
+    train(network(channels), recipe=tiny.recipe(**changes), out=tmp_path, **options)
+    loaded = deit_models.from_pretrained(tmp_path / "model")
+    assert len(loaded.origin.preprocessing.mean) == channels
+    score = evaluate(loaded, Bands(channels), workers=0, device="cpu", corrupt_limit=0.5)
+    assert (score.images, score.skipped) == (11, 1)
+
+
+def test_folder_is_read_as_greys_for_one_channel_and_refused_for_five(tmp_path: Path) -> None:
+    data = fill(tmp_path / "data", images=4)
+    options: dict[str, Any] = {
+        "train": data,
+        "val": data,
+        "workers": 0,
+        "device": "cpu",
+        "recipe": tiny.recipe(epochs=1, warmup_epochs=0),
+    }
+    for cache in ("auto", "none"):
+        assert train(network(1), out=tmp_path / cache, cache=cache, **options).log[0]["val_images"] == 8
+        with pytest.raises(ConfigError, match=r"the model takes 5 channels, and image files are read as 3 or 1"):
+            train(network(5), out=tmp_path / f"five {cache}", cache=cache, **options)
