@@ -46,10 +46,10 @@ def check_fields(config: Any) -> None:
 
 
 def check_whole(config: Any, *names: str, most: int = 10**12) -> None:
-    """Raise ConfigError unless each named field is a whole number above 0 and not above `most`."""
+    """Raise ConfigError unless each named field is a whole number above 0, not above `most`; `num_classes` may be 0."""
     for name in names:
-        value = getattr(config, name)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        value, least = getattr(config, name), name != "num_classes"
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
             raise ConfigError(f"{name}={shown(value)} is not a whole number above 0")
         if value > most:
             raise ConfigError(f"{name}={shown(value)} is too large; expected {most} at most")

@@ -169,7 +169,7 @@ def _measure(spec: ModelSpec) -> ModelInfo:
         macs=_macs(model, spec.config),
         input_size=max(spec.config.image_hw),
         num_classes=model.num_classes,
-        distilled=getattr(spec.config, "distilled", False),
+        distilled=bool(getattr(spec.config, "distilled", False)),
         preprocessing=default_preprocessing(spec.name, spec.config.image_hw),
     )
 

@@ -210,7 +210,7 @@ def recipe_for(
         preset, given = recipe_named(PRESET_OF.get(data.partition(":")[0], _DEFAULT)), changes
         recipe, changes = preset, {}
         if teacher:
-            distilled = getattr(model.config, "distilled", False)
+            distilled = getattr(model.config, "distilled", False) is True
             changes = {"distillation": "hard", "distill_on": "token" if distilled else "class"}
         if max(model.config.image_hw) <= _SMALL_SIDE and not given.get("img_size", preset.img_size):
             changes["crop"] = "pad"

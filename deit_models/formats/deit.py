@@ -6,7 +6,8 @@ DeiT III is in timm, under other names for the layer scale, and not in transform
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
@@ -46,7 +47,7 @@ _V5 = {
     "blocks.{i}.mlp.fc2.{w}": ("layers.{i}.mlp.fc2.{w}",),
 }
 _BODIES = {"transformers": _CLASSIC, "transformers-5": _V5}
-# By whether there is a distillation head.
+# By whether there is a distillation head. With a distillation token alone the names are those of a plain ViT.
 _HEADS = {
     False: {"head.{w}": ("classifier.{w}",)},
     True: {"head.{w}": ("cls_classifier.{w}",), "head_dist.{w}": ("distillation_classifier.{w}",)},
@@ -98,10 +99,19 @@ class DeiTLayouts(FamilyLayouts):
         """In timm the layer scale is a module: `gamma_1` is `ls1.gamma`; transformers has a table."""
         if naming == "timm":
             return (re.sub(r"\.gamma_([12])$", r".ls\1.gamma", name),)
-        for native, others in {**_BODIES[naming], **_HEADS[config.distilled]}.items():
+        for native, others in {**_BODIES[naming], **_HEADS[config.distilled is True]}.items():
             if match := _pattern(native).fullmatch(name):
                 return tuple(other.format(**match.groupdict()) for other in others)
         raise CheckpointError(f"the {naming} layout of {self.family} has no name for {name}")
+
+    def read_heads(self, names: Collection[str], config: Any, *, bare: bool) -> Any:
+        """The distillation token and its head; transformers has models with the token alone."""
+        found = {self._bare_name(name) for name in names}
+        has_token = not found.isdisjoint(("dist_token", "embeddings.distillation_token"))
+        distilled = has_token if bare else config.distilled
+        if has_token and distilled and not found.isdisjoint(("classifier.weight", "cls_classifier.weight")):
+            distilled = True if "cls_classifier.weight" in found else "token"
+        return replace(config, distilled=distilled)
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
         """The same name, or its variant for weights pre-trained on ImageNet-21k."""
@@ -116,6 +126,8 @@ class DeiTLayouts(FamilyLayouts):
             "classifier": ["head", "head_dist"] if config.distilled else "head",
         }
         three = _is_three(config)
+        if config.distilled == "token":
+            raise ConfigError("timm has no DeiT with a distillation token and one head; save it as 'transformers'")
         if three and config.distilled:
             raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
         known = load_manifest().get(name)
@@ -126,12 +138,7 @@ class DeiTLayouts(FamilyLayouts):
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:
         """Configs leave fields out that have transformers' default: base width."""
-        if "DeiTForImageClassification" in (data.get("architectures") or []):
-            raise ConfigError(
-                "DeiTForImageClassification has a distillation token but only one head; "
-                "save the model as DeiTForImageClassificationWithTeacher, or plain DeiT as ViTForImageClassification"
-            )
-        if data.get("hidden_act", "gelu") != "gelu":
+        if data.get("hidden_act", "gelu") not in ("gelu", "gelu_python"):
             raise ConfigError(f"config.json has hidden_act={data['hidden_act']!r}; these models use the exact 'gelu'")
         defaults = {"image_size": 224, "layer_norm_eps": 1e-12}
         found = {ours: ({**defaults, **data}).get(theirs) for ours, theirs in _FIELDS.items()}
@@ -140,16 +147,18 @@ class DeiTLayouts(FamilyLayouts):
             "deit_base_distilled_patch16_224" if data["model_type"] == "deit" else "deit_base_patch16_224"
         )
         overrides["mlp_ratio"] = data.get("intermediate_size", 3072) / overrides.get("embed_dim", 768)
+        if "DeiTForImageClassification" in (data.get("architectures") or []):
+            overrides["distilled"] = "token"
         return override(spec.config, overrides)
 
     def write_transformers(self, config: Any) -> dict[str, Any]:
-        """A DeiT with teacher where there are two heads, else a ViT."""
+        """A DeiT where there is a distillation token, "with teacher" if it has a head, else a ViT."""
         if _is_three(config):
             raise ConfigError("transformers has no DeiT III; save it with layout='native' or 'timm'")
+        kind = "ForImageClassification" if config.num_classes else "Model"
+        teacher = "WithTeacher" if config.num_classes and config.distilled is True else ""
         return {
-            "architectures": [
-                "DeiTForImageClassificationWithTeacher" if config.distilled else "ViTForImageClassification"
-            ],
+            "architectures": [f"{'DeiT' if config.distilled else 'ViT'}{kind}{teacher}"],
             "model_type": "deit" if config.distilled else "vit",
             "hidden_act": "gelu",
             "intermediate_size": int(config.embed_dim * config.mlp_ratio),

@@ -23,13 +23,16 @@ convolutions in the place of linear layers."""
 class Description:
     """The model to build for a weights file, and the facts about its weights.
 
-    `layout` is None for a bare weights file, of which only the model's name is known.
+    `layout` is None for a bare weights file, of which only the model's name is known. `backbone`: the config promises
+    no classifier, so that the file may be without heads. `new_heads`: the reason why the file's heads cannot be used.
     """
 
     config: Any
     origin: Origin
     family: str
     layout: Layout | None = None
+    backbone: bool = False
+    new_heads: str | None = None
 
 
 class Mapped(NamedTuple):
@@ -138,6 +141,11 @@ class FamilyLayouts:
         if not self.signs:
             return "native"
         raise CheckpointError(f"unknown tensor names, such as {', '.join(sorted(names)[:3]) or 'none at all'}")
+
+    def read_heads(self, names: Collection[str], config: Any, *, bare: bool) -> Any:
+        """The config with the tokens and heads that a file has by its tensor names, `bare` if it has no config."""
+        del names, bare
+        return config
 
     def _bare_name(self, name: str) -> str:
         """A tensor's name without the prefix of the body."""

@@ -7,7 +7,8 @@ transformers' earlier one. timm's `levit_conv_*` are the same models with 1x1 co
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
@@ -92,6 +93,13 @@ class LeViTLayouts(FamilyLayouts):
             layer = "convolution"
         return (f"{prefix}.{layer}.{match['kind']}",)
 
+    def read_heads(self, names: Collection[str], config: Any, *, bare: bool) -> Any:
+        """Whether a transformers file has the distillation head; without any head it is as the config says."""
+        found = {self._bare_name(name) for name in names}
+        if bare or "classifier.linear.weight" not in found:
+            return config
+        return replace(config, distilled="classifier_distill.linear.weight" in found)
+
     def read_tensor(self, name: str, tensor: Tensor) -> Tensor:
         """A 1x1 convolution's weight is a linear layer's with two more axes."""
         return tensor.flatten(1) if _is_linear(name) and tensor.shape[2:] == (1, 1) else tensor
@@ -141,7 +149,11 @@ class LeViTLayouts(FamilyLayouts):
             raise ConfigError(f"transformers builds a LeViT for squares only, not for {height}x{width} pixels")
         stages = len(config.depth)
         return {
-            "architectures": [f"LevitForImageClassification{'WithTeacher' if config.distilled else ''}"],
+            "architectures": [
+                f"LevitForImageClassification{'WithTeacher' if config.distilled else ''}"
+                if config.num_classes
+                else "LevitModel"
+            ],
             "model_type": "levit",
             **{theirs: getattr(config, ours) for ours, theirs in _FIELDS.items()},
             "image_size": height,

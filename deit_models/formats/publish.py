@@ -117,11 +117,12 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
         "Evaluation transform": f"{spec}, mean {list(spec.mean)}, std {list(spec.std)}",
         "Paper": known.paper if known is not None else None,
     }
+    kind = f"An image classifier with {model.num_classes} classes" if model.num_classes else "A backbone without a head"
     use = _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}")
     parts = [
         f"---\n{_front_matter(model, origin, layout).to_yaml()}\n---",
         f"# {markdown(origin.name)}",
-        f"An image classifier of the {model.family} family with {model.num_classes} classes, for images of "
+        f"{kind}, of the {model.family} family, for images of "
         f"{height}x{width} pixels; {sum(p.numel() for p in model.parameters()):,} parameters.",
         "\n".join(f"- {name}: {value}" for name, value in facts.items() if value is not None),
         *([origin.notes] if origin.notes else []),
@@ -143,11 +144,12 @@ def _front_matter(model: ModelLike, origin: Origin, layout: Layout) -> ModelCard
         for name, value in (("top-1", origin.top1), ("top-5", origin.top5))
         if value is not None and origin.dataset is not None
     ]
+    task = "image-classification" if model.num_classes else "image-feature-extraction"
     return ModelCardData(
         license=None if origin.licence is None else origin.licence.lower(),
         library_name="deit-models" if layout == "native" else layout.removesuffix("-conv"),
-        pipeline_tag="image-classification",
-        tags=["image-classification", model.family, "deit-models"],
+        pipeline_tag=task,
+        tags=[task, model.family, "deit-models"],
         datasets=None if origin.dataset is None else [origin.dataset.lower()],
         # of the Hub's repositories only: a file here or a plain address is none
         base_model=origin.source if origin.revision is not None else None,

@@ -40,6 +40,7 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
         options.setdefault("img_size", tuple(size[1:]))
     if isinstance(options.get("img_size"), tuple) and len(set(options["img_size"])) == 1:
         options["img_size"] = options["img_size"][0]  # timm writes squares as pairs
+    new_heads = _other_pooling(options, data, layouts)
     for key, fixed in layouts.timm_fixed.items():
         if (value := options.pop(key, fixed)) != fixed:
             raise ConfigError(f"config.json sets {key}={value!r}; {name} has {key}={fixed!r}")
@@ -56,7 +57,7 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
         problem_type=data.get("problem_type"),
         licence=cfg.get("license"),
     )
-    return Description(config=config, origin=origin, family=spec.family, layout="timm")
+    return Description(config=config, origin=origin, family=spec.family, layout="timm", new_heads=new_heads)
 
 
 def write_timm_config(
@@ -108,6 +109,17 @@ def _registered(architecture: str, tag: str | None, families: Mapping[str, Famil
         if known is not None and known.family == layouts.family:
             return name
     raise unknown_model(architecture)
+
+
+def _other_pooling(options: dict[str, Any], data: Mapping[str, Any], layouts: FamilyLayouts) -> str | None:
+    """The reason why the head of a file does not fit the class token; takes the option away where the body fits."""
+    pool = options.get("global_pool")
+    if layouts.timm_fixed.get("global_pool") != "token" or pool not in ("", "avg", "avgmax", "max"):
+        return None
+    del options["global_pool"]
+    if pool == "" and data.get("num_classes") == 0:
+        return None  # timm gives all tokens where this package gives the class token; the weights are the same
+    return f"config.json sets global_pool={pool!r}, where these models classify the class token"
 
 
 def _labels(data: Mapping[str, Any], cfg: Mapping[str, Any]) -> Any:

@@ -71,7 +71,8 @@ def read_transformers_config(
         class_names=read_class_names(labels),
         problem_type=data.get("problem_type"),
     )
-    return Description(config=config, origin=origin, family=layouts.family, layout="transformers")
+    backbone = not any("ForImageClassification" in name for name in data.get("architectures") or ())
+    return Description(config=config, origin=origin, family=layouts.family, layout="transformers", backbone=backbone)
 
 
 def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyLayouts) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyL
 
     Raises: ConfigError: transformers has no such model.
     """
+    if not model.config.num_classes:
+        return layouts.write_transformers(model.config)
     names = origin.class_names or tuple(f"LABEL_{index}" for index in range(model.config.num_classes))
     return {
         **layouts.write_transformers(model.config),
@@ -105,7 +108,8 @@ def _registered_name(config: Any, family: str) -> str | None:
     }
 
     def shape(candidate: Any) -> list[Any]:
-        return [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]
+        values = [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]
+        return [True if value == "token" else value for value in values]  # a DeiT with one head less
 
     rows = [name for name, info in load_manifest().items() if info.family == family]
     names = [name for name in rows if shape(model_spec(name).config) == shape(config)]

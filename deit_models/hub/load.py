@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import ModelInfo, Source, find_repo, load_manifest, weights_dir
 from ..config import override
 from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError, shown
 from ..files import read_json
-from ..formats.family import Description
+from ..formats.family import Description, Mapped
 from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, layouts_of, read_config
 from ..models import check_device, float_type
 from ..models.layers import ImageClassifier
@@ -62,6 +63,7 @@ def from_pretrained(
     model: str | None = None,
     num_classes: int | None = None,
     img_size: int | tuple[int, int] | None = None,
+    in_chans: int | None = None,
     payload: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
@@ -76,8 +78,10 @@ def from_pretrained(
         source: a registered name (its sources in the manifest are tried in turn), a directory with config.json and
             weights, a weights file, or a Hub repository "owner/name" in timm's, transformers' or this package's layout.
         model: the registered model that weights without a config.json are of.
-        num_classes: another number of classes than the checkpoint's; the heads are then new.
-        img_size: another input size in pixels, one number or (height, width); positions are interpolated.
+        num_classes: another number of classes than the checkpoint's; the heads are then new. 0: no heads, features.
+        img_size: another input size in pixels, one number or (height, width); positions are interpolated. Weights
+            without a config.json that were made for this size need it where it is no square.
+        in_chans: another number of input channels; the first layer is summed for one, repeated for more.
         payload: the key of the state dict in a training checkpoint, such as "model_ema" or "state_dict.model"; by
             default the one that its own project evaluates, or the only one that fits.
         revision: branch, tag or commit of a Hub repository.
@@ -95,7 +99,8 @@ def from_pretrained(
         revision=revision, token=token, cache_dir=cache_dir, local_files_only=local_files_only, payload=payload
     )
     check_device(device)
-    changes = {key: value for key, value in (("num_classes", num_classes), ("img_size", img_size)) if value is not None}
+    fields = {"num_classes": num_classes, "img_size": img_size, "in_chans": in_chans}
+    changes = {key: value for key, value in fields.items() if value is not None}
     wanted = float_type(dtype) or torch.float32
     loaded = load(source, access, model=model, changes=changes)
     check_range(loaded, wanted)
@@ -298,30 +303,24 @@ def _describe_bare(name: str) -> Description:
 
 def _build(located: Located, changes: Mapping[str, Any], access: Access) -> ImageClassifier:
     """A model with the tensors of a file; `changes` are fields of the config."""
-    said = located.description
-    model_class, layouts = _class_of(said.family), layouts_of(said.family)
-    wanted, payload = override(said.config, changes), access.payload or located.payload
+    given, payload = located.description, access.payload or located.payload
+    override(given.config, changes)
     try:
-        model = meta_model(model_class, wanted)
+        expected = Expected(meta_model(_class_of(given.family), given.config), layouts_of(given.family), given.config)
     except ConfigError as error:
         raise CheckpointError(f"{located.source}: {error}") from error
     tensors, sha256 = read_tensors(
-        located.weights,
-        access,
-        source=located.source,
-        digest=located.digest,
-        payload=payload,
-        expected=Expected(model, layouts, wanted),
+        located.weights, access, source=located.source, digest=located.digest, payload=payload, expected=expected
     )
     try:
-        mapped = layouts.to_native(tensors, model.state_dict(), config=wanted)
-        if said.layout is None:
-            said = _sized(said, model_class.describe_state(mapped.tensors, said.config))
-            wanted = override(said.config, changes)
-            model = model if model.config == wanted else meta_model(model_class, wanted)
+        said, mapped = _told(given, tensors, changes)
+        wanted = override(said.config, {**_tokens(given, tensors), **changes})
+        model = meta_model(_class_of(said.family), wanted)
         state = verified_state(mapped, model, made_for=said.config)
     except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(f"{located.source}: {error}") from error
+        hint = _advice(given, tensors, changes) if isinstance(error, CheckpointError) else ""
+        raise CheckpointError(f"{located.source}: {error}{hint}") from error
+    _log_changes(located, said.config, wanted, changes)
     remade = model.num_classes != said.config.num_classes
     model.load_state_dict(state, strict=not remade, assign=True)
     if remade:
@@ -338,10 +337,91 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     return model
 
 
-def _sized(said: Description, config: Any) -> Description:
-    """The description of a bare file, once the number of classes and the size of its tensors are known."""
-    origin = said.origin.adapted(config.image_hw, class_names=None, dataset=None, new_heads=False)
-    return replace(said, config=config, origin=origin)
+def _told(said: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> tuple[Description, Mapped]:
+    """The description of a file after a look at its tensors, and these under native names.
+
+    The tensors tell the heads of a transformers file, and of a bare file also the classes, the size and the channels.
+    A file without any head is a backbone where its config promises no classifier, or `num_classes` is asked for.
+    """
+    model_class, layouts, config, bare = _class_of(said.family), layouts_of(said.family), said.config, not said.layout
+    if said.layout in (None, "transformers"):
+        config = layouts.read_heads(tensors, config, bare=bare)
+
+    if said.new_heads is not None:  # timm's name of the norm behind another pooling
+        tensors = {name.replace("fc_norm.", "norm."): tensor for name, tensor in tensors.items()}
+
+    def mapped_for(config: Any) -> Mapped:
+        return layouts.to_native(tensors, meta_model(model_class, config).state_dict(), config=config)
+
+    mapped = mapped_for(config)
+    heads = {name for name in mapped.tensors if name.partition(".")[0] in model_class.head_names}
+    if said.new_heads is not None:
+        if not changes.get("num_classes"):
+            raise ConfigError(f"{said.new_heads}; pass num_classes=N for a new head on the class token")
+        mapped = mapped._replace(tensors={name: mapped.tensors[name] for name in mapped.tensors.keys() - heads})
+        config = replace(config, num_classes=0)
+    elif not heads and config.num_classes and (said.backbone or "num_classes" in changes):
+        config = replace(config, num_classes=0)
+        mapped = mapped_for(config)
+    if bare:
+        asked = {key: value for key, value in changes.items() if key == "img_size"}
+        config = model_class.describe_state(mapped.tensors, override(config, asked))
+        mapped = mapped_for(config) if mapped.missing else mapped
+    if config == said.config:
+        return said, mapped
+    kept = not bare and config.num_classes == said.config.num_classes
+    names, data = (said.origin.class_names if kept else None), (None if bare else said.origin.dataset)
+    origin = said.origin.adapted(config.image_hw, class_names=names, dataset=data, new_heads=not (kept or bare))
+    return replace(said, config=config, origin=origin), mapped
+
+
+def _tokens(given: Description, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """For a bare file with or without a distillation token, where the model that it is to become differs: the model's."""
+    if given.layout is not None:
+        return {}
+    told = layouts_of(given.family).read_heads(tensors, given.config, bare=True)
+    wanted = getattr(given.config, "distilled", None)
+    return {} if bool(getattr(told, "distilled", None)) == bool(wanted) else {"distilled": wanted}
+
+
+def _log_changes(located: Located, said: Any, wanted: Any, changes: Mapping[str, Any]) -> None:
+    """One line for each guess, and for each change of the model that the caller did not name."""
+    lines = []
+    if not said.num_classes:
+        made = f"new heads with {wanted.num_classes} classes" if wanted.num_classes else "model(x) gives features"
+        lines.append(
+            f"no classification head in the file: {made}"
+            + ("" if changes.get("num_classes") is not None else "; pass num_classes=N for new heads")
+        )
+    had, has = (bool(getattr(config, "distilled", False)) for config in (said, wanted))
+    if had != has:
+        new = "new, as copies of those of the class token" if has else "left out"
+        lines.append(f"dist_token, its position and head_dist are {new}: the answers are not quite the file's")
+    height, width = said.image_hw
+    if height != width and changes.get("img_size") == (height, width) and located.description.layout is None:
+        lines.append(f"positions taken as those of {height}x{width} pixels")
+    for line in lines:
+        logger.warning("%s: %s", located.source, line)
+
+
+def _advice(given: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> str:
+    """End of an error message: the options with which the tensors load, or the registered model that they fit."""
+    if "num_classes" not in changes and _fits(given, tensors, {**changes, "num_classes": 0}):
+        return "; it has no head: pass num_classes=N for a new one, or num_classes=0 for features"
+    for name, info in load_manifest().items():
+        if info.family == given.family and _fits(_describe_bare(name), tensors, {}):
+            return f"; the tensors are those of model={name!r}"
+    return ""
+
+
+def _fits(given: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> bool:
+    """Whether the tensors are of a model without a change of its tokens."""
+    try:
+        said, mapped = _told(given, tensors, changes)
+        verified_state(mapped, meta_model(_class_of(said.family), said.config), made_for=said.config)
+    except (CheckpointError, ConfigError):
+        return False
+    return not _tokens(given, tensors)
 
 
 def _class_of(family: str) -> type[ImageClassifier]:

@@ -261,7 +261,7 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
     types = [
         f"{name} is {tensor.dtype}"
         for name, tensor in tensors.items()
-        if expected[name].is_floating_point() and not tensor.is_floating_point()
+        if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point()
     ]
     problems = {"missing": mapped.missing, "unexpected": mapped.unexpected}
     problems |= {"wrong shape": shapes, "not floating point": types}

@@ -13,8 +13,9 @@ Parameters have the authors' names. Reading order: config, patches, model, varia
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
+from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
 from .transformer import VisionTransformer, drop_path_rates, make_blocks
 
 
@@ -34,14 +35,15 @@ class DeiTConfig(ImageSize):
         img_size: input height and width in pixels, an int for a square; a multiple of `patch_size`.
         patch_size: side of a square patch in pixels.
         in_chans: input channels.
-        num_classes: logits of each head.
+        num_classes: logits of each head; 0: there are no heads, and the model gives features.
         embed_dim: width D of a token; a multiple of `num_heads`.
         depth: number of blocks.
         num_heads: attention heads.
         mlp_ratio: hidden width of the MLP as a multiple of `embed_dim`.
         qkv_bias: whether the query, key and value projections have a bias.
         norm_eps: epsilon of every LayerNorm.
-        distilled: adds the distillation token and its head.
+        distilled: adds the distillation token and its head; "token": the token alone, as transformers'
+            DeiTForImageClassification has it.
         drop_rate: dropout on tokens, attention output and MLP while training.
         drop_path_rate: stochastic depth of the last block; grows linearly from 0 at the first.
         drop_path_uniform: the same stochastic depth in every block instead.
@@ -66,7 +68,7 @@ class DeiTConfig(ImageSize):
     mlp_ratio: float = 4.0
     qkv_bias: bool = True
     norm_eps: float = 1e-6
-    distilled: bool = False
+    distilled: bool | Literal["token"] = False
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     drop_path_uniform: bool = False
@@ -83,6 +85,8 @@ class DeiTConfig(ImageSize):
         self.check_fields()
         if self.layer_scale:
             check_positive(self, "layer_scale")
+        if self.distilled not in (True, False, "token"):
+            raise ConfigError(f"distilled={self.distilled!r}; expected True, False or 'token'")
         if self.embed_dim % self.num_heads:
             raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
         patch_grid(self.image_hw, self.patch_size)
@@ -162,8 +166,8 @@ class DeiT(VisionTransformer):
         rates = drop_path_rates(config.drop_path_rate, config.depth, uniform=config.drop_path_uniform)
         self.blocks = make_blocks(config, rates, layer_scale=config.layer_scale)
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.head = nn.Linear(width, config.num_classes)
-        self.head_dist = nn.Linear(width, config.num_classes) if config.distilled else None
+        self.head = linear_head(width, config.num_classes)
+        self.head_dist = linear_head(width, config.num_classes) if config.distilled is True else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -194,6 +198,25 @@ class DeiT(VisionTransformer):
         features = self.forward_features(x)
         dist = None if self.head_dist is None else self.head_dist(features[:, 1])
         return HeadLogits(self.head(features[:, 0]), dist)
+
+    def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
+        """The state fitted to this model's grid, channels and tokens.
+
+        A distillation token that the state lacks starts as the class token, with its position and its head: the model
+        answers nearly as before. One that this model lacks is left out.
+        """
+        fitted = dict(state)
+        if self.config.num_prefix_tokens < made_for.num_prefix_tokens:
+            fitted = {name: state[name] for name in state if not name.startswith(("dist_token", "head_dist."))}
+        elif self.config.num_prefix_tokens > made_for.num_prefix_tokens:
+            fitted["dist_token"] = state["cls_token"].clone()
+            fitted |= {f"head_dist.{w}": state[f"head.{w}"].clone() for w in ("weight", "bias") if f"head.{w}" in state}
+        before, after = made_for.num_prefix_positions, self.config.num_prefix_positions
+        if before != after:
+            rows = [0] * after + list(range(before, state["pos_embed"].shape[1]))
+            fitted["pos_embed"] = state["pos_embed"][:, rows]
+        fitted["patch_embed.proj.weight"] = fit_channels(state["patch_embed.proj.weight"], self.config.in_chans)
+        return super().fit_state(fitted, made_for)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters the authors exclude from weight decay besides biases and norms.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
+from dataclasses import FrozenInstanceError, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -40,9 +42,18 @@ class LayerTokens(NamedTuple):
 class ImageSize:
     """Input size of a config: every family's has the field `img_size`."""
 
-    __slots__ = ()
-
     img_size: int | tuple[int, int]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Other libraries put attributes of their own on `model.config`: allow them; fields stay frozen."""
+        super().__init_subclass__(**kwargs)
+        if "__setattr__" in vars(cls):  # the dataclass's; with slots it fails with a TypeError for other names
+            cls.__setattr__ = ImageSize._set_foreign  # type: ignore[method-assign, assignment]
+
+    def _set_foreign(self, name: str, value: Any) -> None:
+        if name in (field.name for field in fields(self)):  # type: ignore[arg-type]
+            raise FrozenInstanceError(f"cannot assign to field {name!r}; build or load the model with {name}=...")
+        object.__setattr__(self, name, value)
 
     @property
     def image_hw(self) -> tuple[int, int]:
@@ -149,6 +160,63 @@ class ImageClassifier(nn.Module):
         from ..formats import publish
 
         return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private)
+
+
+def linear_head(width: int, num_classes: int) -> nn.Module:
+    """A linear head; without classes the features pass through it, as in timm."""
+    return nn.Linear(width, num_classes) if num_classes else nn.Identity()
+
+
+def fit_channels(weight: Tensor, in_chans: int) -> Tensor:
+    """The weight of a first layer, (D, C, ...), for images of other channels: (D, in_chans, ...), same dtype.
+
+    For one channel the weights of all are summed; for more they are repeated, and scaled to the same total.
+    Source: `adapt_input_conv` of timm.
+    """
+    before = weight.shape[1]
+    if before == in_chans:
+        return weight
+    if in_chans == 1:
+        return weight.float().sum(dim=1, keepdim=True).to(weight.dtype)
+    order = torch.arange(in_chans, device=weight.device) % before
+    return (weight.float().index_select(1, order) * (before / in_chans)).to(weight.dtype)
+
+
+def described(
+    config: Any,
+    *,
+    head: Tensor | None,
+    first: Tensor | None,
+    positions: Tensor | None,
+    prefix: int,
+    grid: tuple[int, int],
+    step: int,
+) -> Any:
+    """The config of a bare state dict: `config` with the classes, channels and size of its tensors.
+
+    Args:
+        config: of the model that the tensors are said to be of.
+        head: weight of the head.
+        first: weight of the first convolution.
+        positions: (1, prefix + patches, ...); another number of patches than in `grid` must be a square.
+        prefix: positions that are not of patches.
+        grid: the config's (height, width) in patches.
+        step: pixels of a patch's side.
+
+    Raises: ConfigError: neither the expected grid nor a square.
+    """
+    if head is not None and head.ndim == 2 and len(head):
+        config = replace(config, num_classes=head.shape[0])
+    if first is not None and first.ndim == 4:
+        config = replace(config, in_chans=first.shape[1])
+    count = grid[0] * grid[1] if positions is None or positions.ndim < 2 else max(positions.shape[1] - prefix, 1)
+    if count == grid[0] * grid[1]:
+        return config
+    side = math.isqrt(count)
+    if side * side != count:
+        made = f"{count} patch positions fill neither a square nor {grid[0]}x{grid[1]}"
+        raise ConfigError(f"{made}; say the size that they were made for: img_size=(height, width)")
+    return replace(config, img_size=side * step)
 
 
 class DropPath(nn.Module):

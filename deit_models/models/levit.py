@@ -14,9 +14,8 @@ Parameters have the authors' names. Reading order: config, layers with BatchNorm
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, cast
 
@@ -35,6 +34,8 @@ from .layers import (
     ImageSize,
     LayerTokens,
     chosen_layers,
+    described,
+    fit_channels,
     init_vit_weights,
     patch_grid,
 )
@@ -53,7 +54,7 @@ class LeViTConfig(ImageSize):
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of 16.
         in_chans: input channels.
-        num_classes: logits of each head.
+        num_classes: logits of each head; 0: there are no heads, and the model gives features.
         embed_dim: width D of a position in each stage; the first is a multiple of 8.
         depth: attention and MLP pairs in each stage.
         num_heads: attention heads in each stage. Between stages there are D / key_dim heads, rounded down.
@@ -144,6 +145,11 @@ class NormLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Logits."""
         return self.l(self.drop(self.bn(x)))
+
+
+def _head(config: LeViTConfig) -> nn.Module:
+    """A head; without classes the features pass through it, as in timm."""
+    return NormLinear(config) if config.num_classes else nn.Identity()
 
 
 def _without_norm(module: ConvNorm | LinearNorm | NormLinear) -> nn.Module:
@@ -298,13 +304,13 @@ class LeViT(ImageClassifier):
         self.config: LeViTConfig = config
         self.patch_embed = _stem(config)
         self.blocks = nn.Sequential(*_layers(config))
-        self.head = NormLinear(config)
-        self.head_dist = NormLinear(config) if config.distilled else None
+        self.head = _head(config)
+        self.head_dist = _head(config) if config.distilled else None
 
     @property
     def is_fused(self) -> bool:
         """True for the result of `fuse`."""
-        return isinstance(self.head, nn.Linear)
+        return isinstance(self.patch_embed[0], nn.Conv2d)
 
     @torch.no_grad()
     def fuse(self) -> LeViT:
@@ -330,8 +336,9 @@ class LeViT(ImageClassifier):
     def reset_heads(self) -> None:
         """Give the heads fresh weights and fresh BatchNorm statistics, in place."""
         super().reset_heads()
-        for head in filter(None, (self.head, self.head_dist)):
-            head.bn.reset_parameters()
+        for head in (self.head, self.head_dist):
+            if isinstance(head, NormLinear):
+                head.bn.reset_parameters()
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Image to the first stage's input: (B, C, H, W) -> (B, N, D), by rows. Raises: ConfigError: x does not fit."""
@@ -384,21 +391,28 @@ class LeViT(ImageClassifier):
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: LeViTConfig) -> LeViTConfig:
-        """The config of a bare state dict: `config` with the number of classes and the square size of its tensors."""
-        head, biases = state.get("head.l.weight"), state.get("blocks.0.m.attention_biases")
-        if head is not None and head.ndim == 2:
-            config = replace(config, num_classes=head.shape[0])
-        if biases is not None and biases.ndim == 2:
-            config = replace(config, img_size=math.isqrt(max(biases.shape[1], 1)) * PATCH_SIZE)
-        return config
+        """The config of a bare state dict: `config` with the classes, channels and size of its tensors.
+
+        The size is that of `config` where it fits, else a square.
+        """
+        return described(
+            config,
+            head=state.get("head.l.weight"),
+            first=state.get("patch_embed.0.c.weight"),
+            positions=state.get("blocks.0.m.attention_biases"),
+            prefix=0,
+            grid=config.grids[0],
+            step=PATCH_SIZE,
+        )
 
     def fit_state(self, state: Mapping[str, Tensor], made_for: LeViTConfig) -> dict[str, Tensor]:
-        """The state with its score biases resized to this model's maps.
+        """The state with its score biases resized to this model's maps, and its first layer fitted to its channels.
 
         An offset keeps its share of the map: 0 stays 0 and the largest becomes the largest, with bicubic values
         between. The paper has no other sizes; this is what position embeddings of the other families do.
         """
-        fitted = dict(state)
+        first = "patch_embed.0.c.weight"
+        fitted = {**state, first: fit_channels(state[first], self.config.in_chans)}
         for prefix, module in self.named_modules():
             if isinstance(module, ScoredAttention):
                 name, stage = f"{prefix}.attention_biases", module.stage

@@ -16,7 +16,7 @@ variants; the blocks are in `transformer`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, get_args
 
 import torch
@@ -26,9 +26,11 @@ from torch.nn import functional as F
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, init_vit_weights, patch_grid
+from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
 from .transformer import Mlp, VisionTransformer, drop_path_rates, make_blocks
 
+WINDOW = 7 * 7
+"""Pixels of a window of the first step."""
 TokensType = Literal["performer", "transformer"]
 PosResize = Literal["interpolate", "recompute"]
 
@@ -40,7 +42,7 @@ class T2TViTConfig(ImageSize):
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of 16.
         in_chans: input channels.
-        num_classes: logits.
+        num_classes: logits; 0: there are no heads, and the model gives features.
         tokens_type: attention of the tokens-to-token module: "performer" (random features, linear in the number of
             tokens) or "transformer" (full attention over all 56 * 56 windows of a 224-pixel image).
         token_dim: width of the tokens-to-token module.
@@ -192,7 +194,7 @@ class TokensToToken(nn.Module):
     def __init__(self, config: T2TViTConfig) -> None:
         super().__init__()
         layer = TokenPerformer if config.tokens_type == "performer" else TokenTransformer
-        self.attention1 = layer(config.in_chans * 7 * 7, config)
+        self.attention1 = layer(config.in_chans * WINDOW, config)
         self.attention2 = layer(config.token_dim * 3 * 3, config)
         self.project = nn.Linear(config.token_dim * 3 * 3, config.embed_dim)
 
@@ -208,6 +210,29 @@ def _resplit(x: Tensor, height: int, width: int) -> Tensor:
     """Tokens laid out as a map and cut into overlapping 3x3 windows: (B, h * w, C) -> (B, h / 2 * w / 2, 9 * C)."""
     image = x.transpose(1, 2).reshape(x.shape[0], x.shape[2], height, width)
     return F.unfold(image, 3, stride=2, padding=1).transpose(1, 2)
+
+
+def _fitted_channels(state: Mapping[str, Tensor], config: T2TViTConfig) -> dict[str, Tensor]:
+    """The tensors of the first layer that see the image, for other channels.
+
+    Each window is normalised as a whole: the norm takes the mean of the channels, the projection their sum. The scale
+    of the attention hangs on the width of a window: the queries make up for it.
+    """
+    fitted: dict[str, Tensor] = {}
+    for name in ("norm1.weight", "norm1.bias", "kqv.weight", "attn.qkv.weight"):
+        full = f"tokens_to_token.attention1.{name}"
+        if full in state:
+            tensor = state[full]
+            before = tensor.shape[-1] // WINDOW
+            weight = fit_channels(tensor.view(-1, before, WINDOW), config.in_chans)
+            if name.startswith("norm1"):
+                weight = weight * (config.in_chans / before)
+            fitted[full] = weight.flatten(1) if tensor.ndim == 2 else weight.flatten()
+            if name == "attn.qkv.weight":
+                query = torch.ones(3, 1, 1, dtype=weight.dtype, device=weight.device)
+                query[0] = (config.in_chans / before) ** 0.5
+                fitted[full] = (fitted[full].view(3, -1, fitted[full].shape[1]) * query).flatten(0, 1)
+    return fitted
 
 
 def sinusoid(count: int, dim: int, *, device: torch.device | str | None = None) -> Tensor:
@@ -237,8 +262,8 @@ class T2TViT(VisionTransformer):
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.blocks = make_blocks(config, drop_path_rates(config.drop_path_rate, config.depth))
         self.norm = nn.LayerNorm(width, eps=config.norm_eps)
-        self.head = nn.Linear(width, config.num_classes)
-        self.aux_head = nn.Linear(width, config.num_classes) if config.token_head else None
+        self.head = linear_head(width, config.num_classes)
+        self.aux_head = nn.Linear(width, config.num_classes) if config.token_head and config.num_classes else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -282,8 +307,21 @@ class T2TViT(VisionTransformer):
             logits = logits + 0.5 * self.aux_head(features[:, 1:]).amax(dim=1)
         return HeadLogits(logits, None)
 
+    @classmethod
+    def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:
+        """The config of a bare state dict: `config` with the classes, channels and size of its tensors."""
+        norm = state.get("tokens_to_token.attention1.norm1.weight")
+        if norm is not None and norm.numel() >= WINDOW:
+            config = replace(config, in_chans=norm.numel() // WINDOW)
+        return super().describe_state(state, config)
+
     def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
-        """The state with its positions brought to this model's grid, see `T2TViTConfig.pos_resize`."""
+        """The state with its positions brought to this model's grid, and its first layer to its channels.
+
+        For positions see `T2TViTConfig.pos_resize`.
+        """
+        if made_for.in_chans != self.config.in_chans:
+            state = {**state, **_fitted_channels(state, self.config)}
         if self.config.pos_resize == "recompute" and made_for.grid != self.config.grid:
             table = sinusoid(*self.pos_embed.shape[1:], device=state["pos_embed"].device)
             return {**state, "pos_embed": table.to(state["pos_embed"].dtype)}

@@ -5,9 +5,7 @@ Reading order: attention, MLP, block, and `VisionTransformer`: the model from it
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -15,7 +13,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .layers import DropPath, ImageClassifier, LayerTokens, chosen_layers, patch_grid, resize_pos_embed
+from .layers import (
+    DropPath,
+    ImageClassifier,
+    LayerTokens,
+    chosen_layers,
+    described,
+    patch_grid,
+    resize_pos_embed,
+)
 
 
 class Attention(nn.Module):
@@ -205,14 +211,19 @@ class VisionTransformer(ImageClassifier):
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:
-        """The config of a bare state dict: `config` with the number of classes and the square size of its tensors."""
-        head, pos_embed = state.get("head.weight"), state.get("pos_embed")
-        if head is not None and head.ndim == 2:
-            config = replace(config, num_classes=head.shape[0])
-        if pos_embed is not None and pos_embed.ndim == 3:
-            side = math.isqrt(max(pos_embed.shape[1] - config.num_prefix_positions, 1))
-            config = replace(config, img_size=side * config.patch_size)
-        return config
+        """The config of a bare state dict: `config` with the classes, channels and size of its tensors.
+
+        The size is that of `config` where it fits, else a square.
+        """
+        return described(
+            config,
+            head=state.get("head.weight"),
+            first=state.get("patch_embed.proj.weight"),
+            positions=state.get("pos_embed"),
+            prefix=config.num_prefix_positions,
+            grid=config.grid,
+            step=config.patch_size,
+        )
 
     def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
         """The state with its positions resized to this model's grid."""

@@ -29,7 +29,10 @@ from .layers import (
     ImageSize,
     LayerTokens,
     chosen_layers,
+    described,
+    fit_channels,
     init_vit_weights,
+    linear_head,
     patch_grid,
     resize_pos_embed,
 )
@@ -75,7 +78,7 @@ class ViTResNASConfig(ImageSize):
     Attributes:
         img_size: input height and width in pixels, an int for a square; a multiple of `size_step`.
         in_chans: input channels.
-        num_classes: logits of each head.
+        num_classes: logits of each head; 0: there are no heads, and the model gives features.
         stages: the stages in order; a list of tables with their fields will do.
         patch_size: pixels along a side that a token of the first stage stands for.
         stem: "conv": three 3x3 convolutions, the first of stride 2, in front of the patches; "patch": none.
@@ -346,9 +349,9 @@ class ViTResNAS(ImageClassifier):
         self.pos_drop = nn.Dropout(config.drop_rate)
         self.blocks = nn.Sequential(*_layers(config))
         self.norm = nn.LayerNorm(last, eps=config.norm_eps)
-        self.cls_head = nn.Linear(last, config.num_classes)
-        self.dst_head = nn.Linear(last, config.num_classes) if config.distilled else None
-        self.patch_head = nn.Linear(last, config.num_classes) if config.patch_head else None
+        self.cls_head = linear_head(last, config.num_classes)
+        self.dst_head = linear_head(last, config.num_classes) if config.distilled else None
+        self.patch_head = linear_head(last, config.num_classes) if config.patch_head else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -426,23 +429,20 @@ class ViTResNAS(ImageClassifier):
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: ViTResNASConfig) -> ViTResNASConfig:
-        """The config of a bare state dict: `config` with its classes, its square size, and the heads it has."""
-        head, pos_embed = state.get("cls_head.weight"), state.get("pos_embed")
+        """The config of a bare state dict: `config` with its classes, channels and size, and the heads it has."""
+        first = next((name for name in state if name.startswith("patch_embed.")), "")
         config = replace(config, distilled="dst_head.weight" in state, patch_head="patch_head.weight" in state)
-        if head is not None and head.ndim == 2:
-            config = replace(config, num_classes=head.shape[0])
-        if pos_embed is not None and pos_embed.ndim == 3:
-            side = math.isqrt(max(pos_embed.shape[1] - config.num_prefix_tokens, 1))
-            config = replace(config, img_size=max(side * config.patch_size // config.size_step, 1) * config.size_step)
-        return config
+        found = {"head": state.get("cls_head.weight"), "first": state.get(first), "positions": state.get("pos_embed")}
+        return described(config, **found, prefix=1 + config.distilled, grid=config.grids[0], step=config.patch_size)
 
     def fit_state(self, state: Mapping[str, Tensor], made_for: ViTResNASConfig) -> dict[str, Tensor]:
-        """The state with the positions of all stages resized to this model's grids."""
+        """The state with the positions of all stages resized to this model's grids, its first layer to its channels."""
         reductions = [number for number, layer in self.blocks.named_children() if isinstance(layer, SpatialReduction)]
-        fitted = dict(state)
+        fitted, first = dict(state), next(name for name in state if name.startswith("patch_embed."))
+        fitted[first] = fit_channels(state[first], self.config.in_chans)
         for stage, name in enumerate(["pos_embed", *(f"blocks.{number}.pos_embed" for number in reductions)]):
-            prefix, before = 0 if stage else self.config.num_prefix_tokens, made_for.grids[stage]
-            grid = self.config.grids[stage]
+            prefix = 0 if stage else self.config.num_prefix_tokens
+            before, grid = made_for.grids[stage], self.config.grids[stage]
             fitted[name] = resize_pos_embed(state[name], num_prefix=prefix, grid=grid, source_grid=before)
         return fitted
 

@@ -165,7 +165,7 @@ def search(
         if process.is_main:
             write_tables(folder, found, unit=price.unit, limit=limit)
             config = winner.config
-            settings = {name: getattr(config, name) for name in config.__slots__ if "drop" not in name}
+            settings = {name: getattr(config, name) for name in config.__dataclass_fields__ if "drop" not in name}
             architecture = Architecture(
                 name=WINNER_FOLDER, family=winner.family, settings=settings, preprocessing=preprocessing
             )

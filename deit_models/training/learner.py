@@ -165,7 +165,7 @@ def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
     taught = recipe.distill_on == "token" if recipe.distillation != "none" else recipe.label_heads == "both"
     # extra heads are used in training mode only
     extra_idle = not recipe.train_mode and extra_heads_of(model, recipe) is not None
-    return (getattr(config, "distilled", False) and not taught) or extra_idle
+    return (getattr(config, "distilled", False) is True and not taught) or extra_idle
 
 
 def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing) -> None:
