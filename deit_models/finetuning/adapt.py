@@ -104,6 +104,10 @@ def adapt_head(
 
 
 def _check_names(names: tuple[str, ...] | None, num_classes: int | None) -> None:
+    if num_classes == 0:
+        raise ConfigError(
+            "num_classes=0 is not a whole number above 0; from_pretrained(..., num_classes=0) drops heads"
+        )
     if names is None:
         return
     if num_classes not in (None, len(names)):

@@ -376,7 +376,7 @@ def _told(said: Description, tensors: Mapping[str, Tensor], changes: Mapping[str
 
 
 def _tokens(given: Description, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """For a bare file with or without a distillation token, where the model that it is to become differs: the model's."""
+    """The distillation token of the named model, where a bare file of it differs."""
     if given.layout is not None:
         return {}
     told = layouts_of(given.family).read_heads(tensors, given.config, bare=True)

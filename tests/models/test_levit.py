@@ -200,7 +200,7 @@ def test_option_changes_the_model(field: str) -> None:
         ({"depth": (1, 2)}, r"depth=\(1, 2\); expected one whole number above 0 for each stage"),
         ({"num_heads": (2, 0, 4)}, r"num_heads=\(2, 0, 4\); expected one"),
         ({"num_heads": 4}, "num_heads=4; expected one"),
-        ({"num_classes": 0}, "num_classes=0"),
+        ({"num_classes": -1}, "num_classes=-1"),
         ({"mlp_ratio": 1.5}, "mlp_ratio=1.5 is not a whole number"),
         ({"drop_path_rate": 1.0}, "drop_path_rate=1.0"),
     ],
