@@ -1,11 +1,13 @@
 """The manifest: what is refused and how, where it is found, and preprocessing at other sizes."""
 
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 
 import pytest
 
 from deit_models import ConfigError, ManifestError
 from deit_models.checkpoint import (
+    Origin,
     Preprocessing,
     Source,
     _weights_of,
@@ -156,3 +158,55 @@ def test_preprocessing_with_other_fields_is_refused(data: dict[str, object]) -> 
 def test_downloads_have_file_names_of_their_own() -> None:
     names = [PurePosixPath(s.url).name for c in load_manifest().values() for s in c.sources if s.url is not None]
     assert len(names) == len(set(names))  # the cache keeps a plain download under its file name
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("resize", True),
+        ("resize", 224.0),
+        ("resize", (256,)),
+        ("resize", (256, 0)),
+        ("crop", 224),
+        ("crop", (224, "224")),
+        ("crop", (224, 10**9)),
+        ("interpolation", "nearest-exact"),
+        ("interpolation", 3),
+        ("rounding", "up"),
+        ("mean", (0.5, 0.5, float("nan"))),
+        ("mean", (0.5, 0.5)),
+        ("mean", 0.5),
+        ("mean", (1e300, 0, 0)),
+        ("std", (0.2, 0.2, False)),
+        ("std", (0.2, 0.2, 1e-300)),
+        ("std", "abc"),
+    ],
+)
+def test_preprocessing_that_no_image_could_pass_is_refused(field, value):
+    with pytest.raises(ConfigError, match=f"{field}=.*expected"):
+        Preprocessing(**{"resize": 256, "crop": (224, 224), field: value})
+
+
+def test_images_that_are_not_resized_are_cropped_at_any_size_and_written_without_null():
+    fixed = Preprocessing(resize=None, crop=(32, 48), mean=[0, 0, 0], std=[1, 1, 1], rounding="down")
+    assert fixed.at_size((64, 64)) == replace(fixed, crop=(64, 64))
+    assert fixed.to_dict()["resize"] == "none"
+    assert Preprocessing.from_dict(fixed.to_dict()) == fixed
+    assert str(fixed) == "no resize, centre crop 32x48"
+
+
+def test_a_problem_type_is_one_of_transformers_and_goes_with_its_heads():
+    origin = Origin(name="toy", preprocessing=Preprocessing(resize=36, crop=(32, 32)), problem_type="regression")
+    same, new = (
+        origin.adapted((64, 64), class_names=None, dataset=None, new_heads=new_heads) for new_heads in (False, True)
+    )
+    assert (same.problem_type, new.problem_type, origin.trained("x", class_names=None).problem_type) == (
+        "regression",
+        None,
+        None,
+    )
+    new.check_single_label("training")
+    with pytest.raises(ConfigError, match="for regression, training needs one class"):
+        same.check_single_label("training")
+    with pytest.raises(ConfigError, match="problem_type='detection'"):
+        replace(origin, problem_type="detection")

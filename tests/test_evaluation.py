@@ -357,3 +357,10 @@ def test_classes_are_matched_by_name() -> None:
     with pytest.raises(DataError, match=r"the model alone knows bee, the data alone has gnu; .*ignore_class_names"):
         evaluate(model, strangers, workers=0)
     assert evaluate(model, strangers, workers=0, ignore_class_names=True) == scores[0]
+
+
+def test_a_multi_label_model_is_not_scored_by_one_class_an_image() -> None:
+    model = tiny.model()
+    model.origin = dataclasses.replace(model.origin, problem_type="multi_label_classification")
+    with pytest.raises(ConfigError, match="evaluation needs one class"):
+        evaluate(model, tiny.Pictures(4))

@@ -140,13 +140,11 @@ def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int], chann
     if cfg.get("label_offset"):
         raise ConfigError(f"config.json has label_offset={cfg['label_offset']!r}; expected no classes before the first")
     scaled = (int(image_hw[0] / crop_pct), int(image_hw[1] / crop_pct))
-    interpolation = cfg.get("interpolation") or "bicubic"
     mean, std = tuple(cfg.get("mean") or IMAGENET_MEAN), tuple(cfg.get("std") or IMAGENET_STD)
     return Preprocessing(
         resize=scaled if mode == "squash" else max(scaled),
         crop=image_hw,
-        # of images that are Pillow's, these two are one filter
-        interpolation="nearest" if interpolation == "nearest-exact" else interpolation,
+        interpolation=cfg.get("interpolation") or "bicubic",
         mean=mean * channels if len(mean) == 1 else mean,
         std=std * channels if len(std) == 1 else std,
     )

@@ -115,3 +115,22 @@ def test_class_names_are_as_many_as_the_classes(count: int) -> None:
     data = write_config(create_model("deit_micro_patch4_32", num_classes=10, device="meta"), "native")["config.json"]
     names = {str(index): f"class {index}" for index in range(count)}
     assert f"{count} class names" in refusal(CheckpointError, lambda: read_config({**data, "id2label": names}))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"crop": [32, 40]}, "images of (32, 40), the model takes (32, 32)"),
+        ({"crop": None}, "crop=None"),
+        ({"resize": {}}, "resize={}"),
+        ({"mean": [0.5], "std": [0.5]}, "mean=(0.5,)"),
+        ({"std": [0.2, 0.2, "x"]}, "std=(0.2, 0.2, 'x')"),
+        ({"colour": "grey"}, "colour"),
+    ],
+)
+def test_preprocessing_of_a_native_config_is_checked_when_read(change: dict[str, Any], message: str) -> None:
+    data = write_config(make("deit_micro_patch4_32"), "native")["config.json"]
+    assert message in refusal(
+        ConfigError, lambda: read_config({**data, "preprocessing": data["preprocessing"] | change})
+    )
+    assert "preprocessing" in refusal(ConfigError, lambda: read_config({**data, "preprocessing": "as usual"}))

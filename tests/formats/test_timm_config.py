@@ -1,5 +1,9 @@
 """timm and this package load each other's folders with equal logits."""
 
+import json
+import re
+from dataclasses import replace
+
 import pytest
 from tiny_models import assert_same_answer, photo, randomise, refusal
 from tiny_models import tiny_model as make
@@ -61,3 +65,62 @@ def test_timm_model_that_pools_otherwise_is_refused(tmp_path):
     message = refusal(CheckpointError, lambda: from_pretrained(tmp_path))
     assert "global_pool='avg'" in message
     assert "num_classes=N" in message
+
+
+def timm_folder(folder, **fields):
+    """A tiny DeiT's folder in timm's layout, with these fields in its pretrained_cfg."""
+    make("deit_tiny_patch16_224", img_size=32).save_pretrained(folder, layout="timm")
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"] |= fields
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"crop_mode": "squash", "crop_pct": 0.9},
+        {"crop_pct": 0.77, "interpolation": "hamming"},
+        {"crop_pct": 1.2, "interpolation": "box"},
+        {"mean": [0.5], "std": [0.25], "interpolation": "nearest"},
+        {"mean": None, "std": None, "crop_pct": None, "interpolation": "", "crop_mode": None},
+    ],
+)
+def test_fields_of_the_transform_give_timms_own_pixels_also_when_written_again(tmp_path, fields):
+    timm = pytest.importorskip("timm")
+    folder, image = timm_folder(tmp_path, **fields), photo(71, 50)
+    data = timm.data.resolve_model_data_config(timm.create_model(f"local-dir:{folder}", pretrained=True))
+    theirs = timm.data.create_transform(**data, is_training=False)(image)
+    model = from_pretrained(folder)
+    assert (transform_for(model)(image) - theirs).abs().max() < 1e-5
+    model.save_pretrained(tmp_path / "again", layout="timm")
+    assert from_pretrained(tmp_path / "again").origin.preprocessing == model.origin.preprocessing
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("crop_mode", "border"),
+        ("crop_pct", "most"),
+        ("crop_pct", float("inf")),
+        ("crop_pct", -0.9),
+        ("crop_pct", 1e-9),
+        ("crop_pct", 99),
+        ("interpolation", "random"),
+        ("interpolation", ["bicubic"]),
+        ("label_offset", 1),
+        ("mean", [0.5, 0.5]),
+        ("mean", ["a", "b", "c"]),
+        ("std", [0.1, 0, 0.1]),
+    ],
+)
+def test_a_transform_that_we_cannot_follow_is_refused_when_the_model_is_loaded(tmp_path, field, value):
+    named = {"crop_pct": "crop_pct|resize", "mean": "mean", "std": "std"}.get(field, field)
+    assert re.search(named, refusal(ConfigError, lambda: from_pretrained(timm_folder(tmp_path, **{field: value}))))
+
+
+@pytest.mark.parametrize("resize", [None, (40, 33)])
+def test_a_transform_that_timm_has_not_is_not_written(tmp_path, resize):
+    tiny = make("deit_micro_patch4_32")
+    tiny.origin = replace(tiny.origin, preprocessing=replace(tiny.origin.preprocessing, resize=resize))
+    assert "timm has no transform" in refusal(ConfigError, lambda: tiny.save_pretrained(tmp_path, layout="timm"))

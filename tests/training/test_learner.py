@@ -1,6 +1,7 @@
 """Making a learner: what the recipe sets in it, and what does not fit."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from fake_gpu import GPU, fake_gpu
 from torch import Tensor, nn
 
+from deit_models import adapt_head
 from deit_models.data.loading import DamageCount
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
@@ -80,3 +82,12 @@ def test_what_does_not_fit_is_refused_in_one_line(
     with pytest.raises(error, match=text) as caught:
         make()
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("problem", ["multi_label_classification", "regression"])
+def test_a_model_of_another_problem_is_not_trained_until_it_has_new_heads(problem: str) -> None:
+    model = tiny.model()
+    model.origin = replace(model.origin, problem_type=problem)
+    with pytest.raises(ConfigError, match=f"{problem}, training needs one class"):
+        tiny.learner(model, tiny.recipe())
+    tiny.learner(adapt_head(model, num_classes=model.num_classes), tiny.recipe())

@@ -4,6 +4,7 @@ import copy
 import socket
 import urllib.request
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -456,3 +457,11 @@ def test_what_cannot_be_used_is_refused(tmp_path: Path):
     for spec in (network(), tmp_path):
         assert "weights" in refusal(ConfigError, lambda spec=spec: load(spec, weights="w.pth"))
     assert "dict is no teacher" in refusal(ConfigError, lambda: load({}))
+
+
+def test_a_regression_model_is_no_teacher() -> None:
+    model = tiny_model("deit_micro_patch4_32")
+    model.origin = replace(model.origin, problem_type="regression")
+    assert "a teacher needs one class" in refusal(
+        ConfigError, lambda: load_teacher(model, num_classes=model.num_classes, student=STUDENT)
+    )
