@@ -36,6 +36,7 @@ MAX_RESIZED_PIXELS = MAX_IMAGE_PIXELS // 4
 """Images that would have more pixels once their shorter side is resized, as a strip of 60000x1 would, are refused."""
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 """Photographs of phones, which Pillow reads with pillow-heif alone."""
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 _ORIENTATION = 0x0112
 _Turn = PIL.Image.Transpose
@@ -103,10 +104,25 @@ def _opened(source: str | PathLike[str] | bytes) -> Iterator[tuple[PIL.Image.Ima
     name = name_of(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
-    if name.lower().endswith(HEIF_SUFFIXES) or (isinstance(source, bytes) and source[4:8] == b"ftyp"):
-        reads_heif()
-    with explained(name), PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+    with explained(name), _open(source, name) as image:
         yield image, name
+
+
+def _first_bytes(path: str | PathLike[str]) -> bytes:
+    with open(path, "rb") as file:
+        return file.read(12)
+
+
+def _open(source: str | PathLike[str] | bytes, name: str) -> PIL.Image.Image:
+    try:
+        return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    except PIL.UnidentifiedImageError:
+        head = source[:12] if isinstance(source, bytes) else _first_bytes(source)
+        if head[4:8] != b"ftyp" or head[8:] not in _HEIF_BRANDS:
+            raise
+    if not reads_heif():
+        raise ImageError(f"{name}: Pillow reads HEIC with pillow-heif alone; pip install pillow-heif, or convert it")
+    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
 
 
 @cache
@@ -174,13 +190,11 @@ def explained(name: str) -> Iterator[None]:
         raise
     except Exception as error:
         # Decoders fail on damaged data in any way they like, so there is no list of types here
-        raise ImageError(f"{name}: {_reason(error, name)}") from error
+        raise ImageError(f"{name}: {_reason(error)}") from error
 
 
-def _reason(error: Exception, name: str) -> str:
+def _reason(error: Exception) -> str:
     if isinstance(error, PIL.UnidentifiedImageError):
-        if name.lower().endswith(HEIF_SUFFIXES) and not reads_heif():
-            return "Pillow reads HEIC with pillow-heif alone; pip install pillow-heif, or convert it to JPEG"
         return "not an image in a format Pillow knows"
     if isinstance(error, MemoryError):
         return "needs more memory than there is"

@@ -16,7 +16,6 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError, DataError, ImageError
-from .decoding import load_image
 from .loading import make_loader
 from .records import CachedRecords, ImageRecords, always_the_same
 
@@ -122,7 +121,9 @@ def _size_of(records: ImageRecords) -> tuple[int, int]:
 
 def _picture(records: ImageRecords, index: int) -> tuple[PIL.Image.Image, int]:
     image, label = records[index]
-    return load_image(image) if isinstance(image, Tensor) else image, label
+    if isinstance(image, Tensor):
+        raise DataError(f"{records.name}: images of {len(image)} channels are not kept in memory; pass cache='none'")
+    return image, label
 
 
 def _unequal(records: ImageRecords, index: int, size: tuple[int, int], others: tuple[int, int]) -> DataError:

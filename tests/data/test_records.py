@@ -95,8 +95,10 @@ def test_files_that_only_look_like_images_are_counted_with_the_remedy(
         open_dataset(tmp_path, "train")
     with pytest.raises(ImageError, match=r"bee: no image in it or below; 1 image files .* \(\.cr2\); convert them"):
         find_images(tmp_path / "bee")
-    with pytest.raises(ImageError, match=r"a\.HEIC: .*pip install pillow-heif"):
-        load_image(tmp_path / "ant/a.HEIC")
+    (tmp_path / "renamed.jpg").write_bytes(b"\0\0\0\x18ftypmif1")
+    for source in (tmp_path / "ant/a.HEIC", tmp_path / "renamed.jpg", b"\0\0\0\x18ftypheix"):
+        with pytest.raises(ImageError, match=r"(a\.HEIC|renamed\.jpg|12 bytes): .*pip install pillow-heif"):
+            load_image(source)
 
 
 @pytest.mark.parametrize("name", ["__MACOSX", "@eaDir", ".thumbnails", ".ipynb_checkpoints"])

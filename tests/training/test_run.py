@@ -382,6 +382,8 @@ def test_data_set_of_tensors_with_the_models_channels_is_trained_on_and_scored(t
     changes = {"augment": "rand-m9-mstd0.5-inc1", "color_jitter": 0.3, "epochs": 1, "warmup_epochs": 0}
     options: dict[str, Any] = {"train": Bands(channels), "corrupt_limit": 0.5, "workers": 0, "device": "cpu"}
     train(network(channels), recipe=tiny.recipe(**changes), out=tmp_path, **options)
+    with pytest.raises(DataError, match=f"Bands: images of {channels} channels are not kept in memory; pass cache='no"):
+        train(network(channels), recipe=tiny.recipe(**changes), out=tmp_path / "ram", cache="ram", **options)
     loaded = deit_models.from_pretrained(tmp_path / "model")
     assert len(loaded.origin.preprocessing.mean) == channels
     score = evaluate(loaded, Bands(channels), workers=0, device="cpu", corrupt_limit=0.5)
