@@ -184,7 +184,7 @@ def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluatio
     rows = {"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"}
     if published := _published(model):
         for name, figure in (("top-1", published["top1"]), ("top-5", published["top5"])):
-            rows[name] += "" if figure is None else f"  published: {figure} % ({published['dataset']})"
+            rows[name] += "" if figure is None else f"  published: {figure} % ({printable(str(published['dataset']))})"
     rows |= {f"{name} head": f"{top1:.2f} % top-1" for name, top1 in result.heads.items()}
     rows |= {"loss": f"{result.loss:.4f}", "images": str(result.images), "skipped": str(result.skipped)}
     lines = [printable(f"{args.source} on {args.data}, {args.split}")]

@@ -64,6 +64,8 @@ def read_architecture(path: str | PathLike[str]) -> Architecture:
         known = {"architecture", "name", "family", "settings", "preprocessing"}
         if not {"name", "family", "settings"} <= set(data) <= known:
             raise ConfigError(f"it has {', '.join(sorted(data))}; expected {', '.join(sorted(known))}")
+        if not isinstance(data["settings"], dict):
+            raise ConfigError("its settings are no table")
         spec = data.get("preprocessing")
         return Architecture(
             name=str(data["name"]),

@@ -46,9 +46,10 @@ class StageChoices:
         check_whole(self, "head_dim", "depth")
         for name in ("embed_dim", "num_heads", "mlp_hidden", "removable"):
             values = getattr(self, name)
-            object.__setattr__(self, name, values := tuple([values] if isinstance(values, int) else values))
-            order = sorted(set(values), reverse=name != "removable")
-            if not all(type(value) is int for value in values) or list(values) != order:
+            values = tuple(values) if isinstance(values, (list, tuple)) else (values,)
+            object.__setattr__(self, name, values)
+            whole = all(type(value) is int for value in values)
+            if not whole or list(values) != sorted(set(values), reverse=name != "removable"):
                 raise ConfigError(
                     f"{name}={values}; expected whole numbers, each once, from the largest to the smallest"
                 )
@@ -320,3 +321,5 @@ def read_space(source: str | PathLike[str]) -> SearchSpace:
         return space_from_toml(text)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from error
+    except (TypeError, AttributeError) as error:  # a value in the place of a table
+        raise ConfigError(f"{path} is not a search space: {error}") from error

@@ -54,7 +54,7 @@ def read_limit(folder: Path) -> SearchLimit:
     try:
         data = read_toml(path)
         return SearchLimit({"macs": "MACs", "latency": "ms"}[data["cost"]], float(data["limit"]))
-    except (ConfigError, LookupError, ValueError) as error:
+    except (ConfigError, LookupError, ValueError, TypeError) as error:
         raise TrainingError(f"{path} does not say what the search was limited by: {error}") from error
 
 

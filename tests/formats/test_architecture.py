@@ -63,6 +63,7 @@ def test_file_without_preprocessing_gets_deits(tmp_path: Path) -> None:
             "preprocessing has",
         ),
         ("architecture =", "is not an architecture"),
+        ('architecture = 1\nname = "x"\nfamily = "deit"\nsettings = 3', "its settings are no table"),
     ],
 )
 def test_other_files_are_refused_and_named(text: str, message: str, tmp_path: Path) -> None:

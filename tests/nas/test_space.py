@@ -74,6 +74,9 @@ def test_candidates_that_are_the_same_network_have_one_key() -> None:
         ({"embed_dim": (8, 16)}, "from the largest to the smallest"),
         ({"num_heads": ()}, "one choice or more"),
         ({"mlp_hidden": (16.5, 8)}, "whole numbers"),
+        ({"mlp_hidden": (16, "8")}, "whole numbers"),
+        ({"embed_dim": [[16]]}, "whole numbers"),
+        ({"num_heads": 2.0}, "whole numbers"),
         ({"removable": (0, 1)}, "not all of them"),
         ({"removable": (2,)}, "places 0 to 1"),
         ({"depth": 0}, "depth=0"),
@@ -102,6 +105,13 @@ def test_a_stage_that_could_narrow_is_refused() -> None:
 def test_wrong_toml_is_refused(text: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         space_from_toml(text)
+
+
+@pytest.mark.parametrize("text", ["stages = 5", "settings = 3\n", "stages = [1, 2]", "preprocessing = 7"])
+def test_value_in_the_place_of_a_table_is_refused_with_the_file(text: str, tmp_path: Path) -> None:
+    (tmp_path / "a.toml").write_text(text)
+    with pytest.raises(ConfigError, match=r"a\.toml"):
+        read_space(tmp_path / "a.toml")
 
 
 def test_unknown_space_names_the_nearest() -> None:

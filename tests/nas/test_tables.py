@@ -49,7 +49,7 @@ def test_limit_is_read_back(tmp_path: Path, cost: str, unit: str) -> None:
 def test_folder_without_a_search_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no finished search; run the search to its end first"):
         read_candidates(tmp_path)
-    for text in (None, "limit = 250\n", "cost = 'joules'\nlimit = 1\n", "not TOML"):
+    for text in (None, "limit = 250\n", "cost = 'joules'\nlimit = 1\n", "not TOML", "cost = []\nlimit = {}\n"):
         if text is not None:
             (tmp_path / "search.toml").write_text(text)
         with pytest.raises(TrainingError, match=r"search\.toml does not say what the search was limited by"):
