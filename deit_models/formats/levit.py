@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import load_manifest
@@ -93,6 +94,11 @@ class LeViTLayouts(FamilyLayouts):
             layer = "convolution"
         return (f"{prefix}.{layer}.{match['kind']}",)
 
+    def from_native(self, tensors: Mapping[str, Tensor], *, config: Any, naming: Naming) -> dict[str, Tensor]:
+        """Native files hold the authors' index buffers, too: their class loads them strictly."""
+        named = super().from_native(tensors, config=config, naming=naming)
+        return named | (_indices(config) if naming == "native" else {})
+
     def read_heads(self, names: Collection[str], config: Any, *, bare: bool) -> Any:
         """Whether a transformers file has the distillation head; without any head it is as the config says."""
         found = {self._bare_name(name) for name in names}
@@ -161,6 +167,21 @@ class LeViTLayouts(FamilyLayouts):
             **{theirs: [getattr(config, ours)] * stages for ours, theirs in _PER_STAGE.items()},
             "down_ops": _down_ops(config),
         }
+
+
+def _indices(config: Any) -> dict[str, Tensor]:
+    """Column of the score bias for each query and key, by the authors' names of the buffers."""
+    found, stage = {}, 0
+    for index, (parts, _) in enumerate(_layers(config)):
+        if parts is not _MLP:
+            (height, width), stride = config.grids[stage], 2 if parts is _SHRINK else 1
+            rows, columns = torch.arange(height), torch.arange(width)
+            down = (rows[::stride, None] - rows).abs()[:, None, :, None] * width
+            across = (columns[::stride, None] - columns).abs()[None, :, None, :]
+            name = f"blocks.{index}{'' if parts is _SHRINK else '.m'}.attention_bias_idxs"
+            found[name] = (down + across).flatten(2).flatten(0, 1)
+            stage += stride - 1
+    return found
 
 
 def _is_linear(name: str) -> bool:

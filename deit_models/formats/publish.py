@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+import torch
 from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
@@ -88,14 +90,42 @@ def push_to_hub(
 
 
 def layout_tensors(model: ModelLike, layout: Layout) -> dict[str, Tensor]:
-    """The model's state dict under a layout's names.
+    """The model's state dict under a layout's names; tensors that share memory are copied.
 
     Raises: ConfigError: the family has no such layout, or the tensors are not those of the config (a fused model).
     """
-    state: dict[str, Tensor] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
+    state = model.state_dict()
     if state.keys() != meta_model(type(model), model.config).state_dict().keys():
-        raise ConfigError("the tensors are not those of the config (was the model fused?); save the model it came from")
-    return layouts_of(model.family).from_native(state, config=model.config, naming=layout)
+        raise ConfigError(
+            "the tensors are not those of the config (was the model fused or quantised, or has it adapters?); save the "
+            "model it came from, or what peft's merge_and_unload() gives"
+        )
+    plain = {name: _plain(name, tensor) for name, tensor in state.items()}
+    named = layouts_of(model.family).from_native(plain, config=model.config, naming=layout)
+    end = 0
+    for name in sorted(named, key=lambda name: named[name].data_ptr()):
+        start, size = named[name].data_ptr(), named[name].nbytes
+        if start < end:  # tied: safetensors refuses that
+            named[name] = named[name].clone()
+        end = max(end, start + size)
+    return named
+
+
+def _plain(name: str, tensor: Any) -> Tensor:
+    """A tensor of a state dict as plain numbers: shards of all processes joined, a quantised one multiplied out.
+
+    Raises: ConfigError: it has no numbers here, or they cannot be given.
+    """
+    try:
+        tensor = tensor.detach()
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensor = tensor.dequantize() if tensor.is_quantized or type(tensor) is not Tensor else tensor
+    except Exception as error:  # of whatever library made it
+        raise ConfigError(f"{name} is a {type(tensor).__name__}, which cannot be saved: {first_line(error)}") from error
+    if type(tensor) is not Tensor or tensor.is_meta or tensor.layout != torch.strided:
+        where = "on the meta device" if tensor.is_meta else f"a {type(tensor).__name__}, {tensor.layout}"
+        raise ConfigError(f"{name} is {where}; only plain tensors with values can be saved")
+    return tensor
 
 
 def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name") -> str:

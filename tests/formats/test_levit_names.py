@@ -6,7 +6,7 @@ from tiny_models import assert_same_state, refusal
 
 from deit_models import CheckpointError, ConfigError, create_model
 from deit_models.formats.layouts import FAMILIES
-from deit_models.models.levit import LeViT
+from deit_models.models.levit import LeViT, ScoredAttention
 
 LEVIT = FAMILIES["levit"]
 NAMINGS = ("native", "timm", "timm-conv", "transformers")
@@ -61,3 +61,13 @@ def test_tensor_without_a_place_and_impossible_config_are_refused(model: LeViT) 
     assert "no name for gamma" in refusal(CheckpointError, lambda: LEVIT.other_names("gamma", "timm", model.config))
     wide = create_model("levit_128s", img_size=(224, 256), device="meta").config
     assert "squares only" in refusal(ConfigError, lambda: LEVIT.write_transformers(wide))
+
+
+@pytest.mark.parametrize("img_size", [224, 128, 96])
+def test_native_file_holds_the_authors_index_buffers(img_size: int) -> None:
+    model = create_model("levit_128s", img_size=img_size)
+    named = LEVIT.from_native(model.state_dict(), config=model.config, naming="native")
+    own = {name: module.offsets for name, module in model.named_modules() if isinstance(module, ScoredAttention)}
+    assert len(named) == len(model.state_dict()) + len(own) == 336
+    for name, offsets in own.items():
+        assert torch.equal(named[f"{name}.attention_bias_idxs"], offsets)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
-from tiny_models import CLASSES, LAYOUTS, answer, assert_same_state, published_files, refusal
+from tiny_models import CLASSES, LAYOUTS, answer, assert_same_answer, assert_same_state, published_files, refusal
 from tiny_models import tiny_model as make
 
 from deit_models import ConfigError, SaveError, from_pretrained
@@ -154,3 +154,24 @@ def test_written_card_is_the_models(tiny, tmp_path, layout):
         layout == kind for kind in LAYOUTS
     )
     assert answer(from_pretrained(tmp_path)).shape == (1, 7)
+
+
+def test_tied_and_overlapping_tensors_are_saved(tmp_path):
+    tied, overlapping = make(), make()
+    tied.head_dist = tied.head
+    rows = torch.randn(15, 16)
+    overlapping.head.weight = torch.nn.Parameter(rows[:10])
+    overlapping.head_dist.weight = torch.nn.Parameter(rows[5:])
+    for number, model in enumerate((tied, overlapping)):
+        for layout in LAYOUTS:
+            model.save_pretrained(tmp_path / f"{number}{layout}", layout=layout)
+            assert_same_answer(model, from_pretrained(tmp_path / f"{number}{layout}"))
+
+
+def test_model_without_plain_tensors_is_refused_by_name(tmp_path):
+    empty, sparse, adapted = make().to("meta"), make(), make()
+    sparse.head.weight = torch.nn.Parameter(sparse.head.weight.detach().to_sparse())
+    adapted.head = torch.nn.Sequential(adapted.head)
+    for model, message in ((empty, "cls_token is on the meta"), (sparse, "sparse"), (adapted, "adapters")):
+        assert message in refusal(ConfigError, lambda: model.save_pretrained(tmp_path / "out"))  # noqa: B023
+    assert not (tmp_path / "out").exists()

@@ -5,6 +5,7 @@ import re
 from dataclasses import replace
 
 import pytest
+import torch
 from tiny_models import assert_same_answer, photo, randomise, refusal
 from tiny_models import tiny_model as make
 
@@ -124,3 +125,28 @@ def test_a_transform_that_timm_has_not_is_not_written(tmp_path, resize):
     tiny = make("deit_micro_patch4_32")
     tiny.origin = replace(tiny.origin, preprocessing=replace(tiny.origin.preprocessing, resize=resize))
     assert "timm has no transform" in refusal(ConfigError, lambda: tiny.save_pretrained(tmp_path, layout="timm"))
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "levit_128s"])
+def test_timm_model_without_classes_gives_its_features(tmp_path, name):
+    timm = pytest.importorskip("timm")
+    small = {} if name.startswith("levit") else {"depth": 2, "embed_dim": 16, "num_heads": 2}
+    theirs = timm.create_model(name, num_classes=0, **small).eval()
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    loaded = from_pretrained(tmp_path)
+    x = torch.rand(1, 3, 224, 224)
+    torch.testing.assert_close(loaded(x), theirs(x), atol=1e-4, rtol=0)
+    loaded.save_pretrained(tmp_path / "again", layout="timm")
+    again = timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True).eval()
+    torch.testing.assert_close(again(x), theirs(x), atol=1e-4, rtol=0)
+    assert from_pretrained(tmp_path, num_classes=3)(x).shape == (1, 3)
+
+
+@pytest.mark.parametrize("pool", ["avg", "max"])
+def test_timm_model_that_pools_otherwise_gets_a_new_head(tmp_path, pool):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("deit_tiny_patch16_224", depth=1, embed_dim=16, num_heads=2, global_pool=pool)
+    timm.models.save_for_hf(theirs, tmp_path, safe_serialization=True)
+    loaded = from_pretrained(tmp_path, num_classes=1000)
+    assert torch.equal(loaded.norm.weight, theirs.fc_norm.weight)
+    assert not torch.equal(loaded.head.weight, theirs.head.weight)

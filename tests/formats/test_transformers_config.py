@@ -183,3 +183,59 @@ def test_class_names_come_from_label2id_where_it_is_alone(tmp_path):
     assert "label2id" in refusal(ConfigError, lambda: from_pretrained(tmp_path))
     (tmp_path / "config.json").write_text(json.dumps(config | {"num_labels": 4}))
     assert "num_labels=4" in refusal(ConfigError, lambda: from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_deit_with_one_head_is_read_trained_and_written_as_such(tmp_path, named):
+    transformers = pytest.importorskip("transformers")
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.DeiTConfig(**shape, image_size=32, patch_size=8, id2label=dict(enumerate(CLASSES)))
+    theirs = randomise(transformers.DeiTForImageClassification(config)).eval()
+    theirs.save_pretrained(tmp_path)
+    if not named:
+        data = json.loads((tmp_path / "config.json").read_text())
+        del data["architectures"]
+        (tmp_path / "config.json").write_text(json.dumps(data))
+    loaded = from_pretrained(tmp_path)
+    assert loaded.config.distilled == "token"
+    assert_same_answer(loaded, theirs, config=loaded.config)
+    assert loaded.train()(torch.rand(2, 3, 32, 32)).shape == (2, 7)
+    loaded.eval().save_pretrained(tmp_path / "again", layout="transformers")
+    again, report = transformers.AutoModelForImageClassification.from_pretrained(
+        tmp_path / "again", output_loading_info=True
+    )
+    assert type(again) is transformers.DeiTForImageClassification
+    assert not report["missing_keys"]
+    assert_same_answer(loaded, again.eval(), config=loaded.config)
+    loaded.save_pretrained(tmp_path / "native")
+    assert_same_answer(loaded, from_pretrained(tmp_path / "native"))
+    assert "timm" in refusal(ConfigError, lambda: loaded.save_pretrained(tmp_path / "timm", layout="timm"))
+
+
+@pytest.mark.parametrize("kind", ["ViT", "DeiT", "Levit"])
+def test_model_of_transformers_without_a_head_is_a_backbone(tmp_path, kind):
+    transformers = pytest.importorskip("transformers")
+    options = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64}
+    options |= {"image_size": 32, "patch_size": 8}
+    config = getattr(transformers, f"{kind}Config")(**({} if kind == "Levit" else options))
+    theirs = getattr(transformers, f"{kind}Model")(config).eval()
+    theirs.save_pretrained(tmp_path)
+    loaded = from_pretrained(tmp_path)
+    assert loaded.num_classes == 0
+    x = torch.rand(1, 3, *loaded.config.image_hw)
+    out = theirs(x).last_hidden_state
+    count = {"ViT": 1, "DeiT": 2, "Levit": out.shape[1]}[kind]
+    torch.testing.assert_close(loaded(x), out[:, :count].mean(dim=1), atol=1e-4, rtol=0)
+    assert from_pretrained(tmp_path, num_classes=5)(x).shape == (1, 5)
+
+
+def test_exact_gelu_goes_by_two_names(tmp_path):
+    make("deit_micro_patch4_32").save_pretrained(tmp_path, layout="transformers")
+    data = json.loads((tmp_path / "config.json").read_text())
+    expected = from_pretrained(tmp_path)
+    for name in ("gelu_python", "gelu_fast", "silu"):
+        (tmp_path / "config.json").write_text(json.dumps(data | {"hidden_act": name}))
+        if name == "gelu_python":
+            assert_same_answer(expected, from_pretrained(tmp_path))
+        else:
+            assert name in refusal(ConfigError, lambda: from_pretrained(tmp_path))

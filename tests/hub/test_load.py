@@ -772,3 +772,112 @@ def test_no_random_weights_are_made_on_the_way(folder):
 
 def test_package_offers_it_at_the_top():
     assert deit_models.from_pretrained is load.from_pretrained
+
+
+# Other heads, tokens and channels than the file has
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_bare_backbone_gets_a_new_head_or_gives_features(bare, layout, distilled, caplog):
+    model, path = bare(layout, distilled=distilled)
+    whole = {name: t for name, t in load_file(path).items() if "classifier" not in name and not name.startswith("head")}
+    save_file(whole, path)
+    assert "num_classes=0" in refusal(CheckpointError, lambda: from_pretrained(path, model="tiny"))
+    caplog.clear()
+    loaded = from_pretrained(path, model="tiny", num_classes=4)
+    assert answer(loaded).shape == (1, 4)
+    assert [record.message for record in caplog.records] == [
+        f"{path}: no classification head in the file: new heads with 4 classes"
+    ]
+    features = from_pretrained(path, model="tiny", num_classes=0)
+    x = torch.rand(2, 3, *model.config.image_hw)
+    for found in (features(x), features.embed(x)):
+        torch.testing.assert_close(found, model.embed(x))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"])
+def test_saved_backbone_is_a_backbone(tmp_path, layout, name):
+    model = make(name)
+    model.save_pretrained(tmp_path / "whole")
+    from_pretrained(tmp_path / "whole", num_classes=0).save_pretrained(tmp_path / "body", layout=layout)
+    loaded = from_pretrained(tmp_path / "body")
+    assert (loaded.num_classes, loaded.config.distilled) == (0, model.config.distilled)
+    x = torch.rand(2, 3, 32, 32)
+    torch.testing.assert_close(loaded(x), model.embed(x))
+    assert from_pretrained(tmp_path / "body", num_classes=3)(x).shape == (2, 3)
+
+
+def test_folder_that_lost_the_head_it_promises_is_refused_unless_a_new_one_is_asked_for(folder):
+    tensors = load_file(folder / WEIGHTS)
+    save_file({name: t for name, t in tensors.items() if not name.startswith("head")}, folder / WEIGHTS)
+    assert "missing" in refusal(CheckpointError, lambda: from_pretrained(folder))
+    assert from_pretrained(folder, num_classes=10).num_classes == 10
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_distilled_weights_become_the_plain_model_that_is_asked_for(bare, layout, own_registry, caplog):
+    assert own_registry is None
+    model, path = bare(layout)
+    register_model("plain", DeiT, registry.model_spec("deit_micro_patch4_32").config, **SHAPE)
+    loaded = from_pretrained(path, model="plain")
+    assert "left out" in caplog.text
+    state = model.state_dict()
+    for name, tensor in loaded.state_dict().items():
+        if name == "pos_embed":
+            assert torch.equal(tensor, torch.cat([state[name][:, :1], state[name][:, 2:]], dim=1))
+        else:
+            assert torch.equal(tensor, state[name]), name
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_plain_weights_become_the_distilled_model_that_is_asked_for(bare, layout, caplog):
+    model, path = bare(layout, distilled=False)
+    register_model("pair", DeiT, registry.model_spec("deit_micro_distilled_patch4_32").config, **SHAPE)
+    loaded = from_pretrained(path, model="pair", num_classes=10)
+    assert "dist_token" in caplog.text
+    heads = loaded.forward_heads(torch.rand(1, 3, 32, 32))
+    torch.testing.assert_close(heads.cls, heads.dist)
+    assert torch.equal(loaded.head.weight, model.head.weight)
+
+
+def test_error_names_the_model_that_the_tensors_are_of(tmp_path):
+    other = deit_models.create_model("deit_micro_distilled_patch4_32")
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    message = refusal(CheckpointError, lambda: from_pretrained(tmp_path / "other.pth", model="deit_tiny_patch4_32"))
+    assert "model='deit_micro_distilled_patch4_32'" in message
+
+
+@pytest.mark.parametrize("name", ["deit_micro_patch4_32", "levit_micro_cifar10", "t2t_vit_micro_cifar10"])
+def test_bare_file_of_another_shape_loads_with_its_size(tmp_path, name):
+    step = 4 if name.startswith("deit") else 16
+    model = deit_models.create_model(name, img_size=(step * 4, step * 8)).eval()
+    torch.save(model.state_dict(), tmp_path / "wide.pth")
+    assert "img_size=" in refusal(CheckpointError, lambda: from_pretrained(tmp_path / "wide.pth", model=name))
+    loaded = from_pretrained(tmp_path / "wide.pth", model=name, img_size=(step * 4, step * 8))
+    assert_same_state(loaded.state_dict(), model.state_dict())
+
+
+CHANNEL_MODELS = ("deit_micro_patch4_32", "levit_micro_cifar10", "t2t_vit_micro_cifar10", "vit_resnas_tiny")
+
+
+@pytest.mark.parametrize("name", CHANNEL_MODELS)
+def test_one_channel_answers_as_three_equal_ones(tmp_path, name):
+    model = deit_models.create_model(name).eval()
+    model.save_pretrained(tmp_path)
+    height, width = model.config.image_hw
+    grey = torch.rand(1, 1, height, width)
+    one, five = from_pretrained(tmp_path, in_chans=1), from_pretrained(tmp_path, in_chans=5)
+    torch.testing.assert_close(one(grey), model(grey.expand(-1, 3, -1, -1)), atol=1e-3, rtol=0)
+    torch.testing.assert_close(five(grey.expand(-1, 5, -1, -1)).shape, one(grey).shape)
+    assert len(one.origin.preprocessing.mean) in (1, 3)
+    torch.save(one.state_dict(), tmp_path / "one.pth")
+    assert from_pretrained(tmp_path / "one.pth", model=name).config.in_chans == 1
+
+
+def test_three_channels_are_repeated_and_scaled(folder, model):
+    two, four = (from_pretrained(folder, in_chans=count).patch_embed.proj.weight for count in (2, 4))
+    weight = model.patch_embed.proj.weight
+    torch.testing.assert_close(two, weight[:, :2] * 1.5)
+    torch.testing.assert_close(four, torch.cat([weight, weight[:, :1]], dim=1) * 0.75)

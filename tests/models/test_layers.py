@@ -1,10 +1,13 @@
 """Parts that all families share: stochastic depth, grids, chosen layers, drop rates, position resizing."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
 
-from deit_models import ConfigError, create_model
+from deit_models import ConfigError, create_model, registry
 from deit_models.models.layers import DropPath, chosen_layers, init_vit_weights, patch_grid, resize_pos_embed
 
 
@@ -120,3 +123,18 @@ def test_drop_rates_of_exchanged_parts_stay() -> None:
     model.head, model.blocks[0].drop_path = nn.Sequential(nn.Dropout(0.9), nn.Linear(256, 10)), nn.Identity()
     model.set_drop_rates(drop_rate=0.25, drop_path_rate=0.5)
     assert (model.head[0].p, model.head_dist.drop.p, model.blocks[1].drop_path.rate) == (0.9, 0.25, 0.5)
+
+
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "levit_128s", "t2t_vit_7", "vit_resnas_tiny"])
+def test_config_takes_attributes_of_others_and_keeps_its_own(name: str) -> None:
+    config = registry.model_spec(name).config
+    mine = dataclasses.replace(config)
+    mine.use_cache = False
+    assert mine == config
+    assert not hasattr(config, "use_cache")
+    assert mine.use_cache is False
+    with pytest.raises(AttributeError, match="num_classes"):
+        mine.num_classes = 7
+    with pytest.raises(AttributeError):
+        mine.image_hw = (1, 1)
+    assert copy.deepcopy(mine) == config
