@@ -216,9 +216,11 @@ def git_sha1_of(path: Path) -> str:
 
 
 def check_regular(path: Path) -> None:
-    """Raises: CheckpointError: a pipe, a device or a folder in the place of a file; reading it may never end."""
+    """Raises: CheckpointError: a pipe, a device or a folder, of which reading may never end, or no permission."""
     if path.exists() and not path.is_file():
         raise CheckpointError(f"{path} is no regular file; expected a weights file")
+    if path.exists() and not os.access(path, os.R_OK):
+        raise CheckpointError(f"{path} may not be read by this user")
 
 
 def check_digest(path: Path, expected: str | None, *, name: str | None = None) -> str | None:

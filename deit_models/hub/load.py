@@ -39,9 +39,7 @@ _INDEX_NAME = "model" + INDEX_SUFFIX
 # What timm's train.py leaves: the epoch it reports, and the last one.
 _TIMM_NAMES = ("model_best.pth.tar", "last.pth.tar")
 # What accelerate and Lightning put beside weights, with suffixes of weights.
-_STATES = re.compile(
-    r"(?:optimizer|scheduler|scaler|sampler|random_states|custom_checkpoint|training_args|rng_state).*"
-)
+_STATES = re.compile(r"(?:optimizer|scheduler|scaler|sampler|random_state|rng_state|custom_check|training_args).*")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -266,8 +264,11 @@ def _weights_in(folder: Path) -> Path:
             for path in (place.iterdir() if place.is_dir() else ())
             if path.suffix.lower() in WEIGHTS_SUFFIXES and path.is_file() and not _STATES.fullmatch(path.name)
         )
-        if len(found) == 1:
-            return found[0]
+        best = [path for path in found if path.stem != "last"] or found
+        if len(best) == 1:
+            if len(found) > 1:
+                logger.warning("%s: loading %s, not the last epoch; pass the path of another", place, best[0].name)
+            return best[0]
         if found:
             names = ", ".join(path.name for path in found[:6])
             raise CheckpointError(f"{place} has {len(found)} weights files ({names}); pass the path of one")
@@ -279,9 +280,8 @@ def _timm_model(folder: Path) -> str | None:
     settings = folder / "args.yaml"
     if (folder / CONFIG_NAME).exists() or not settings.is_file():
         return None
-    found = re.search(
-        r"^model: *['\"]?([\w./:-]+)", settings.read_text(encoding="utf-8", errors="replace"), re.MULTILINE
-    )
+    with settings.open(encoding="utf-8", errors="replace") as file:
+        found = re.search(r"^model: *['\"]?([\w./:-]+)", file.read(1 << 16), re.MULTILINE)
     if found is None:
         return None
     name = found[1].rpartition("/")[2].partition(".")[0]

@@ -198,25 +198,24 @@ def _rules(expected: Expected | None) -> tuple[tuple[str, ...], ...]:
 
 
 def _preferred(path: Path, fitting: list[_Candidate], expected: Expected | None) -> _Candidate:
-    by_label = {candidate.label: candidate for candidate in fitting}
+    by_key = {candidate.label.partition(".")[0]: candidate for candidate in fitting}
     for rule in _rules(expected):
-        if by_label.keys() <= set(rule):
-            return next(by_label[label] for label in rule if label in by_label)
-    labels = ", ".join(ascii(label) for label in by_label)
-    example = next(label for label in by_label if label)
+        if by_key.keys() <= set(rule) and len(by_key) == len(fitting):
+            return next(by_key[key] for key in rule if key in by_key)
+    labels = ", ".join(ascii(candidate.label or "tensors at its top") for candidate in fitting[:6])
+    example = next(candidate.label for candidate in fitting if candidate.label)
     raise CheckpointError(f"{path} holds several state dicts that fit: {labels}; say which, e.g. payload={example!a}")
 
 
 def _note(path: Path, chosen: _Candidate, fitting: list[_Candidate]) -> str | None:
     others = [candidate.label for candidate in fitting if candidate is not chosen]
-    if others:
-        return f"{path}: loading {chosen.label!a}, which its project evaluates; payload={others[0]!a} takes the other"
+    why = "which its project evaluates" if others else "the one state dict that fits"
     if chosen.outside:
-        more = f"{len(chosen.outside)} tensors outside are left out, such as {chosen.outside[0]!a:.80}"
-        return f"{path}: loading {chosen.label!a}; {more}; payload='...' takes another part"
-    if chosen.label not in _USUAL:
-        return f"{path}: loading {chosen.label!a}, the one state dict that fits; payload='...' takes another"
-    return None
+        why += f"; {len(chosen.outside)} tensors beside it are left out, such as {chosen.outside[0]!a:.80}"
+    elif not others and chosen.label in _USUAL:
+        return None
+    other = others[0] if others else "..."
+    return f"{path}: loading {chosen.label!a}, {why}; payload={other!a} takes another"
 
 
 def _shape(tensor: Tensor) -> tuple[int, ...]:

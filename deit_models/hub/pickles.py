@@ -75,11 +75,16 @@ def unpickle(path: Path) -> Any:
         mapped, harmless = _check_archive(path) if _is_archive(path) else (False, _check_stream(path))
         # torch's list of allowed classes is one for all threads
         with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in sorted(harmless)]):
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            if path.suffix.lower() != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with path.open("rb") as file:  # by its path, torch would read it as safetensors
+                return torch.load(file, map_location="cpu", weights_only=True)
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
+        if "Unsupported operand" in str(error):
+            raise CheckpointError(f"{path} is damaged, or not of torch.save's own pickle protocol, 2") from error
         what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
         raise CheckpointError(f"{path} is refused: {what}{_advice(foreign)}") from error
     except Exception as error:  # whatever an unpickler makes of any bytes
@@ -112,8 +117,13 @@ def _check_archive(path: Path) -> tuple[bool, set[str]]:
             raise CheckpointError(
                 f"{path} is refused: {size} bytes that unpack to {unpacked}; torch.save packs nothing"
             )
+        if any(name.endswith("/constants.pkl") for name in names):
+            raise CheckpointError(f"{path} is a TorchScript program; save model.state_dict() in its place")
         if len(set(names)) < len(names):
             raise CheckpointError(f"{path} is damaged: two entries of the archive have one name")
+        if all(entry.CRC == 0 for entry in entries):  # torch.serialization.set_crc32_options(False)
+            for entry in entries:
+                del entry.CRC
         damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: {damaged!r} in the archive differs from its CRC")

@@ -677,6 +677,91 @@ def test_folder_without_weights_is_refused(folder):
     assert "has no model.safetensors" in refusal(CheckpointError, lambda: from_pretrained(folder))
 
 
+@pytest.fixture
+def tiny(own_registry, model):
+    """The model's registered name, for files that do not say what they are."""
+    assert own_registry is None
+    register_model("tiny", type(model), model.config, num_classes=10, img_size=32)
+    return "tiny"
+
+
+@pytest.mark.parametrize("script", ["timm", "timm-last", "lightning", "lightning-root", "accelerate", "shards"])
+def test_folders_of_other_programs_are_loaded(tiny, model, tmp_path, script):
+    state, folder = model.state_dict(), tmp_path / "run"
+    others = {name: tensor + 1 for name, tensor in state.items()}
+    (folder / "checkpoints").mkdir(parents=True)
+    known = {"model": tiny}
+    if script.startswith("timm"):
+        (folder / "args.yaml").write_text(f"lr: 0.1\nmodel: {tiny}\nmodel_ema: true\n", encoding="utf-8")
+        best, last = {"state_dict": others, "state_dict_ema": state, "arch": tiny}, {"state_dict": others}
+        torch.save(best, folder / ("last.pth.tar" if script == "timm-last" else "model_best.pth.tar"))
+        torch.save(last, folder / ("checkpoint-3.pth.tar" if script == "timm-last" else "last.pth.tar"))
+        known = {}
+    elif script.startswith("lightning"):
+        (folder / "hparams.yaml").write_text("lr: 1\n", encoding="utf-8")
+        place = folder / "checkpoints" if script == "lightning-root" else folder
+        torch.save({"state_dict": {f"net.{k}": v for k, v in state.items()}}, place / "epoch=3-step=9.ckpt")
+        torch.save({"state_dict": {f"net.{k}": v for k, v in others.items()}}, place / "last.ckpt")
+    else:
+        torch.save({"state": {}}, folder / "optimizer.bin")
+        torch.save([1], folder / "random_states_0.pkl")
+        names = sorted(state)
+        parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+        if script == "accelerate":
+            parts = {WEIGHTS: names}
+        for name, part in parts.items():
+            save_file({key: state[key] for key in part}, folder / name)
+        if script == "shards":
+            weight_map = {key: name for name, part in parts.items() for key in part}
+            (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    assert_same_state(from_pretrained(folder, cache_dir=tmp_path / "cache", **known).state_dict(), state)
+
+
+def test_folder_of_many_checkpoints_asks_which(tiny, tmp_path):
+    for epoch in range(3):
+        torch.save({}, tmp_path / f"checkpoint-{epoch}.pth")
+    message = refusal(CheckpointError, lambda: from_pretrained(tmp_path, model=tiny))
+    assert "checkpoint-0.pth, checkpoint-1.pth, checkpoint-2.pth); pass the path of one" in message
+
+
+def test_shards_of_a_repository_are_fetched(hub, model, tmp_path):
+    state = model.state_dict()
+    names = sorted(state)
+    files = {}
+    weight_map = {}
+    for shard, part in (("one.safetensors", names[:5]), ("two.safetensors", names[5:])):
+        save_file({name: state[name] for name in part}, tmp_path / shard)
+        files[shard] = tmp_path / shard
+        weight_map |= dict.fromkeys(part, shard)
+    files[f"{WEIGHTS}.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    hub.commit(REPO, files, delete=(WEIGHTS,))
+    assert_same_state(from_pretrained(REPO).state_dict(), state)
+
+
+@pytest.mark.parametrize("name", ["float16", "torch.bfloat16", "half", "float64"])
+def test_dtype_may_be_a_name(folder, name):
+    expected = getattr(torch, name.removeprefix("torch."))
+    assert from_pretrained(folder, dtype=name).cls_token.dtype == expected
+
+
+@pytest.mark.parametrize("dtype", ["int8", "fp8", "float8_e4m3fn", torch.int64, "nn", ""])
+def test_other_dtypes_are_refused(folder, dtype):
+    assert "expected float32" in refusal(ConfigError, lambda: from_pretrained(folder, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("value", "stored", "dtype"),
+    [(7e4, "float32", "float16"), (-1e39, "float64", None), (1e39, "float64", "bfloat16"), (3e38, "bfloat16", "half")],
+)
+def test_weights_beyond_the_wanted_type_are_refused(tiny, model, tmp_path, value, stored, dtype):
+    state = {**model.state_dict(), "head.bias": torch.full((10,), value, dtype=getattr(torch, stored))}
+    save_file(state, tmp_path / WEIGHTS)
+    message = refusal(CheckpointError, lambda: from_pretrained(tmp_path, model=tiny, dtype=dtype))
+    assert "beyond the range" in message
+    assert "head.bias" in message
+    assert from_pretrained(tmp_path, model=tiny, dtype="float64").head.bias[0] == state["head.bias"][0].double()
+
+
 def test_float16_file_loads_as_float32_unless_asked(model, tmp_path):
     half = make().half()
     half.save_pretrained(tmp_path / "half")

@@ -113,6 +113,17 @@ def test_known_scripts_evaluate_one_of_two(
     assert not caplog.records
 
 
+def test_teachers_of_self_distillation_keep_their_projection_heads_to_themselves(
+    tmp_path: Path, state: State, expected: Expected, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = {**under("module.backbone.", other(state)), "module.head.mlp.weight": torch.ones(2)}
+    contents = {"student": student, "teacher": {**under("backbone.", state), "head.mlp.weight": torch.ones(2)}}
+    assert_same_state(read(tmp_path, contents, expected), state)
+    assert "1 tensors beside it are left out, such as 'head.mlp.weight'" in caplog.text
+    assert "payload='student.module.backbone'" in caplog.text
+    assert_same_state(read(tmp_path, contents, expected, payload="student"), other(state))
+
+
 def test_several_that_fit_without_a_rule_are_named(tmp_path: Path, state: State, expected: Expected) -> None:
     contents = {"ema": state, "raw": {"weights": other(state)}}
     message = refusal(CheckpointError, lambda: read(tmp_path, contents, expected))

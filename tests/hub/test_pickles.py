@@ -148,6 +148,23 @@ def test_flipped_bit_of_a_tensor_is_seen_by_the_archives_own_sum(tmp_path: Path)
     assert "CRC" in refusal(CheckpointError, lambda: unpickle(path))
 
 
+def test_archive_without_sums_is_read(tmp_path: Path) -> None:
+    torch.serialization.set_crc32_options(False)
+    try:
+        path = saved(tmp_path / "x.pth", {"a": WEIGHT})
+    finally:
+        torch.serialization.set_crc32_options(True)
+    assert torch.equal(unpickle(path)["a"], WEIGHT)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_other_protocols_and_programs_are_called_what_they_are(tmp_path: Path) -> None:
+    path = saved(tmp_path / "x.pth", {"a": WEIGHT}, pickle_protocol=4)
+    assert "protocol" in refusal(CheckpointError, lambda: unpickle(path))
+    torch.jit.trace(torch.nn.Linear(3, 2), WEIGHT).save(str(path))
+    assert "TorchScript" in refusal(CheckpointError, lambda: unpickle(path))
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 def test_archive_with_two_entries_of_one_name_is_refused(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", {"a": WEIGHT})

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import pickle
 from pathlib import Path
 
@@ -257,6 +258,118 @@ def test_tensors_that_share_memory_or_are_views_are_converted(access, tmp_path):
     tensors = read(path, access)
     assert_same_state(tensors, {"a": base, "b": base, "c": base.t(), "d": base[1:]})
     assert len({tensor.data_ptr() for tensor in tensors.values()}) == 4
+
+
+ODD = {
+    "sparse": lambda t: t.to_sparse(),
+    "quint8": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.quint8),
+    "meta": lambda t: t.to("meta"),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "float8_e5m2": lambda t: t.to(torch.float8_e5m2),
+    "complex64": lambda t: t.to(torch.complex64),
+    "uint16": lambda t: t.to(torch.uint16),
+}
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ODD)
+@pytest.mark.parametrize("name", ["norm.weight", "unknown"])
+def test_tensor_of_another_kind_is_refused_by_name(state, access, tmp_path, kind, name):
+    state[name] = ODD[kind](state["norm.weight"].abs())
+    message = refusal(CheckpointError, lambda: read(write_pth(tmp_path / "x.pth", state), access))
+    assert name in message
+    assert kind in message
+
+
+@pytest.mark.parametrize("name", ["\ud800", "a\nb", "\x1b[2J", "a\u202eb"])
+def test_name_that_cannot_be_shown_is_refused(state, access, tmp_path, name):
+    path = write_pth(tmp_path / "x.pth", {"model": {**state, name: torch.ones(1)}})
+    assert refusal(CheckpointError, lambda: read(path, access)).isprintable()
+
+
+@pytest.mark.parametrize("name", ["norm.weight", "unknown", "pos_embed"])
+@pytest.mark.parametrize("shape", [(10**5, 10**6), (10**12,), (3, 10**9)])
+def test_small_file_of_large_tensors_is_refused_before_they_are_made(state, access, tmp_path, name, shape):
+    path = write_pth(tmp_path / "x.pth", {"model": {**state, name: torch.zeros(1).expand(shape)}})
+    assert "would take" in refusal(CheckpointError, lambda: read(path, access))
+
+
+def test_one_tensor_under_many_names_is_refused_where_they_add_up(access, tmp_path):
+    shared = torch.zeros(1 << 18)
+    path = write_pth(tmp_path / "x.pth", {f"blocks.{index}": shared for index in range(200)})
+    assert "would take" in refusal(CheckpointError, lambda: read(path, access))
+
+
+@pytest.mark.parametrize("suffix", ["", ".ckpt", ".PTH", ".th", ".safetensors", ".weights"])
+def test_format_is_told_from_the_content(state, access, tmp_path, suffix):
+    assert_same_state(read(write_pth(tmp_path / f"a{suffix}", state), access), state)
+    save_file(state, tmp_path / f"b{suffix}")
+    assert_same_state(read(tmp_path / f"b{suffix}", access), state)
+
+
+def test_header_that_names_a_tensor_twice_is_refused(access, tmp_path):
+    entry = '"a":{"dtype":"%s","shape":[1],"data_offsets":[0,4]}'
+    header = ("{" + entry % "F32" + "," + entry % "I32" + "}").encode()
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert "twice" in refusal(CheckpointError, lambda: read(path, access))
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "x.pth", "x"])
+def test_pipe_in_the_place_of_a_file_is_refused_at_once(access, tmp_path, name):
+    os.mkfifo(tmp_path / name)
+    assert "regular file" in refusal(CheckpointError, lambda: read(tmp_path / name, access))
+
+
+# Files in several parts
+
+
+def sharded(folder, state, **changes):
+    names = sorted(state)
+    weight_map = {}
+    for number, part in enumerate((names[::2], names[1::2])):
+        shard = f"model-{number}.safetensors"
+        save_file({name: state[name] for name in part}, folder / shard)
+        weight_map |= dict.fromkeys(part, shard)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map | changes}), encoding="utf-8")
+    return index
+
+
+def test_shards_are_read_together(state, access, tmp_path):
+    assert_same_state(read(sharded(tmp_path, state), access), state)
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "sub/x.safetensors",
+        "..\\x.safetensors",
+        "C:x.safetensors",
+        "x.pth",
+        "",
+        "..",
+        "absent.safetensors",
+    ],
+)
+def test_shard_elsewhere_is_refused(state, access, tmp_path, place):
+    refusal(CheckpointError, lambda: read(sharded(tmp_path, state, cls_token=place), access))
+
+
+@pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 3}, {"a": None}, {}])
+def test_index_without_a_map_is_refused(state, access, tmp_path, weight_map):
+    index = sharded(tmp_path, state)
+    index.write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    refusal(CheckpointError, lambda: read(index, access))
+
+
+def test_shards_of_other_tensors_are_refused(state, access, tmp_path):
+    sharded(tmp_path, state)
+    save_file({"cls_token": state["cls_token"]}, tmp_path / "model-1.safetensors")
+    index = tmp_path / "model.safetensors.index.json"
+    assert "two models" in refusal(CheckpointError, lambda: read(index, access))
 
 
 # The converted copy
