@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import mmap
 import pickle
 import pickletools
 import re
@@ -10,7 +11,7 @@ import threading
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
@@ -135,18 +136,22 @@ def _check_archive(path: Path) -> tuple[bool, set[str]]:
 def _check_stream(path: Path) -> set[str]:
     """The harmless classes in a torch file of before 1.6: five pickles, the fourth being the contents."""
     found: set[str] = set()
-    with path.open("rb") as file:
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for _ in range(5):
-            found |= _harmless(path, file)
-            if file.tell() == path.stat().st_size:
+            found |= _harmless(path, data)
+            if data.tell() == data.size():
                 break
     return found
 
 
-def _harmless(path: Path, file: IO[bytes]) -> set[str]:
+def _harmless(path: Path, data: io.BytesIO | mmap.mmap) -> set[str]:
     """The harmless classes that one pickle names. Raises: CheckpointError: it may grow to any size."""
-    named, strings = set(), set()
-    for operation, value, _ in pickletools.genops(file):
+    # both kinds of data read no further than their end, whatever lengths the pickle says
+    named, strings, number, most = set(), set(), 0, MOST_INFLATION * path.stat().st_size
+    for operation, value, _ in pickletools.genops(data):  # type: ignore[arg-type]  # a mapped file reads like a file
+        number = value if isinstance(value, int) else number
+        if operation.name == "BINPERSID" and number > most:  # the last number is how many values a tensor's memory has
+            raise CheckpointError(f"{path} is refused: a tensor of {number} values in {most // MOST_INFLATION} bytes")
         if operation.name == "GLOBAL":
             named.add(re.sub(r"^__builtin__\.", "builtins.", str(value).replace(" ", ".")))
         elif isinstance(value, str):

@@ -115,6 +115,28 @@ def test_pickle_that_grows_is_refused_before_it_does(tmp_path: Path, bomb: bytes
     assert "any size" in refusal(CheckpointError, lambda: unpickle(path))
 
 
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+@pytest.mark.parametrize("count", [2**31 - 1, 10**8])
+def test_tensor_of_more_values_than_the_file_has_is_refused(tmp_path: Path, legacy: bool, count: int) -> None:
+    path = saved(tmp_path / "x.pth", {"a": torch.ones(54321)}, _use_new_zipfile_serialization=not legacy)
+    whole, number = path.read_bytes(), b"J" + struct.pack("<i", 54321)
+    number = number if number in whole else b"M" + struct.pack("<H", 54321)
+    if legacy:
+        path.write_bytes(whole.replace(number, b"J" + struct.pack("<i", count)))
+    else:
+        with zipfile.ZipFile(path) as archive:
+            entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
+        with zipfile.ZipFile(path, "w") as archive:
+            for name, data in entries.items():
+                archive.writestr(name, data.replace(number, b"J" + struct.pack("<i", count)))
+    assert "values" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+def test_string_longer_than_the_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "x.pth").write_bytes(b"\x80\x02X\xff\xff\xff\x7fabc.")
+    assert "damaged" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pth"))
+
+
 def test_archive_behind_a_pickle_hides_nothing(tmp_path: Path) -> None:
     path = saved(tmp_path / "x.pth", {"a": WEIGHT})
     path.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\x00\x00\x00\x7f\x85R." + path.read_bytes())
