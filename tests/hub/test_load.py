@@ -738,9 +738,9 @@ def test_shards_of_a_repository_are_fetched(hub, model, tmp_path):
     assert_same_state(from_pretrained(REPO).state_dict(), state)
 
 
-@pytest.mark.parametrize("name", ["float16", "torch.bfloat16", "half", "float64"])
+@pytest.mark.parametrize("name", ["float16", "bfloat16", "float32", "float64"])
 def test_dtype_may_be_a_name(folder, name):
-    expected = getattr(torch, name.removeprefix("torch."))
+    expected = getattr(torch, name)
     assert from_pretrained(folder, dtype=name).cls_token.dtype == expected
 
 
@@ -751,7 +751,7 @@ def test_other_dtypes_are_refused(folder, dtype):
 
 @pytest.mark.parametrize(
     ("value", "stored", "dtype"),
-    [(7e4, "float32", "float16"), (-1e39, "float64", None), (1e39, "float64", "bfloat16"), (3e38, "bfloat16", "half")],
+    [(7e4, "float32", "float16"), (-1e39, "float64", None), (1e39, "float64", "bfloat16"), (3e38, "bfloat16", "float16")],
 )
 def test_weights_beyond_the_wanted_type_are_refused(tiny, model, tmp_path, value, stored, dtype):
     state = {**model.state_dict(), "head.bias": torch.full((10,), value, dtype=getattr(torch, stored))}
