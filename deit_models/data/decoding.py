@@ -14,7 +14,7 @@ from functools import cache
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import PIL.Image
 import PIL.ImageOps
@@ -104,25 +104,26 @@ def _opened(source: str | PathLike[str] | bytes) -> Iterator[tuple[PIL.Image.Ima
     name = name_of(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
-    with explained(name), _open(source, name) as image:
+    # Not by its path: Pillow would map greys of a TIFF into memory before they are turned, with the sides of after
+    with (
+        explained(name),
+        io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+        _open(file, name) as image,
+    ):
         yield image, name
 
 
-def _first_bytes(path: str | PathLike[str]) -> bytes:
-    with open(path, "rb") as file:
-        return file.read(12)
-
-
-def _open(source: str | PathLike[str] | bytes, name: str) -> PIL.Image.Image:
+def _open(file: IO[bytes], name: str) -> PIL.Image.Image:
     try:
-        return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+        return PIL.Image.open(file)
     except PIL.UnidentifiedImageError:
-        head = source[:12] if isinstance(source, bytes) else _first_bytes(source)
+        file.seek(0)
+        head = file.read(12)
         if head[4:8] != b"ftyp" or head[8:] not in _HEIF_BRANDS:
             raise
     if not reads_heif():
         raise ImageError(f"{name}: Pillow reads HEIC with pillow-heif alone; pip install pillow-heif, or convert it")
-    return PIL.Image.open(io.BytesIO(source) if isinstance(source, bytes) else source)
+    return PIL.Image.open(file)
 
 
 @cache
@@ -261,7 +262,7 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
         # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
         return _shallow(image).convert("RGB")
     if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = image.convert("RGBA")
+        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
         background = PIL.Image.new("RGBA", rgba.size, "white")
         return PIL.Image.alpha_composite(background, rgba).convert("RGB")
     return image.convert("RGB")
@@ -287,7 +288,7 @@ def _shallow(image: PIL.Image.Image) -> PIL.Image.Image:
         )
     depths = (*_DEPTHS[:-1], 15, 16) if image.mode == "I" else _DEPTHS
     bits = declared or next(depth for depth in depths if round(high) < 1 << depth)
-    if declared is None and bits < 16 and not (image.mode == "F" and high <= 1):
+    if declared is None and bits < 16 and high > 1:
         _log_guess(image.mode, bits)
     # floats are rounded, whole numbers rounded down
     scale, more = 255 / ((1 << bits) - 1), 0.5 if image.mode == "F" else 1e-6

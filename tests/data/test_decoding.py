@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import PIL.features
 import PIL.Image
+import PIL.ImageOps
 import pytest
 import torch
 
@@ -123,6 +124,7 @@ def test_palette_image_with_a_transparent_colour_lies_over_white(tmp_path: Path)
         ("RGBA", (*RED, 0), WHITE),
         ("RGBA", (0, 0, 0, 128), (127, 127, 127)),
         ("LA", (0, 0), WHITE),
+        ("LA", (64, 255), (64, 64, 64)),
     ],
 )
 def test_alpha_lies_over_white(
@@ -170,6 +172,21 @@ def test_damaged_exif_does_not_cost_the_photo(tmp_path: Path, exif: bytes) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert decode_image(path).size == (60, 40)
+
+
+@pytest.mark.parametrize("orientation", [3, 5, 6, 8])
+@pytest.mark.parametrize("mode", ["L", "I;16", "RGB"])
+def test_tiff_is_turned_alike_from_its_path_and_from_its_bytes(tmp_path: Path, mode: str, orientation: int) -> None:
+    exif = PIL.Image.Exif()
+    exif[0x0112] = orientation
+    stored = gradient().convert("L")
+    stored.putpixel((0, 0), 255)
+    stored = stored.convert(mode) if mode != "I;16" else stored.convert("I").point(lambda v: v * 257 + 0).convert(mode)
+    path = store(tmp_path, "scan.tif", encode(stored, "TIFF", exif=exif))
+    upright = PIL.ImageOps.exif_transpose(PIL.Image.open(io.BytesIO(path.read_bytes())))
+    assert decode_image(path) == decode_image(path.read_bytes())
+    assert decode_image(path).size == upright.size == ((60, 40) if orientation == 3 else (40, 60))
+    assert np.array_equal(np.asarray(decode_image(path).convert("L")), np.asarray(load_image(upright).convert("L")))
 
 
 def exif_with(orientation: int, tag: int, kind: int, value: bytes, count: int = 1) -> bytes:
