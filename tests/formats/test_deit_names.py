@@ -71,3 +71,19 @@ def test_pooler_is_ignored(model, naming):
 def test_tensor_without_a_place_in_the_layout_is_refused():
     message = refusal(CheckpointError, lambda: DEIT.other_names("gamma", "transformers", PLAIN))
     assert "no name for gamma" in message
+
+
+@pytest.mark.parametrize("part", ["query", "key", "value"])
+@pytest.mark.parametrize("kind", [torch.int64, torch.uint8, torch.bool])
+def test_whole_numbers_in_one_part_of_a_projection_are_refused(model, part, kind):
+    tensors = renamed(model, "transformers", "vit.")
+    name = f"vit.encoder.layer.1.attention.attention.{part}.weight"
+    tensors[name] = tensors[name].to(kind)
+    message = refusal(CheckpointError, lambda: read(model, tensors))
+    assert f"attention.{part}.weight is {kind}, not floating point" in message
+
+
+def test_two_names_of_one_tensor_are_refused(model):
+    tensors = renamed(model, "transformers", "vit.")
+    tensors["embeddings.cls_token"] = tensors["vit.embeddings.cls_token"] + 1
+    assert "two names of one tensor" in refusal(CheckpointError, lambda: read(model, tensors))

@@ -751,7 +751,12 @@ def test_other_dtypes_are_refused(folder, dtype):
 
 @pytest.mark.parametrize(
     ("value", "stored", "dtype"),
-    [(7e4, "float32", "float16"), (-1e39, "float64", None), (1e39, "float64", "bfloat16"), (3e38, "bfloat16", "float16")],
+    [
+        (7e4, "float32", "float16"),
+        (-1e39, "float64", None),
+        (1e39, "float64", "bfloat16"),
+        (3e38, "bfloat16", "float16"),
+    ],
 )
 def test_weights_beyond_the_wanted_type_are_refused(tiny, model, tmp_path, value, stored, dtype):
     state = {**model.state_dict(), "head.bias": torch.full((10,), value, dtype=getattr(torch, stored))}
