@@ -65,6 +65,8 @@ class Classifier:
             raise ConfigError(f"{', '.join(load_options)}: only for a model given by name or path, this one is loaded")
         else:
             loaded = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+        if getattr(loaded, "num_classes", None) == 0:
+            raise ConfigError("this model has num_classes=0 and no head to classify with; its embed(x) gives features")
         self.model = loaded.eval()
         self.batch_size = batch_size
         self.transform = transform_for(loaded)

@@ -318,8 +318,7 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
         model = meta_model(_class_of(said.family), wanted)
         state = verified_state(mapped, model, made_for=said.config)
     except (CheckpointError, ConfigError) as error:
-        hint = _advice(given, tensors, changes) if isinstance(error, CheckpointError) else ""
-        raise CheckpointError(f"{located.source}: {error}{hint}") from error
+        raise CheckpointError(f"{located.source}: {error}{_advice(given, tensors, changes)}") from error
     _log_changes(located, said.config, wanted, changes)
     remade = model.num_classes != said.config.num_classes
     model.load_state_dict(state, strict=not remade, assign=True)

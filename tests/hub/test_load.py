@@ -897,6 +897,7 @@ def test_saved_backbone_is_a_backbone(tmp_path, layout, name):
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(loaded(x), model.embed(x))
     assert from_pretrained(tmp_path / "body", num_classes=3)(x).shape == (2, 3)
+    assert "num_classes=0" in refusal(ConfigError, lambda: deit_models.Classifier(tmp_path / "body"))
 
 
 def test_folder_that_lost_the_head_it_promises_is_refused_unless_a_new_one_is_asked_for(folder):
@@ -935,8 +936,9 @@ def test_plain_weights_become_the_distilled_model_that_is_asked_for(bare, layout
 def test_error_names_the_model_that_the_tensors_are_of(tmp_path):
     other = deit_models.create_model("deit_micro_distilled_patch4_32")
     torch.save(other.state_dict(), tmp_path / "other.pth")
-    message = refusal(CheckpointError, lambda: from_pretrained(tmp_path / "other.pth", model="deit_tiny_patch4_32"))
-    assert "model='deit_micro_distilled_patch4_32'" in message
+    for name in ("deit_tiny_patch4_32", "deit3_small_patch16_224"):
+        message = refusal(CheckpointError, lambda: from_pretrained(tmp_path / "other.pth", model=name))  # noqa: B023
+        assert "model='deit_micro_distilled_patch4_32'" in message
 
 
 @pytest.mark.parametrize("name", ["deit_micro_patch4_32", "levit_micro_cifar10", "t2t_vit_micro_cifar10"])
