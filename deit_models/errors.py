@@ -66,10 +66,10 @@ class AgreementError(DeitModelsError, ValueError):
 
 
 def one_line(text: str, length: int = MESSAGE_LENGTH) -> str:
-    """A text of others on one line: control characters escaped, the middle left out where it is longer."""
+    """A text of others on one line: control characters escaped, a part before the end left out where it is longer."""
     if len(text) > length:
-        half = (length - 3) // 2
-        text = f"{text[: length - 3 - half]}...{text[-half:]}"
+        end = length // 4
+        text = f"{text[: length - 3 - end]}...{text[-end:]}"
     if not text.isprintable():
         text = "".join(c if c.isprintable() else " " if c in "\r\n" else ascii(c)[1:-1] for c in text)
         return one_line(text, length)

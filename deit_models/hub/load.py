@@ -20,12 +20,11 @@ from torch import Tensor
 
 from ..checkpoint import ModelInfo, Source, find_repo, load_manifest, weights_dir
 from ..config import override
-from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError, shown
+from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError, one_line, shown
 from ..files import read_json
 from ..formats.family import Description, Mapped
 from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, layouts_of, read_config
-from ..models import check_device, float_type
-from ..models.layers import ImageClassifier
+from ..models.layers import ImageClassifier, check_device, float_type
 from ..registry import family_spec, meta_model, model_info, model_spec, unknown_model
 from . import fetch
 from .fetch import Access, url_file
@@ -147,7 +146,7 @@ def _from_manifest(info: ModelInfo, access: Access, changes: Mapping[str, Any]) 
         raise failures[0]
     kinds = (kind for kind in (CheckpointError, SaveError) if all(isinstance(failure, kind) for failure in failures))
     kind = next(kinds, FetchError)
-    reasons = "; ".join(map(str, failures))
+    reasons = "; ".join(one_line(str(failure), 255 // len(failures)) for failure in failures)
     raise kind(f"no source of {info.name} gave its weights: {reasons}") from failures[-1]
 
 

@@ -282,7 +282,7 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
         for name, tensor in tensors.items()
         if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point()
     ]
-    problems = {"missing": mapped.missing, "unexpected": mapped.unexpected}
+    problems = {"unexpected": mapped.unexpected, "missing": mapped.missing}
     problems |= {"wrong shape": shapes, "not floating point": types}
     if most := {0: 0, 1: 6}.get(sum(map(bool, problems.values())), 2):  # a message has room for so many names
         listings = (_listing(problem, entries, most=most) for problem, entries in problems.items() if entries)

@@ -32,7 +32,7 @@ def create_model(
     """
     import torch
 
-    from .layers import ImageClassifier
+    from .layers import ImageClassifier, check_device, float_type
 
     check_device(device)
     wanted, preprocessing = float_type(dtype), None
@@ -54,24 +54,3 @@ def create_model(
     preprocessing = preprocessing.at_size(config.image_hw).for_channels(config.in_chans)
     model.origin = Origin(name=spec.name, preprocessing=preprocessing)
     return model if wanted is None else model.to(wanted)
-
-
-def check_device(device: torch.device | str | None) -> None:
-    """Raise ConfigError for a device that does not exist here."""
-    import torch
-
-    try:
-        torch.empty(0, device=device)
-    except Exception as error:  # each device's own code looks for it
-        raise ConfigError(f"device={shown(device)} cannot be used here: {first_line(error)}") from error
-
-
-def float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
-    """A floating-point type by its name. Raises: ConfigError: none of those a model may have."""
-    import torch
-
-    known = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
-    named = known.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
-    if named is not None and named not in known.values():
-        raise ConfigError(f"dtype={shown(dtype)}; expected {', '.join(known)}")
-    return named

@@ -80,7 +80,7 @@ class DeiTConfig(ImageSize):
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
         check_positive(self, "mlp_ratio")
-        check_positive(self, "norm_eps", most=1)
+        check_positive(self, "norm_eps", most=0.1)
         check_rates(self, "drop_rate", "drop_path_rate", "patch_drop_rate")
         self.check_fields()
         if self.layer_scale:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..checkpoint import Layout
 from ..config import MOST, check_fields, override
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, first_line, shown
 from ..registry import meta_model
 
 if TYPE_CHECKING:
@@ -65,6 +65,23 @@ class ImageSize:
         if isinstance(self.img_size, list):
             object.__setattr__(self, "img_size", tuple(self.img_size))
         check_fields(self)
+
+
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ConfigError for a device that does not exist here."""
+    try:
+        torch.empty(0, device=device)
+    except Exception as error:  # each device's own code looks for it
+        raise ConfigError(f"device={shown(device)} cannot be used here: {first_line(error)}") from error
+
+
+def float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    """A floating-point type by its name. Raises: ConfigError: none of those a model may have."""
+    known = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64")}
+    named = known.get(dtype.removeprefix("torch."), dtype) if isinstance(dtype, str) else dtype
+    if named is not None and named not in known.values():
+        raise ConfigError(f"dtype={shown(dtype)}; expected {', '.join(known)}")
+    return named
 
 
 class ImageClassifier(nn.Module):

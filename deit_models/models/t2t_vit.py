@@ -87,7 +87,7 @@ class T2TViTConfig(ImageSize):
     def __post_init__(self) -> None:
         """Refuse combinations that cannot work, naming both numbers."""
         check_positive(self, "mlp_ratio")
-        check_positive(self, "norm_eps", most=1)
+        check_positive(self, "norm_eps", most=0.1)
         check_rates(self, "token_drop_rate", "drop_rate", "drop_path_rate")
         self.check_fields()
         for name, choices in (("tokens_type", get_args(TokensType)), ("pos_resize", get_args(PosResize))):

@@ -111,7 +111,7 @@ class ViTResNASConfig(ImageSize):
             raise ConfigError(f"stages={shown(self.stages)}; expected a list of tables")
         object.__setattr__(self, "stages", tuple(map(_read_stage, self.stages)))
         check_total("depth", self.depth)
-        check_positive(self, "norm_eps", most=1)
+        check_positive(self, "norm_eps", most=0.1)
         check_rates(self, "drop_rate", "drop_path_rate")
         self.check_fields()
         if self.stem not in get_args(Stem):
