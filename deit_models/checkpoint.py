@@ -387,8 +387,9 @@ def _read_table(name: str, table: Any) -> ModelInfo:
         sources = tuple(Source(**source) for source in table.pop("source", ()))
         table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
         info = ModelInfo(name=name, sources=sources, **table)
-        for entry in (info, *sources):
-            _check_types(entry)
+        _check_types(info)
+        for source in sources:
+            _check_types(source)
     except (TypeError, KeyError, ConfigError) as error:
         raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
     for source in sources:

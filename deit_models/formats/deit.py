@@ -5,6 +5,7 @@ DeiT III is in timm, under other names for the layer scale, and not in transform
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import replace
@@ -146,7 +147,10 @@ class DeiTLayouts(FamilyLayouts):
         spec = model_spec(
             "deit_base_distilled_patch16_224" if data["model_type"] == "deit" else "deit_base_patch16_224"
         )
-        overrides["mlp_ratio"] = data.get("intermediate_size", 3072) / overrides.get("embed_dim", 768)
+        width, hidden = overrides.get("embed_dim", 768), data.get("intermediate_size", 3072)
+        ratio = hidden / width
+        # the next number, where the product is rounded below the whole number: 980 / 60 * 60
+        overrides["mlp_ratio"] = ratio if int(width * ratio) == hidden else math.nextafter(ratio, math.inf)
         if "DeiTForImageClassification" in (data.get("architectures") or []):
             overrides["distilled"] = "token"
         return override(spec.config, overrides)

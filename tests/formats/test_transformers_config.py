@@ -9,6 +9,7 @@ from tiny_models import CLASSES, assert_same_answer, photo, randomise, refusal
 from tiny_models import tiny_model as make
 
 from deit_models import Classifier, ConfigError, from_pretrained, transform_for
+from deit_models.formats.layouts import read_config
 
 
 def test_transformers_loads_the_folder_with_equal_logits(model, tmp_path):
@@ -239,3 +240,10 @@ def test_exact_gelu_goes_by_two_names(tmp_path):
             assert_same_answer(expected, from_pretrained(tmp_path))
         else:
             assert name in refusal(ConfigError, lambda: from_pretrained(tmp_path))
+
+
+@pytest.mark.parametrize(("width", "hidden"), [(60, 980), (60, 492), (60, 2020), (192, 768)])
+def test_width_of_the_mlp_is_the_configs_whatever_the_quotient(width, hidden):
+    data = {"model_type": "vit", "hidden_size": width, "intermediate_size": hidden, "num_attention_heads": 4}
+    config = read_config(data).config
+    assert int(config.embed_dim * config.mlp_ratio) == hidden

@@ -26,6 +26,7 @@ from deit_models import (
     IntegrityError,
     SaveError,
     UnknownModelError,
+    create_model,
     from_pretrained,
     register_model,
     registry,
@@ -973,3 +974,16 @@ def test_three_channels_are_repeated_and_scaled(folder, model):
     weight = model.patch_embed.proj.weight
     torch.testing.assert_close(two, weight[:, :2] * 1.5)
     torch.testing.assert_close(four, torch.cat([weight, weight[:, :1]], dim=1) * 0.75)
+
+
+@pytest.mark.parametrize(
+    "options", [{"dtype": torch.int8}, {"dtype": "float17"}, {"dtype": 3}, {"device": "nope"}, {"device": "cuda:99"}]
+)
+def test_device_and_dtype_that_do_not_exist_are_refused_by_name(tmp_path, options):
+    assert next(iter(options)) in refusal(ConfigError, lambda: from_pretrained(tmp_path, **options))
+    assert next(iter(options)) in refusal(ConfigError, lambda: create_model("deit_micro_patch4_32", **options))
+
+
+@pytest.mark.parametrize("name", ["a" * 5000, "/tmp/" + "b" * 300])
+def test_absurd_names_are_one_line(name):
+    refusal(UnknownModelError, lambda: from_pretrained(name, local_files_only=True))
