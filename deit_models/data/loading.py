@@ -172,7 +172,7 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
     try:
         yield
     except DeitModelsError as error:
-        text = str(error)
+        text = str(error.args[0]) if error.args else ""  # str(error) is one line
         if not text.startswith("Caught "):
             raise
         # torch's text, then the worker's traceback, which ends in the message
