@@ -419,7 +419,7 @@ def _folders(rng: random.Random, place: Path, saved: Saved) -> Act:
     elif how == 6:
         (place / "pytorch_model.bin").write_bytes(rng.randbytes(100))
     path = place if rng.random() < 0.8 else place / WEIGHTS
-    return lambda: compare_numbers(fetch(path, cache_dir=place / "cache"), saved)
+    return lambda: compare_config(fetch(path, cache_dir=place / "cache"), saved, None)
 
 
 def _options(rng: random.Random, place: Path, saved: Saved) -> Act:
