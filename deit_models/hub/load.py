@@ -303,18 +303,19 @@ def _describe_bare(name: str) -> Description:
 def _build(located: Located, changes: Mapping[str, Any], access: Access) -> ImageClassifier:
     """A model with the tensors of a file; `changes` are fields of the config."""
     given, payload = located.description, access.payload or located.payload
-    override(given.config, changes)
+    wanted = override(given.config, changes)
     try:
-        expected = Expected(meta_model(_class_of(given.family), given.config), layouts_of(given.family), given.config)
+        model = meta_model(_class_of(given.family), wanted)
     except ConfigError as error:
         raise CheckpointError(f"{located.source}: {error}") from error
+    expected = Expected(model, layouts_of(given.family), given.config)
     tensors, sha256 = read_tensors(
         located.weights, access, source=located.source, digest=located.digest, payload=payload, expected=expected
     )
     try:
-        said, mapped = _told(given, tensors, changes)
+        said, mapped = _told(given, tensors, changes, model)
         wanted = override(said.config, {**_tokens(given, tensors), **changes})
-        model = meta_model(_class_of(said.family), wanted)
+        model = model if model.config == wanted else meta_model(type(model), wanted)
         state = verified_state(mapped, model, made_for=said.config)
     except (CheckpointError, ConfigError) as error:
         raise CheckpointError(f"{located.source}: {error}{_advice(given, tensors, changes)}") from error
@@ -335,13 +336,16 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     return model
 
 
-def _told(said: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> tuple[Description, Mapped]:
+def _told(
+    said: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any], model: ImageClassifier
+) -> tuple[Description, Mapped]:
     """The description of a file after a look at its tensors, and these under native names.
 
-    The tensors tell the heads of a transformers file, and of a bare file also the classes, the size and the channels.
-    A file without any head is a backbone where its config promises no classifier, or `num_classes` is asked for.
+    `model` is built for the changes; where it has the names of the file's model, no other one is built. The tensors
+    tell the heads of a transformers file, and of a bare file also the classes, the size and the channels. A file
+    without any head is a backbone where its config promises no classifier, or `num_classes` is asked for.
     """
-    model_class, layouts, config, bare = _class_of(said.family), layouts_of(said.family), said.config, not said.layout
+    model_class, layouts, config, bare = type(model), layouts_of(said.family), said.config, not said.layout
     if said.layout in (None, "transformers"):
         config = layouts.read_heads(tensors, config, bare=bare)
 
@@ -349,7 +353,10 @@ def _told(said: Description, tensors: Mapping[str, Tensor], changes: Mapping[str
         tensors = {name.replace("fc_norm.", "norm."): tensor for name, tensor in tensors.items()}
 
     def mapped_for(config: Any) -> Mapped:
-        return layouts.to_native(tensors, meta_model(model_class, config).state_dict(), config=config)
+        free = {name: getattr(model.config, name) for name in ("num_classes", "img_size", "in_chans")}
+        same = bool(config.num_classes) == bool(model.num_classes) and replace(config, **free) == model.config
+        names = (model if same else meta_model(model_class, config)).state_dict()
+        return layouts.to_native(tensors, names, config=config)
 
     mapped = mapped_for(config)
     heads = {name for name in mapped.tensors if name.partition(".")[0] in model_class.head_names}
@@ -415,8 +422,9 @@ def _advice(given: Description, tensors: Mapping[str, Tensor], changes: Mapping[
 def _fits(given: Description, tensors: Mapping[str, Tensor], changes: Mapping[str, Any]) -> bool:
     """Whether the tensors are of a model without a change of its tokens."""
     try:
-        said, mapped = _told(given, tensors, changes)
-        verified_state(mapped, meta_model(_class_of(said.family), said.config), made_for=said.config)
+        model = meta_model(_class_of(given.family), override(given.config, changes))
+        said, mapped = _told(given, tensors, changes, model)
+        verified_state(mapped, meta_model(type(model), said.config), made_for=said.config)
     except (CheckpointError, ConfigError):
         return False
     return not _tokens(given, tensors)

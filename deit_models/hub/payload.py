@@ -128,7 +128,7 @@ def _states(data: Any, label: str, seen: set[int], *, depth: int = 0) -> Iterato
 
 
 def _under(data: Any, payload: str) -> Any:
-    """What stands under a key, under nested keys, or under a prefix of names."""
+    """The value under a key, under nested keys, or under a prefix of names."""
     if not isinstance(data, Mapping):
         return None
     if payload in data:
