@@ -226,7 +226,7 @@ def jpeg_segment(rng: random.Random, data: bytes) -> bytes:
         segments.insert(n, rng.choice(segments))
     elif how == 2 and frames:
         marker, content = segments[frames[0]]
-        height, width = rng.choice(((65500, 1), (1, 65500), (65500, 65500), (13000, 13000), (0, 8), (9, 0)))
+        height, width = rng.choice(((65500, 1), (1, 65500), (65500, 65500), (6000, 6000), (0, 8), (9, 0)))
         segments[frames[0]] = (marker, content[:1] + struct.pack(">HH", height, width) + content[5:])
     else:
         segments[n] = (segments[n][0], rng.choice(BYTES)(rng, segments[n][1])[:65_000])
