@@ -57,6 +57,8 @@ def model_spec(name: str) -> ModelSpec:
 
 def _import_family(name: str) -> str | None:
     """Import the family of a manifest name, which registers its models; None for a name not in the manifest."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{name!r} is no name of a model; expected a text such as {DEFAULT_MODEL!r}")
     if name not in load_manifest():
         return None
     family = load_manifest()[name].family

@@ -386,7 +386,7 @@ def _array_to_tensor(source: Any) -> Tensor:
     try:
         # A copy in C order: torch takes neither read-only arrays nor negative strides (`bgr[..., ::-1]`).
         return torch.from_numpy(np.array(source, order="C"))
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError: foreign byte order
         raise ImageError(
             f"array of type {source.dtype} is not an image; expected uint8 or floats from 0 to 1"
         ) from error
@@ -395,7 +395,7 @@ def _array_to_tensor(source: Any) -> Tensor:
 def _to_bytes(tensor: Tensor) -> Tensor:
     """Floats from 0 to 1 as uint8. Raises: ImageError: other floats, other types."""
     if tensor.is_floating_point():
-        low, high = (float(bound) for bound in tensor.aminmax())
+        low, high = (float(bound) for bound in tensor.float().aminmax())  # float8 has none
         if not (low >= 0 and high <= 1):
             raise ImageError(f"float image with values from {low:g} to {high:g}; expected 0 to 1, not yet normalised")
         return (tensor.float() * 255).round().to(torch.uint8)

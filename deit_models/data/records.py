@@ -298,7 +298,6 @@ def read_class_folders(
     folders = _filled(folder, subfolders(folder))
     if not folders:
         raise DataError(f"{folder}: no class folders; expected one folder of images for each class")
-    _check_spelling(folder, folders)
     found = list(dict.fromkeys(map(class_of, folders)))
     if classes is not None:
         check_classes(found, classes, where=str(folder), all_of_them=False)
@@ -333,6 +332,7 @@ def read_class_folders(
 
 def _filled(folder: Path, names: Sequence[str]) -> list[str]:
     """Folders with any file in them or below, hidden ones aside; a warning names the others."""
+    _check_spelling(folder, names)
     filled = [name for name in names if _has_files(folder / name)]
     if names and not filled:
         raise DataError(f"{folder}: no images in class folder {some(names)}, nor any other file")

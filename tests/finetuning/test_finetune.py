@@ -402,7 +402,8 @@ def test_empty_folder_and_empty_class_are_named(tmp_path, photos):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(DataError, match="nothing: no class folders; expected one folder of images for each class"):
         finetune(tmp_path / "out", train=tmp_path / "nothing")
-    (photos / "dodo").mkdir()
+    (photos / "dodo").mkdir()  # without any file it would be passed over, with a warning
+    (photos / "dodo" / "notes.txt").write_text("extinct")
     with pytest.raises(DataError, match="no images in class folder dodo"):
         finetune(tmp_path / "out", train=photos)
     with pytest.raises(DataError, match="no such folder"):
