@@ -81,8 +81,8 @@ def test_timms_weights_are_read_and_ours_are_read_by_timm(name: str, layout: str
     assert type(again) is type(theirs)
     assert again.use_conv == theirs.use_conv
     assert_equal_answers(ours, again, image())
-    ratio = 224 / ours.origin.preprocessing.resize
-    assert timm.data.resolve_model_data_config(again)["crop_pct"] == pytest.approx(ratio)
+    # timm resizes to the whole part of size / crop_pct
+    assert int(224 / timm.data.resolve_model_data_config(again)["crop_pct"]) == ours.origin.preprocessing.resize
     for key, tensor in theirs.state_dict().items():
         assert torch.equal(again.state_dict()[key], tensor), key
 
@@ -138,8 +138,9 @@ def test_authors_file_with_its_index_buffers_is_read(name: str, tmp_path: Path) 
 
 @pytest.mark.parametrize("layout", ["native", "timm", "timm-conv", "transformers"])
 def test_files_hold_as_many_tensors_as_the_published_ones(layout: str) -> None:
-    assert len(layout_tensors(create_model("levit_128s", device="meta"), layout)) == 325
-    assert len(layout_tensors(create_model("levit_384", device="meta"), layout)) == 400
+    # the authors' files also hold the tables of offsets
+    assert len(layout_tensors(create_model("levit_128s"), layout)) == (336 if layout == "native" else 325)
+    assert len(layout_tensors(create_model("levit_384"), layout)) == (414 if layout == "native" else 400)
 
 
 @pytest.mark.parametrize("size", [96, 160, (64, 128)])

@@ -363,6 +363,8 @@ def _array_levels(source: Any, channels: tuple[int, ...] | None) -> Tensor:
     """An array or tensor as (C, H, W) uint8, where C is one of `channels`, or any number."""
     if isinstance(source, Tensor):
         tensor = source.detach()
+        if tensor.is_meta or tensor.is_quantized or tensor.layout != torch.strided:
+            raise ImageError(f"a tensor without plain values is not an image: {tensor.layout} on {tensor.device}")
     elif hasattr(source, "__array_interface__"):
         tensor = _array_to_tensor(source)
         tensor = tensor.permute(2, 0, 1) if tensor.ndim == 3 else tensor[None]

@@ -637,3 +637,22 @@ def test_threads_that_decode_leave_the_warnings_of_others_as_they_were() -> None
             warnings.warn("odd metadata", UserWarning, stacklevel=1)  # still quiet for the one that stays
         thread.join(10)
         assert warnings.filters == before
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        torch.empty(3, 8, 8, device="meta"),
+        torch.zeros(3, 8, 8).to_sparse(),
+        torch.full((3, 8, 8), 2.0).to(torch.float8_e4m3fn),
+    ],
+    ids=["meta", "sparse", "float8"],
+)
+def test_tensors_without_plain_values_are_no_images(tensor: torch.Tensor) -> None:
+    with pytest.raises(ImageError):
+        load_image(tensor)
+
+
+def test_array_of_foreign_byte_order_is_refused() -> None:
+    with pytest.raises(ImageError, match="is not an image"):
+        load_image(np.zeros((8, 8, 3), dtype=">u2"))
