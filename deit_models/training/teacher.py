@@ -284,7 +284,7 @@ def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
     if len(heads) == 1 and 0 not in heads and not missing and not unexpected:
         raise _other_classes(heads.pop(), num_classes)
     try:
-        state = verified_state(Mapped({k: given[k] for k in own.keys() & given}, missing, unexpected, []), network)
+        state = verified_state(Mapped({k: given[k] for k in own if k in given}, missing, unexpected, []), network)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     # not load_state_dict: some torchvision models refuse tensors without a version there
