@@ -78,10 +78,9 @@ def train(folder: Path) -> dict[str, float]:
     images.classes = [str(number) for number in range(10)]  # type: ignore[attr-defined]
     recipe = deit_models.recipe_named("cifar_scratch", epochs=2, warmup_epochs=0, precision="float32", compile="off")
     model = deit_models.create_model("deit_micro_patch4_32")
-    result = deit_models.train(
-        model, train=images, recipe=recipe, out=folder / f"run{os.getpid()}", workers=0, device="cpu"
-    )
-    return {"train_images_per_s": result.log[-1]["images_per_second"]}
+    start = time.process_time()
+    deit_models.train(model, train=images, recipe=recipe, out=folder / f"run{os.getpid()}", workers=0, device="cpu")
+    return {"train_s": time.process_time() - start}
 
 
 def classify(folder: Path) -> dict[str, float]:
