@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Protocol, get_args
 
+from .config import is_finite
 from .errors import ConfigError, ManifestError, shown
 from .files import parse_toml, tuples
 
@@ -112,11 +112,6 @@ class Preprocessing:
             return self
         mean, std = sum(self.mean) / len(self.mean), sum(self.std) / len(self.std)
         return replace(self, mean=(mean,) * channels, std=(std,) * channels)
-
-
-def is_finite(value: Any) -> bool:
-    """Whether a value of a config file is a number, neither a truth value nor infinite."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and -math.inf < value < math.inf
 
 
 def _is_side(value: Any) -> bool:

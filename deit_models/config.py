@@ -41,7 +41,7 @@ def check_fields(config: Any) -> None:
             raise ConfigError(f"{field.name}={shown(value)}; expected True or False")
         if field.type == "int":
             check_whole(config, field.name, most=_BOUNDS.get(field.name, MOST))
-        if field.type == "float" and not _is_number(value):
+        if field.type == "float" and not is_finite(value):
             raise ConfigError(f"{field.name}={shown(value)} is not a finite number")
 
 
@@ -77,7 +77,7 @@ def check_positive(config: Any, *names: str, most: float = 1000) -> None:
     """Raise ConfigError unless each named field is a number above 0 and not above `most`."""
     for name in names:
         value = getattr(config, name)
-        if not _is_number(value) or not 0 < value <= most:
+        if not is_finite(value) or not 0 < value <= most:
             raise ConfigError(f"{name}={shown(value)} is not a number above 0, of {most:g} at most")
 
 
@@ -85,11 +85,12 @@ def check_rates(config: Any, *names: str) -> None:
     """Raise ConfigError unless each named field is a probability below 1."""
     for name in names:
         value = getattr(config, name)
-        if not _is_number(value) or not 0 <= value < 1:
+        if not is_finite(value) or not 0 <= value < 1:
             raise ConfigError(f"{name}={shown(value)} is not a probability; use 0 <= {name} < 1")
 
 
-def _is_number(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a value of a config is a number, neither a truth value nor infinite."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -239,6 +239,18 @@ def list_images(folder: str | Path, *, recursive: bool = True) -> tuple[list[str
     Raises: DataError: a folder cannot be read.
     """
     images, unread = [], []
+    for prefix, files in _walk(folder, recursive=recursive):
+        images += [prefix + name for name in files if is_image(name)]
+        unread += [
+            prefix + name
+            for name in files
+            if name.lower().endswith(HEIF_SUFFIXES + _UNREAD_SUFFIXES) and not is_image(name)
+        ]
+    return images, unread
+
+
+def _walk(folder: str | Path, *, recursive: bool = True) -> Iterator[tuple[str, list[str]]]:
+    """A folder and those below it as `list_images` goes through them: the prefix of their files' names, the names."""
     seen = {_identity(parent) for parent in Path(folder).resolve().parents}
     waiting = [""]
     while waiting:
@@ -248,14 +260,8 @@ def list_images(folder: str | Path, *, recursive: bool = True) -> tuple[list[str
             continue
         seen.add(identity)
         files, folders = _listed(place)
-        images += [prefix + name for name in files if is_image(name)]
-        unread += [
-            prefix + name
-            for name in files
-            if name.lower().endswith(HEIF_SUFFIXES + _UNREAD_SUFFIXES) and not is_image(name)
-        ]
+        yield prefix, files
         waiting += [f"{prefix}{name}/" for name in reversed(folders)] if recursive else []
-    return images, unread
 
 
 def _identity(folder: str | Path) -> tuple[int, int]:
@@ -295,9 +301,12 @@ def read_class_folders(
 
     Raises: DataError: fewer than two classes, a class folder with other files only, classes that are not expected.
     """
-    folders = _filled(folder, subfolders(folder))
-    if not folders:
+    names = subfolders(folder)
+    if not names:
         raise DataError(f"{folder}: no class folders; expected one folder of images for each class")
+    _check_spelling(folder, names)
+    listed = {entry: list_images(folder / entry) for entry in names}
+    folders = _filled(folder, listed)
     found = list(dict.fromkeys(map(class_of, folders)))
     if classes is not None:
         check_classes(found, classes, where=str(folder), all_of_them=False)
@@ -306,7 +315,7 @@ def read_class_folders(
     labels = array("q")
     empty, unread = [], []
     for entry in folders:
-        images, others = list_images(folder / entry)
+        images, others = listed.pop(entry)
         if not images:
             empty.append(entry)
         files += [f"{entry}/{image}" for image in images]
@@ -330,21 +339,18 @@ def read_class_folders(
     return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
 
 
-def _filled(folder: Path, names: Sequence[str]) -> list[str]:
+def _filled(folder: Path, listed: Mapping[str, tuple[list[str], list[str]]]) -> list[str]:
     """Folders with any file in them or below, hidden ones aside; a warning names the others."""
-    _check_spelling(folder, names)
-    filled = [name for name in names if _has_files(folder / name)]
-    if names and not filled:
-        raise DataError(f"{folder}: no images in class folder {some(names)}, nor any other file")
-    if len(filled) < len(names):
-        empty = [name for name in names if name not in {*filled}]
+    empty = [name for name, (images, _) in listed.items() if not images and not _has_files(folder / name)]
+    if len(empty) == len(listed):
+        raise DataError(f"{folder}: no images in class folder {some(empty)}, nor any other file")
+    if empty:
         logger.warning("%s: no class for empty folders: %s", folder, some(empty))
-    return filled
+    return [name for name in listed if name not in {*empty}]
 
 
 def _has_files(folder: Path) -> bool:
-    files, folders = _listed(folder)
-    return bool(files) or any(_has_files(folder / name) for name in folders)
+    return any(files for _, files in _walk(folder))
 
 
 def _nested(files: Iterable[str]) -> list[str]:

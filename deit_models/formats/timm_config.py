@@ -12,11 +12,10 @@ from ..checkpoint import (
     ModelLike,
     Origin,
     Preprocessing,
-    is_finite,
     load_manifest,
     usual_ratio,
 )
-from ..config import override
+from ..config import is_finite, override
 from ..errors import ConfigError
 from ..files import tuples
 from ..registry import model_spec, unknown_model

@@ -148,20 +148,24 @@ def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def shard_names(index: Path) -> list[str]:
     """The files that an index names, beside it. Raises: CheckpointError: not an index, or a path out of the folder."""
+    return sorted(set(_weight_map(index).values()))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file of each tensor by its name."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map; expected a file's name for each tensor")
-    names = sorted(set(weight_map.values()))
-    for name in names:
+    for name in sorted(set(weight_map.values())):
         if name != PurePosixPath(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
             raise CheckpointError(f"{index} names {name!a:.80}; expected safetensors files in its own folder")
-    return names
+    return weight_map
 
 
 def _read_shards(index: Path, access: Access) -> dict[str, Tensor]:
-    weight_map: dict[str, str] = read_json(index)["weight_map"]
+    weight_map = _weight_map(index)
     tensors: dict[str, Tensor] = {}
-    for name in shard_names(index):
+    for name in sorted(set(weight_map.values())):
         shard = index.with_name(name)
         if not shard.is_file():
             raise CheckpointError(f"{index} names {name}, which is not beside it; fetch all of its files")
