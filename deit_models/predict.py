@@ -216,7 +216,9 @@ def _is_sequence(images: Any) -> bool:
 
 
 def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
-    """Attention probabilities of every block, in eval mode and without gradients; the model's mode is left as it was.
+    """Attention probabilities of every block, in eval mode; the model's mode is left as it was.
+
+    Gradients flow back to the input and the weights, unless `torch.no_grad()` is on.
 
     Shape: (B, C, H, W) -> the family's own, each row summing to 1; for DeiT (depth, B, heads, P + N, P + N), for LeViT,
         whose maps shrink, a list of (B, heads, queries, keys).
@@ -225,8 +227,7 @@ def attention_maps(model: ImageClassifier, x: Tensor) -> Tensor | list[Tensor]:
     compute = getattr(model, "attention_maps", None)
     if compute is None:
         raise ConfigError(f"{type(model).__name__} has no attention maps to give; use a family that has, such as DeiT")
-    # not inference_mode: its tensors refuse in-place changes later, which users may make to a map
-    with eval_mode(model), torch.no_grad():
+    with eval_mode(model):
         maps: Tensor | list[Tensor] = compute(x)
     return maps
 

@@ -5,6 +5,8 @@ shape that is left when width and depth are taken away; a new family adds one en
 """
 
 import copy
+import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -257,6 +259,17 @@ def test_attention_maps_sum_to_one_where_there_are_any(model: ImageClassifier) -
         torch.testing.assert_close(maps.sum(-1), torch.ones(maps.shape[:-1]))
 
 
+def test_gradients_flow_through_attention_maps(model: ImageClassifier) -> None:
+    x = images(model).requires_grad_()
+    last = deit_models.attention_maps(model, x)[-1]
+    last[..., 0].square().sum().backward()
+    assert x.grad is not None
+    assert x.grad.abs().max() > 0
+    learned = {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert any("qkv" in name for name in learned)
+    assert any("patch_embed" in name or "tokens_to_token" in name for name in learned)
+
+
 def test_copy_is_independent(model: ImageClassifier) -> None:
     twin, x = copy.deepcopy(model), images(model)
     before = model(x)
@@ -384,3 +397,61 @@ def test_exports_with_any_batch_size(name: str) -> None:
 @pytest.mark.slow
 def test_every_shape_exports(model: ImageClassifier) -> None:
     torch.testing.assert_close(exported(model)(images(model, batch=3)), model(images(model, batch=3)))
+
+
+# torch.fx, and what builds on it
+
+
+def test_graph_of_torch_fx_gives_the_same_logits(model: ImageClassifier) -> None:
+    traced = torch.fx.symbolic_trace(model)
+    for batch in (1, 3):
+        assert torch.equal(traced(images(model, batch=batch)), model(images(model, batch=batch)))
+    again = pickle.loads(pickle.dumps(traced))
+    assert torch.equal(again(images(model)), model(images(model)))
+
+
+def test_graph_of_torch_fx_trains_as_the_model_does(name: str) -> None:
+    rates = {"drop_rate": 0.1, "drop_path_rate": 0.2, "patch_drop_rate": 0.5}
+    model = build(name, **{rate: value for rate, value in rates.items() if hasattr(model_spec(name).config, rate)})
+    model.train()
+    traced = torch.fx.symbolic_trace(model)
+    outs = []
+    for network in (model, traced):
+        torch.manual_seed(0)
+        out = network(images(model, batch=4))
+        outs.append(out if isinstance(out, Tensor) else torch.cat(out))
+    assert torch.equal(*outs)
+    outs[1].sum().backward()
+    idle = {name for name, p in traced.named_parameters() if p.requires_grad and p.grad is None}
+    assert idle <= {"patch_head.weight", "patch_head.bias"}  # not part of `forward`
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@torch.inference_mode()
+def test_graph_of_torch_fx_computes_mixed_precision_as_the_model_does(name: str, dtype: torch.dtype) -> None:
+    model = create_model(name, **{**TINY[model_info(name).family], "img_size": 4 * step(name)}).eval()
+    traced, x = torch.fx.symbolic_trace(model), images(model, scale=10)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(traced(x), model(x))
+
+
+@torch.inference_mode()
+def test_torchvision_extracts_features(model: ImageClassifier) -> None:
+    extraction = pytest.importorskip("torchvision.models.feature_extraction")
+    outputs = {}
+    hooks = [
+        dict(model.named_modules())[node].register_forward_hook(
+            lambda _, __, out, node=node: outputs.__setitem__(node, out)
+        )
+        for node in ("blocks.0", model.head_names[0])
+    ]
+    model(images(model))
+    for hook in hooks:
+        hook.remove()
+    with warnings.catch_warnings():  # dropout exists in one of the two graphs only
+        warnings.filterwarnings("ignore", message="NOTE: The nodes obtained by tracing", category=UserWarning)
+        extract = extraction.create_feature_extractor(model, return_nodes=list(outputs))
+    found = extract.eval()(images(model))
+    assert found.keys() == outputs.keys()
+    for node, expected in outputs.items():
+        assert torch.equal(found[node], expected)

@@ -443,7 +443,8 @@ def test_attention_maps_sum_to_one_and_leave_the_model_as_it_was() -> None:
     model = tiny_model(drop_rate=0.5).train()
     model.norm.eval()
     x = transform_for(model)(picture(0))[None]
-    maps = deit_models.attention_maps(model, x)
+    with torch.no_grad():
+        maps = deit_models.attention_maps(model, x)
     assert maps.shape == (1, 1, 2, 65, 65)
     torch.testing.assert_close(maps.sum(-1), torch.ones(1, 1, 2, 65))
     assert not maps.requires_grad

@@ -22,6 +22,7 @@ from .network import Prepared
 
 ExportFormatName = Literal["onnx", "openvino", "torch-export"]
 
+_INPUT = "pixel_values"  # of ONNX and OpenVINO files: transformers.js and Optimum feed it; files are run by position
 METADATA_KEY = "deit_models"
 """Key of our JSON in a file's own metadata."""
 _MAX_ONNX_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB; the graph needs some of it
@@ -90,7 +91,7 @@ def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) 
             (example,),
             dynamo=True,
             verbose=False,
-            input_names=["images"],
+            input_names=[_INPUT],
             output_names=["logits"],
             dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
         )
@@ -125,7 +126,7 @@ def _openvino_model(prepared: Prepared, example: Tensor) -> Any:
         import openvino
     with quiet():
         model = openvino.convert_model(_traced(prepared, example))
-    model.inputs[0].get_tensor().set_names({"images"})
+    model.inputs[0].get_tensor().set_names({_INPUT})
     model.outputs[0].get_tensor().set_names({"logits"})
     return model
 

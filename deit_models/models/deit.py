@@ -119,6 +119,16 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+@torch.fx.wrap  # one node in a graph of torch.fx, which knows no number of patches
+def keep_patches(tokens: Tensor, rate: float, num_prefix: int) -> Tensor:
+    """Leave out patches at random, see `PatchDropout`; the others are in random order, with their positions added."""
+    patches = tokens[:, num_prefix:]
+    batch, count, width = patches.shape
+    kept = max(int(count * (1 - rate)), 1)
+    chosen = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, :kept, None]
+    return torch.cat([tokens[:, :num_prefix], patches.gather(1, chosen.expand(-1, -1, width))], dim=1)
+
+
 class PatchDropout(nn.Module):
     """In training, keep a random part of each image's patches; the first `num_prefix` tokens always stay.
 
@@ -131,14 +141,8 @@ class PatchDropout(nn.Module):
         self.rate, self.num_prefix = rate, num_prefix
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Drop tokens; those that stay are in random order, and contain their positions already."""
-        if not self.rate or not self.training:
-            return tokens
-        patches = tokens[:, self.num_prefix :]
-        batch, count, width = patches.shape
-        kept = max(int(count * (1 - self.rate)), 1)
-        chosen = torch.rand(batch, count, device=tokens.device).argsort(dim=1)[:, :kept, None]
-        return torch.cat([tokens[:, : self.num_prefix], patches.gather(1, chosen.expand(-1, -1, width))], dim=1)
+        """Drop tokens."""
+        return keep_patches(tokens, self.rate, self.num_prefix) if self.rate and self.training else tokens
 
     def extra_repr(self) -> str:
         """The rate, for `print(model)`."""

@@ -142,6 +142,8 @@ class ImageClassifier(nn.Module):
     def check_input(self, x: Tensor) -> None:
         """Raise ConfigError unless x is a batch of images of the config's channels and size, (B, C, H, W)."""
         expected = (self.config.in_chans, *self.config.image_hw)
+        if is_symbolic(x):
+            return
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
             raise ConfigError(
                 f"input of shape {tuple(x.shape)}; this model takes (B, {', '.join(map(str, expected))}). "
@@ -236,6 +238,18 @@ def described(
     return replace(config, img_size=side * step)
 
 
+def is_symbolic(x: object) -> bool:
+    """Whether `torch.fx` records the call: x has no shape then, and the graph is made for the model's own size."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+@torch.fx.wrap  # one node in a graph of torch.fx, which cannot follow a number of dimensions
+def drop_samples(x: Tensor, rate: float) -> Tensor:
+    """Set samples of x, (B, ...), to zero with probability `rate`; the others are scaled by 1 / (1 - rate)."""
+    keep = 1.0 - rate
+    return x * x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep) / keep
+
+
 class DropPath(nn.Module):
     """Stochastic depth: in training, drop the whole residual branch of a sample with probability `rate`.
 
@@ -249,11 +263,7 @@ class DropPath(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Drop or scale each sample of x."""
-        if self.rate == 0.0 or not self.training:
-            return x
-        keep = 1.0 - self.rate
-        mask = x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep)
-        return x * mask / keep
+        return drop_samples(x, self.rate) if self.rate and self.training else x
 
     def extra_repr(self) -> str:
         """The rate, for `print(model)`."""

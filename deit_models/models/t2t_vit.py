@@ -31,6 +31,8 @@ from .transformer import Mlp, VisionTransformer, drop_path_rates, make_blocks
 
 WINDOW = 7 * 7
 """Pixels of a window of the first step."""
+# Cancels out, exactly: a power of two. onnxscript 0.7 takes x + 1e-8 for x + 0, and a file would give NaN for 0 / 0
+_FEATURE_SCALE = 2.0**10
 TokensType = Literal["performer", "transformer"]
 PosResize = Literal["interpolate", "recompute"]
 
@@ -106,6 +108,24 @@ class T2TViTConfig(ImageSize):
         return patch_grid(self.image_hw, self.patch_size)
 
 
+@torch.fx.wrap  # one node in a graph of torch.fx, which would leave autocast's switch out
+def performer_attention(query: Tensor, key: Tensor, value: Tensor, w: Tensor) -> Tensor:
+    """Mix the values by random features, see `TokenPerformer`: three times (B, T, D) -> (B, T, D), w (m, D)."""
+    # In float32 also under autocast: 1e-8 is zero in fp16, |x|^2 and exp overflow there from 256 and 11 on, and
+    # bf16 rounds the exponent by whole units. This is where the original's NaN comes from.
+    # The meta device has no autocast to switch off, and a test for that would break a compiled graph
+    with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
+        key, query = _features(key, w), _features(query, w)
+        norm = query @ key.sum(dim=1).unsqueeze(-1)
+        mixed = query @ (key.transpose(1, 2) @ value.float())
+        return (mixed / (norm + 1e-8 * _FEATURE_SCALE**2)).to(value.dtype)
+
+
+def _features(x: Tensor, w: Tensor) -> Tensor:
+    x, w = x.float(), w.float()
+    return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) * (w.shape[0] ** -0.5 * _FEATURE_SCALE)
+
+
 class TokenPerformer(nn.Module):
     """Attention layer in linear time by random features: (B, T, input width) -> (B, T, token width).
 
@@ -134,22 +154,8 @@ class TokenPerformer(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens of x."""
         key, query, value = self.kqv(self.norm1(x)).chunk(3, dim=-1)  # in this order, as the weights have it
-        x = value + self.proj_drop(self.proj(self._mix(query, key, value)))
+        x = value + self.proj_drop(self.proj(performer_attention(query, key, value, self.w)))
         return x + self.mlp(self.norm2(x))
-
-    def _mix(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        # In float32 also under autocast: 1e-8 is zero in fp16, |x|^2 and exp overflow there from 256 and 11 on, and
-        # bf16 rounds the exponent by whole units. This is where the original's NaN comes from.
-        # The meta device has no autocast to switch off, and a test for that would break a compiled graph
-        with torch.autocast("cpu" if query.is_meta else query.device.type, enabled=False):
-            key, query = self._features(key), self._features(query)
-            norm = query @ key.sum(dim=1).unsqueeze(-1)
-            mixed = query @ (key.transpose(1, 2) @ value.float())
-            return (mixed / (norm + 1e-8)).to(value.dtype)
-
-    def _features(self, x: Tensor) -> Tensor:
-        x, w = x.float(), self.w.float()
-        return torch.exp(x @ w.T - x.square().sum(dim=-1, keepdim=True) / 2) * w.shape[0] ** -0.5
 
 
 class TokenAttention(nn.Module):
@@ -166,7 +172,7 @@ class TokenAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens; the skip connection starts at the values."""
-        query, key, value = (part.unsqueeze(1) for part in self.qkv(x).chunk(3, dim=-1))
+        query, key, value = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
         mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
         return (value + self.proj(mixed)).squeeze(1)
 

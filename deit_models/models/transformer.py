@@ -19,6 +19,7 @@ from .layers import (
     LayerTokens,
     chosen_layers,
     described,
+    is_symbolic,
     patch_grid,
     resize_pos_embed,
 )
@@ -154,6 +155,8 @@ class VisionTransformer(ImageClassifier):
     def input_grid(self, x: Tensor) -> tuple[int, int]:
         """The (h, w) in patches of a batch of images. Raises: ConfigError: the model does not take them."""
         config = self.config
+        if is_symbolic(x):
+            return cast("tuple[int, int]", config.grid)
         if x.ndim != 4 or x.shape[1] != config.in_chans:
             raise ConfigError(f"input of shape {tuple(x.shape)}; expected (B, {config.in_chans}, H, W)")
         height, width = config.image_hw
@@ -169,6 +172,8 @@ class VisionTransformer(ImageClassifier):
     def positions(self, grid: tuple[int, int]) -> Tensor:
         """The position embeddings for a grid of patches, (1, positions, D)."""
         prefix, own = self.config.num_prefix_positions, self.config.grid
+        if grid == own:
+            return self.pos_embed
         return resize_pos_embed(self.pos_embed, num_prefix=prefix, grid=grid, source_grid=own)
 
     def forward_features(self, x: Tensor) -> Tensor:

@@ -65,6 +65,45 @@ def test_file_tells_class_names_and_transform(kind: str, tmp_path: Path) -> None
     assert found["licence"] == "Apache-2.0"
 
 
+@pytest.mark.parametrize("takes_pixels", [False, True])
+def test_input_of_an_onnx_file_has_the_name_other_programs_feed(takes_pixels: bool, tmp_path: Path) -> None:
+    needs(*NEEDS["onnx"])
+    import onnxruntime
+
+    deit_models.export(build("distilled"), tmp_path / "m.onnx", preprocessing=takes_pixels)
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [entry.name for entry in session.get_inputs()] == ["pixel_values"]
+    assert [entry.name for entry in session.get_outputs()] == ["logits"]
+
+
+@pytest.mark.parametrize("name", ["images", "input", "x.1"])
+@torch.inference_mode()
+def test_onnx_file_with_another_input_name_runs(name: str, tmp_path: Path) -> None:
+    """Earlier versions called it "images", other programs call it as they like."""
+    needs(*NEEDS["onnx"])
+    import onnx
+
+    model, path = build("deit"), tmp_path / "m.onnx"
+    deit_models.export(model, path)
+    file = onnx.load(path)
+    for node in file.graph.node:
+        node.input[:] = [name if entry == "pixel_values" else entry for entry in node.input]
+    file.graph.input[0].name = name
+    onnx.save(file, path)
+    x = normalised(model, pixels(3))
+    torch.testing.assert_close(open_exported(path)(x), model(x), atol=1e-4, rtol=0)
+    assert read_metadata(path)["input"] == [3, 64, 64]
+
+
+def test_vanishing_random_features_are_no_nan_in_a_file(tmp_path: Path) -> None:
+    """A Performer's sums of features become zero for large queries; 1e-8 in the divisor makes 0 of 0 / 0."""
+    needs(*NEEDS["onnx"])
+    model = build("t2t_vit")
+    with torch.no_grad():
+        model.tokens_to_token.attention1.kqv.weight.mul_(3)
+    assert deit_models.export(model, tmp_path / "m.onnx", tolerance=1e-3).max_abs_diff <= 1e-3
+
+
 @pytest.mark.parametrize("shape", TINY)
 @pytest.mark.parametrize("takes_pixels", [False, True])
 def test_every_family_goes_through_torch_export(shape: str, takes_pixels: bool, tmp_path: Path) -> None:

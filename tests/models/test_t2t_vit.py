@@ -12,7 +12,16 @@ from torch import Tensor, nn
 
 from deit_models import ConfigError, create_model, model_info
 from deit_models.models.layers import resize_pos_embed
-from deit_models.models.t2t_vit import T2TViT, T2TViTConfig, TokenPerformer, TokenTransformer, sinusoid
+from deit_models.models.t2t_vit import (
+    _FEATURE_SCALE,
+    T2TViT,
+    T2TViTConfig,
+    TokenPerformer,
+    TokenTransformer,
+    _features,
+    performer_attention,
+    sinusoid,
+)
 
 GOLDEN = ("t2t_vit_7", "t2t_vit_t_14")
 SMALL: dict[str, Any] = {
@@ -164,14 +173,14 @@ def test_features_are_computed_in_float32_under_autocast(dtype: torch.dtype) -> 
     layer = TokenPerformer(12, T2TViTConfig()).eval()
     layer.reset_parameters()
     query, key, value = (torch.randn(2, 50, 64).to(dtype) for _ in range(3))
-    exact = layer._mix(query.float(), key.float(), value.float())
+    exact = performer_attention(query.float(), key.float(), value.float(), layer.w)
     with torch.autocast("cpu", dtype):
-        mixed = layer._mix(query, key, value)
+        mixed = performer_attention(query, key, value, layer.w)
     assert mixed.dtype == dtype
     torch.testing.assert_close(mixed, exact.to(dtype))
     # |x|^2 of a vector of 300s overflows fp16, and its features vanish: attention to nothing, not NaN
     far = torch.full((1, 5, 64), 300.0, dtype=dtype)
-    assert torch.equal(layer._mix(far, far, value[:1, :5]), torch.zeros(1, 5, 64, dtype=dtype))
+    assert torch.equal(performer_attention(far, far, value[:1, :5]), torch.zeros(1, 5, 64, dtype=dtype), layer.w)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -192,8 +201,8 @@ def test_random_features_approximate_softmax_attention() -> None:
         # rows as long as Gaussian vectors of 64 values are, of which the frozen rows keep only the direction
         nn.init.orthogonal_(layer.w)
         layer.w.data *= torch.randn(32, 64).norm(dim=1, keepdim=True)
-        estimates.append(layer._features(query) @ layer._features(key).transpose(1, 2))
-    ratio = torch.stack(estimates).mean(0) / (query @ key.transpose(1, 2)).exp()
+        estimates.append(_features(query, layer.w) @ _features(key, layer.w).transpose(1, 2))
+    ratio = torch.stack(estimates).mean(0) / _FEATURE_SCALE**2 / (query @ key.transpose(1, 2)).exp()
     assert (ratio - 1).abs().max() < 0.15
 
 
