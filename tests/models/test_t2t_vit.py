@@ -180,7 +180,7 @@ def test_features_are_computed_in_float32_under_autocast(dtype: torch.dtype) -> 
     torch.testing.assert_close(mixed, exact.to(dtype))
     # |x|^2 of a vector of 300s overflows fp16, and its features vanish: attention to nothing, not NaN
     far = torch.full((1, 5, 64), 300.0, dtype=dtype)
-    assert torch.equal(performer_attention(far, far, value[:1, :5]), torch.zeros(1, 5, 64, dtype=dtype), layer.w)
+    assert torch.equal(performer_attention(far, far, value[:1, :5], layer.w), torch.zeros(1, 5, 64, dtype=dtype))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
