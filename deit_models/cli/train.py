@@ -264,5 +264,7 @@ def _finetune_summary(result: FinetuneResult) -> str:
         for part, name in (("val", "validation"), ("test", "test"))
         if part in result.metrics
     ]
+    if (fitted := result.metrics.get("fitted_images", 0)) > result.metrics["train_images"]:
+        figures[0] += f" before the head was fitted to all {fitted}"
     pushed = f"; pushed to {result.address}" if result.address else ""
     return f"{', '.join(figures)}; wrote {result.out / 'best'} and the like for timm and transformers{pushed}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -31,8 +32,10 @@ from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, first_trained_layer, only_from_layer
-from .probe import extract_features, fit_heads, judge, put_heads
+from .probe import extract_features, fit_heads, judge, put_heads, refit_heads
 from .report import Learned, SetOutcomes, write_report
+
+logger = logging.getLogger(__name__)
 
 PRESET_OF = {
     "cifar10": "finetune_sgd",
@@ -56,7 +59,9 @@ class FinetuneResult:
     Attributes:
         model: with the best weights, in eval mode.
         out: the folder; `from_pretrained` reads best/ and model/ (the last weights), timm and transformers theirs.
-        metrics: contents of metrics.json: figures in percent under "val" and, with test images, "test".
+        metrics: contents of metrics.json: figures in percent under "val" and, with test images, "test". In mode "head"
+            those under "val" are from before the last fit, if that took in the validation images: `fitted_images` of
+            it, more than the `train_images`.
         address: of the Hub repository, if the model was pushed.
     """
 
@@ -99,7 +104,8 @@ def finetune(
             name or a folder with val/; else a share of the training images, by class, written to split.json.
         test: images without a part in any choice, to score the best model on at the end.
         mode: "full": everything learns. "last-N": the last N blocks and the heads. "head": the heads alone, as logistic
-            regression on features; each image is read and sent through the backbone exactly once.
+            regression on features; each image is read and sent through the backbone exactly once. Images set aside
+            choose the penalty, and then the heads are fitted to them, too; the figures are from before that.
         recipe: the settings, or a preset's name; default: by the data set's name, or "finetune". Mode "head" uses its
             `img_size`, `precision` and `seed` only.
         teacher: see `load_teacher`; it needs the new classes, in their order. Without a teacher, both heads of a
@@ -289,19 +295,23 @@ class _Finetuning:
         folder, device = self.out / FEATURES_NAME, process.device
         features = partial(extract_features, model, process=process, precision=precision, computing=computing)
         split, train, val = None, features(self.train, folder / "train"), self.val
+        every = train
         if val is None:
             split = self._divide(train.labels.tolist())
             val = parts(self.train, split)[1]
-            train, val_features = train.of(split.train), train.of(split.val)
+            train, val_features = every.of(split.train), every.of(split.val)
         else:
             val_features = features(val, folder / "val")
         write_text(self.out / RECIPE_NAME, self.recipe.to_toml())
         fit = fit_heads(train, val_features, num_classes=model.num_classes, device=device)
-        put_heads(model, fit)
         scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}
+        if split is not None:
+            logger.info("the heads are fitted again to all %d images, with penalty %g", len(every.labels), fit.penalty)
+            fit = refit_heads(fit, every, device=device)
+        put_heads(model, fit)
         if self.test is not None:
             scored["test"] = (self.test, judge(fit, features(self.test, folder / "test"), device=device))
-        details = {"penalty": fit.penalty, "tried": fit.tried}
+        details = {"penalty": fit.penalty, "tried": fit.tried, "fitted_images": len(every.labels)}
         count = len(train.labels)
         return Learned(
             model.eval(), last=model, train_images=count, split=split, scored=scored, details=details, curve=fit.tried

@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -57,8 +57,12 @@ class Features:
         chosen = torch.tensor(indices, dtype=torch.long)
         return Features({name: rows[chosen] for name, rows in self.inputs.items()}, self.labels[chosen])
 
+    def readable(self) -> Features:
+        """Features of the images that could be read."""
+        return self if (self.labels >= 0).all() else self.of((self.labels >= 0).nonzero().flatten().tolist())
 
-@torch.inference_mode()
+
+@torch.no_grad()
 def extract_features(
     model: ImageClassifier,
     records: ImageRecords,
@@ -197,6 +201,8 @@ _CELLS = 1 << 24
 _MOST_ITERATIONS, _FEWEST_ITERATIONS, _LOGITS = 200, 30, 10**10
 """Each solution may take so many logits in all. Beyond some 10^8 at once, as with a thousand classes and a million
 images, it ends early, and the next penalty goes on from there."""
+_SMALL = 1 << 24
+"""Multiplications for the logits of all images; one core does so many in about a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,23 +233,21 @@ def fit_heads(
 
     Raises: DataError: no image to fit to, or to choose by. TrainingError: the features are not finite.
     """
-    train, val = (part.of((part.labels >= 0).nonzero().flatten().tolist()) for part in (train, val))
+    train, val = train.readable(), val.readable()
     if not len(train.labels) or not len(val.labels):
         raise DataError(f"{len(train.labels)} readable images for training, {len(val.labels)} for validation")
     if not all(torch.isfinite(rows).all() for rows in (*train.inputs.values(), *val.inputs.values())):
         raise TrainingError("no head can be fitted: the backbone gives features that are no numbers")
-    labels, columns = train.labels.to(device), {name: rows.to(device) for name, rows in train.inputs.items()}
-    scales = {name: (rows.mean(dim=0), rows.std(dim=0, correction=0).clamp(min=1e-6)) for name, rows in columns.items()}
-    scaled = {name: (rows - scales[name][0]) / scales[name][1] for name, rows in columns.items()}
-    weights = {
-        name: (rows.new_zeros(num_classes, rows.shape[1]), rows.new_zeros(num_classes)) for name, rows in scaled.items()
-    }
+    problem = _Regression(train, device, cells)
     tried: list[dict[str, float]] = []
     best, best_key, lowest_loss, idle = LinearFit({}, 0.0, tried), (-1.0, 0.0), float("inf"), 0
+    weights = {
+        name: (torch.zeros(num_classes, rows.shape[1], device=device), torch.zeros(num_classes, device=device))
+        for name, rows in train.inputs.items()
+    }
     for penalty in STRENGTHS:
-        for name, rows in scaled.items():
-            weights[name] = _solve(rows, labels, weights[name], penalty, cells)
-        fit = LinearFit({name: _unscaled(*pair, *scales[name]) for name, pair in weights.items()}, penalty, tried)
+        weights = problem.solve(weights, penalty)
+        fit = LinearFit(weights, penalty, tried)
         outcome = judge(fit, val, device=device, cells=cells).evaluation()
         tried.append({"penalty": penalty, "top1": round(outcome.top1, 4), "loss": round(outcome.loss, 6)})
         key = (outcome.top1, -outcome.loss)
@@ -256,36 +260,75 @@ def fit_heads(
     return best
 
 
-def _unscaled(weight: Tensor, bias: Tensor, mean: Tensor, std: Tensor) -> tuple[Tensor, Tensor]:
-    """Weights for features that are not standardised: the same function."""
-    plain = weight / std
-    return plain, bias - plain @ mean
+def refit_heads(fit: LinearFit, features: Features, *, device: torch.device, cells: int = _CELLS) -> LinearFit:
+    """Fit the heads again, with the penalty of `fit`, to other images: those for training and for validation together.
+
+    Validation images have chosen the penalty by then; unreadable images are left out.
+    """
+    weights = _Regression(features.readable(), device, cells).solve(fit.weights, fit.penalty)
+    return replace(fit, weights=weights)
 
 
-def _solve(
-    rows: Tensor, labels: Tensor, start: tuple[Tensor, Tensor], penalty: float, cells: int
-) -> tuple[Tensor, Tensor]:
-    """Weight and bias of the minimum, by L-BFGS from a starting point."""
-    weight, bias = (tensor.clone().requires_grad_() for tensor in start)
-    step = max(cells // len(bias), 1)
-    iterations = min(max(_LOGITS // (len(labels) * len(bias)), _FEWEST_ITERATIONS), _MOST_ITERATIONS)
-    optimizer = torch.optim.LBFGS(
-        [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe"
-    )
+class _Regression:
+    """Logistic regression of the labels on each head's inputs, which are standardised for it."""
 
-    def closure() -> Tensor:
-        optimizer.zero_grad()
-        total = penalty / 2 * weight.square().sum()
-        total.backward()  # type: ignore[no-untyped-call]
-        value = total.detach()
-        for chunk, wanted in zip(torch.split(rows, step), torch.split(labels, step), strict=True):
-            loss = F.cross_entropy(F.linear(chunk, weight, bias), wanted, reduction="sum") / len(labels)
-            loss.backward()  # type: ignore[no-untyped-call]
-            value = value + loss.detach()
-        return value
+    def __init__(self, features: Features, device: torch.device, cells: int) -> None:
+        self.labels, self.cells = features.labels.to(device), cells
+        self.rows: dict[str, Tensor] = {}
+        self.scales: dict[str, tuple[Tensor, Tensor]] = {}
+        for name, given in features.inputs.items():
+            rows = given.to(device)
+            mean, std = rows.mean(dim=0), rows.std(dim=0, correction=0).clamp(min=1e-6)
+            self.rows[name], self.scales[name] = (rows - mean) / std, (mean, std)
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
-    return weight.detach(), bias.detach()
+    def solve(self, start: Mapping[str, tuple[Tensor, Tensor]], penalty: float) -> dict[str, tuple[Tensor, Tensor]]:
+        """Weights and biases of the minimum, from a starting point; both for features that are not standardised."""
+        found = {}
+        for name, (weight, bias) in start.items():
+            mean, std = self.scales[name]
+            scaled, offset = self._minimum(self.rows[name], (weight * std, bias + weight @ mean), penalty)
+            plain = scaled / std
+            found[name] = (plain, offset - plain @ mean)
+        return found
+
+    def _minimum(self, rows: Tensor, start: tuple[Tensor, Tensor], penalty: float) -> tuple[Tensor, Tensor]:
+        """Weight and bias of the minimum for standardised features, by L-BFGS."""
+        weight, bias = (tensor.clone().requires_grad_() for tensor in start)
+        step = max(self.cells // len(bias), 1)
+        logits = len(rows) * len(bias)
+        iterations = min(max(_LOGITS // logits, _FEWEST_ITERATIONS), _MOST_ITERATIONS)
+        optimizer = torch.optim.LBFGS(
+            [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-8,
+            line_search_fn="strong_wolfe",
+        )  # fmt: skip
+        pieces = list(zip(torch.split(rows, step), torch.split(self.labels, step), strict=True))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            total = penalty / 2 * weight.square().sum()
+            total.backward()  # type: ignore[no-untyped-call]
+            value = total.detach()
+            for chunk, wanted in pieces:
+                loss = F.cross_entropy(F.linear(chunk, weight, bias), wanted, reduction="sum") / len(rows)
+                loss.backward()  # type: ignore[no-untyped-call]
+                value = value + loss.detach()
+            return value
+
+        with _one_thread(logits * rows.shape[1] < _SMALL):
+            optimizer.step(closure)  # type: ignore[no-untyped-call]
+        return weight.detach(), bias.detach()
+
+
+@contextmanager
+def _one_thread(small: bool) -> Iterator[None]:
+    """One thread for small products, for which several wait for each other longer than they compute."""
+    threads = torch.get_num_threads()
+    try:
+        if small:
+            torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def judge(fit: LinearFit, features: Features, *, device: torch.device, cells: int = _CELLS) -> Outcomes:

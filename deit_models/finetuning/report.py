@@ -158,6 +158,11 @@ def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
         )
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     chosen = "The validation images also chose these weights, which flatters their figure."
+    if (fitted := metrics.get("fitted_images", 0)) > metrics["train_images"]:
+        chosen = (
+            "The validation images chose the penalty, for a head fitted to the training images: their figures are that "
+            f"head's. The head was then fitted again, with that penalty, to all {fitted} images, and has those weights."
+        )
     return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
 
 

@@ -60,14 +60,16 @@ def test_head_mode_says_nothing_of_epochs(data, start, tmp_path, capsys):
     assert plan == f"{start}, mode head: 12 images of 3 classes, 6 for validation; into {tmp_path / 'run'}"
     assert summary.startswith("validation ")
     assert "test " in summary
+    assert "fitted" not in summary
     assert "trained: " not in plan
 
 
 def test_own_validation_images_can_be_passed_over(data, start, tmp_path, capsys):
-    plan, *_ = finetune(
+    plan, summary = finetune(
         capsys, data, tmp_path / "run", "--model", start, "--mode=head", "--val-data=split", "--val-fraction=0.5"
     )
     assert "12 images of 3 classes, 50% of them set aside" in plan
+    assert "% of 6 images before the head was fitted to all 12; wrote" in summary
     split = json.loads((tmp_path / "run" / "split.json").read_text())
     assert (len(split["train"]), len(split["val"])) == (6, 6)
 

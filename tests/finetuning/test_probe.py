@@ -13,7 +13,7 @@ from deit_models.data.datasets import open_dataset
 from deit_models.data.transforms import transform_for
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge
+from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge, refit_heads
 from deit_models.models.deit import PatchEmbed
 from deit_models.training.run import Computing
 
@@ -172,6 +172,33 @@ def test_fit_is_multinomial_logistic_regression_solved_to_convergence():
     assert (ours - expected).abs().max() < 2e-3
 
 
+def test_last_fit_is_that_regression_on_all_images_with_the_chosen_penalty():
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    every = noise(400)
+    train, val = every.of(range(320)), every.of(range(320, 400))
+    fit = fit_heads(train, val, num_classes=4, device=ALONE.device)
+    again = refit_heads(fit, every, device=ALONE.device)
+    assert (again.penalty, again.tried) == (fit.penalty, fit.tried)
+    rows = every.inputs["head"]
+    mean, std = rows.mean(0), rows.std(0, correction=0)
+    theirs = linear_model.LogisticRegression(C=1 / (400 * fit.penalty), tol=1e-8, max_iter=10_000)
+    theirs.fit(((rows - mean) / std).numpy(), every.labels.numpy())
+    expected = torch.tensor(theirs.predict_proba(((rows - mean) / std).numpy()))
+    found = [F.linear(rows, *by.weights["head"]).softmax(dim=1) for by in (again, fit)]
+    assert (found[0] - expected).abs().max() < 2e-3 < (found[1] - expected).abs().max()
+
+
+def test_last_fit_leaves_out_unreadable_images_and_the_number_of_threads_as_it_was():
+    every, threads = noise(100), torch.get_num_threads()
+    fit = fit_heads(every.of(range(80)), every.of(range(80, 100)), num_classes=4, device=ALONE.device)
+    expected = refit_heads(fit, every.of(range(2, 100)), device=ALONE.device)
+    every.labels[:2] = -1
+    every.inputs["head"][0] = float("nan")
+    found = refit_heads(fit, every, device=ALONE.device)
+    assert torch.equal(found.weights["head"][0], expected.weights["head"][0])
+    assert torch.get_num_threads() == threads
+
+
 def test_penalty_is_the_one_with_the_best_validation_accuracy():
     train, val = noise(60), noise(400, seed=1)
     fit = fit_heads(train, val, num_classes=4, device=ALONE.device)
@@ -239,6 +266,41 @@ def test_accuracy_is_that_of_the_conventional_frozen_loop(tmp_path):
     ours, theirs = head.metrics["test"]["top1"], loop.metrics["test"]["top1"]
     assert 60 < theirs < 98  # neither hopeless nor trivial
     assert abs(ours - theirs) < 6  # two standard errors of 300 images are 4 to 5 points
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_model_is_fitted_to_images_set_aside_too_and_the_figures_are_from_before(tmp_path, distilled):
+    records = Counted(150, shift=28)
+    options = {"mode": "head", "recipe": recipe(), "workers": 0, "val_fraction": 0.3, "split_seed": 3}
+    result = deit_models.finetune(atom(distilled=distilled), train=records, out=tmp_path / "out", **options)
+    split = json.loads((tmp_path / "out" / "split.json").read_text(encoding="utf-8"))
+    train, val = (list(map(int, split[part])) for part in ("train", "val"))
+    every = extract(result.model, records, tmp_path / "again")
+    before = fit_heads(every.of(train), every.of(val), num_classes=3, device=ALONE.device)
+    after = refit_heads(before, every, device=ALONE.device)
+    for name, (weight, bias) in after.weights.items():
+        head = getattr(result.model, name)
+        assert torch.allclose(head.weight, weight, atol=1e-4)
+        assert torch.allclose(head.bias, bias, atol=1e-4)
+        assert not torch.allclose(head.weight, before.weights[name][0], atol=1e-3)
+    measured = judge(before, every.of(val), device=ALONE.device).evaluation()
+    assert result.metrics["val"]["loss"] == pytest.approx(measured.loss, abs=1e-5)
+    assert judge(after, every.of(val), device=ALONE.device).evaluation().loss != pytest.approx(measured.loss, abs=1e-3)
+    assert (result.metrics["train_images"], result.metrics["fitted_images"]) == (len(train), 150)
+    card = (tmp_path / "out" / "best" / "README.md").read_text(encoding="utf-8")
+    assert "The head was then fitted again, with that penalty, to all 150 images" in card
+
+
+def test_given_validation_images_are_not_fitted_to(tmp_path, caplog):
+    train, val = Counted(60, shift=28), Counted(30, seed=500, shift=28)
+    caplog.set_level("INFO")
+    result = deit_models.finetune(
+        atom(), train=train, val=val, out=tmp_path / "out", mode="head", recipe=recipe(), workers=0
+    )
+    assert (result.metrics["train_images"], result.metrics["fitted_images"]) == (60, 60)
+    assert "fitted again" not in caplog.text + (tmp_path / "out" / "best" / "README.md").read_text(encoding="utf-8")
+    measured = deit_models.evaluate(result.model, val, workers=0)
+    assert result.metrics["val"]["loss"] == pytest.approx(measured.loss, abs=1e-4)
 
 
 def test_several_processes_are_refused(tmp_path):
