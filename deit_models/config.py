@@ -11,7 +11,7 @@ from .errors import ConfigError, shown
 
 MOST = 65_536
 """Upper bound of whole numbers that are sizes: widths, heads, pixels along a side."""
-_BOUNDS = {"depth": 1_000, "num_classes": 10_000_000}
+_BOUNDS = {"depth": 256, "num_classes": 10_000_000}
 
 
 def override(config: Any, overrides: Mapping[str, Any]) -> Any:

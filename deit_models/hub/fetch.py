@@ -16,7 +16,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import huggingface_hub
-from huggingface_hub import cached_assets_path, constants, hf_hub_download
+from huggingface_hub import (
+    cached_assets_path,
+    constants,
+    get_hf_file_metadata,
+    hf_hub_download,
+    hf_hub_url,
+    try_to_load_from_cache,
+)
 from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, not listed
 from huggingface_hub.utils.tqdm import tqdm
@@ -87,7 +94,8 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
         with the reason and what to do. IntegrityError: other bytes than the Hub announced; the cache forgets them.
     """
     _await_locks(repo_id, filename, access)
-    path = with_retries(lambda: _hub_file(repo_id, filename, access))
+    at = _reached(repo_id, filename, access)
+    path = with_retries(lambda: _hub_file(repo_id, filename, at))
     blob = path.resolve()
     try:
         if _is_hex(blob.name, 40) and (actual := git_sha1_of(blob)) != blob.name:
@@ -99,6 +107,46 @@ def hub_file(repo_id: str, filename: str, access: Access) -> Path:
         forget(path, access)
         raise
     return path
+
+
+def _reached(repo_id: str, filename: str, access: Access) -> Access:
+    """The access by which the client gets a file at once: it would ask a Hub that is down again and again.
+
+    Raises: NoSuchFileError: the cache knows that this commit lacks it. HubUnreachableError: no connection, no copy.
+    """
+    revision = access.revision or constants.DEFAULT_REVISION
+    cache = None if access.cache_dir is None else Path(access.cache_dir)
+    try:
+        cached = try_to_load_from_cache(repo_id, filename, cache_dir=cache, revision=revision)
+        url = hf_hub_url(repo_id, filename, revision=revision)
+    except (hub_errors.HFValidationError, ValueError):
+        return access  # the client says why
+    if _is_hex(revision, 40) and cached is not None:  # what a commit holds never changes
+        if isinstance(cached, str):
+            return access
+        raise NoSuchFileError(f"{repo_id}/{filename} at {revision}: the repository has no such file")
+    if access.offline:
+        return access
+    timeout_s = access.patience_s / ATTEMPTS
+    timeout_s = min(timeout_s, constants.HF_HUB_ETAG_TIMEOUT) if isinstance(cached, str) else timeout_s
+
+    def ask() -> str | None:
+        try:
+            return get_hf_file_metadata(url, token=access.token, timeout=timeout_s).commit_hash
+        except (hub_errors.HfHubHTTPError, hub_errors.FileMetadataError):
+            return None  # there is a server; the client does what its answer calls for
+        except hub_errors.HTTPError as error:  # type: ignore[attr-defined]  # imported there, not listed
+            raise TransientError(f"{constants.ENDPOINT} cannot be reached ({first_line(error)})") from error
+
+    try:
+        commit = ask() if isinstance(cached, str) else with_retries(ask)
+    except TransientError as error:
+        if isinstance(cached, str):
+            logger.warning("%s/%s: %s; loading the copy in the cache", repo_id, filename, error)
+            return replace(access, local_files_only=True)
+        raise HubUnreachableError(f"{repo_id}/{filename}: {error}, and the file is not in the cache") from error
+    current = isinstance(cached, str) and commit == commit_of(Path(cached))
+    return replace(access, revision=commit) if current else access
 
 
 def _await_locks(repo_id: str, filename: str, access: Access) -> None:
@@ -212,13 +260,14 @@ def _failure(error: Exception, where: str) -> Exception:
 
 
 def optional_hub_file(repo_id: str, filename: str, access: Access) -> Path | None:
-    """Like `hub_file`, but None where the repository has no such file (or, offline, the cache has none)."""
+    """Like `hub_file`, but None where the repository has no such file, or, without the Hub, the cache has none."""
     try:
         return hub_file(repo_id, filename, access)
     except NoSuchFileError:
         return None
-    except FetchError:
-        if access.offline:
+    except FetchError as error:
+        if access.offline or isinstance(error, HubUnreachableError):
+            logger.warning("%s; loading without it", error)
             return None
         raise
 

@@ -34,7 +34,7 @@ from .weights import INDEX_SUFFIX, check_range, check_reference, read_tensors, s
 logger = logging.getLogger(__name__)
 
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"}
-_INDEX_NAME = "model" + INDEX_SUFFIX
+_INDEX_NAMES = tuple(name + INDEX_SUFFIX for name in WEIGHTS_NAMES)
 # What timm's train.py leaves: the epoch it reports, and the last one.
 _TIMM_NAMES = ("model_best.pth.tar", "last.pth.tar")
 # What accelerate and Lightning put beside weights, with suffixes of weights.
@@ -219,19 +219,19 @@ def _described(source: str, config: Mapping[str, Any], processor: Mapping[str, A
 
 def _hub_weights(repo_id: str, access: Access) -> Path:
     refused: FetchError | None = None
-    for name in (*WEIGHTS_NAMES, _INDEX_NAME):
+    for name in (*WEIGHTS_NAMES, *_INDEX_NAMES):
         try:
             weights = fetch.hub_file(repo_id, name, access)
-            for shard in shard_names(weights) if name == _INDEX_NAME else ():
+            for shard in shard_names(weights) if name in _INDEX_NAMES else ():
                 fetch.hub_file(repo_id, shard, access)
             return weights
         except fetch.NoSuchFileError:
             continue
         except FetchError as error:
-            # offline, the cache cannot tell "not there" from "not fetched": another name may be cached
-            if not access.offline:
+            # without the Hub, the cache cannot tell "not there" from "not fetched": another name may be cached
+            if not access.offline and not isinstance(error, fetch.HubUnreachableError):
                 raise
-            refused = refused or error
+            refused, access = refused or error, replace(access, local_files_only=True)
     raise refused or FetchError(f"{repo_id} has no {' or '.join(WEIGHTS_NAMES)}")
 
 
@@ -252,7 +252,7 @@ def _locate_path(path: Path, model: str | None) -> Located:
 
 def _weights_in(folder: Path) -> Path:
     """The weights of a folder, as this package, transformers, timm's train.py, Lightning or accelerate leave it."""
-    for name in (*WEIGHTS_NAMES, _INDEX_NAME, *_TIMM_NAMES):
+    for name in (*WEIGHTS_NAMES, *_INDEX_NAMES, *_TIMM_NAMES):
         if (folder / name).is_file():
             if name == _TIMM_NAMES[0] and (folder / _TIMM_NAMES[1]).is_file():
                 logger.warning("%s: loading %s, the best epoch; pass the path of another", folder, name)
@@ -413,8 +413,11 @@ def _advice(given: Description, tensors: Mapping[str, Tensor], changes: Mapping[
     """End of an error message: the options with which the tensors load, or the registered model that they fit."""
     if "num_classes" not in changes and _fits(given, tensors, {**changes, "num_classes": 0}):
         return "; it has no head: pass num_classes=N for a new one, or num_classes=0 for features"
+    # building each registered model takes seconds: only those of about as many parameters
+    body = sum(tensor.numel() for name, tensor in tensors.items() if not re.search("head|classifier", name))
     for name, info in load_manifest().items():
-        if info.family == given.family and _fits(_describe_bare(name), tensors, {}):
+        near = info.family == given.family and 0.7 * info.params < body < 1.3 * info.params
+        if near and _fits(_describe_bare(name), tensors, {}):
             return f"; the tensors are those of model={name!r}"
     return ""
 

@@ -7,9 +7,10 @@ import mmap
 import pickle
 import pickletools
 import re
+import struct
 import threading
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,25 @@ _HARMLESS = re.compile(
     r"|builtins\.(?:list|dict|tuple|int|float|str|bool|bytes|frozenset|slice|range|object)"
     r"|collections\.(?:defaultdict|deque)|types\.SimpleNamespace|typing\.\w+|enum\.\w+|torch\.torch_version\.TorchVersion"
 )
+# What the modules of a TorchScript program are made with.
+_SCRIPT = re.compile(r"(?:__torch__|torch\.jit\._pickle)\..*")
 _DICTS = re.compile(r".*\.(?:defaultdict|AttributeDict|EasyDict|CfgNode|ConfigDict|Dict)")
 # Encodings that turn bytes into more bytes, and so may be applied again and again.
 _GROWING = {name + codec for name in ("hex", "base64", "uu", "quopri", "quotedprintable") for codec in ("", "codec")}
+
+_TEXTS, _BYTES = (
+    ("SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
+    ("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+)
+# Other operations since protocol 3, and those of protocol 2 in their place: a set becomes a list, or a tuple.
+_OLDER = {
+    "PROTO": b"\x80\x02",
+    "FRAME": b"",
+    "EMPTY_SET": b"]",
+    "ADDITEMS": b"e",
+    "FROZENSET": b"t",
+    "NEWOBJ_EX": b"\x86\x81",
+}
 
 
 class _Inert:
@@ -65,31 +82,52 @@ class _PlainList:
         return []
 
 
+class _ScriptModule(dict[str, Any]):
+    """Stands for a module of a TorchScript program: its attributes, among them its tensors and modules."""
+
+    __setstate__ = dict.update
+
+
 def unpickle(path: Path) -> Any:
     """The contents of a torch file: tensors and plain values as they are, stand-ins for some other libraries' objects.
 
+    Of a TorchScript program: the tensors of its modules, as in its state dict.
     Raises: CheckpointError: truncated, damaged or inflated, or it names a class or function that is not known as
         harmless; the message names it.
     """
     check_regular(path)
     try:
-        mapped, harmless = _check_archive(path) if _is_archive(path) else (False, _check_stream(path))
+        copy, mapped, harmless = _check_archive(path) if _is_archive(path) else _check_stream(path)
+        if copy is None and path.suffix.lower() == ".safetensors":  # by its path, torch would read it as safetensors
+            copy, mapped = io.BytesIO(path.read_bytes()), False
         # torch's list of allowed classes is one for all threads
         with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in sorted(harmless)]):
-            if path.suffix.lower() != ".safetensors":
-                return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
-            with path.open("rb") as file:  # by its path, torch would read it as safetensors
-                return torch.load(file, map_location="cpu", weights_only=True)
+            data = torch.load(copy or path, map_location="cpu", weights_only=True, mmap=mapped)
+        return _script_state(path, data) if isinstance(data, _ScriptModule) else data
     except CheckpointError:
         raise
     except pickle.UnpicklingError as error:
         foreign = re.search(r"GLOBAL (\S+)", str(error))
-        if "Unsupported operand" in str(error):
-            raise CheckpointError(f"{path} is damaged, or not of torch.save's own pickle protocol, 2") from error
         what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
         raise CheckpointError(f"{path} is refused: {what}{_advice(foreign)}") from error
     except Exception as error:  # whatever an unpickler makes of any bytes
         raise CheckpointError(f"{path} is truncated or damaged, or not a torch file ({first_line(error)})") from error
+
+
+def _script_state(path: Path, program: _ScriptModule) -> dict[str, torch.Tensor]:
+    state = dict(_script_tensors(program, "", set()))
+    if not state:  # frozen: the weights are constants of its code
+        raise CheckpointError(f"{path} is a TorchScript program without a state; save model.state_dict() in its place")
+    return state
+
+
+def _script_tensors(module: _ScriptModule, prefix: str, seen: set[int]) -> Iterator[tuple[str, torch.Tensor]]:
+    seen.add(id(module))
+    for name, value in module.items():
+        if isinstance(value, torch.Tensor):
+            yield prefix + name, value
+        elif isinstance(value, _ScriptModule) and id(value) not in seen:
+            yield from _script_tensors(value, f"{prefix}{name}.", seen)
 
 
 def _advice(foreign: re.Match[str] | None) -> str:
@@ -97,7 +135,9 @@ def _advice(foreign: re.Match[str] | None) -> str:
 
 
 def _stand_in(name: str) -> Callable[..., Any]:
-    if name == "collections.deque":
+    if name.startswith("__torch__."):
+        return _ScriptModule
+    if name == "collections.deque" or name.startswith("torch.jit."):
         return _PlainList
     return _PlainDict if _DICTS.fullmatch(name) else _Inert
 
@@ -108,8 +148,11 @@ def _is_archive(path: Path) -> bool:
         return file.read(4) == b"PK\x03\x04"
 
 
-def _check_archive(path: Path) -> tuple[bool, set[str]]:
-    """Whether an archive can be mapped into memory, and the harmless classes in its pickle; every CRC is compared."""
+def _check_archive(path: Path) -> tuple[io.BytesIO | None, bool, set[str]]:
+    """The archive that torch reads in its place, if it needs one; whether the file can be mapped; the harmless classes.
+
+    Every CRC is compared.
+    """
     with zipfile.ZipFile(path) as archive:
         entries = archive.infolist()
         names = [entry.filename for entry in entries]
@@ -118,8 +161,6 @@ def _check_archive(path: Path) -> tuple[bool, set[str]]:
             raise CheckpointError(
                 f"{path} is refused: {size} bytes that unpack to {unpacked}; torch.save packs nothing"
             )
-        if any(name.endswith("/constants.pkl") for name in names):
-            raise CheckpointError(f"{path} is a TorchScript program; save model.state_dict() in its place")
         if len(set(names)) < len(names):
             raise CheckpointError(f"{path} is damaged: two entries of the archive have one name")
         if all(entry.CRC == 0 for entry in entries):  # torch.serialization.set_crc32_options(False)
@@ -128,20 +169,83 @@ def _check_archive(path: Path) -> tuple[bool, set[str]]:
         damaged = archive.testzip()
         if damaged is not None:
             raise CheckpointError(f"{path} is damaged: {damaged!r} in the archive differs from its CRC")
-        pickles = [name for name in names if name.endswith("data.pkl")]
-        found = {name for entry in pickles for name in _harmless(path, io.BytesIO(archive.read(entry)))}
-    return all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), found
+        older, found = {}, set()
+        for name in names:
+            if name.endswith("data.pkl"):
+                content = archive.read(name)
+                older[name] = _protocol_2(path, io.BytesIO(content), content)
+                found |= _harmless(path, io.BytesIO(older[name] or content))
+    # torch.load tells a TorchScript program by its constants, which are no part of its state
+    left = [name for name in names if not name.endswith("/constants.pkl")]
+    if left == names and not any(older.values()):
+        return None, all(entry.compress_type == zipfile.ZIP_STORED for entry in entries), found
+    return _rewritten(path, left, older), False, found
 
 
-def _check_stream(path: Path) -> set[str]:
-    """The harmless classes in a torch file of before 1.6: five pickles, the fourth being the contents."""
+def _rewritten(path: Path, names: list[str], changed: Mapping[str, bytes | None]) -> io.BytesIO:
+    """An archive of some entries of another, with other contents where these are given."""
+    copy = io.BytesIO()
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(copy, "w") as out:
+        for name in names:
+            out.writestr(name, changed.get(name) or archive.read(name))
+    copy.seek(0)
+    return copy
+
+
+def _check_stream(path: Path) -> tuple[io.BytesIO | None, bool, set[str]]:
+    """The same of a torch file of before 1.6: five pickles, the fourth being the contents, and the numbers."""
     found: set[str] = set()
+    older: list[bytes] = []
     with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         for _ in range(5):
-            found |= _harmless(path, data)
+            start = data.tell()
+            older.append(_protocol_2(path, data, data) or b"")
+            if not older[-1]:
+                data.seek(start)
+            found |= _harmless(path, io.BytesIO(older[-1]) if older[-1] else data)
             if data.tell() == data.size():
                 break
-    return found
+        return io.BytesIO(b"".join(older) + data.read()) if all(older) else None, False, found
+
+
+def _protocol_2(path: Path, file: io.BytesIO | mmap.mmap, content: bytes | mmap.mmap) -> bytes | None:
+    """The next pickle of a file as one of protocol 2, the only one that torch's unpickler knows; None if it is of that.
+
+    Raises: CheckpointError: it would grow to many times its size.
+    """
+    out, memo, texts = bytearray(), dict[int, str | None](), list[str]()  # texts: on top of the stack, not yet written
+    most = MOST_INFLATION * path.stat().st_size + (1 << 20)
+    value: Any
+    for operation, value, at in pickletools.genops(file):  # type: ignore[arg-type]  # a mapped file reads like a file
+        name = operation.name
+        if name == "PROTO" and value <= 2:
+            return None
+        if name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            number = len(memo) if name == "MEMOIZE" else value
+            memo[number] = texts[-1] if texts else None
+            out += b"" if texts else b"r" + struct.pack("<I", number)
+        elif name in _TEXTS + _BYTES or (name in ("BINGET", "LONG_BINGET") and memo[value] is not None):
+            text = memo[value] if isinstance(value, int) else value
+            texts.append(text if isinstance(text, str) else bytes(text).decode("latin-1"))
+        else:
+            named = [texts.pop() for _ in "ab"][::-1] if name == "STACK_GLOBAL" else []
+            for text in map(_encoded, texts):
+                out += b"X" + struct.pack("<I", len(text)) + text
+            texts.clear()
+            out += _global(*named) if named else _OLDER.get(name, content[at : file.tell()])
+        if len(out) > most:
+            raise CheckpointError(f"{path} is refused: a pickle that repeats what it holds, up to any size")
+    return bytes(out)
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
+
+
+def _global(module: str, name: str) -> bytes:
+    if "\n" in module + name:
+        raise pickle.UnpicklingError("a class with a name of two lines")
+    return b"c" + _encoded(f"{module}\n{name}\n")
 
 
 def _harmless(path: Path, data: io.BytesIO | mmap.mmap) -> set[str]:
@@ -160,4 +264,4 @@ def _harmless(path: Path, data: io.BytesIO | mmap.mmap) -> set[str]:
         raise CheckpointError(f"{path} is refused: a pickle that holds bytearray, which may be of any size")
     if "_codecs.encode" in named and strings & _GROWING:
         raise CheckpointError(f"{path} is refused: a pickle that encodes what it holds, which may be of any size")
-    return {name for name in named if _HARMLESS.fullmatch(name)}
+    return {name for name in named if _HARMLESS.fullmatch(name) or _SCRIPT.fullmatch(name)}

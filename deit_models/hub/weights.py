@@ -24,7 +24,8 @@ from .pickles import unpickle
 
 logger = logging.getLogger(__name__)
 
-INDEX_SUFFIX = ".safetensors.index.json"
+INDEX_SUFFIX = ".index.json"
+_SHARDS = (".safetensors", ".bin")
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 _DTYPES = FLOATS | {torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _MOST_HEADER_BYTES, _SMALL_BYTES = 16 << 20, 64 << 20
@@ -73,7 +74,7 @@ def read_tensors(
     fetches it anew.
 
     Args:
-        path: the file, or the index of several safetensors files beside it.
+        path: the file, or the index of several files beside it.
         access: where the cache is.
         source: where the file came from, for messages.
         digest: the leading digits of its SHA-256, where known.
@@ -157,8 +158,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map; expected a file's name for each tensor")
     for name in sorted(set(weight_map.values())):
-        if name != PurePosixPath(name).name or "\\" in name or ":" in name or not name.endswith(".safetensors"):
-            raise CheckpointError(f"{index} names {name!a:.80}; expected safetensors files in its own folder")
+        if name != PurePosixPath(name).name or "\\" in name or ":" in name or not name.endswith(_SHARDS):
+            raise CheckpointError(f"{index} names {name!a:.80}; expected weights files in its own folder")
     return weight_map
 
 
@@ -170,7 +171,7 @@ def _read_shards(index: Path, access: Access) -> dict[str, Tensor]:
         if not shard.is_file():
             raise CheckpointError(f"{index} names {name}, which is not beside it; fetch all of its files")
         _checked_digest(shard, fetch.etag_digest(shard), access, source=str(shard))
-        part = _read_safetensors(shard)
+        part = _read_safetensors(shard) if _is_safetensors(shard) else _copies(shard, _table_of_tensors(shard))
         if part.keys() != {tensor for tensor, file in weight_map.items() if file == name}:
             raise CheckpointError(f"{shard} does not hold the tensors that {index.name} names; they are of two models")
         tensors |= part
@@ -219,16 +220,28 @@ def unpickle_tensors(path: Path, *, payload: str | None = None, expected: Expect
 
 def _unpickled(path: Path, payload: str | None, expected: Expected | None) -> tuple[dict[str, Tensor], str | None]:
     tensors, note = choose(path, unpickle(path), expected, payload)
+    return _copies(path, tensors), note
+
+
+def _table_of_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one of several pickles, under the very names of their index."""
+    data = unpickle(path)
+    if not isinstance(data, Mapping) or not all(isinstance(name, str) for name in data):
+        raise CheckpointError(f"{path} is no table of tensors")
+    return {name: value for name, value in data.items() if isinstance(value, Tensor)}
+
+
+def _copies(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors contiguous and unshared, as safetensors demands. Raises: CheckpointError: of other kinds, or inflated."""
     _check_kinds(path, tensors)
     total = sum(torch.numel(tensor) * tensor.dtype.itemsize for tensor in tensors.values())
     if total > 2 * path.stat().st_size + _SMALL_BYTES:
         raise CheckpointError(f"{path} is refused: {path.stat().st_size} bytes whose tensors would take {total}")
-    try:  # contiguous and unshared, as safetensors demands
+    try:
         dense = torch.contiguous_format
-        copies = {name: torch.clone(tensor.data, memory_format=dense) for name, tensor in tensors.items()}
+        return {name: torch.clone(tensor.data, memory_format=dense) for name, tensor in tensors.items()}
     except (RuntimeError, TypeError, MemoryError) as error:
         raise CheckpointError(f"{path} holds tensors that cannot be read ({first_line(error)})") from error
-    return copies, note
 
 
 def _chosen(

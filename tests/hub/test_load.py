@@ -5,6 +5,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from hub_protocol import HTML_PAGE, sha256
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors.torch import load as load_safetensors
 from safetensors.torch import load_file, save_file
 from tiny_models import LAYOUTS, SHAPE, answer, assert_same_answer, assert_same_state, published_files, refusal
 from tiny_models import tiny_model as make
@@ -232,6 +234,56 @@ def test_no_server_at_all_is_one_line(hub_env, hub_server):
     assert hub_env.blobs() == []
 
 
+@pytest.fixture(params=["refuses", "accepts and says nothing"])
+def down(request, hub):
+    """Takes the Hub away."""
+    if request.param == "refuses":
+        return hub.__exit__
+    return lambda: hub.delay(seconds=30)
+
+
+def as_files_of_long_ago(model, tmp_path):
+    """Weights under the second name that is looked up, and no processor beside a transformers config."""
+    files = published_files(model, "transformers")
+    torch.save(load_safetensors(files.pop(WEIGHTS)), tmp_path / "weights.bin")
+    del files["preprocessor_config.json"]
+    return {**files, "pytorch_model.bin": tmp_path / "weights.bin"}
+
+
+@pytest.mark.parametrize("files", ["native", "transformers", "of long ago"])
+def test_hub_that_is_down_leaves_the_copy_in_the_cache_at_once(hub, down, model, tmp_path, files, caplog):
+    old = files == "of long ago"
+    hub.add_repo("me/other", as_files_of_long_ago(model, tmp_path) if old else published_files(model, files))
+    from_pretrained("me/other")
+    down()
+    began = time.monotonic()
+    loaded = load.load("me/other", Access(wait_s=0.6), changes={}).eval()
+    assert time.monotonic() - began < 10
+    assert_same_answer(model, loaded)
+    said = [record.getMessage() for record in caplog.records if "cannot be reached" in record.getMessage()]
+    assert len(said) == 1
+    assert "loading the copy in the cache" in said[0]
+
+
+def test_hub_that_is_down_is_one_error_within_the_limit_without_a_copy(hub, down):
+    assert hub.repos
+    down()
+    began = time.monotonic()
+    message = refusal(FetchError, lambda: load.load(REPO, Access(wait_s=0.6), changes={}))
+    assert "cannot be reached" in message
+    assert time.monotonic() - began < 10
+
+
+def test_file_that_a_cached_commit_lacks_is_asked_for_once(hub, model):
+    files = published_files(model, "transformers")
+    del files["preprocessor_config.json"]
+    hub.add_repo("me/other", files)
+    from_pretrained("me/other")
+    hub.requests.clear()
+    from_pretrained("me/other")
+    assert hub.count(match="preprocessor_config") == 0
+
+
 @pytest.mark.parametrize(
     "edit",
     [
@@ -297,7 +349,7 @@ def test_no_space_left_is_not_tried_again(hub):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     assert "No space left on device" in refusal(SaveError, lambda: load_through(refuse, REPO))
-    assert hub.requests == []
+    assert bodies(hub) == 0
 
 
 EIGHT = """
@@ -686,7 +738,9 @@ def tiny(own_registry, model):
     return "tiny"
 
 
-@pytest.mark.parametrize("script", ["timm", "timm-last", "lightning", "lightning-root", "accelerate", "shards"])
+@pytest.mark.parametrize(
+    "script", ["timm", "timm-last", "lightning", "lightning-root", "accelerate", "shards", "shards of pickles"]
+)
 def test_folders_of_other_programs_are_loaded(tiny, model, tmp_path, script):
     state, folder = model.state_dict(), tmp_path / "run"
     others = {name: tensor + 1 for name, tensor in state.items()}
@@ -707,14 +761,15 @@ def test_folders_of_other_programs_are_loaded(tiny, model, tmp_path, script):
         torch.save({"state": {}}, folder / "optimizer.bin")
         torch.save([1], folder / "random_states_0.pkl")
         names = sorted(state)
-        parts = {"a.safetensors": names[:9], "b.safetensors": names[9:]}
+        ending, whole = ("bin", "pytorch_model.bin") if script == "shards of pickles" else ("safetensors", WEIGHTS)
+        parts = {f"a.{ending}": names[:9], f"b.{ending}": names[9:]}
         if script == "accelerate":
             parts = {WEIGHTS: names}
         for name, part in parts.items():
-            save_file({key: state[key] for key in part}, folder / name)
-        if script == "shards":
+            (torch.save if ending == "bin" else save_file)({key: state[key] for key in part}, folder / name)
+        if script != "accelerate":
             weight_map = {key: name for name, part in parts.items() for key in part}
-            (folder / f"{WEIGHTS}.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+            (folder / f"{whole}.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
     assert_same_state(from_pretrained(folder, cache_dir=tmp_path / "cache", **known).state_dict(), state)
 
 
@@ -725,16 +780,18 @@ def test_folder_of_many_checkpoints_asks_which(tiny, tmp_path):
     assert "checkpoint-0.pth, checkpoint-1.pth, checkpoint-2.pth); pass the path of one" in message
 
 
-def test_shards_of_a_repository_are_fetched(hub, model, tmp_path):
+@pytest.mark.parametrize("name", [WEIGHTS, "pytorch_model.bin"])
+def test_shards_of_a_repository_are_fetched(hub, model, tmp_path, name):
     state = model.state_dict()
     names = sorted(state)
     files = {}
     weight_map = {}
-    for shard, part in (("one.safetensors", names[:5]), ("two.safetensors", names[5:])):
-        save_file({name: state[name] for name in part}, tmp_path / shard)
+    ending = name.partition(".")[2]
+    for shard, part in ((f"one.{ending}", names[:5]), (f"two.{ending}", names[5:])):
+        (torch.save if ending == "bin" else save_file)({key: state[key] for key in part}, tmp_path / shard)
         files[shard] = tmp_path / shard
         weight_map |= dict.fromkeys(part, shard)
-    files[f"{WEIGHTS}.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    files[f"{name}.index.json"] = json.dumps({"weight_map": weight_map}).encode()
     hub.commit(REPO, files, delete=(WEIGHTS,))
     assert_same_state(from_pretrained(REPO).state_dict(), state)
 

@@ -30,6 +30,7 @@ def saved(path: Path, contents: Any, **options: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("protocol", [2, 4, 5])
 @pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
 @pytest.mark.parametrize(
     "beside",
@@ -57,9 +58,56 @@ def saved(path: Path, contents: Any, **options: Any) -> Path:
     ],
     ids=lambda value: type(value).__name__,
 )
-def test_harmless_objects_are_passed_over(tmp_path: Path, beside: Any, legacy: bool) -> None:
-    path = saved(tmp_path / "x.pth", {"model": WEIGHT, "beside": beside}, _use_new_zipfile_serialization=not legacy)
+def test_harmless_objects_are_passed_over(tmp_path: Path, beside: Any, legacy: bool, protocol: int) -> None:
+    how = {"_use_new_zipfile_serialization": not legacy, "pickle_protocol": protocol}
+    path = saved(tmp_path / "x.pth", {"model": WEIGHT, "beside": beside}, **how)
     assert torch.equal(unpickle(path)["model"], WEIGHT)
+
+
+@pytest.mark.parametrize("protocol", [3, 4, 5])
+@pytest.mark.parametrize("legacy", [False, True], ids=["zip", "legacy"])
+def test_other_pickle_protocols_give_the_same_contents(tmp_path: Path, legacy: bool, protocol: int) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(2, 3)).sum().backward()
+    optimizer.step()
+    half = model[0].weight.detach().half().t()
+    text = "a text that is there twice"
+    contents = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "half": half, "texts": [text, text]}
+    contents |= {
+        "\u00fc": [2**70, -1, 0.5, None, True, (), (1, "x", ("y",))],
+        "many": [text[n:] for n in range(20)] * 50,
+    }
+    how = {"_use_new_zipfile_serialization": not legacy}
+    found = unpickle(saved(tmp_path / "x.pth", contents, pickle_protocol=protocol, **how))
+    assert str(found) == str(unpickle(saved(tmp_path / "y.pth", contents, **how))) == str(contents)
+
+
+@pytest.mark.parametrize("protocol", [4, 5])
+@pytest.mark.parametrize("contents", [{"f": os.system}, {"f": getattr, "model": WEIGHT}, torch.nn.Linear(2, 2)])
+def test_no_protocol_hides_a_function(tmp_path: Path, contents: Any, protocol: int) -> None:
+    path = saved(tmp_path / "x.pth", contents, pickle_protocol=protocol)
+    assert "a pickle that holds" in refusal(CheckpointError, lambda: unpickle(path))
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [
+        b"\x80\x04\x8c\x02os\x94\x8c\x09system\nnow\x93\x8c\x01x\x85R.",
+        b"\x80\x04N\x8c\x06system\x93.",
+        b"\x80\x04h\x05.",
+        b"\x80\x05\x8c\x04word\x94\x96\x00\x00\x00\x00\x00\x00\x00\x40.",
+    ],
+)
+def test_odd_pickle_of_a_later_protocol_is_refused(tmp_path: Path, odd: bytes) -> None:
+    (tmp_path / "x.pth").write_bytes(odd)
+    assert "damaged" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pth"))
+
+
+def test_text_that_is_repeated_again_and_again_is_refused(tmp_path: Path) -> None:
+    text = b"\x80\x04X\x00\x00\x01\x00" + b"x" * 65536 + b"\x94"
+    (tmp_path / "x.pth").write_bytes(text + b"](" + b"h\x00" * 50_000 + b"e\x86.")
+    assert "any size" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pth"))
 
 
 def test_no_class_of_a_file_is_built(tmp_path: Path) -> None:
@@ -180,11 +228,27 @@ def test_archive_without_sums_is_read(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_other_protocols_and_programs_are_called_what_they_are(tmp_path: Path) -> None:
-    path = saved(tmp_path / "x.pth", {"a": WEIGHT}, pickle_protocol=4)
-    assert "protocol" in refusal(CheckpointError, lambda: unpickle(path))
-    torch.jit.trace(torch.nn.Linear(3, 2), WEIGHT).save(str(path))
-    assert "TorchScript" in refusal(CheckpointError, lambda: unpickle(path))
+@pytest.mark.parametrize("how", ["script", "trace", "shared", "half"])
+def test_torchscript_program_gives_its_state(tmp_path: Path, how: str) -> None:
+    inner = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.ReLU(), torch.nn.BatchNorm1d(3))
+    model = torch.nn.ModuleDict({"body": inner, "head": torch.nn.Linear(3, 2, bias=False)})
+    network = torch.nn.Sequential(*model.values()).eval()
+    if how == "shared":
+        network[1].weight = torch.nn.Parameter(torch.ones(5, 3)[1:4:2])
+    network = network.half() if how == "half" else network
+    x = torch.ones(1, 3, dtype=next(network.parameters()).dtype)
+    program = torch.jit.trace(network, x) if how == "trace" else torch.jit.script(network)
+    program.save(str(tmp_path / "x.pt"))
+    found = unpickle(tmp_path / "x.pt")
+    assert found.keys() == network.state_dict().keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in network.state_dict().items())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchscript_program_without_a_state_is_called_what_it_is(tmp_path: Path) -> None:
+    program = torch.jit.freeze(torch.jit.script(torch.nn.Linear(3, 2).eval()))
+    program.save(str(tmp_path / "x.pt"))
+    assert "TorchScript" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pt"))
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")

@@ -324,26 +324,48 @@ def test_pipe_in_the_place_of_a_file_is_refused_at_once(access, tmp_path, name):
 # Files in several parts
 
 
-def sharded(folder, state, **changes):
+def sharded(folder, state, *, name="model.safetensors", **changes):
+    stem, suffix = name.split(".")
     names = sorted(state)
     weight_map = {}
     for number, part in enumerate((names[::2], names[1::2])):
-        shard = f"model-{number}.safetensors"
-        save_file({name: state[name] for name in part}, folder / shard)
+        shard = f"{stem}-{number}.{suffix}"
+        (torch.save if suffix == "bin" else save_file)({key: state[key] for key in part}, folder / shard)
         weight_map |= dict.fromkeys(part, shard)
-    index = folder / "model.safetensors.index.json"
+    index = folder / f"{name}.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map | changes}), encoding="utf-8")
     return index
 
 
-def test_shards_are_read_together(state, access, tmp_path):
-    assert_same_state(read(sharded(tmp_path, state), access), state)
+@pytest.fixture(params=["model.safetensors", "pytorch_model.bin"])
+def kind(request):
+    return request.param
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "deit."])
+def test_shards_are_read_together(state, access, tmp_path, kind, prefix):
+    named = {prefix + name: tensor for name, tensor in state.items()}
+    read_state = read(sharded(tmp_path, named, name=kind), access)
+    assert_same_state({name.removeprefix(prefix): tensor for name, tensor in read_state.items()}, state)
+
+
+def test_pickled_shard_runs_no_code_and_holds_tensors_alone(state, access, tmp_path):
+    index = sharded(tmp_path, state, name="pytorch_model.bin")
+    shard = tmp_path / "pytorch_model-1.bin"
+    part = torch.load(shard)
+    for other, reason in (({**part, "x": print}, "print"), ([part], "no table"), ({1: part}, "no table")):
+        torch.save(other, shard)
+        assert reason in refusal(CheckpointError, lambda: read(index, access))
+    torch.save({name: torch.zeros(1).expand(10**9) for name in part}, shard)
+    assert "would take" in refusal(CheckpointError, lambda: read(index, access))
 
 
 @pytest.mark.parametrize(
     "place",
     [
         "../x.safetensors",
+        "../x.bin",
+        "/etc/x.bin",
         "/etc/passwd",
         "sub/x.safetensors",
         "..\\x.safetensors",
@@ -354,8 +376,8 @@ def test_shards_are_read_together(state, access, tmp_path):
         "absent.safetensors",
     ],
 )
-def test_shard_elsewhere_is_refused(state, access, tmp_path, place):
-    refusal(CheckpointError, lambda: read(sharded(tmp_path, state, cls_token=place), access))
+def test_shard_elsewhere_is_refused(state, access, tmp_path, place, kind):
+    refusal(CheckpointError, lambda: read(sharded(tmp_path, state, name=kind, cls_token=place), access))
 
 
 @pytest.mark.parametrize("weight_map", [None, [], "x", {"a": 3}, {"a": None}, {}])
