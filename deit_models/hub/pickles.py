@@ -225,7 +225,7 @@ def _protocol_2(path: Path, file: io.BytesIO | mmap.mmap, content: bytes | mmap.
             memo[number] = texts[-1] if texts else None
             out += b"" if texts else b"r" + struct.pack("<I", number)
         elif name in _TEXTS + _BYTES or (name in ("BINGET", "LONG_BINGET") and memo[value] is not None):
-            text = memo[value] if isinstance(value, int) else value
+            text: Any = memo[value] if isinstance(value, int) else value
             texts.append(text if isinstance(text, str) else bytes(text).decode("latin-1"))
         else:
             named = [texts.pop() for _ in "ab"][::-1] if name == "STACK_GLOBAL" else []
