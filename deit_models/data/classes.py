@@ -1,22 +1,40 @@
-"""Class names of models and data sets: which logit belongs to which label."""
+"""Class names and labels, of models and of others' data sets: which logit belongs to which label."""
 
 from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from itertools import chain
+from operator import index as whole_number
+from os import PathLike, fspath
+from typing import Any, NamedTuple
+
+import PIL.Image
+import torch
+from torch import Tensor
+from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import DatasetFolder
 
 from ..checkpoint import weights_dir
-from ..errors import ConfigError, DataError
+from ..config import nearest
+from ..errors import ConfigError, DataError, ImageError, shown
 from ..files import read_text
 from ..models.layers import ImageClassifier
-from .records import ImageRecords, SubsetRecords, some
+from .decoding import load_item
+from .records import FileRecords, ImageRecords, SubsetRecords, some
 
 logger = logging.getLogger(__name__)
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _WORDNET_FILE = "imagenet_wordnet_ids.txt"
+
+_IMAGE_KEYS = ("image", "img", "pixel_values")
+_LABEL_KEYS = ("label", "labels", "target", "cls")
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
@@ -147,3 +165,256 @@ def _unique(names: Iterable[Iterable[str]]) -> dict[str, int]:
         for name in synonyms:
             found.setdefault(name, set()).add(number)
     return {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1}
+
+
+def wrap(dataset: Any, classes: Sequence[str] | int | None = None) -> ImageRecords:
+    """Any Dataset of labelled images as `ImageRecords`.
+
+    Args:
+        dataset: has a length, and items by index: pairs of image and label, or dicts such as Hugging Face's with image
+            (img, pixel_values) and label (labels, target, cls), or one column of images and one of classes. An image
+            has a form that `load_image` accepts (a PIL image, a path, an array or tensor of uint8 or of floats 0..1,
+            not yet normalised, with as many channels as the model takes). A label is a whole number from 0, the name
+            of a class, or a one-hot vector.
+        classes: class names in the order of the labels, or their number, for the names "0", "1", ...; by default the
+            data set's own `classes`, `class_to_idx` or `features`, those of the data set that a Subset or ConcatDataset
+            is made from, or its labels, if those are names.
+
+    An error that the data set raises keeps its type; an OSError stands for an image that cannot be read.
+
+    Raises: DataError: no length, as of streams; no images, no class names, fewer than two classes, a DataLoader.
+    """
+    if isinstance(dataset, ImageRecords) and (classes is None or _plain_names(classes) == dataset.classes):
+        return dataset
+    # ImageNet is known by name, for some of its classes share theirs
+    own = "imagenet" if hasattr(dataset, "wnids") else getattr(dataset, "name", None)
+    name = own if isinstance(own, str) else type(dataset).__name__
+    _check_form(dataset, name)
+    found = class_names_in(dataset) if classes is None else _plain_names(classes)
+    if found is None:
+        raise DataError(
+            f"{name} does not say its classes; pass wrap(dataset, classes=[...]), or their number for '0', '1', ..."
+        )
+    if len(found) < 2:
+        raise DataError(f"{name}: {len(found)} class; a classifier needs two or more")
+    rows = _pairs(dataset)
+    if rows is None or not all(isinstance(image, (str, PathLike)) for image, _ in rows):
+        return _WrappedRecords(name, dataset, found)
+    numbers = {label: number for number, label in enumerate(found)}
+    labels = (_number(label, numbers, fspath(path)) for path, label in rows)
+    return FileRecords(name, "", (fspath(path) for path, _ in rows), labels, found)
+
+
+def _check_form(dataset: Any, name: str) -> None:
+    """Raise DataError for objects of other kinds, with the way out."""
+    if isinstance(dataset, DataLoader):
+        raise DataError(f"{name} gives batches; pass its data set (loader.dataset), without a Normalize transform")
+    if isinstance(dataset, Mapping):
+        raise DataError(f"a dict of {some([*map(str, dataset)])}; pass one of its data sets, such as data['train']")
+    if hasattr(dataset, "iloc"):
+        raise DataError(f"a {name} is no data set; pass pairs: list(zip(table['path'], table['label']))")
+    try:
+        stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
+        length = -1 if stream else len(dataset)
+    except (TypeError, NotImplementedError):
+        length = -1
+    if length <= 0:
+        raise DataError(
+            f"{name}: no images"
+            if length == 0
+            else f"{name} has no length and items by index; pass list(dataset) if it fits into memory, or write its "
+            "images into a folder for each class"
+        )
+
+
+def names_its_classes(dataset: Any) -> bool:
+    """Whether a data set needs no names for `wrap`, or is refused by it anyway."""
+    try:
+        return class_names_in(dataset) is not None
+    except DataError:
+        return True
+
+
+def class_names_in(dataset: Any) -> tuple[str, ...] | None:
+    """Class names that a data set says, or the one that it is made from; None if it says none.
+
+    Raises: DataError: parts with different classes, or a class_to_idx without the numbers from 0.
+    """
+    names, numbers = getattr(dataset, "classes", None), getattr(dataset, "class_to_idx", None)
+    if isinstance(numbers, Mapping) and (names is None or {*numbers} == {*map(_plain_name, names)}):
+        return _plain_names(numbers)
+    if (label := _label_column(dataset)) and names is None:
+        names = getattr(dataset.features[label], "names", None)
+    if names is not None and not callable(names):
+        return _plain_names(names)
+    parts = [getattr(dataset, "dataset", None), getattr(dataset, "reader", None), *getattr(dataset, "datasets", ())]
+    found = {class_names_in(part) for part in parts if part is not None} - {None}
+    if len(found) > 1:
+        raise DataError(f"{type(dataset).__name__} is made from data sets with different classes; give them the same")
+    labels = None if found else _known_labels(dataset)
+    if labels is not None and all(isinstance(label, str) for label in labels):
+        found = {tuple(sorted({*labels}))}
+    return next(iter(found), None)
+
+
+def _plain_names(names: Any) -> tuple[str, ...]:
+    """Class names of any form in the order of their numbers, each different."""
+    if isinstance(names, Mapping):
+        by_number = {**names} if all(isinstance(key, int) for key in names) else {n: key for key, n in names.items()}
+        if sorted(by_number) != [*range(len(names))]:
+            raise DataError(f"classes numbered {some([*map(str, by_number)])}; expected 0 to {len(names) - 1}")
+        names = [by_number[number] for number in range(len(names))]
+    names = range(names) if isinstance(names, int) else names
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise DataError(f"classes={shown(names)}; expected a list of names")
+    plain = [*map(_plain_name, names)]
+    count = Counter(plain)  # "crane" is a bird and a machine
+    return tuple(f"{name} ({number})" if count[name] > 1 else name for number, name in enumerate(plain))
+
+
+def _plain_name(name: Any) -> str:
+    return ", ".join(name) if isinstance(name, (list, tuple)) else str(name)
+
+
+def _label_column(dataset: Any) -> str | None:
+    """Column of the labels in a data set of Hugging Face; None of others."""
+    features = getattr(dataset, "features", None)
+    return _key(features, features, _LABEL_KEYS, "ClassLabel") if isinstance(features, Mapping) else None
+
+
+def _key(row: Mapping[str, Any], features: Mapping[str, Any], known: Sequence[str], kind: str) -> str | None:
+    """The first known key of a row, else its only column of a kind."""
+    if key := next((key for key in known if key in row), None):
+        return key
+    alike = [key for key in row if type(features.get(key)).__name__ == kind]
+    return alike[0] if len(alike) == 1 else None
+
+
+def _pairs(dataset: Any) -> Sequence[Any] | None:
+    """A list of pairs as it is; None: another data set."""
+    listed = isinstance(dataset, (list, tuple))
+    return dataset if listed and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in dataset) else None
+
+
+def _known_labels(dataset: Any) -> Sequence[Any] | None:
+    """Labels that are there without the images, in any form; None if there are none."""
+    known: Any = None
+    if (pairs := _pairs(dataset)) is not None:
+        return [label for _, label in pairs]
+    if isinstance(dataset, Subset):
+        inner = _known_labels(dataset.dataset)
+        return None if inner is None else [inner[index] for index in dataset.indices]
+    if isinstance(dataset, ConcatDataset):
+        parts = [known for part in dataset.datasets if (known := _known_labels(part)) is not None]
+        return [*chain.from_iterable(parts)] if len(parts) == len(dataset.datasets) else None
+    if isinstance(dataset, TensorDataset):
+        known = dataset.tensors[-1]
+    elif (column := _label_column(dataset)) and hasattr(dataset, "with_format"):
+        known = list(dataset.with_format(None)[column])
+    elif getattr(dataset, "target_transform", None) is None:
+        known = getattr(dataset, "targets", getattr(dataset, "labels", None))
+    listed = hasattr(known, "__getitem__") and hasattr(known, "__len__") and len(known) == len(dataset)
+    return known if listed else None
+
+
+def _number(label: Any, numbers: Mapping[str, int], where: str) -> int:
+    """Number of the class that a label of any form stands for. Raises: DataError: none, or several."""
+    number, expected = label, f"expected a whole number from 0 to {len(numbers) - 1}"
+    if isinstance(label, str):
+        number, expected = numbers.get(label, -1), f"expected a class{nearest(label, numbers)}"
+    elif hasattr(label, "ndim") or isinstance(label, (list, tuple)):
+        with suppress(TypeError, ValueError, RuntimeError):
+            values = torch.as_tensor(label).flatten().tolist()
+            one_hot = len(values) == len(numbers) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
+            number = values[0] if len(values) == 1 else values.index(1) if one_hot else label
+            expected += ", or a one-hot vector; soft labels, and several at once, are not learned from"
+    with suppress(TypeError):
+        number = whole_number(int(number) if isinstance(number, float) and number.is_integer() else number)
+        if 0 <= number < len(numbers):
+            return number
+    raise DataError(f"{where}: label {shown(label)}, {expected}")
+
+
+class _WrappedRecords(ImageRecords):
+    def __init__(self, name: str, dataset: Any, classes: Sequence[str]) -> None:
+        self.name, self.classes = name, tuple(classes)
+        self._dataset, self._length = dataset, len(dataset)
+        self._numbers = {label: number for number, label in enumerate(classes)}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        try:
+            item = self._dataset[index]
+        except StopIteration as error:  # which would end an epoch
+            raise DataError(f"{self.describe(index)}: the data set raised StopIteration; expected an item") from error
+        except Exception as error:
+            if hasattr(error, "add_note"):  # from Python 3.11 on
+                error.add_note(f"raised for {self.describe(index)}")
+            raise
+        image, label = self._pair(item, index)
+        number = _number(label, self._numbers, self.describe(index))
+        try:
+            return load_item(_plain_image(image)), number
+        except ImageError as error:
+            if isinstance(image, (str, PathLike, bytes, Mapping, PIL.Image.Image)):
+                raise
+            raise DataError(f"{self.describe(index)}: {error}") from error
+
+    def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
+        if isinstance(item, (list, tuple)) and len(item) == 2:
+            return item[0], item[1]
+        kind = f"{len(item)} values" if isinstance(item, (list, tuple)) else f"a {type(item).__name__}"
+        if isinstance(item, Mapping):
+            features = getattr(self._inner(index)[0], "features", None) or {}
+            image, label = _key(item, features, _IMAGE_KEYS, "Image"), _key(item, features, _LABEL_KEYS, "ClassLabel")
+            if image is not None and label is not None:
+                return item[image], item[label]
+            kind = f"a dict of {some([*map(str, item)])}"
+        raise DataError(f"{self.describe(index)}: {kind}; expected (image, label), or a dict with image and label")
+
+    def describe(self, index: int) -> str:
+        dataset, inner = self._inner(index)
+        if isinstance(dataset, ImageRecords):
+            return dataset.describe(inner)
+        if isinstance(dataset, DatasetFolder):
+            return str(dataset.samples[inner][0])
+        return super().describe(index)
+
+    def label(self, index: int) -> int:
+        dataset, inner = self._inner(index)
+        if isinstance(dataset, ImageRecords):
+            return self._numbers[self.classes[dataset.label(inner)]]
+        if self._labels is None:
+            return super().label(index)
+        return _number(self._labels[index], self._numbers, self.describe(index))
+
+    @cached_property
+    def _labels(self) -> Sequence[Any] | None:
+        return _known_labels(self._dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_labels"}
+
+    def _inner(self, index: int) -> tuple[Any, int]:
+        """The data set that an image comes from, behind any Subset and ConcatDataset, and its number there."""
+        dataset: Any = self._dataset
+        while isinstance(dataset, (Subset, ConcatDataset)):
+            if isinstance(dataset, Subset):
+                dataset, index = dataset.dataset, dataset.indices[index]
+            else:
+                part = bisect_right(dataset.cumulative_sizes, index)
+                index -= dataset.cumulative_sizes[part - 1] if part else 0
+                dataset = dataset.datasets[part]
+        return dataset, index
+
+
+def _plain_image(image: Any) -> Any:
+    """Images of Hugging Face that are not decoded, tensors whose channels stand last, or that have none."""
+    if isinstance(image, Mapping):
+        return image.get("bytes") or image.get("path")
+    if isinstance(image, Tensor) and image.ndim == 2:
+        return image[None]
+    last = isinstance(image, Tensor) and image.ndim == 3 and len(image) > 4 and image.shape[2] in (1, 3, 4)
+    return image.permute(2, 0, 1) if last else image

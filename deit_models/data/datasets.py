@@ -5,33 +5,35 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from operator import index as whole_number
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from torch.utils.data import Subset
 from torchvision import datasets
-from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
 from ..errors import ConfigError, DataError, ImageError, MissingExtraError, first_line
-from .decoding import load_item
+from ..files import read_text
+from .classes import names_its_classes, wrap
 from .records import (
     IMAGE_SUFFIXES,
+    SPLIT_FOLDER,
+    SPLIT_FOLDERS,
     ArrayRecords,
     FileRecords,
     ImageRecords,
+    SubsetRecords,
     check_classes,
     list_images,
     read_class_folders,
     some,
+    split_of,
     subfolders,
     unread_files,
 )
@@ -40,30 +42,35 @@ logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val"]
 
-_FOLDERS: dict[str, tuple[str, ...]] = {
-    "train": ("train", "training"),
-    "val": ("val", "validation", "valid", "dev", "development", "eval", "evaluation", "test", "testing"),
+_BY_NAME = {
+    "cifar-10-batches": "cifar10",
+    "cifar-100": "cifar100",
+    "flowers-102": "flowers102",
+    "ILSVRC2012_": "imagenet",
+    "2021_train": "inaturalist-2021",
 }
-"""Words for a split's folder, in the order they are looked for."""
-_SPLIT = re.compile(
-    rf"(?P<before>.*[\W_])?(?P<word>{'|'.join(sum(_FOLDERS.values(), ()))})"
-    r"[\W_]*(?:data|folder|images|set|split)?[\W_]*\d*",
-    re.IGNORECASE,
-)
-"""A split's folder, such as Train, valid_set, VAL2017; with anything before the word, it is one by suspicion only."""
+"""Beginnings of the names of files and folders that a data set known by name consists of."""
+_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
+_ANNOTATIONS = "val_annotations.txt"
+_DEEPEST, _PLACES = 5, 200
 
 
 def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = None) -> ImageRecords:
-    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
+    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are.
+
+    A Dataset that does not name its classes has those of the training set.
+    """
     if isinstance(data, (str, PathLike)):
         return open_dataset(data, split, classes=classes, own_folder=True)
-    records = wrap(data)
-    if classes is not None and records.classes != classes:
-        check_classes(records.classes, classes, where=records.name)
-        raise DataError(
-            f"{records.name}: the classes of the training set in another order, so labels would be mixed up"
-        )
-    return records
+    return _numbered_as(wrap(data, None if names_its_classes(data) else classes), classes)
+
+
+def _numbered_as(records: ImageRecords, classes: Sequence[str] | None) -> ImageRecords:
+    """The same images with other numbers for their classes. Raises: DataError: classes that are not expected."""
+    if classes is None or tuple(classes) == records.classes:
+        return records
+    check_classes(records.classes, classes, where=records.name, all_of_them=False)
+    return SubsetRecords(records, range(len(records)), classes=classes)
 
 
 def open_dataset(
@@ -96,7 +103,7 @@ def open_dataset(
         ConfigError: an unknown split; root or download with a folder; coarser classes that the set does not have.
         MissingExtraError: the labels of a named data set are MATLAB files, and scipy to read them is not installed.
     """
-    if split not in _FOLDERS:
+    if split not in SPLIT_FOLDERS:
         raise ConfigError(f"split={split!r}; expected 'train' or 'val'")
     if _is_named(source):
         where = Path("data" if root is None else root).expanduser()
@@ -112,7 +119,7 @@ def open_dataset(
 def has_validation(source: str | os.PathLike[str]) -> bool:
     """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
     folder = Path(source).expanduser()
-    return _is_named(source) or (folder.is_dir() and "val" in _split_folders(folder))
+    return _is_named(source) or (folder.is_dir() and "val" in _split_folders(_unwrapped(folder)))
 
 
 def _is_named(source: str | os.PathLike[str]) -> bool:
@@ -136,12 +143,7 @@ def _open_named(wanted: _Wanted, classes: Sequence[str] | None) -> ImageRecords:
     records = _OPENERS[name](wanted)
     if len(records.classes) < 2:
         raise DataError(f"{wanted.name}: only one class, {records.classes[0]}; a classifier needs two or more")
-    if classes is not None and tuple(classes) != records.classes:
-        check_classes(records.classes, classes, where=wanted.name)
-        raise DataError(
-            f"{wanted.name}: the training set's classes stand in another order; use the same data set for both"
-        )
-    return records
+    return _numbered_as(records, classes)
 
 
 @contextmanager
@@ -327,34 +329,51 @@ def _split_folders(folder: Path) -> dict[str, str]:
     Where there is nothing but split folders, images right in them are a mistake and no classes "train" and "val". A
     test folder beside others may hold images without classes, and is then passed over.
 
-    Raises: DataError: folders such as seg_train and seg_test.
+    Raises: DataError: folders such as seg_train and seg_test, or several of one name.
     """
     found = subfolders(folder)
-    named = {name: match for name in found if (match := _SPLIT.fullmatch(name))}
+    named = {name: match for name in found if (match := SPLIT_FOLDER.fullmatch(name))}
     deep = {name for name in named if subfolders(folder / name)}
-    if not named or (len(named) < len(found) and not deep):
+    if not named or (len(named) < len(found) and not deep and not {*SPLIT_FOLDERS} <= {*map(split_of, named)}):
         return {}
     present: dict[str, str] = {}
-    suspects: dict[str, str] = {}
-    for split, words in _FOLDERS.items():
+    unsure: dict[str, str] = {}
+    for split, words in SPLIT_FOLDERS.items():
         for word in reversed(words):
-            for name, match in named.items():
-                if match["word"].lower() == word and (name in deep or not deep or not word.startswith("test")):
-                    (suspects if match["before"] else present)[split] = name
-    if not present and len(suspects) == 2:
+            alike = [name for name, match in named.items() if match["word"].lower() == word]
+            alike = [name for name in alike if name in deep or not deep or not word.startswith("test")]
+            sure = [name for name in alike if split_of(name)]
+            if len(sure) > 1:
+                raise DataError(f"{folder}: {' and '.join(sure)} are one split by their names; join or rename them")
+            if alike:
+                (present if sure else unsure)[split] = (sure or alike)[0]
+    unsure = {split: name for split, name in unsure.items() if split not in present and (name in deep or not present)}
+    if unsure and len(both := {**present, **unsure}) == 2:
         raise DataError(
-            f"{folder}: {' and '.join(suspects.values())} look like splits, not like classes; rename them to train and "
+            f"{folder}: {both['train']} and {both['val']} look like splits, not like classes; rename them to train and "
             "val, or name each by itself"
         )
     return present
 
 
+def _unwrapped(folder: Path) -> Path:
+    """The folder, or one that lies alone in it, perhaps further down, and holds splits."""
+    place = folder
+    for _ in range(_DEEPEST):
+        names = subfolders(place)
+        if len(names) != 1 or SPLIT_FOLDER.fullmatch(names[0]):
+            break
+        place /= names[0]
+    return place if _split_folders(place) else folder
+
+
 def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+    name, folder = folder.resolve().name, _unwrapped(folder)
     if present := _split_folders(folder):
         if split in present:
-            if split == "train" and (others := [name for name in subfolders(folder) if not _SPLIT.fullmatch(name)]):
+            if split == "train" and (others := [one for one in subfolders(folder) if split_of(one) is None]):
                 logger.warning("%s: images are read from %s, none from %s", folder, present[split], some(others))
-            return read_class_folders(folder / present[split], name=folder.resolve().name, classes=classes)
+            return _read_folder(folder / present[split], name, classes)
         expected = {"train": "train", "val": "val or validation or valid or test"}[split]
         raise DataError(f"{folder}: has {some([*present.values()])} but no {expected} folder with class folders")
     if split == "val" and not own_folder:
@@ -362,90 +381,63 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
             f"{folder}: class folders without a split, which are a training set; put the images for validation into "
             "its folder val and the others into its folder train, or name a folder for validation alone"
         )
-    return read_class_folders(folder, classes=classes)
+    return _read_folder(folder, name, classes)
 
 
-def wrap(dataset: Any, classes: Sequence[str] | None = None) -> ImageRecords:
-    """Any Dataset of (image, label) pairs as `ImageRecords`.
+def _read_folder(folder: Path, name: str, classes: Sequence[str] | None) -> FileRecords:
+    """Class folders, or images with Tiny ImageNet's list of their classes; errors come with a remedy.
 
-    Args:
-        dataset: has a length, and items of an image, in a form that `load_image` accepts (a PIL image, a path, an array
-            or tensor of uint8 or of floats 0..1, not yet normalised, with as many channels as the model takes), and a
-            whole number from 0.
-        classes: class names in the order of the labels; by default the data set's own `classes`, or those of the data
-            set that a Subset or ConcatDataset is made from.
-
-    Raises: DataError: no length or no images, no class names, fewer than two classes.
+    A folder that holds but one of its own name, as archives of train/train/, stands for that.
     """
-    if isinstance(dataset, ImageRecords) and (classes is None or tuple(classes) == dataset.classes):
-        return dataset
-    return _WrappedRecords(dataset, classes)
+    if [one.lower() for one in subfolders(folder)] == [folder.name.lower()]:
+        folder /= subfolders(folder)[0]
+    if (folder / _ANNOTATIONS).is_file():
+        return _read_annotations(folder, name, classes)
+    try:
+        return read_class_folders(folder, name=name, classes=classes)
+    except DataError as error:
+        if hint := _hint(folder):
+            raise DataError(f"{error.args[0].partition(';')[0]}; {hint}") from error
+        raise
 
 
-class _WrappedRecords(ImageRecords):
-    def __init__(self, dataset: Any, classes: Sequence[str] | None) -> None:
-        self.name = str(getattr(dataset, "name", type(dataset).__name__))
-        found = _own_classes(dataset) if classes is None else classes
-        if found is None:
-            raise DataError(f"{self.name} does not say its classes; pass wrap(dataset, classes=[...])")
-        self.classes = tuple(name if isinstance(name, str) else ", ".join(name) for name in found)
-        if len(self.classes) < 2:
-            raise DataError(f"{self.name}: {len(self.classes)} class; a classifier needs two or more")
-        try:
-            self._length = len(dataset)
-        except TypeError as error:
-            raise DataError(f"{self.name} has no length; expected a Dataset with len() and items by index") from error
-        if self._length == 0:
-            raise DataError(f"{self.name}: no images")
-        self._dataset = dataset
-
-    def __len__(self) -> int:
-        return self._length
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        item = self._dataset[index]
-        try:
-            image, label = item
-            number = whole_number(label)
-        except (TypeError, ValueError) as error:
-            raise DataError(f"{self.describe(index)}: {error}; expected a pair of image and whole number") from error
-        if not 0 <= number < len(self.classes):
-            raise DataError(f"{self.describe(index)}: label {number}, expected 0 to {len(self.classes) - 1}")
-        return load_item(image), number
-
-    def describe(self, index: int) -> str:
-        dataset, inner = self._inner(index)
-        if isinstance(dataset, ImageRecords):
-            return dataset.describe(inner)
-        if isinstance(dataset, DatasetFolder):
-            return str(dataset.samples[inner][0])
-        return super().describe(index)
-
-    def label(self, index: int) -> int:
-        dataset, inner = self._inner(index)
-        if isinstance(dataset, ImageRecords):
-            return dataset.label(inner)
-        known = getattr(dataset, "targets", None)
-        if known is None or len(known) != len(dataset) or getattr(dataset, "target_transform", None) is not None:
-            return super().label(index)
-        return int(known[inner])
-
-    def _inner(self, index: int) -> tuple[Any, int]:
-        """The data set that an image comes from, behind any Subsets, and its number there."""
-        dataset: Any = self._dataset
-        while isinstance(dataset, Subset):
-            dataset, index = dataset.dataset, dataset.indices[index]
-        return dataset, index
+def _read_annotations(folder: Path, name: str, classes: Sequence[str] | None) -> FileRecords:
+    """Validation images as Tiny ImageNet keeps them: in the folder images, each with a line of file, class, box."""
+    lines = read_text(folder / _ANNOTATIONS, error=DataError).splitlines()
+    rows = [line.split("\t") for line in lines if line.strip()]
+    if not rows or any(len(row) < 2 for row in rows):
+        raise DataError(f"{folder / _ANNOTATIONS}: expected lines of a file's name, a tab and its class")
+    found = sorted({row[1] for row in rows})
+    if classes is not None:
+        check_classes(found, classes, where=str(folder), all_of_them=False)
+    numbers = {label: number for number, label in enumerate(found if classes is None else classes)}
+    return FileRecords(name, folder / "images", (row[0] for row in rows), (numbers[row[1]] for row in rows), numbers)
 
 
-def _own_classes(dataset: Any) -> Sequence[Any] | None:
-    """`classes` of a data set, or of the one behind a Subset (.dataset) or ConcatDataset (.datasets)."""
-    while dataset is not None:
-        if getattr(dataset, "classes", None) is not None:
-            return dataset.classes
-        parts = getattr(dataset, "datasets", None) or [None]
-        dataset = getattr(dataset, "dataset", parts[0])
-    return None
+def _hint(folder: Path) -> str:
+    """A remedy for a folder that is no set of class folders; "" if there is none to see."""
+    names = os.listdir(folder)
+    for place, entries in ((folder.parent, [folder.name]), (folder, names)):
+        for entry in entries:
+            if known := next((name for start, name in _BY_NAME.items() if entry.startswith(start)), None):
+                return f"{entry} is opened by name: {known}, with root={str(place)!r} (--root)"
+    if images := list_images(folder, recursive=False)[0]:
+        tables = [name for name in (*names, *os.listdir(folder.parent)) if name.lower().endswith(_TABLES)]
+        listed = f" ({some(tables)} is not read)" if tables else ""
+        return (
+            f"{len(images)} images lie right in it: move each into its class's folder{listed}, or pass "
+            "deit_models.wrap([(path, class), ...])"
+        )
+    waiting = [folder]
+    for place in islice(waiting, _PLACES):
+        inner = subfolders(place)
+        classes = [
+            place / name / one for name in inner if split_of(name) == "train" for one in subfolders(place / name)
+        ]
+        if classes and list_images(classes[0])[0]:
+            return f"train is in {place}: name that folder"
+        waiting += [place / name for name in inner]
+    return ""
 
 
 def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,8 +25,36 @@ IMAGE_SUFFIXES = tuple(
 )
 """Files with these suffixes, in upper or lower case, are images: in training, evaluation and prediction."""
 _UNREAD_SUFFIXES = tuple(".arw .cr2 .cr3 .dng .jxl .nef .orf .psd .raf .raw .rw2 .svg".split())
-_NO_IMAGES = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
+_NO_IMAGES = (
+    "__MACOSX",
+    "__pycache__",
+    "@eaDir",
+    "#recycle",
+    "$RECYCLE.BIN",
+    "System Volume Information",
+    "lost+found",
+)
 """Folders that operating systems and servers make; like hidden ones they hold no images of the user's."""
+
+SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
+    "train": ("train", "training"),
+    "val": ("val", "validation", "valid", "dev", "development", "eval", "evaluation", "test", "testing"),
+}
+"""Words for a split's folder, in the order they are looked for."""
+SPLIT_FOLDER = re.compile(
+    rf"(?P<before>.*[\W_])?(?P<word>{'|'.join(sum(SPLIT_FOLDERS.values(), ()))})"
+    r"[\W_]*(?:data|folder|images|set|split)?[\W_]*\d*(?P<after>[\W_].*|[a-z])?",
+    re.IGNORECASE,
+)
+"""A split's folder, such as Train, valid_set, VAL2017; with more around the word, it is one by suspicion only."""
+
+
+def split_of(name: str) -> str | None:
+    """Split that a folder's name stands for, "train" or "val"; None: neither, or by suspicion only."""
+    match = SPLIT_FOLDER.fullmatch(name)
+    if match is None or match["before"] or match["after"]:
+        return None
+    return next(split for split, words in SPLIT_FOLDERS.items() if match["word"].lower() in words)
 
 
 def is_image(name: str) -> bool:
@@ -82,11 +111,11 @@ class FileRecords(ImageRecords):
         self._root = os.fspath(root)
         # Three blocks of memory instead of a million objects: workers that fork would copy those as soon as they count
         # a reference to them, and workers that spawn would unpickle them one by one
-        encoded = [os.fsencode(file) for file in files]
-        self._names = b"".join(encoded)
-        self._ends = array("q", [0])
-        for entry in encoded:
-            self._ends.append(self._ends[-1] + len(entry))
+        names, self._ends = bytearray(), array("q", [0])
+        for file in files:
+            names += os.fsencode(file)
+            self._ends.append(len(names))
+        self._names = bytes(names)
         self._labels = array("q", labels)
 
     def __len__(self) -> int:
@@ -311,23 +340,14 @@ def read_class_folders(
     if classes is not None:
         check_classes(found, classes, where=str(folder), all_of_them=False)
     numbers = {label: number for number, label in enumerate(found if classes is None else classes)}
-    files: list[str] = []
-    labels = array("q")
-    empty, unread = [], []
-    for entry in folders:
-        images, others = listed.pop(entry)
-        if not images:
-            empty.append(entry)
-        files += [f"{entry}/{image}" for image in images]
-        unread += others
-        labels.extend([numbers[class_of(entry)]] * len(images))
+    unread = [name for entry in folders for name in listed[entry][1]]
     advice = unread_files(unread) if unread else ""
-    if empty:
-        expected = advice or f"expected {' '.join(IMAGE_SUFFIXES)} files"
+    if empty := [entry for entry in folders if not listed[entry][0]]:
+        expected = advice or "expected .jpg, .png and other image files; move it elsewhere if it is no class"
         raise DataError(f"{folder}: no images in class folder {some(empty)}; {expected}")
     if advice:
         logger.warning("%s: %s", folder, advice)
-    nested = _nested(files)
+    nested = _nested(folder, listed)
     if len(numbers) == 1:
         hint = f"; are they in {folder / folders[0]}?" if nested else ""
         raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders{hint}")
@@ -336,6 +356,10 @@ def read_class_folders(
             "%s: classes are the %d folders in it; images in folders below, as %s, are of the class above",
             *(folder, len(folders), some(nested)),
         )
+    labels = array("q")
+    for entry in folders:
+        labels.extend([numbers[class_of(entry)]] * len(listed[entry][0]))
+    files = (f"{entry}/{image}" for entry in folders for image in listed.pop(entry)[0])
     return FileRecords(name or folder.resolve().name, folder, files, labels, numbers)
 
 
@@ -353,18 +377,20 @@ def _has_files(folder: Path) -> bool:
     return any(files for _, files in _walk(folder))
 
 
-def _nested(files: Iterable[str]) -> list[str]:
-    """Folders of images within class folders that have no image beside them."""
-    direct: set[str] = set()
-    below: dict[str, str] = {}
-    for file in files:
-        top, _, rest = file.partition("/")
-        inner, found, _ = rest.partition("/")
-        if found:
-            below[f"{top}/{inner}"] = top
-        else:
-            direct.add(top)
-    return [path for path, top in below.items() if top not in direct]
+def _nested(folder: Path, listed: Mapping[str, tuple[list[str], list[str]]]) -> list[str]:
+    """Folders of images within class folders that have no image beside them. Raises: DataError: they are splits."""
+    nested = [
+        f"{entry}/{inner}"
+        for entry, (images, _) in listed.items()
+        if all("/" in image for image in images)
+        for inner in dict.fromkeys(image.partition("/")[0] for image in images)
+    ]
+    if {"train", "val"} <= {split_of(path.partition("/")[2]) for path in nested}:
+        raise DataError(
+            f"{folder}: folders within folders that look like splits, {some(nested)}; name the folder that holds train "
+            "and val, or move each class into both"
+        )
+    return nested
 
 
 def _check_spelling(folder: Path, names: Sequence[str]) -> None:
