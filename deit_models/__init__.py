@@ -23,6 +23,7 @@ from .errors import (
 from .registry import count_macs, list_models, model_info, register_model
 
 if TYPE_CHECKING:
+    from .data.classes import wrap
     from .data.transforms import transform_for
     from .deploy.export import export
     from .deploy.optimize import optimize
@@ -72,6 +73,7 @@ __all__ = [
     "save_pretrained",
     "train",
     "transform_for",
+    "wrap",
 ]
 
 # Loaded when first used: each needs torch, torchvision or huggingface_hub, which listing models does not.
@@ -90,6 +92,7 @@ _LAZY = {
     "save_pretrained": ".formats.publish",
     "train": ".training.run",
     "transform_for": ".data.transforms",
+    "wrap": ".data.classes",
 }
 
 

@@ -17,13 +17,12 @@ from tracing import modules_run
 
 import deit_models
 from deit_models import predict
-from deit_models.data.datasets import find_images
 from deit_models.data.loading import file_batches
 from deit_models.data.transforms import transform_for
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
-from deit_models.predict import Classifier, ImageResult, attention_maps, batches_ahead
+from deit_models.predict import Classifier, ImageResult, attention_maps, batches_ahead, find_images
 
 NAMES = ("plane", "car", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "lorry")
 

@@ -73,7 +73,7 @@ def add_predict(commands: Any) -> None:
 
 def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassifier] | None = None) -> int:
     """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
-    from ..data.datasets import find_images
+    from ..predict import find_images
     from .results import resume_results, write_results, written_name
 
     for name in _TUNING:

@@ -133,7 +133,7 @@ def _student(args: argparse.Namespace, recipe: Recipe, records: ImageRecords) ->
     """The model to train, and its start in words. Random weights come from the recipe's seed."""
     import torch
 
-    from ..data.classes import match_classes
+    from ..evaluation import match_classes
     from ..hub.load import from_pretrained
     from ..models import create_model
     from ..registry import list_models

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import re
 from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +10,7 @@ from functools import cached_property
 from itertools import chain
 from operator import index as whole_number
 from os import PathLike, fspath
-from typing import Any, NamedTuple
+from typing import Any
 
 import PIL.Image
 import torch
@@ -20,18 +18,11 @@ from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset, TensorDataset
 from torchvision.datasets import DatasetFolder
 
-from ..checkpoint import weights_dir
 from ..config import nearest
 from ..errors import ConfigError, DataError, ImageError, shown
-from ..files import read_text
 from ..models.layers import ImageClassifier
 from .decoding import load_item
-from .records import FileRecords, ImageRecords, SubsetRecords, some
-
-logger = logging.getLogger(__name__)
-
-_WORDNET_ID = re.compile(r"n\d{8}")
-_WORDNET_FILE = "imagenet_wordnet_ids.txt"
+from .records import FileRecords, ImageRecords, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "target", "cls")
@@ -59,112 +50,6 @@ def _checked(model: ImageClassifier, names: Sequence[str]) -> tuple[str, ...]:
     if len(names) != model.num_classes:
         raise ConfigError(f"{len(names)} labels given, {model.num_classes} expected: one for each class of the model")
     return tuple(names)
-
-
-class Match(NamedTuple):
-    """Correspondence of a data set's classes with a model's.
-
-    Attributes:
-        order: for each label of the data the model's logit of the same class; None if the names do not match.
-        difference: of the names; empty if they match or the model has none.
-    """
-
-    order: tuple[int, ...] | None
-    difference: str = ""
-
-
-def match_classes(model: ImageClassifier, records: ImageRecords) -> Match:
-    """Compare class names; there must be as many as the model has classes.
-
-    ImageNet's thousand classes are accepted by their WordNet ids, whose sorted order is that of every ImageNet model's
-    logits, and as torchvision's data set, which is in that order.
-    """
-    names, classes = class_names_of(model), records.classes
-    if names is not None and len(set(names)) == len(names) and set(names) == set(classes):
-        return Match(tuple(map(names.index, classes)))
-    sorted_ids = list(classes) == sorted(classes) and all(map(_WORDNET_ID.fullmatch, classes))
-    if len(classes) == 1000 and (sorted_ids or records.name == "imagenet"):
-        return Match(tuple(range(1000)))
-    if names is None:
-        return Match(None)
-    ours, theirs = (
-        some([name for name in one if name not in set(other)]) or "no other"
-        for one, other in ((names, classes), (classes, names))
-    )
-    return Match(None, f"the model alone knows {ours}, the data alone has {theirs}")
-
-
-def in_the_models_order(
-    model: ImageClassifier, records: ImageRecords, *, ignore_class_names: bool = False
-) -> ImageRecords:
-    """The records with labels that are numbers of the model's logits.
-
-    Classes are matched by name, WordNet id or number. They may be some of the model's; then their images are scored
-    among all of the model's classes, and a line says so.
-
-    Raises: DataError: classes that the model lacks, unless they are as many as the model's and `ignore_class_names`.
-    """
-    whole = len(records.classes) == model.num_classes
-    order, difference = match_classes(model, records) if whole else Match(None)
-    if order is None and not (whole and ignore_class_names):
-        order = _order_by_spelling(model, records)
-    if order is not None:
-        if order == tuple(range(model.num_classes)):
-            return records
-        names = [f"(not in {records.name}: {logit})" for logit in range(model.num_classes)]
-        for name, logit in zip(records.classes, order, strict=True):
-            names[logit] = name
-        return SubsetRecords(records, range(len(records)), classes=names)
-    if not whole:
-        raise DataError(
-            f"{records.name} has {len(records.classes)} classes, the model has {model.num_classes}; evaluate a model "
-            f"that was trained for these classes, or name their folders as the model names its classes"
-        )
-    if difference and not ignore_class_names:
-        raise DataError(
-            f"{records.name} has other classes than the model: {difference}; rename the folders, or pass "
-            f"ignore_class_names=True (--ignore-class-names) if they are the same classes in the same order"
-        )
-    if not ignore_class_names:
-        logger.warning("the model does not name its classes: taken to be in the order of %s", records.name)
-    return records
-
-
-def _order_by_spelling(model: ImageClassifier, records: ImageRecords) -> tuple[int, ...] | None:
-    """The logit of each class, all different; None if they cannot be told. A line says what they are matched by."""
-    names, classes = class_names_of(model) or (), records.classes
-    exact, spoken = _unique((name,) for name in names), _unique(map(_synonyms, names))
-    found: dict[str, list[int | None]] = {
-        "name": [exact.get(name) for name in classes],
-        "name in another spelling": [
-            next((spoken[word] for word in _synonyms(name) if word in spoken), None) for name in classes
-        ],
-        "number": [int(name) if name.isdecimal() and int(name) < model.num_classes else None for name in classes],
-    }
-    if len(names) == 1000 and names[0].startswith("tench") and names[-1].startswith("toilet tissue"):
-        ids = {name: logit for logit, name in enumerate(read_text(weights_dir() / _WORDNET_FILE).split())}
-        found["WordNet id"] = [ids.get(name) for name in classes]
-    for kind, logits in found.items():
-        order = tuple(logit for logit in logits if logit is not None)
-        if len({*order}) == len(classes):
-            of_many = f"{len(classes)} of the model's {model.num_classes} classes" if len(names) else "classes"
-            logger.warning("%s: %s, matched by %s; each image is scored among all", records.name, of_many, kind)
-            return order
-    return None
-
-
-def _synonyms(name: str) -> list[str]:
-    """A class name without case and punctuation, whole and by its parts between commas."""
-    return [" ".join(re.split(r"[\W_]+", part.casefold())).strip() for part in (name, *name.split(","))]
-
-
-def _unique(names: Iterable[Iterable[str]]) -> dict[str, int]:
-    """The number of each name that belongs to one number alone."""
-    found: dict[str, set[int]] = {}
-    for number, synonyms in enumerate(names):
-        for name in synonyms:
-            found.setdefault(name, set()).add(number)
-    return {name: min(numbers) for name, numbers in found.items() if len(numbers) == 1}
 
 
 def wrap(dataset: Any, classes: Sequence[str] | int | None = None) -> ImageRecords:
@@ -310,7 +195,7 @@ def _known_labels(dataset: Any) -> Sequence[Any] | None:
     if isinstance(dataset, TensorDataset):
         known = dataset.tensors[-1]
     elif (column := _label_column(dataset)) and hasattr(dataset, "with_format"):
-        known = list(dataset.with_format(None)[column])
+        known = dataset.with_format(None)[column][:]  # in a list at once
     elif getattr(dataset, "target_transform", None) is None:
         known = getattr(dataset, "targets", getattr(dataset, "labels", None))
     listed = hasattr(known, "__getitem__") and hasattr(known, "__len__") and len(known) == len(dataset)
@@ -365,7 +250,7 @@ class _WrappedRecords(ImageRecords):
     def _pair(self, item: Any, index: int) -> tuple[Any, Any]:
         if isinstance(item, (list, tuple)) and len(item) == 2:
             return item[0], item[1]
-        kind = f"{len(item)} values" if isinstance(item, (list, tuple)) else f"a {type(item).__name__}"
+        kind = f"{len(item)} values" if isinstance(item, (list, tuple)) else f"item of type {type(item).__name__}"
         if isinstance(item, Mapping):
             features = getattr(self._inner(index)[0], "features", None) or {}
             image, label = _key(item, features, _IMAGE_KEYS, "Image"), _key(item, features, _LABEL_KEYS, "ClassLabel")

@@ -18,11 +18,10 @@ from typing import Any, Literal, NamedTuple
 from torchvision import datasets
 
 from ..config import nearest
-from ..errors import ConfigError, DataError, ImageError, MissingExtraError, first_line
+from ..errors import ConfigError, DataError, MissingExtraError, first_line
 from ..files import read_text
 from .classes import names_its_classes, wrap
 from .records import (
-    IMAGE_SUFFIXES,
     SPLIT_FOLDER,
     SPLIT_FOLDERS,
     ArrayRecords,
@@ -35,7 +34,6 @@ from .records import (
     some,
     split_of,
     subfolders,
-    unread_files,
 )
 
 logger = logging.getLogger(__name__)
@@ -438,23 +436,3 @@ def _hint(folder: Path) -> str:
             return f"train is in {place}: name that folder"
         waiting += [place / name for name in inner]
     return ""
-
-
-def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted; they are known by IMAGE_SUFFIXES, see `list_images` for what is left out.
-
-    Files that look like images and cannot be read here, such as HEIC without pillow-heif, are counted in a warning.
-
-    Raises: ImageError: no such folder, or no image in it. DataError: a folder in it cannot be read.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
-    found, unread = list_images(root, recursive=recursive)
-    if not found:
-        where = "in it or below" if recursive else "directly in it"
-        reason = unread_files(unread) if unread else f"looked for {' '.join(IMAGE_SUFFIXES)}"
-        raise ImageError(f"{root}: no image {where}; {reason}")
-    if unread:
-        logger.warning("%s: %s", root, unread_files(unread))
-    return sorted(root / name for name in found)

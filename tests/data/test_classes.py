@@ -1,140 +1,319 @@
-"""Class names: those of a model and of a data set, and which label is which logit."""
+"""Data sets of others: class names and labels of every form, what their items may be, and what is refused."""
 
-from dataclasses import replace
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import PIL.Image
 import pytest
+import torch
+from small_sets import Pictures, fill, plain, write_image
+from torch.utils.data import ConcatDataset, DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder
 
 import deit_models
-from deit_models.data.classes import Match, in_the_models_order, match_classes
-from deit_models.data.records import ImageRecords, SubsetRecords
-from deit_models.errors import DataError
+from deit_models.augmentation.samples import TrainingSamples
+from deit_models.data.classes import wrap
+from deit_models.data.datasets import open_dataset
+from deit_models.data.records import FileRecords
+from deit_models.errors import DataError, ImageError
 
-PLAIN = "deit_micro_patch4_32"
-CLASSES = ("ant", "bee", "cow")
-
-
-class Named(ImageRecords):
-    """Class names and one image for each."""
-
-    def __init__(self, classes, name="photos"):
-        self.name, self.classes = name, tuple(classes)
-
-    def __len__(self):
-        return len(self.classes)
-
-    def __getitem__(self, index):
-        return PIL.Image.new("RGB", (1, 1), (index, 0, 0)), index
+IMAGE = PIL.Image.new("RGB", (2, 2))
 
 
-def imagenet_model(**origin):
-    model = deit_models.create_model(PLAIN, num_classes=1000)
-    model.origin = replace(model.origin, **{"dataset": "ImageNet-1k", **origin})
-    return model
+class Items(Dataset[Any]):
+    """Items as they are given, with attributes."""
+
+    def __init__(self, items: list[Any], **attributes: Any) -> None:
+        self.items = items
+        vars(self).update(attributes)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Any:
+        item = self.items[index]
+        return item() if callable(item) else item
 
 
-WORDNET_IDS = [f"n{number:08}" for number in range(1000)]
+def test_wrap_is_public() -> None:
+    assert deit_models.wrap is wrap
 
 
-def test_imagenet_is_known_by_its_wordnet_ids_and_by_torchvisions_names():
-    as_they_are = Match(tuple(range(1000)))
-    assert match_classes(imagenet_model(), Named(WORDNET_IDS)) == as_they_are
-    synonyms = [f"name {number}, other name" for number in range(1000)]
-    assert match_classes(imagenet_model(), Named(synonyms, "imagenet")) == as_they_are
-    # a checkpoint from the Hub, which calls its classes by words
-    assert match_classes(imagenet_model(class_names=tuple(synonyms)), Named(WORDNET_IDS)) == as_they_are
-    assert (
-        match_classes(imagenet_model(class_names=tuple(synonyms[::-1])), Named(synonyms)).order
-        == tuple(range(1000))[::-1]
-    )
+def test_torchvision_dataset_and_its_subsets_are_wrapped(tmp_path: Path) -> None:
+    folder = ImageFolder(str(fill(tmp_path)))
+    records = wrap(folder)
+    assert records.classes == ("cat", "dog")
+    assert records[2][0].size == (8, 6)
+    assert records[2][1] == 1
+    part = wrap(Subset(Subset(folder, [3, 1]), [1]))
+    assert part.classes == ("cat", "dog")
+    assert len(part) == 1
+    assert part.describe(0) == str(tmp_path / "cat/1.png")
+    both = wrap(ConcatDataset([folder, Subset(folder, [2])]))
+    assert (len(both), both.classes, both.describe(4)) == (5, ("cat", "dog"), str(tmp_path / "dog/0.png"))
+    assert [both.label(i) for i in range(5)] == [0, 0, 1, 1, 1]
+    ours = open_dataset(tmp_path, "train")
+    assert wrap(Subset(ours, [3])).describe(0) == ours.describe(3)
+    assert wrap(Subset(ours, [3])).label(0) == 1
 
 
-def test_imagenets_order_is_not_taken_for_granted():
-    assert match_classes(imagenet_model(), Named(WORDNET_IDS[::-1])).order is None
-    names = [f"name {number}" for number in range(1000)]
-    match = match_classes(imagenet_model(), Named(names))
-    assert match.order is None
-    assert match.difference.startswith("the model alone knows tench, goldfish, great white shark and 997 more")
-    # one that was trained on folders in another order
-    trained = imagenet_model(class_names=tuple(WORDNET_IDS[::-1]))
-    assert match_classes(trained, Named(WORDNET_IDS)).order == tuple(range(1000))[::-1]
+def test_records_are_not_wrapped_again() -> None:
+    pictures = Pictures(3)
+    assert wrap(pictures) is pictures
+    assert wrap(pictures, ["a", "b", "c"]) is pictures
+    assert wrap(pictures, ["x", "y", "z"]).classes == ("x", "y", "z")
 
 
-def test_two_classes_of_one_name_cannot_be_matched():
-    model = deit_models.create_model(PLAIN, num_classes=3)
-    model.origin = replace(model.origin, class_names=("crane", "crane", "cow"))
-    assert match_classes(model, Named(("crane", "cow", "ant"))).order is None
+def test_tensors_arrays_and_paths_are_images(tmp_path: Path) -> None:
+    images = torch.zeros(2, 3, 5, 7)
+    images[1] = 1.0
+    records = wrap(TensorDataset(images, torch.tensor([0, 1])), classes=["dark", "light"])
+    assert records[1][0].getpixel((0, 0)) == (255, 255, 255)
+    assert records[1][1] == 1
+    assert type(records[1][1]) is int
+    write_image(tmp_path / "x.png", (1, 2, 3))
+    pairs = [(str(tmp_path / "x.png"), np.int64(1)), (np.full((4, 4, 3), 9, np.uint8), 0)]
+    mixed = wrap(pairs, classes=["a", "b"])
+    assert [mixed[i][0].getpixel((0, 0)) for i in range(2)] == [(1, 2, 3), (9, 9, 9)]
 
 
-def test_relabelled_images_keep_their_description_and_name():
-    records = Named(CLASSES)
-    other = SubsetRecords(records, range(3), classes=("bee", "cow", "ant"))  # ant becomes 2, bee 0, cow 1
-    assert other.classes == ("bee", "cow", "ant")
-    assert [other[i][1] for i in range(3)] == [2, 0, 1]
-    assert [other[i][0].getpixel((0, 0))[0] for i in range(3)] == [0, 1, 2]
-    assert (len(other), other.name, other.describe(1)) == (3, "photos", records.describe(1))
-
-
-def test_labels_follow_names_and_numbers_only_where_the_model_has_no_names(caplog):
-    model = deit_models.create_model(PLAIN, num_classes=3)
-    records = Named(("cow", "ant", "bee"))
-    assert in_the_models_order(model, records) is records
-    assert caplog.messages == ["the model does not name its classes: taken to be in the order of photos"]
-    model.origin = replace(model.origin, class_names=("ant", "bee", "cow"))
-    matched = in_the_models_order(model, records)
-    assert matched.classes == ("ant", "bee", "cow")
-    assert [matched[i][1] for i in range(3)] == [2, 0, 1]
-    assert in_the_models_order(model, matched) is matched
-    model.origin = replace(model.origin, class_names=("ant", "bee", "gnu"))
-    with pytest.raises(DataError, match="the model alone knows gnu, the data alone has cow"):
-        in_the_models_order(model, records)
-    assert in_the_models_order(model, records, ignore_class_names=True) is records
-    with pytest.raises(DataError, match="photos has 2 classes, the model has 3"):
-        in_the_models_order(model, Named(("ant", "owl")))
+@pytest.mark.parametrize("shape", [(3, 8, 6), (8, 6, 3), (8, 6), (1, 8, 6), (8, 6, 1)])
+def test_tensors_are_images_with_their_channels_first_last_or_none(shape: tuple[int, ...]) -> None:
+    pixels = torch.arange(8 * 6 * (3 if 3 in shape else 1), dtype=torch.uint8).reshape(shape)
+    image, label = wrap(TensorDataset(pixels[None], torch.tensor([1])), 2)[0]
+    expected = pixels[:, 3, 4] if shape[0] in (1, 3) else pixels[3, 4].flatten()
+    assert (image.size, image.getpixel((4, 3))) == ((6, 8), (*expected.expand(3).tolist(),))
+    assert label == 1
 
 
 @pytest.mark.parametrize(
-    ("classes", "logits"),
+    "label",
     [
-        (("n01440764", "n15075141", "n02102040"), [0, 999, 217]),
-        (("toilet tissue", "goldfish"), [999, 1]),
-        (("Great_White_Shark", "english-springer"), [2, 217]),
-        (("tench, Tinca tinca", "ear, spike, capitulum"), [0, 998]),
-        (("0", "017", "999"), [0, 17, 999]),
+        *(1, True, 1.0, np.int64(1), np.uint8(1), np.float32(1), np.bool_(True), torch.tensor(1), torch.tensor(1.0)),
+        *(np.array([1], np.uint8), torch.tensor([[1]]), [1], np.array(1)),
+        *("dog", np.str_("dog")),
+        *(torch.eye(3)[1], np.array([0, 1, 0]), [0.0, 1.0, 0.0], (0, 1, 0), torch.tensor([False, True, False])),
     ],
+    ids=repr,
 )
-def test_some_of_the_models_classes_are_matched_by_name_id_or_number(classes, logits, caplog):
-    records = in_the_models_order(imagenet_model(), Named(classes))
-    assert [records.label(i) for i in range(len(classes))] == logits
-    assert [records[i][1] for i in range(len(classes))] == logits
-    assert len(records.classes) == 1000
-    assert f"photos: {len(classes)} of the model's 1000 classes, matched by" in caplog.text
+def test_label_of_any_form_is_its_class(label: Any) -> None:
+    number = wrap([(IMAGE, label)], ["cat", "dog", "eel"])[0][1]
+    assert (number, type(number)) == (1, int)
 
 
 @pytest.mark.parametrize(
-    "classes",
+    ("label", "message"),
     [
-        ("n00000000", "n01440764"),
-        ("tench", "cauliflower ear"),
-        ("goldfish", "Goldfish"),
-        ("1", "1000"),
-        ("1", "01"),
-        ("tench", "5"),
+        (3, "label 3, expected a whole number from 0 to 2"),
+        (-1, "label -1, expected"),
+        (0.5, "label 0.5, expected"),
+        (float("nan"), "label nan, expected"),
+        (None, "label None, expected"),
+        ("dogs", "label 'dogs', expected a class; nearest: dog"),
+        (b"dog", "label b'dog', expected"),
+        ([0.1, 0.8, 0.1], "one-hot vector; soft labels, and several at once, are not learned from"),
+        (torch.tensor([1, 1, 0]), "one-hot vector; soft labels, and several at once"),
+        (np.array([1, 0]), "one-hot vector"),
+        (np.array([], int), "one-hot vector"),
     ],
 )
-def test_classes_that_the_model_lacks_or_that_are_one_are_refused(classes):
-    with pytest.raises(DataError, match="photos has 2 classes, the model has 1000"):
-        in_the_models_order(imagenet_model(), Named(classes))
+def test_other_labels_stop_the_run_instead_of_being_replaced(label: Any, message: str) -> None:
+    samples = TrainingSamples(wrap([(IMAGE, label)] * 3, classes=["cat", "dog", "eel"]), plain)
+    with pytest.raises(DataError, match=f"image 0 of list: .*{message}") as caught:
+        samples[0, 1]
+    assert "\n" not in str(caught.value)
 
 
-def test_wordnet_ids_are_those_of_imagenets_order_alone():
-    other = imagenet_model(class_names=tuple(f"kind {number}" for number in range(1000)))
-    with pytest.raises(DataError, match="photos has 2 classes"):
-        in_the_models_order(other, Named(("n01440764", "n15075141")))
+@pytest.mark.parametrize(
+    "item",
+    [
+        {"image": IMAGE, "label": 1},
+        {"img": IMAGE, "labels": np.array([1]), "id": 7},
+        {"pixel_values": torch.zeros(3, 4, 4), "target": torch.tensor(1)},
+        {"image": {"bytes": None, "path": "a.png"}, "label": 1},
+        {"label": 1, "image": {"bytes": b"a.png", "path": None}},
+        (IMAGE, 1),
+        [IMAGE, 1],
+    ],
+    ids=lambda item: str(list(item)),
+)
+def test_items_are_pairs_or_dicts(item: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_image(tmp_path / "a.png")
+    monkeypatch.chdir(tmp_path)
+    if isinstance(item, dict) and isinstance(item.get("image"), dict) and item["image"]["bytes"]:
+        item["image"]["bytes"] = (tmp_path / "a.png").read_bytes()
+    image, label = wrap(Items([item], classes=["a", "b"]))[0]
+    assert (image.mode, label) == ("RGB", 1)
 
 
-def test_numbered_folders_are_in_the_order_of_their_numbers(caplog):
-    model = deit_models.create_model(PLAIN, num_classes=12)
-    records = in_the_models_order(model, Named(sorted(map(str, range(12)))))
-    assert [records.label(i) for i in range(4)] == [0, 1, 10, 11]
-    assert "matched by number" in caplog.text
+@pytest.mark.parametrize(
+    ("item", "message"),
+    [
+        (IMAGE, "item of type Image; expected"),
+        ((IMAGE, 0, 7), "3 values; expected"),
+        ({"image": IMAGE, "caption": "a dog"}, "a dict of image, caption; expected"),
+        (torch.zeros(2, 3), "item of type Tensor"),
+        ((torch.randn(3, 4, 4), 0), "float image with values from .*; expected 0 to 1, not yet normalised"),
+        ((0, IMAGE), "label <PIL.Image.Image"),
+        ((object(), 0), "object is not an image; pass a path"),
+        (lambda: next(iter(())), "raised StopIteration; expected an item"),
+    ],
+)
+def test_wrong_item_stops_the_run_and_is_named(item: Any, message: str) -> None:
+    samples = TrainingSamples(wrap(Items([item] * 3, classes=["a", "b"])), plain)
+    with pytest.raises(DataError, match=f"image 0 of Items: .*{message}"):
+        samples[0, 1]
+
+
+@pytest.mark.parametrize(
+    "error", [KeyError("no such row"), ZeroDivisionError(), AttributeError("x"), RuntimeError("y")]
+)
+def test_error_of_the_data_set_keeps_its_type_and_names_the_item(error: Exception) -> None:
+    def broken() -> None:
+        raise error
+
+    samples = TrainingSamples(wrap(Items([broken] * 3, classes=["a", "b"])), plain)
+    with pytest.raises(type(error)) as caught:
+        samples[0, 1]
+    assert caught.value is error
+    assert getattr(error, "__notes__", [""])[0] in ("", "raised for image 0 of Items")
+
+
+def test_damaged_image_of_a_subset_stays_an_image_error() -> None:
+    with pytest.raises(ImageError, match="1 is damaged"):
+        wrap(Subset(Pictures(3, damaged=[1]), [1]))[0]
+
+
+class ClassLabel(SimpleNamespace):
+    """As Hugging Face's feature of this name."""
+
+
+class Image:
+    """As Hugging Face's feature of this name."""
+
+
+class Table(Items):
+    """As a Dataset of Hugging Face: rows of columns with features; a column is read without the images."""
+
+    def with_format(self, kind: None) -> "Table":
+        assert kind is None
+        return Table([[self.items]], features=self.features)
+
+    def __getitem__(self, index: Any) -> Any:
+        return [row[index] for row in self.items[0][0]] if isinstance(index, str) else super().__getitem__(index)
+
+
+@pytest.mark.parametrize("names", [("image", "label"), ("photo", "breed"), ("img", "fine")])
+def test_columns_are_known_by_name_or_by_feature(names: tuple[str, str]) -> None:
+    rows = [dict(zip((*names, "id"), (IMAGE, number, number), strict=True)) for number in (1, 0, 1)]
+    features = {names[0]: Image(), names[1]: ClassLabel(names=["cat", "dog"]), "id": object()}
+    records = wrap(Table(rows, features=features))
+    assert records.classes == ("cat", "dog")
+    assert [records[i][1] for i in range(3)] == [records.label(i) for i in range(3)] == [1, 0, 1]
+
+
+def test_two_columns_of_classes_are_not_chosen_from() -> None:
+    features = {"img": Image(), "fine": ClassLabel(names=["a", "b"]), "coarse": ClassLabel(names=["x", "y"])}
+    records = wrap(Table([{"img": IMAGE, "fine": 0, "coarse": 1}], features=features), ["a", "b"])
+    with pytest.raises(DataError, match="a dict of img, fine, coarse; expected"):
+        records[0]
+
+
+@pytest.mark.parametrize(
+    ("attributes", "classes"),
+    [
+        ({"classes": ["cat", "dog"]}, ("cat", "dog")),
+        ({"classes": np.array(["cat", "dog"])}, ("cat", "dog")),
+        ({"classes": {1: "dog", 0: "cat"}}, ("cat", "dog")),
+        ({"classes": [("crane", "bird"), ("crane",), ("crane",)]}, ("crane, bird", "crane (1)", "crane (2)")),
+        ({"classes": range(2)}, ("0", "1")),
+        ({"class_to_idx": {"dog": 1, "cat": 0}}, ("cat", "dog")),
+        ({"classes": ["dog", "cat"], "class_to_idx": {"dog": 1, "cat": 0}}, ("cat", "dog")),
+        ({"reader": SimpleNamespace(class_to_idx={"cat": 0, "dog": 1})}, ("cat", "dog")),
+        ({"targets": ["dog", "cat", "dog"]}, ("cat", "dog")),
+    ],
+)
+def test_class_names_are_found(attributes: dict[str, Any], classes: tuple[str, ...]) -> None:
+    assert wrap(Items([(IMAGE, 0)] * 3, **attributes)).classes == classes
+
+
+def test_classes_are_numbers_only_if_asked_for() -> None:
+    assert wrap([(IMAGE, 0)], 3).classes == ("0", "1", "2")
+    with pytest.raises(
+        DataError, match=r"list does not say its classes; pass wrap\(dataset, classes=\[...\]\), or their"
+    ):
+        wrap([(IMAGE, 0)])
+
+
+@pytest.mark.parametrize(
+    ("known", "expected"),
+    [
+        ({"targets": [1, 0]}, [1, 0]),
+        ({"targets": torch.tensor([1, 0])}, [1, 0]),
+        ({"labels": np.array([[1], [0]])}, [1, 0]),
+        ({"targets": ["b", "a"]}, [1, 0]),
+        ({"targets": [1, 0], "target_transform": lambda label: 1 - label}, [0, 0]),
+        ({"labels": ["a", "b", "c"]}, [0, 0]),
+        ({}, [0, 0]),
+    ],
+)
+def test_labels_are_known_without_the_images(known: dict[str, Any], expected: list[int]) -> None:
+    records = wrap(Items([(IMAGE, 0), (IMAGE, 0)], classes=["a", "b"], **known))
+    assert [records.label(i) for i in range(2)] == expected
+    assert [pickle.loads(pickle.dumps(records.label(i))) for i in range(2)] == expected
+
+
+def test_list_of_paths_is_a_table_of_files(tmp_path: Path) -> None:
+    fill(tmp_path)
+    rows = [(tmp_path / "dog/0.png", "dog"), (str(tmp_path / "cat/0.png"), "cat")]
+    records = wrap(rows)
+    assert isinstance(records, FileRecords)
+    assert (records.classes, [records.label(i) for i in range(2)]) == (("cat", "dog"), [1, 0])
+    assert records.describe(0) == str(tmp_path / "dog/0.png")
+    assert records[1][0].getpixel((0, 0)) == (0, 0, 10)
+    with pytest.raises(DataError, match=r"dog/0.png: label 'dog', expected a class"):
+        wrap(rows, ["cat", "eel"])
+
+
+class Stream(IterableDataset[Any]):
+    classes = ("a", "b")
+
+    def __iter__(self) -> Iterator[Any]:
+        yield IMAGE, 0
+
+
+class Endless(Dataset[Any]):
+    classes = ("a", "b")
+
+    def __getitem__(self, index: int) -> Any:
+        return IMAGE, 0
+
+
+@pytest.mark.parametrize(
+    ("dataset", "classes", "message"),
+    [
+        ([(0, 0)], ["one"], "1 class; a classifier needs two"),
+        ([(0, 0)], "ab", "classes='ab'; expected a list of names"),
+        ([], ["a", "b"], "list: no images"),
+        (iter([(0, 0)]), ["a", "b"], r"has no length and items by index; pass list\(dataset\) if it fits"),
+        ({(0, 0), (1, 1)}, ["a", "b"], "set has no length and items by index"),
+        (Stream(), None, "Stream has no length and items by index"),
+        (Endless(), None, "Endless has no length and items by index"),
+        (DataLoader(Items([(IMAGE, 0)])), None, r"DataLoader gives batches; pass its data set \(loader.dataset\)"),
+        ({"train": [], "test": []}, None, r"a dict of train, test; pass one of its data sets, such as data\['train'\]"),
+        (SimpleNamespace(iloc=0), ["a", "b"], r"is no data set; pass pairs: list\(zip\("),
+        (Items([0], class_to_idx={"a": 1, "b": 2}), None, "classes numbered 1, 2; expected 0 to 1"),
+        (
+            ConcatDataset([Items([0], classes=["a", "b"]), Items([0], classes=["a", "c"])]),
+            None,
+            "ConcatDataset is made from data sets with different classes",
+        ),
+    ],
+)
+def test_unusable_dataset_is_refused(dataset: Any, classes: list[str] | None, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        wrap(dataset, classes)
