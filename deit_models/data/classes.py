@@ -52,7 +52,9 @@ def _checked(model: ImageClassifier, names: Sequence[str]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def wrap(dataset: Any, classes: Sequence[str] | int | None = None) -> ImageRecords:
+def wrap(
+    dataset: Any, classes: Sequence[str] | int | None = None, *, otherwise: Sequence[str] | None = None
+) -> ImageRecords:
     """Any Dataset of labelled images as `ImageRecords`.
 
     Args:
@@ -64,6 +66,7 @@ def wrap(dataset: Any, classes: Sequence[str] | int | None = None) -> ImageRecor
         classes: class names in the order of the labels, or their number, for the names "0", "1", ...; by default the
             data set's own `classes`, `class_to_idx` or `features`, those of the data set that a Subset or ConcatDataset
             is made from, or its labels, if those are names.
+        otherwise: class names of a data set that says none.
 
     An error that the data set raises keeps its type; an OSError stands for an image that cannot be read.
 
@@ -75,7 +78,7 @@ def wrap(dataset: Any, classes: Sequence[str] | int | None = None) -> ImageRecor
     own = "imagenet" if hasattr(dataset, "wnids") else getattr(dataset, "name", None)
     name = own if isinstance(own, str) else type(dataset).__name__
     _check_form(dataset, name)
-    found = class_names_in(dataset) if classes is None else _plain_names(classes)
+    found = (_names_in(dataset) or otherwise) if classes is None else _plain_names(classes)
     if found is None:
         raise DataError(
             f"{name} does not say its classes; pass wrap(dataset, classes=[...]), or their number for '0', '1', ..."
@@ -98,29 +101,20 @@ def _check_form(dataset: Any, name: str) -> None:
         raise DataError(f"a dict of {some([*map(str, dataset)])}; pass one of its data sets, such as data['train']")
     if hasattr(dataset, "iloc"):
         raise DataError(f"a {name} is no data set; pass pairs: list(zip(table['path'], table['label']))")
-    try:
-        stream = isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__")
-        length = -1 if stream else len(dataset)
-    except (TypeError, NotImplementedError):
-        length = -1
-    if length <= 0:
+    length = None
+    if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
+        with suppress(TypeError, NotImplementedError):
+            length = len(dataset)
+    if length is None:
         raise DataError(
-            f"{name}: no images"
-            if length == 0
-            else f"{name} has no length and items by index; pass list(dataset) if it fits into memory, or write its "
-            "images into a folder for each class"
+            f"{name} has no length and items by index; pass list(dataset) if it fits into memory, or write its images "
+            "into a folder for each class"
         )
+    if not length:
+        raise DataError(f"{name}: no images")
 
 
-def names_its_classes(dataset: Any) -> bool:
-    """Whether a data set needs no names for `wrap`, or is refused by it anyway."""
-    try:
-        return class_names_in(dataset) is not None
-    except DataError:
-        return True
-
-
-def class_names_in(dataset: Any) -> tuple[str, ...] | None:
+def _names_in(dataset: Any) -> tuple[str, ...] | None:
     """Class names that a data set says, or the one that it is made from; None if it says none.
 
     Raises: DataError: parts with different classes, or a class_to_idx without the numbers from 0.
@@ -133,7 +127,7 @@ def class_names_in(dataset: Any) -> tuple[str, ...] | None:
     if names is not None and not callable(names):
         return _plain_names(names)
     parts = [getattr(dataset, "dataset", None), getattr(dataset, "reader", None), *getattr(dataset, "datasets", ())]
-    found = {class_names_in(part) for part in parts if part is not None} - {None}
+    found = {_names_in(part) for part in parts if part is not None} - {None}
     if len(found) > 1:
         raise DataError(f"{type(dataset).__name__} is made from data sets with different classes; give them the same")
     labels = None if found else _known_labels(dataset)
@@ -270,7 +264,7 @@ class _WrappedRecords(ImageRecords):
     def label(self, index: int) -> int:
         dataset, inner = self._inner(index)
         if isinstance(dataset, ImageRecords):
-            return self._numbers[self.classes[dataset.label(inner)]]
+            return dataset.label(inner)
         if self._labels is None:
             return super().label(index)
         return _number(self._labels[index], self._numbers, self.describe(index))

@@ -20,7 +20,7 @@ from torchvision import datasets
 from ..config import nearest
 from ..errors import ConfigError, DataError, MissingExtraError, first_line
 from ..files import read_text
-from .classes import names_its_classes, wrap
+from .classes import wrap
 from .records import (
     SPLIT_FOLDER,
     SPLIT_FOLDERS,
@@ -40,13 +40,7 @@ logger = logging.getLogger(__name__)
 
 SplitName = Literal["train", "val"]
 
-_BY_NAME = {
-    "cifar-10-batches": "cifar10",
-    "cifar-100": "cifar100",
-    "flowers-102": "flowers102",
-    "ILSVRC2012_": "imagenet",
-    "2021_train": "inaturalist-2021",
-}
+_BY_NAME = {"cifar-10-b": "cifar10", "cifar-100": "cifar100", "flowers-102": "flowers102", "ILSVRC2012_": "imagenet"}
 """Beginnings of the names of files and folders that a data set known by name consists of."""
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 _ANNOTATIONS = "val_annotations.txt"
@@ -54,13 +48,10 @@ _DEEPEST, _PLACES = 5, 200
 
 
 def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = None) -> ImageRecords:
-    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are.
-
-    A Dataset that does not name its classes has those of the training set.
-    """
+    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
     if isinstance(data, (str, PathLike)):
         return open_dataset(data, split, classes=classes, own_folder=True)
-    return _numbered_as(wrap(data, None if names_its_classes(data) else classes), classes)
+    return _numbered_as(wrap(data, otherwise=classes), classes)
 
 
 def _numbered_as(records: ImageRecords, classes: Sequence[str] | None) -> ImageRecords:
@@ -84,11 +75,10 @@ def open_dataset(
 
     Args:
         source: a folder with train/ and val/ (or validation/, valid/, dev/, test/, in any spelling: Training/,
-            valid_set/), each with one folder of images a class; a
-            folder that holds class folders itself, which is a training set; or a name: cifar10, cifar100, flowers102,
-            stanford_cars, imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes:
-            "inaturalist-2018:genus". A name wins over a folder of the same name in the working directory, which is
-            "./cifar10".
+            valid_set/), each with one folder of images a class, or one that holds nothing but such a folder; class
+            folders themselves, which are a training set; or a name: cifar10, cifar100, flowers102, stanford_cars,
+            imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes: "inaturalist-2018:genus". A
+            name wins over a folder of the same name in the working directory, which is "./cifar10".
         split: "train" or "val".
         root: where a named data set lies, "data" by default; not for folders.
         download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
@@ -394,9 +384,12 @@ def _read_folder(folder: Path, name: str, classes: Sequence[str] | None) -> File
     try:
         return read_class_folders(folder, name=name, classes=classes)
     except DataError as error:
-        if hint := _hint(folder):
+        if any(sign in error.args[0] for sign in _NO_CLASS_FOLDERS) and (hint := _hint(folder)):
             raise DataError(f"{error.args[0].partition(';')[0]}; {hint}") from error
         raise
+
+
+_NO_CLASS_FOLDERS = ("no class folders", "no images in class folder", "only one class", "look like splits")
 
 
 def _read_annotations(folder: Path, name: str, classes: Sequence[str] | None) -> FileRecords:
@@ -414,13 +407,12 @@ def _read_annotations(folder: Path, name: str, classes: Sequence[str] | None) ->
 
 def _hint(folder: Path) -> str:
     """A remedy for a folder that is no set of class folders; "" if there is none to see."""
-    names = os.listdir(folder)
-    for place, entries in ((folder.parent, [folder.name]), (folder, names)):
-        for entry in entries:
-            if known := next((name for start, name in _BY_NAME.items() if entry.startswith(start)), None):
-                return f"{entry} is opened by name: {known}, with root={str(place)!r} (--root)"
+    names = [folder, *sorted(folder.iterdir())]
+    for path in names:
+        if known := next((name for start, name in _BY_NAME.items() if path.name.startswith(start)), None):
+            return f"{path.name} is opened by name: {known}, with root={str(path.parent)!r} (--root)"
     if images := list_images(folder, recursive=False)[0]:
-        tables = [name for name in (*names, *os.listdir(folder.parent)) if name.lower().endswith(_TABLES)]
+        tables = [path.name for path in (*names, *folder.parent.iterdir()) if path.suffix.lower() in _TABLES]
         listed = f" ({some(tables)} is not read)" if tables else ""
         return (
             f"{len(images)} images lie right in it: move each into its class's folder{listed}, or pass "
@@ -428,11 +420,9 @@ def _hint(folder: Path) -> str:
         )
     waiting = [folder]
     for place in islice(waiting, _PLACES):
-        inner = subfolders(place)
-        classes = [
-            place / name / one for name in inner if split_of(name) == "train" for one in subfolders(place / name)
-        ]
-        if classes and list_images(classes[0])[0]:
+        inner = [place / name for name in subfolders(place)]
+        training = [path / name for path in inner if split_of(path.name) == "train" for name in subfolders(path)[:1]]
+        if any(list_images(path)[0] for path in training):
             return f"train is in {place}: name that folder"
-        waiting += [place / name for name in inner]
+        waiting += inner
     return ""

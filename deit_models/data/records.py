@@ -25,15 +25,7 @@ IMAGE_SUFFIXES = tuple(
 )
 """Files with these suffixes, in upper or lower case, are images: in training, evaluation and prediction."""
 _UNREAD_SUFFIXES = tuple(".arw .cr2 .cr3 .dng .jxl .nef .orf .psd .raf .raw .rw2 .svg".split())
-_NO_IMAGES = (
-    "__MACOSX",
-    "__pycache__",
-    "@eaDir",
-    "#recycle",
-    "$RECYCLE.BIN",
-    "System Volume Information",
-    "lost+found",
-)
+_NO_IMAGES = ("__MACOSX", "__pycache__", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 """Folders that operating systems and servers make; like hidden ones they hold no images of the user's."""
 
 SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {
@@ -269,12 +261,11 @@ def list_images(folder: str | Path, *, recursive: bool = True) -> tuple[list[str
     """
     images, unread = [], []
     for prefix, files in _walk(folder, recursive=recursive):
-        images += [prefix + name for name in files if is_image(name)]
-        unread += [
-            prefix + name
-            for name in files
-            if name.lower().endswith(HEIF_SUFFIXES + _UNREAD_SUFFIXES) and not is_image(name)
-        ]
+        for name in files:
+            if is_image(name):
+                images.append(prefix + name)
+            elif name.lower().endswith(HEIF_SUFFIXES + _UNREAD_SUFFIXES):
+                unread.append(prefix + name)
     return images, unread
 
 
