@@ -32,7 +32,8 @@ class Preprocessing:
     """Evaluation transform of a checkpoint, as numbers; `data.transforms.EvalTransform` carries it out.
 
     Attributes:
-        resize: shorter side in pixels, aspect kept; or an exact (height, width), aspect given up; or None: not resized.
+        resize: shorter side in pixels, aspect kept; or (height, width); or None: not resized.
+        fit: of a (height, width): "squash" gives up the aspect; "cover", as in timm, keeps it, one side may be longer.
         crop: (height, width) of the centre crop in pixels; a smaller image gets a black border.
         interpolation: one of `INTERPOLATIONS`.
         rounding: of a half pixel beside the crop, "even" as torchvision does it, or "down" as transformers.
@@ -43,6 +44,7 @@ class Preprocessing:
 
     resize: int | tuple[int, int] | None
     crop: tuple[int, int]
+    fit: Literal["squash", "cover"] = "squash"
     interpolation: str = "bicubic"
     rounding: Literal["even", "down"] = "even"
     mean: tuple[float, ...] = IMAGENET_MEAN
@@ -56,6 +58,8 @@ class Preprocessing:
             raise ConfigError(f"resize={self.resize!r}; expected pixels, one number or two, 1 to {_LONGEST_SIDE}")
         if not _are_sides(self.crop):
             raise ConfigError(f"crop={self.crop!r}; expected height and width in pixels, 1 to {_LONGEST_SIDE}")
+        if self.fit not in ("squash", "cover"):
+            raise ConfigError(f"fit={self.fit!r}; expected 'squash' or 'cover'")
         if self.interpolation not in INTERPOLATIONS:
             raise ConfigError(f"interpolation={self.interpolation!r}; expected one of {', '.join(INTERPOLATIONS)}")
         if self.rounding not in ("even", "down"):
@@ -81,14 +85,15 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for JSON and TOML."""
         plain = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        if self.rounding == "even":
-            del plain["rounding"]
+        plain = {
+            key: value for key, value in plain.items() if (key, value) not in (("rounding", "even"), ("fit", "squash"))
+        }
         return plain | ({"resize": _NO_RESIZE} if self.resize is None else {})
 
     def __str__(self) -> str:
         resize = f"resize shorter side to {self.resize}"
         if isinstance(self.resize, tuple):
-            resize = "resize to {}x{}".format(*self.resize)
+            resize = f"{'resize to' if self.fit == 'squash' else 'resize to cover'} {self.resize[0]}x{self.resize[1]}"
         resize = "no resize" if self.resize is None else f"{resize} ({self.interpolation})"
         return f"{resize}, centre crop {self.crop[0]}x{self.crop[1]}"
 

@@ -68,8 +68,7 @@ class EvalTransform:
         spec, name = self.preprocessing, name_of(image)
         with explained(name):
             if self.fast_pixels and spec.resize is not None and len(spec.mean) == 3:
-                size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
-                return _cropped(self._resized_fast(image, size), spec)
+                return _cropped(self._resized_fast(image, spec.resize), spec)
             planes = load_planes(image, len(spec.mean))
             return torch.cat([TF.pil_to_tensor(resize_and_crop(plane, spec, name)) for plane in planes])
 
@@ -77,9 +76,10 @@ class EvalTransform:
         """Levels of one image or of a whole batch to the model's input, with the same bits."""
         return EvalInput(self.preprocessing, levels.device, normalise=self.normalise)(levels)
 
-    def _resized_fast(self, image: ImageSource, size: list[int]) -> Tensor:
+    def _resized_fast(self, image: ImageSource, resize: int | tuple[int, int]) -> Tensor:
         if isinstance(image, (str, PathLike, bytes)):
-            found = decode_reduced(image, side=_REDUCED_SIDES * max(size))
+            side = resize if isinstance(resize, int) else max(resize)
+            found = decode_reduced(image, side=_REDUCED_SIDES * side)
         else:
             found = load_image(image)
         if isinstance(found, Reduced):
@@ -87,11 +87,13 @@ class EvalTransform:
             # predictions more than the reduction does
             left, top, right, bottom = found.box
             width, height = right - left, bottom - top
+            size = _resized_to(self.preprocessing, resize, height, width)
             check_resized(name_of(image), height, width, size)
             if len(size) == 1:
                 size = [int(size[0] * side / min(width, height)) for side in (height, width)]
             resample = PIL.Image.Resampling[self._interpolation.name.partition("_")[0]]
             return TF.pil_to_tensor(found.image.resize((size[1], size[0]), resample, found.box))
+        size = _resized_to(self.preprocessing, resize, found.height, found.width)
         check_resized(name_of(image), found.height, found.width, size)
         if self._interpolation in _IN_TORCH:
             # as a batch of one with its channels last, in which the resize is vectorised
@@ -125,11 +127,21 @@ class EvalInput:
 def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing, name: str = "image") -> PIL.Image.Image:
     """The pixels of an image that a model gets. Raises: ImageError: it would become too large."""
     if spec.resize is not None:
-        size = [spec.resize] if isinstance(spec.resize, int) else list(spec.resize)
+        size = _resized_to(spec, spec.resize, image.height, image.width)
         check_resized(name, image.height, image.width, size)
         image = TF.resize(image, size, interpolation=InterpolationMode(spec.interpolation))
     cropped: PIL.Image.Image = _cropped(image, spec)
     return cropped
+
+
+def _resized_to(spec: Preprocessing, resize: int | tuple[int, int], height: float, width: float) -> list[int]:
+    """The shorter side, or the height and width, that an image is resized to."""
+    if isinstance(resize, int):
+        return [resize]
+    if spec.fit == "squash":
+        return list(resize)
+    ratio = min(height / resize[0], width / resize[1])
+    return [round(height / ratio), round(width / ratio)]
 
 
 def _cropped(image: Any, spec: Preprocessing) -> Any:
@@ -166,10 +178,11 @@ def transform_for(
     if style == "timm":
         known = load_manifest().get(model.origin.name)
         crop_pct = known.timm_crop_pct if known is not None and known.timm_crop_pct is not None else 0.875
-        spec = replace(spec, resize=int(max(spec.crop) / crop_pct))
+        height, width = (int(side / crop_pct) for side in spec.crop)
+        spec = replace(spec, resize=height if height == width else (height, width), fit="cover")
     elif style == "transformers":
         height, width = spec.crop
-        spec = replace(spec, resize=(int(height / 0.875), int(width / 0.875)))
+        spec = replace(spec, resize=(int(height / 0.875), int(width / 0.875)), fit="squash")
     elif style != "checkpoint":
         raise ConfigError(f"style={style!r}; expected 'checkpoint', 'timm' or 'transformers'")
     return EvalTransform(spec)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -20,6 +21,36 @@ from ..errors import ConfigError
 from ..files import tuples
 from ..registry import model_spec, unknown_model
 from .family import Description, FamilyLayouts, read_class_names
+
+logger = logging.getLogger(__name__)
+
+
+def timm_run(settings: Mapping[str, Any], class_names: Sequence[str] | None) -> dict[str, Any]:
+    """The config.json for the weights of a run of timm's train.py, from its args.yaml.
+
+    Args:
+        settings: the parsed file; what belongs to training alone is passed over.
+        class_names: the lines of the class map that it names.
+
+    Raises: ConfigError: a setting that cannot be honoured; the message names it.
+    """
+    given = {key: value for key, value in settings.items() if value not in (None, "", [])}
+    name, _, tag = str(given["model"]).rpartition("/")[2].partition(".")
+    known, options = load_manifest().get(name), dict(given.get("model_kwargs") or {})
+    channels = given.get("in_chans") or (given.get("input_size") or [3])[0]
+    for key, fixed in (("bn_eps", None), ("input_img_mode", "L" if channels == 1 else "RGB")):
+        if given.get(key, fixed) != fixed:
+            raise ConfigError(f"args.yaml sets {key}={given[key]!r}, where {fixed!r} is known here; mend one of them")
+    size = given.get("img_size")
+    cfg = {"tag": tag, "input_size": size and [channels, size, size], "crop_pct": known and known.timm_crop_pct}
+    fields = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
+    return {
+        "architecture": name,
+        "num_classes": given.get("num_classes", options.pop("num_classes", 1000)),
+        "pretrained_cfg": cfg | {key: given[key] for key in fields if key in given},
+        "model_args": options | {"in_chans": channels} | ({"global_pool": given["gp"]} if "gp" in given else {}),
+        "label_names": class_names,
+    }
 
 
 def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayouts]) -> Description:
@@ -51,7 +82,11 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
     config = override(spec.config, overrides)
     origin = Origin(
         name=name,
-        preprocessing=_read_preprocessing(cfg, config.image_hw, config.in_chans),
+        preprocessing=(
+            Preprocessing.from_dict(data["preprocessing"])
+            if "preprocessing" in data
+            else _read_preprocessing(cfg, config.image_hw, config.in_chans)
+        ),
         class_names=read_class_names(_labels(data, cfg)),
         problem_type=data.get("problem_type"),
         licence=cfg.get("license"),
@@ -76,6 +111,7 @@ def write_timm_config(
     name, facts = layouts.write_timm(origin.name, config)
     reference = model_spec(layouts.from_timm_name(name, None)).config
     options = layouts.timm_options
+    spec, nearest = origin.preprocessing, _covering(origin.preprocessing)
     differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
     data: dict[str, Any] = {
         "architecture": name.replace("_", "_conv_", 1) if conv else name,
@@ -86,7 +122,7 @@ def write_timm_config(
             "custom_load": False,
             "input_size": [config.in_chans, *config.image_hw],
             "fixed_input_size": True,
-            **_write_preprocessing(origin.preprocessing),
+            **_write_preprocessing(nearest),
             "num_classes": config.num_classes,
             **facts,
         },
@@ -95,8 +131,11 @@ def write_timm_config(
         data["pretrained_cfg"]["license"] = origin.licence.lower()
     if origin.class_names is not None:
         data["label_names"] = list(origin.class_names)
-    if origin.problem_type is not None:  # for this package; timm ignores it
+    if origin.problem_type is not None:  # for this package, as is the next; timm ignores them
         data["problem_type"] = origin.problem_type
+    if nearest != spec:
+        logger.warning("timm has no transform like '%s'; from these files it makes '%s'", spec, nearest)
+        data["preprocessing"] = spec.to_dict()
     return data | ({"model_args": differing} if differing else {})
 
 
@@ -141,18 +180,27 @@ def _read_preprocessing(cfg: Mapping[str, Any], image_hw: tuple[int, int], chann
     scaled = (int(image_hw[0] / crop_pct), int(image_hw[1] / crop_pct))
     mean, std = tuple(cfg.get("mean") or IMAGENET_MEAN), tuple(cfg.get("std") or IMAGENET_STD)
     return Preprocessing(
-        resize=scaled if mode == "squash" else max(scaled),
+        resize=scaled if mode == "squash" or scaled[0] != scaled[1] else scaled[0],
         crop=image_hw,
+        fit="cover" if mode == "center" and scaled[0] != scaled[1] else "squash",
         interpolation=cfg.get("interpolation") or "bicubic",
         mean=mean * channels if len(mean) == 1 else mean,
         std=std * channels if len(std) == 1 else std,
     )
 
 
+def _covering(spec: Preprocessing) -> Preprocessing:
+    """The nearest transform that timm has, where the input is no square: there it knows no shorter side."""
+    if not isinstance(spec.resize, int) or spec.crop[0] == spec.crop[1]:
+        return spec
+    ratio = usual_ratio(max(spec.crop), spec.resize)
+    return replace(spec, resize=(int(spec.crop[0] / ratio), int(spec.crop[1] / ratio)), fit="cover")
+
+
 def _write_preprocessing(spec: Preprocessing) -> dict[str, Any]:
     """Fields of the same transform, to half a pixel. Raises: ConfigError: timm has no such transform."""
     data: dict[str, Any] = {"interpolation": spec.interpolation, "mean": list(spec.mean), "std": list(spec.std)}
-    data["crop_mode"] = "squash" if isinstance(spec.resize, tuple) else "center"
+    data["crop_mode"] = "squash" if isinstance(spec.resize, tuple) and spec.fit == "squash" else "center"
     pairs = zip(spec.crop, spec.resize, strict=True) if isinstance(spec.resize, tuple) else ()
     for crop, resize in [(max(spec.crop), spec.resize)] if isinstance(spec.resize, int) else pairs:
         # the side is rounded down: half a pixel more is safe from the rounding of the ratio itself

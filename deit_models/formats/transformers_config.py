@@ -221,7 +221,12 @@ def _rescaled(spec: Preprocessing, values: Mapping[str, Any]) -> Preprocessing:
 
 
 def write_processor(spec: Preprocessing) -> dict[str, Any]:
-    """The preprocessor_config.json from which `AutoImageProcessor` builds this transform."""
+    """The preprocessor_config.json from which `AutoImageProcessor` builds this transform.
+
+    Raises: ConfigError: transformers has no such transform.
+    """
+    if isinstance(spec.resize, tuple) and spec.fit == "cover":
+        raise ConfigError(f"transformers has no transform like '{spec}'; save the model with layout='native' or 'timm'")
     height, width = spec.resize if isinstance(spec.resize, tuple) else spec.crop
     return {
         "image_processor_type": "DeiTImageProcessor",

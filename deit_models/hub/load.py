@@ -20,10 +20,21 @@ from torch import Tensor
 
 from ..checkpoint import ModelInfo, Source, find_repo, load_manifest, weights_dir
 from ..config import override
-from ..errors import CheckpointError, ConfigError, FetchError, SaveError, UnknownModelError, one_line, shown
+from ..errors import (
+    CheckpointError,
+    ConfigError,
+    DeitModelsError,
+    FetchError,
+    SaveError,
+    UnknownModelError,
+    first_line,
+    one_line,
+    shown,
+)
 from ..files import read_json
 from ..formats.family import Description, Mapped
 from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, WEIGHTS_NAMES, layouts_of, read_config
+from ..formats.timm_config import timm_run
 from ..models.layers import ImageClassifier, check_device, float_type
 from ..registry import family_spec, meta_model, model_info, model_spec, unknown_model
 from . import fetch
@@ -237,11 +248,11 @@ def _hub_weights(repo_id: str, access: Access) -> Path:
 
 def _locate_path(path: Path, model: str | None) -> Located:
     folder = path if path.is_dir() else path.parent
-    if path.is_dir():
-        path = _weights_in(path)
-        model = model or _timm_model(folder)
-    config, processor = folder / CONFIG_NAME, folder / PROCESSOR_NAME
-    if model is not None:
+    path = _weights_in(path) if path.is_dir() else path
+    config, processor, run = folder / CONFIG_NAME, folder / PROCESSOR_NAME, _timm_run(folder, model)
+    if run is not None:
+        description = run
+    elif model is not None:
         description = _describe_bare(model)
     elif config.is_file():
         description = _described(str(folder), read_json(config), read_json(processor) if processor.is_file() else None)
@@ -274,18 +285,43 @@ def _weights_in(folder: Path) -> Path:
     raise CheckpointError(f"{folder} has no {' or '.join(WEIGHTS_NAMES)}")
 
 
-def _timm_model(folder: Path) -> str | None:
-    """The registered model that the args.yaml of timm's train.py names, where there is no config.json."""
-    settings = folder / "args.yaml"
-    if (folder / CONFIG_NAME).exists() or not settings.is_file():
+def _timm_run(folder: Path, model: str | None) -> Description | None:
+    """The model of the args.yaml of timm's train.py, where there is no config.json, and no other model is asked for."""
+    place = folder / "args.yaml"
+    if (folder / CONFIG_NAME).exists() or not place.is_file():
         return None
-    with settings.open(encoding="utf-8", errors="replace") as file:
-        found = re.search(r"^model: *['\"]?([\w./:-]+)", file.read(1 << 16), re.MULTILINE)
-    if found is None:
+    import yaml  # type: ignore[import-untyped]  # the Hub's client needs it, too
+
+    try:
+        with place.open("rb") as file:
+            settings = yaml.safe_load(file.read(1 << 16))
+        name = settings["model"].rpartition("/")[2].partition(".")[0]
+    except Exception as error:  # whatever a parser makes of any bytes, or of another program's file of that name
+        if model is not None:
+            return None
+        raise CheckpointError(f"{place} names no model ({first_line(error)}); pass model='deit_...'") from error
+    if model not in (None, name):
         return None
-    name = found[1].rpartition("/")[2].partition(".")[0]
-    logger.warning("%s: a %s, says args.yaml; model='...' takes another", folder, name)
-    return name
+    logger.warning("%s: a %s, with the input that args.yaml says; model='...' takes another", folder, name)
+    try:
+        return _described(str(place), timm_run(settings, _class_map(folder, settings.get("class_map"))), None)
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, DeitModelsError):
+            raise
+        raise CheckpointError(f"{place} misuses a setting ({first_line(error)})") from error
+
+
+def _class_map(folder: Path, said: str | None) -> list[str] | None:
+    """The class names of a class map of timm's, a line each, which is looked for beside the weights alone."""
+    if not said:
+        return None
+    place = folder / Path(said).name
+    if not place.is_file() or place.suffix != ".txt":
+        raise ConfigError(
+            f"args.yaml sets class_map={said!r}; put that file into {folder}, as .txt with a class a line"
+        )
+    with place.open(encoding="utf-8") as file:
+        return [line.strip() for line in file.read(1 << 24).splitlines()]
 
 
 def _describe_registered(name: str) -> Description:

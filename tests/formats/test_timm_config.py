@@ -22,6 +22,44 @@ def test_timm_loads_the_folder_with_equal_logits(model, tmp_path):
     assert (names and tuple(names)) == model.origin.class_names
 
 
+@pytest.mark.parametrize("mode", ["center", "squash"])
+@pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 64), (32, 32)])
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0, 0.61])
+def test_transform_of_timm_gives_the_same_pixels(tmp_path, mode, size, crop_pct):
+    timm = pytest.importorskip("timm")
+    model = make("deit_tiny_patch16_224", img_size=size)
+    model.save_pretrained(tmp_path, layout="timm")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config["pretrained_cfg"] |= {"crop_mode": mode, "crop_pct": crop_pct}
+    config.pop("preprocessing", None)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    theirs = timm.data.create_transform(**timm.data.resolve_data_config(config["pretrained_cfg"]))
+    ours = from_pretrained(tmp_path)
+    for width, height in ((100, 120), (120, 100), (333, 50), (50, 333), (37, 31), (64, 64)):
+        image = photo(width, height)
+        assert (transform_for(ours)(image) - theirs(image)).abs().max() < 1e-5
+    for layout in ("timm", "native"):
+        ours.save_pretrained(tmp_path / layout, layout=layout)
+        assert from_pretrained(tmp_path / layout).origin.preprocessing == ours.origin.preprocessing
+
+
+def test_style_of_timm_covers_an_input_that_is_no_square():
+    timm = pytest.importorskip("timm")
+    model, image = make("deit_tiny_patch16_224", img_size=(64, 128)), photo(201, 317)
+    theirs = timm.data.create_transform((3, 64, 128), crop_pct=0.9, interpolation="bicubic")
+    assert (transform_for(model, style="timm")(image) - theirs(image)).abs().max() < 1e-5
+    fast = transform_for(model, style="timm")
+    fast.fast_pixels = True
+    assert (fast(image) - theirs(image)).abs().mean() < 0.1
+
+
+def test_transform_that_timm_lacks_is_kept_and_told(tmp_path, caplog):
+    model = make("deit_tiny_patch16_224", img_size=(64, 128))
+    model.save_pretrained(tmp_path, layout="timm")
+    assert "timm has no transform like 'resize shorter side to 146" in caplog.text
+    assert from_pretrained(tmp_path).origin.preprocessing == model.origin.preprocessing
+
+
 def test_timm_reads_the_evaluation_transform(tmp_path):
     timm = pytest.importorskip("timm")
     tiny = make("deit_tiny_patch16_224", img_size=(96, 160))

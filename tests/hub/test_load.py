@@ -742,7 +742,9 @@ def test_folders_of_other_programs_are_loaded(tiny, model, tmp_path, script):
     (folder / "checkpoints").mkdir(parents=True)
     known = {"model": tiny}
     if script.startswith("timm"):
-        (folder / "args.yaml").write_text(f"lr: 0.1\nmodel: {tiny}\nmodel_ema: true\n", encoding="utf-8")
+        shape = "".join(f"  {name}: {size}\n" for name, size in SHAPE.items())
+        said = f"lr: 0.1\nmodel: {model.origin.name}\nmodel_ema: true\nnum_classes: 10\nmodel_kwargs:\n{shape}"
+        (folder / "args.yaml").write_text(said, encoding="utf-8")
         best, last = {"state_dict": others, "state_dict_ema": state, "arch": tiny}, {"state_dict": others}
         torch.save(best, folder / ("last.pth.tar" if script == "timm-last" else "model_best.pth.tar"))
         torch.save(last, folder / ("checkpoint-3.pth.tar" if script == "timm-last" else "last.pth.tar"))
