@@ -179,7 +179,8 @@ def transform_for(
         known = load_manifest().get(model.origin.name)
         crop_pct = known.timm_crop_pct if known is not None and known.timm_crop_pct is not None else 0.875
         height, width = (int(side / crop_pct) for side in spec.crop)
-        spec = replace(spec, resize=height if height == width else (height, width), fit="cover")
+        square = replace(spec, resize=height, fit="squash")
+        spec = square if height == width else replace(spec, resize=(height, width), fit="cover")
     elif style == "transformers":
         height, width = spec.crop
         spec = replace(spec, resize=(int(height / 0.875), int(width / 0.875)), fit="squash")
