@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -160,29 +160,30 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         records = open_data(args, args.data, args.split, process, own_folder=True)
         result = evaluate(model, records, device=process.device, **options)
     if process_number() == 0:
-        print(_as_json(args, model, result) if args.json else _as_text(args, model, result))
+        published = _published(model, len(records.classes))
+        print((_as_json if args.json else _as_text)(args, published, result))
         if result.skipped:
             total = result.images + result.skipped
             print(f"deit-models: {result.skipped} of {total} images could not be read", file=sys.stderr)
     return EXIT_FAILED if result.skipped else EXIT_OK
 
 
-def _published(model: ImageClassifier) -> dict[str, Any] | None:
-    """The published accuracy of these weights, in percent, and its data; None if there is none."""
+def _published(model: ImageClassifier, classes: int) -> dict[str, Any] | None:
+    """The published accuracy of these weights, in percent, and its data; None if there is none, or for fewer classes."""
     origin = model.origin
-    if origin is None or origin.top1 is None:
+    if origin is None or origin.top1 is None or classes < model.num_classes:
         return None
     return {"top1": origin.top1, "top5": origin.top5, "dataset": origin.dataset}
 
 
-def _as_json(args: argparse.Namespace, model: ImageClassifier, result: Evaluation) -> str:
+def _as_json(args: argparse.Namespace, published: Mapping[str, Any] | None, result: Evaluation) -> str:
     chosen = picked(args, "data", "split", "style", "precision")
-    return json.dumps({"model": args.source, **chosen, **asdict(result), "published": _published(model)}, indent=2)
+    return json.dumps({"model": args.source, **chosen, **asdict(result), "published": published}, indent=2)
 
 
-def _as_text(args: argparse.Namespace, model: ImageClassifier, result: Evaluation) -> str:
+def _as_text(args: argparse.Namespace, published: Mapping[str, Any] | None, result: Evaluation) -> str:
     rows = {"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"}
-    if published := _published(model):
+    if published is not None:
         for name, figure in (("top-1", published["top1"]), ("top-5", published["top5"])):
             rows[name] += "" if figure is None else f"  published: {figure} % ({printable(str(published['dataset']))})"
     rows |= {f"{name} head": f"{top1:.2f} % top-1" for name, top1 in result.heads.items()}

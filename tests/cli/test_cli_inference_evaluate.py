@@ -1,6 +1,7 @@
 """`deit-models evaluate`: the figures, what stands beside them, and how classes are matched."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -97,6 +98,17 @@ def test_nothing_stands_beside_where_nothing_is_published(data, tmp_path, capsys
     out = capsys.readouterr().out
     assert "published" not in out
     assert "head" not in out
+
+
+@pytest.mark.parametrize("classes", [CLASSES[:2], CLASSES[1:], CLASSES[::2]])
+def test_published_figures_of_all_classes_do_not_stand_beside_those_of_some(saved, data, tmp_path, capsys, classes):
+    for name in classes:
+        shutil.copytree(data / "val" / name, tmp_path / "some" / name)
+    found = evaluate(capsys, saved, tmp_path / "some")
+    assert found["published"] is None
+    assert found["images"] == 2 * len(classes)
+    assert main(["evaluate", str(saved), str(tmp_path / "some"), *QUICK]) == 0
+    assert "published:" not in capsys.readouterr().out
 
 
 def test_split_and_folders_are_the_users_choice(saved, data, capsys):
