@@ -25,29 +25,35 @@ from .family import Description, FamilyLayouts, read_class_names
 logger = logging.getLogger(__name__)
 
 
-def timm_run(settings: Mapping[str, Any], class_names: Sequence[str] | None) -> dict[str, Any]:
+def timm_run(
+    settings: Mapping[str, Any], class_names: Sequence[str] | None, *, base: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The config.json for the weights of a run of timm's train.py, from its args.yaml.
 
     Args:
         settings: the parsed file; what belongs to training alone is passed over.
         class_names: the lines of the class map that it names.
+        base: the config.json of the folder that the run began with.
 
     Raises: ConfigError: a setting that cannot be honoured; the message names it.
     """
     given = {key: value for key, value in settings.items() if value not in (None, "", [])}
-    name, _, tag = str(given["model"]).rpartition("/")[2].partition(".")
-    known, options = load_manifest().get(name), dict(given.get("model_kwargs") or {})
-    channels = given.get("in_chans") or (given.get("input_size") or [3])[0]
+    base = base or {}
+    name, _, tag = str(base.get("architecture", given["model"])).rpartition("/")[2].partition(".")
+    known, options = load_manifest().get(name), {**base.get("model_args", {}), **given.get("model_kwargs", {})}
+    cfg = base.get("pretrained_cfg", {"tag": tag, "crop_pct": known and known.timm_crop_pct})
+    channels = given.get("in_chans") or (given.get("input_size") or cfg.get("input_size") or [3])[0]
     for key, fixed in (("bn_eps", None), ("input_img_mode", "L" if channels == 1 else "RGB")):
         if given.get(key, fixed) != fixed:
             raise ConfigError(f"args.yaml sets {key}={given[key]!r}, where {fixed!r} is known here; mend one of them")
-    size = given.get("img_size")
-    cfg = {"tag": tag, "input_size": size and [channels, size, size], "crop_pct": known and known.timm_crop_pct}
+    if size := given.get("img_size"):
+        cfg = {**cfg, "input_size": [channels, size, size]}
+        options.pop("img_size", None)
     fields = ("input_size", "mean", "std", "crop_pct", "crop_mode", "interpolation")
     return {
         "architecture": name,
-        "num_classes": given.get("num_classes", options.pop("num_classes", 1000)),
-        "pretrained_cfg": cfg | {key: given[key] for key in fields if key in given},
+        "num_classes": given.get("num_classes", options.pop("num_classes", base.get("num_classes", 1000))),
+        "pretrained_cfg": {**cfg, **{key: given[key] for key in fields if key in given}},
         "model_args": options | {"in_chans": channels} | ({"global_pool": given["gp"]} if "gp" in given else {}),
         "label_names": class_names,
     }

@@ -296,6 +296,7 @@ def _timm_run(folder: Path, model: str | None) -> Description | None:
         with place.open("rb") as file:
             settings = yaml.safe_load(file.read(1 << 16))
         name = settings["model"].rpartition("/")[2].partition(".")[0]
+        started = Path(settings["model"].removeprefix("local-dir:"), CONFIG_NAME)
     except Exception as error:  # whatever a parser makes of any bytes, or of another program's file of that name
         if model is not None:
             return None
@@ -303,8 +304,14 @@ def _timm_run(folder: Path, model: str | None) -> Description | None:
     if model not in (None, name):
         return None
     logger.warning("%s: a %s, with the input that args.yaml says; model='...' takes another", folder, name)
+    base = None
+    if settings["model"].startswith("local-dir:"):
+        if not started.is_file():
+            raise ConfigError(f"{place} names the model of {started}, which is not there; pass model='deit_...'")
+        base = read_json(started)
     try:
-        return _described(str(place), timm_run(settings, _class_map(folder, settings.get("class_map"))), None)
+        names = _class_map(folder, settings.get("class_map"))
+        return _described(str(place), timm_run(settings, names, base=base), None)
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         if isinstance(error, DeitModelsError):
             raise

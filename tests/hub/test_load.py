@@ -770,6 +770,30 @@ def test_folders_of_other_programs_are_loaded(tiny, model, tmp_path, script):
     assert_same_state(from_pretrained(folder, cache_dir=tmp_path / "cache", **known).state_dict(), state)
 
 
+@pytest.mark.parametrize("named", ["folder", "file"])
+@pytest.mark.parametrize("classes", [7, 3])
+def test_run_of_timms_train_that_began_with_a_folder_is_loaded(tmp_path, named, classes):
+    """args.yaml names the folder of `local-dir:`; the run's head may have another size."""
+    base, run = tmp_path / "my models" / "base", tmp_path / "run"
+    make(num_classes=7).save_pretrained(base, layout="timm")
+    state = make(num_classes=classes, seed=1).state_dict()
+    run.mkdir()
+    asked = "null" if classes == 7 else classes
+    text = f"amp: false\nmodel: local-dir:{base}\nmodel_ema: false\nnum_classes: {asked}\n"
+    (run / "args.yaml").write_text(text, encoding="utf-8")
+    torch.save({"state_dict": state, "arch": "x"}, run / "last.pth.tar")
+    loaded = from_pretrained(run if named == "folder" else run / "last.pth.tar", cache_dir=tmp_path / "cache")
+    assert_same_state(loaded.state_dict(), state)
+    assert loaded.num_classes == classes
+
+
+def test_run_of_timms_train_whose_first_folder_is_gone_asks_for_the_model(tmp_path):
+    (tmp_path / "args.yaml").write_text("model: local-dir:/gone/away\n", encoding="utf-8")
+    torch.save({"state_dict": make().state_dict()}, tmp_path / "last.pth.tar")
+    message = refusal(ConfigError, lambda: from_pretrained(tmp_path))
+    assert "names the model of /gone/away/config.json, which is not there" in message
+
+
 def test_folder_of_many_checkpoints_asks_which(tiny, tmp_path):
     for epoch in range(3):
         torch.save({}, tmp_path / f"checkpoint-{epoch}.pth")
