@@ -30,7 +30,8 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
-from deit_models.deploy.hardware import call_times, has_bf16
+from deit_models.deploy.hardware import call_times
+from deit_models.distributed import has_bf16
 
 OURS, OURS_INT8 = "deit-models", "deit-models int8"
 OPENVINO_INT8 = "OpenVINO int8"

@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import ConfigError
+from .errors import ConfigError, DeitModelsError, TrainingError, first_line
+
+if TYPE_CHECKING:
+    from torch.distributed.distributed_c10d import Store
 
 Shard = Literal["ddp", "fsdp"]
 
@@ -58,6 +62,23 @@ class Process:
             dist.barrier()
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16 natively; emulation is up to ten times slower than float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type != "cpu" or not cpu_has("amx_bf16", "avx512_bf16", "bf16"):
+        return False
+    # oneDNN multiplies the matrices; a build may lack it, and its own settings may keep it from using the processor
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def cpu_has(*features: str) -> bool:
+    """Whether the processor has one of these features, by torch's names."""
+    known = torch.cpu.get_capabilities()
+    return any(known.get(name, False) for name in features)
+
+
 @contextmanager
 def join_processes(device: str | torch.device | None = None) -> Iterator[Process]:
     """Meet the other processes that torchrun started, for as long as the block lasts.
@@ -65,29 +86,85 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[Process
     Args:
         device: where to compute; default: the GPU of this process if there is one, else the CPU.
 
-    NCCL connects GPUs, gloo CPUs. A process group that the caller has set up is used and left standing.
-    Raises: ConfigError: more processes than GPUs.
+    NCCL connects GPUs, gloo CPUs. A process group that the caller has set up is used and left standing. If the block
+    fails in one process, the others leave it at their next exchange, with an error that names the failure.
+
+    Raises: ConfigError: more processes than GPUs, or they cannot meet. TrainingError: another process has failed.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     rank = int(os.environ.get("RANK", 0)) if world > 1 else 0  # some schedulers set a rank where there is one process
     if dist.is_initialized():
         rank, world = dist.get_rank(), dist.get_world_size()
-    local_rank = int(os.environ.get("LOCAL_RANK", rank))
-    chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
-    if chosen.type == "cuda":
-        index = local_rank if chosen.index is None else chosen.index
-        if index >= torch.cuda.device_count():
-            raise ConfigError(f"process {local_rank} has no GPU {index}: there are {torch.cuda.device_count()} here")
-        chosen = torch.device("cuda", index)
-        torch.cuda.set_device(chosen)
-    ours = world > 1 and not dist.is_initialized()
-    if ours:
-        dist.init_process_group("nccl" if chosen.type == "cuda" else "gloo")
+    process = Process(rank, world, _device(device, int(os.environ.get("LOCAL_RANK", rank))))
+    if world == 1 or dist.is_initialized():
+        yield process
+        return
+    board = _meet(process)
     try:
-        yield Process(rank, world, chosen)
+        yield process
+        process.wait_for_all()
+    except BaseException as error:
+        if (first := _first_failure(board, process, error)) is None:
+            raise
+        raise TrainingError(first) from error
     finally:
-        if ours:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def _device(wanted: str | torch.device | None, local_rank: int) -> torch.device:
+    """Where this process computes. Raises: ConfigError: more processes than GPUs."""
+    chosen = torch.device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    if chosen.type != "cuda":
+        return chosen
+    index = local_rank if chosen.index is None else chosen.index
+    if index >= torch.cuda.device_count():
+        raise ConfigError(f"process {local_rank} has no GPU {index}: there are {torch.cuda.device_count()} here")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+@cache
+def _store(address: str | None, port: str | None) -> Store:  # noqa: ARG001
+    """The key-value store of all processes; kept open, because meetings are numbered in it."""
+    from torch.distributed.rendezvous import rendezvous
+
+    store: Store = next(rendezvous("env://"))[0]
+    return store
+
+
+def _meet(process: Process) -> Store:
+    """Set up the process group, and give the store of this meeting.
+
+    Each meeting has names of its own in the store: torch's are those of the meeting before, and a process that is
+    early would find the addresses of connections that are closed.
+    """
+    from torch.distributed.distributed_c10d import PrefixStore
+
+    try:
+        store = _store(os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT"))
+        board = PrefixStore(f"meeting {store.add(f'meetings of {process.rank}', 1)}", store)
+        backend = "nccl" if process.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=board, rank=process.rank, world_size=process.world)
+    except (ValueError, RuntimeError) as error:
+        text = f"process {process.rank} cannot meet the other {process.world - 1}: {first_line(error)}"
+        raise ConfigError(f"{text}; start all of them with torchrun") from error
+    process.wait_for_all()  # one that fails at once would leave the others waiting for its address
+    return board
+
+
+def _first_failure(board: Store, process: Process, error: BaseException) -> str | None:
+    """Note a failure for the other processes; the reason in words if it follows from the failure of one of them."""
+    follows = isinstance(error, RuntimeError) and not isinstance(error, DeitModelsError)
+    lost = follows and any(sign in str(error) for sign in ("gloo", "NCCL", "Connection"))
+    first = own = f"process {process.rank} failed: {type(error).__name__}: {first_line(error)}"
+    with suppress(RuntimeError):  # the process that keeps the store may be gone
+        if not lost:
+            first = board.compare_set("failed", "", own).decode(errors="replace")
+        elif board.check(["failed"]):
+            first = board.get("failed").decode(errors="replace")
+    if lost and first == own:
+        return f"another process has ended without a message, perhaps for lack of memory ({first_line(error)})"
+    return first if follows and first != own else None
 
 
 def spread(module: nn.Module, process: Process, shard: Shard, *, unused: bool) -> nn.Module:

@@ -20,7 +20,7 @@ from .data.inputs import eval_batches
 from .data.loading import Batch, DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from .data.records import ImageRecords, SubsetRecords, some
 from .data.transforms import EvalTransform, preprocessing_of, to_device
-from .distributed import Process, join_processes
+from .distributed import Process, has_bf16, join_processes
 from .errors import DataError
 from .files import read_text
 from .models.layers import HeadLogits, ImageClassifier
@@ -75,7 +75,7 @@ def evaluate(
         batch_size: images at once, in each process.
         workers: loading processes.
         device: where to compute; default: the GPU if there is one.
-        precision: of the forward pass.
+        precision: of the forward pass; "auto": bf16 where the device computes in it, else float32.
         transform: default: the one that belongs to the model's weights.
         ignore_class_names: match by number although the names differ.
         corrupt_limit: fraction of the images that may be unreadable.
@@ -83,12 +83,12 @@ def evaluate(
 
     Raises: DataError: images missing or damaged, other classes than the model's. ConfigError: no transform known.
     """
-    records = open_images(data, "val")
-    if isinstance(model, ImageClassifier):
-        if model.origin is not None:
-            model.origin.check_single_label("evaluation")
-        records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
     with join_processes(device) as process:
+        records = open_images(data, "val")
+        if isinstance(model, ImageClassifier):
+            if model.origin is not None:
+                model.origin.check_single_label("evaluation")
+            records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
         return collect_outcomes(
             model,
             records,
@@ -96,7 +96,7 @@ def evaluate(
             transform=transform,
             batch_size=batch_size,
             workers=default_workers(process.device) if workers is None else workers,
-            precision=precision,
+            precision=resolved_precision(precision, process),
             corrupt_limit=corrupt_limit,
             watch=watch,
         ).evaluation()
@@ -194,8 +194,15 @@ class Heads(nn.Module):
         )
 
 
+def resolved_precision(precision: Precision, process: Process) -> Precision:
+    """The precision; "auto" becomes bf16 if the devices of all processes compute in it, else float32."""
+    if precision != "auto":
+        return precision
+    return "bf16" if all(process.gather(has_bf16(process.device))) else "float32"
+
+
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[Any]:
-    """Mixed precision on a device; nothing for float32."""
+    """Mixed precision on a device, as resolved by `resolved_precision`; nothing for float32."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, torch.bfloat16 if precision == "bf16" else torch.float16)

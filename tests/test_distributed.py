@@ -1,6 +1,8 @@
 """Several processes learn and count as one: gloo on the CPU, copies (DDP) and divided parameters (FSDP)."""
 
+import json
 import re
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,49 @@ def test_shared_evaluation_counts_each_of_10001_images_once(
 def test_torchrun_starts_it(tmp_path: Path, alone: Path) -> None:
     tiny.start_worker("torchrun", tmp_path, torchrun=2)
     near(weights(tmp_path / "torchrun"), weights(alone / "ddp"), WEIGHT_TOLERANCE)
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """The outcome of each attempt of `worker.failures`, in each of two processes."""
+    folder = tmp_path_factory.mktemp("failures")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    tiny.start_worker("failures", folder, port, limit_s=120)
+    return [json.loads((folder / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+
+
+@pytest.mark.parametrize(
+    ("attempt", "where", "own", "other"),
+    [
+        ("fails", 1, "RuntimeError: the camera is gone", "TrainingError: process 1 failed: RuntimeError: the camera"),
+        ("interrupted", 1, "KeyboardInterrupt: ", "TrainingError: process 1 failed: KeyboardInterrupt"),
+        ("full", 1, "OSError: [Errno 28] No space", "TrainingError: process 1 failed: OSError: [Errno 28] No space"),
+        ("no images", 0, "DataError: ", "TrainingError: process 0 failed: DataError: "),
+        ("main only", 0, "PermissionError: no permission after epoch 0", "TrainingError: process 0 failed: Permission"),
+    ],
+)
+def test_failure_of_one_process_ends_the_others_with_its_reason(
+    told: list[dict[str, str]], attempt: str, where: int, own: str, other: str
+) -> None:
+    assert told[where][attempt].startswith(own)
+    assert told[1 - where][attempt].startswith(other)
+
+
+def test_processes_meet_again_after_every_failure(told: list[dict[str, str]]) -> None:
+    for result in told:
+        assert result["both"].startswith("DataError: ")
+        assert result["other data"].startswith("TrainingError: the processes were started with different settings")
+        assert result["fine"] == "1"
+
+
+def test_processes_without_torchrun_are_told_to_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(ConfigError, match=r"process 0 cannot meet the other 1: .*torchrun"), join_processes("cpu"):
+        pass
 
 
 def test_one_process_needs_no_group() -> None:

@@ -14,10 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 
+from ..distributed import has_bf16
 from ..errors import ConfigError, first_line
 from ..models import create_model
 from ..registry import count_macs
-from .hardware import Runner, call_times, has_bf16, machine, quiet
+from .hardware import Runner, call_times, machine, quiet
 from .network import prepare
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, ways_on
 

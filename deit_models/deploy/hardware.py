@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..distributed import cpu_has
 from ..errors import first_line
 
 logger = logging.getLogger(__name__)
@@ -83,21 +84,9 @@ def _version(name: str) -> str | None:
         return None
 
 
-def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bfloat16 natively; emulation is slower than float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and _cpu_has("amx_bf16", "avx512_bf16", "bf16")
-
-
 def has_int8_products() -> bool:
     """Whether the processor sums products of 8-bit numbers in 32 bits in one step; int8 in OpenVINO is made for it."""
-    return _cpu_has("amx_int8", "avx512_vnni", "avx_vnni")
-
-
-def _cpu_has(*features: str) -> bool:
-    known = torch.cpu.get_capabilities()
-    return any(known.get(name, False) for name in features)
+    return cpu_has("amx_int8", "avx512_vnni", "avx_vnni")
 
 
 class _WithoutTF32(ContextDecorator):

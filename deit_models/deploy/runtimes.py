@@ -16,8 +16,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from ..distributed import has_bf16
 from ..errors import ConfigError, MissingExtraError
-from .hardware import Runner, has_bf16, has_int8_products, on_gpu, quiet
+from .hardware import Runner, has_int8_products, on_gpu, quiet
 from .network import Prepared
 
 ExportFormatName = Literal["onnx", "openvino", "torch-export"]

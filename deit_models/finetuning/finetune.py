@@ -22,7 +22,7 @@ from ..data.records import ImageRecords
 from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
 from ..errors import ConfigError
-from ..evaluation import collect_outcomes
+from ..evaluation import collect_outcomes, resolved_precision
 from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
@@ -130,21 +130,22 @@ def finetune(
     begun = time.perf_counter()
     if plot:
         find_matplotlib()  # before hours of training, not after
-    model = _open_model(model, mode, has_teacher=teacher is not None)
-    records = open_images(train, "train")
-    val, test = (
-        None if source is None else open_images(source, "val", records.classes)
-        for source in (validation_source(train, val), test)
-    )
-    recipe = recipe_for(records.name, model, images=len(records), teacher=teacher is not None, recipe=recipe)
-    started_from = _description_of(model)
-    torch.manual_seed(recipe.seed)
-    adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
-    known_origin(model).check_single_label("fine-tuning")
     computing = Computing(
         device=device, workers=workers, cache=cache, corrupt_limit=corrupt_limit, watch=watch, on_epoch=on_epoch
     )
     with join_processes(device) as process:
+        model = _open_model(model, mode, has_teacher=teacher is not None)
+        records = open_images(train, "train")
+        val, test = (
+            None if source is None else open_images(source, "val", records.classes)
+            for source in (validation_source(train, val), test)
+        )
+        recipe = recipe_for(records.name, model, images=len(records), teacher=teacher is not None, recipe=recipe)
+        recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))
+        started_from = _description_of(model)
+        torch.manual_seed(recipe.seed)
+        adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
+        known_origin(model).check_single_label("fine-tuning")
         run = _Finetuning(
             model=model,
             mode=mode,
@@ -159,15 +160,15 @@ def finetune(
             computing=computing,
         )
         learned = run.by_features() if mode == "head" else run.by_training(teacher)
-        metrics, address = {}, None
+        report: tuple[dict[str, Any], str | None] = {}, None
         if process.is_main:
             facts: dict[str, Any] = {"started_from": started_from, "mode": mode, "recipe": recipe.preset}
             facts |= {"data": records.name, "classes": len(records.classes), "train_images": learned.train_images}
             seconds = time.perf_counter() - begun
             metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
-            if push_to_hub is not None:
-                address = learned.best.push_to_hub(push_to_hub, layout=layout)
-        process.wait_for_all()
+            pushed = None if push_to_hub is None else learned.best.push_to_hub(push_to_hub, layout=layout)
+            report = metrics, pushed
+        metrics, address = process.gather(report)[0]
     return FinetuneResult(learned.best.eval(), run.out, metrics, address)
 
 

@@ -19,7 +19,7 @@ from ..data.split import keep_split, labels_of, parts, stratified_split
 from ..data.transforms import EvalTransform
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluation import Heads, score
+from ..evaluation import Heads, resolved_precision, score
 from ..files import read_text, toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
@@ -120,7 +120,7 @@ def search(
     cost: CostKind = "macs",
     evolution: Evolution | None = None,
     batch_size: int = 250,
-    precision: Precision = "bf16",
+    precision: Precision = "auto",
     computing: Computing | None = None,
     on_generation: Callable[[list[ScoredCandidate]], None] | None = None,
 ) -> SearchResult:
@@ -149,6 +149,7 @@ def search(
     if not isinstance(largest, ViTResNAS) or largest.config.stages != space.config_of(space.largest()).stages:
         raise ConfigError(f"{supernet} is not the super-network of this space")
     with join_processes(computing.device) as process:
+        precision = resolved_precision(precision, process)
         _keep(
             folder / SETTINGS_NAME,
             toml_lines({"limit": limit, "cost": cost, **asdict(evolution), "precision": precision})

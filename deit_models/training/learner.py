@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -14,12 +15,14 @@ from ..augmentation.mixing import Mixing
 from ..checkpoint import Preprocessing
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
-from ..evaluation import Heads
+from ..evaluation import Heads, resolved_precision
 from ..models.layers import ImageClassifier
 from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
 from .optim import WeightAverage, make_optimizer
 from .recipe import Recipe
 from .teacher import Teacher, TeacherSpec, load_teacher
+
+logger = logging.getLogger(__name__)
 
 _LOOK_EVERY = 25
 
@@ -101,6 +104,9 @@ def make_learner(
     Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.
     """
+    if recipe.precision == "auto":
+        recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))
+        logger.info("precision='auto' is %s on %s", recipe.precision, process.device)
     _check_fit(model, recipe, num_classes, preprocessing)
     if recipe.batch_size % (process.world * recipe.accumulate):
         raise ConfigError(

@@ -18,7 +18,7 @@ from ..errors import ConfigError
 from ..files import parse_toml, read_text, toml_lines
 from .presets import PRESETS
 
-Precision = Literal["float32", "bf16", "fp16"]
+Precision = Literal["auto", "float32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
 CUSTOM = "custom"
 """The label of a recipe without a preset."""
@@ -114,7 +114,10 @@ class Recipe:
     alpha: float = _option(0.5, "weight of the teacher's loss; the labels get 1 - alpha")
     tau: float = _option(1.0, "temperature of soft distillation")
 
-    precision: Precision = _option("bf16", "autocast; fp16 scales the loss")
+    precision: Precision = _option(
+        "auto",
+        "auto: bf16 where the device computes in it, else float32; bf16 and fp16 use autocast, fp16 scales the loss",
+    )
     compile: Compile = _option(
         "auto",
         "torch.compile the model; auto: on a GPU, if the run is long enough to gain by it; true is on, false is off",

@@ -156,12 +156,12 @@ def run_training(
 
     `before_epoch` is called with the number of each epoch, from 0, before it begins, in every process.
     """
-    records = open_images(train, "train")
-    val_records = None if val is None else open_images(val, "val", records.classes)
-    if recipe.patience and val_records is None:
-        raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
-    preprocessing = preprocessing or preprocessing_of(model)
     with join_processes(computing.device) as process:
+        records = open_images(train, "train")
+        val_records = None if val is None else open_images(val, "val", records.classes)
+        if recipe.patience and val_records is None:
+            raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
+        preprocessing = preprocessing or preprocessing_of(model)
         learner = make_learner(
             model,
             recipe,
@@ -205,6 +205,9 @@ class Run:
         """Run the epochs after the last saved one, then export the models."""
         learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
         identity = identity_of(learner, self.records)
+        settings = process.gather((recipe.to_toml(), identity))
+        if any(given != settings[0] for given in settings):
+            raise TrainingError("the processes were started with different settings, models or images")
         progress = load_state(self.out, learner, run=identity) or Progress()
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
@@ -290,6 +293,7 @@ class Run:
         )
         row: dict[str, Any] = {
             "epoch": epoch,
+            "precision": recipe.precision,
             "lr": done.lr,
             "loss": round(done.loss, 6),
             "seconds": round(done.seconds, 2),

@@ -205,13 +205,19 @@ def _rebuilt(model: ImageClassifier, state: dict[str, Any]) -> ImageClassifier:
 
 
 _FORMAT = 1
-_MAY_CHANGE = {"preset", "eval_every", "save_every", "compile", "precision", "accumulate"}
+_MAY_CHANGE = {"eval_every", "save_every", "compile", "precision", "accumulate"}
 """Recipe fields that change the last weights of a run by no more than rounding; and `accumulate`, which a machine with
 less memory may need, although it decides which images are mixed with each other."""
 
 
 def _goes_on(name: str, before: Any, now: Any, *, done: int) -> bool:
-    """Whether a run may go on with more images of the same classes, and with more epochs or fewer than are `done`."""
+    """Whether a run may go on with another value.
+
+    It may with a field that changes little, with more images of the same classes, and with more epochs, or fewer than
+    are `done`.
+    """
+    if name in _MAY_CHANGE:
+        return True
     if name == "epochs":
         return bool(now > before or now <= done)
     (images, classes), (more, same) = (str(value).partition(" ")[::2] for value in (before, now))
@@ -351,7 +357,7 @@ def _check_same_run(path: Path, state: dict[str, Any], recipe: Recipe, run: dict
             f"{path} has format {state['format']}, this version reads {_FORMAT}; train into a new folder"
         )
     before, now = asdict(recipe_from_toml(state["recipe"])) | state["run"], asdict(recipe) | run
-    changed = [name for name in now | before if name not in _MAY_CHANGE and before.get(name) != now.get(name)]
+    changed = [name for name in now | before if name != "preset" and before.get(name) != now.get(name)]
     done = state["progress"]["epoch"] - recipe.cooldown_epochs
     if going_on := [name for name in changed if _goes_on(name, before.get(name), now.get(name), done=done)]:
         if "data" in going_on:

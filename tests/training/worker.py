@@ -206,6 +206,66 @@ def world(folder: Path, size: str, *scenarios: str) -> None:
     assert [status(child) for child in children] == [0] * int(size)
 
 
+class FailsInOne(tiny.Pictures):
+    """Pictures whose data set fails in the last process, the first time an image is read."""
+
+    failure: BaseException = RuntimeError("the camera is gone")
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+        if os.environ["RANK"] == "1":
+            raise self.failure
+        return super().__getitem__(index)
+
+
+class Interrupted(FailsInOne):
+    failure = KeyboardInterrupt()
+
+
+class Full(FailsInOne):
+    failure = OSError(28, "No space left on device")
+
+
+def failures(folder: Path, port: str) -> None:
+    """Two processes as torchrun starts them, without its launcher: runs that fail in one, each followed by others.
+
+    What each process was told lands in FOLDER/RANK.json.
+    """
+
+    def other_data() -> None:
+        pictures = tiny.Pictures(26 if os.environ["RANK"] == "0" else 25)
+        small_run(folder / "other data", train=pictures)
+
+    def late(row: dict[str, Any]) -> None:
+        raise PermissionError(f"no permission after epoch {row['epoch']}")
+
+    attempts: dict[str, Callable[[], Any]] = {
+        "fails": lambda: small_run(folder / "fails", train=FailsInOne(26)),
+        "interrupted": lambda: small_run(folder / "interrupted", train=Interrupted(26)),
+        "full": lambda: evaluate(tiny.model(), Full(9), workers=0, device="cpu"),
+        "no images": lambda: small_run(
+            folder / "none", train=tiny.Pictures(26) if os.environ["RANK"] == "1" else str(folder / "nowhere")
+        ),
+        "both": lambda: small_run(folder / "both", train=str(folder / "nowhere")),
+        "main only": lambda: small_run(folder / "late", on_epoch=late),
+        "other data": other_data,
+        "fine": lambda: small_run(folder / "fine")[-1]["epoch"],
+    }
+
+    def work(rank: int) -> None:
+        os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        told = {}
+        for name, attempt in attempts.items():
+            try:
+                told[name] = str(attempt())
+            except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001
+                told[name] = f"{type(error).__name__}: {error}"
+        (folder / f"{rank}.json").write_text(json.dumps(told), encoding="utf-8")
+
+    children = [fork(lambda rank=rank: work(rank)) for rank in range(2)]
+    assert [status(child) for child in children] == [0, 0]
+
+
 def torchrun(folder: Path) -> None:
     """As `torchrun` starts it: the processes meet on their own."""
     small_run(folder / "torchrun")
@@ -429,4 +489,5 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
 if __name__ == "__main__":
     torch.set_num_threads(1)
     name, where, *rest = sys.argv[1:]
-    {"kills": kills, "moments": moments, "world": world, "torchrun": torchrun}[name](Path(where), *rest)
+    commands = (kills, moments, world, torchrun, failures)
+    {work.__name__: work for work in commands}[name](Path(where), *rest)
