@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
+from traceback import clear_frames
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
 Shard = Literal["ddp", "fsdp"]
+BF16 = ("amx_bf16", "avx512_bf16", "bf16")
+"""Features of processors that compute in bfloat16, by torch's names; the last is of Arm."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,16 +70,16 @@ def has_bf16(device: torch.device) -> bool:
     """Whether a device computes in bfloat16 natively; emulation is up to ten times slower than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    if device.type != "cpu" or not cpu_has("amx_bf16", "avx512_bf16", "bf16"):
+    if device.type != "cpu" or not cpu_has(*BF16):
         return False
     # oneDNN multiplies the matrices; a build may lack it, and its own settings may keep it from using the processor
     built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
     return built and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
-def cpu_has(*features: str) -> bool:
-    """Whether the processor has one of these features, by torch's names."""
-    known = torch.cpu.get_capabilities()
+def cpu_has(*features: str, known: Mapping[str, Any] | None = None) -> bool:
+    """Whether the processor has one of these features, by torch's names; `known` stands in for its own."""
+    known = torch.cpu.get_capabilities() if known is None else known
     return any(known.get(name, False) for name in features)
 
 
@@ -104,11 +108,15 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[Process
         yield process
         process.wait_for_all()
     except BaseException as error:
-        if (first := _first_failure(board, process, error)) is None:
+        first = _first_failure(board, process, error)
+        # variables in the traceback, such as a distributed model, keep the connections open at which others wait
+        clear_frames(error.__traceback__)
+        if first is None:
             raise
         raise TrainingError(first) from error
     finally:
         dist.destroy_process_group()
+        gc.collect()
 
 
 def _device(wanted: str | torch.device | None, local_rank: int) -> torch.device:

@@ -200,7 +200,12 @@ def told(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
     [
         ("fails", 1, "RuntimeError: the camera is gone", "TrainingError: process 1 failed: RuntimeError: the camera"),
         ("interrupted", 1, "KeyboardInterrupt: ", "TrainingError: process 1 failed: KeyboardInterrupt"),
-        ("full", 1, "OSError: [Errno 28] No space", "TrainingError: process 1 failed: OSError: [Errno 28] No space"),
+        (
+            "unreadable",
+            1,
+            "DataError: at least 4 of the 9",
+            "TrainingError: process 1 failed: DataError: at least 4 of the 9",
+        ),
         ("no images", 0, "DataError: ", "TrainingError: process 0 failed: DataError: "),
         ("main only", 0, "PermissionError: no permission after epoch 0", "TrainingError: process 0 failed: Permission"),
     ],
@@ -244,6 +249,28 @@ def test_process_without_gpu_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     text = f"process {count} has no GPU {count}: there are {count} here"
     with pytest.raises(ConfigError, match=text), join_processes("cuda"):
         pass
+
+
+# ---- precision
+
+
+@pytest.mark.parametrize(
+    ("features", "expected"),
+    [
+        (("avx512_bf16",), True),
+        (("amx_bf16", "avx2"), True),
+        (("avx512_f", "avx512_vnni", "amx_int8", "avx2"), False),
+        ((), False),
+    ],
+)
+def test_processor_without_bf16_is_told_by_its_features(features: tuple[str, ...], expected: bool) -> None:
+    known = {name: name in features for name in ("avx2", "avx512_f", "avx512_vnni", "amx_int8", *distributed.BF16)}
+    assert distributed.cpu_has(*distributed.BF16, known=known) == expected
+
+
+@pytest.mark.parametrize("device", ["meta", "mps", "xpu"])
+def test_other_devices_compute_in_float32(device: str) -> None:
+    assert distributed.has_bf16(torch.device(device)) is False
 
 
 # ---- units of FSDP

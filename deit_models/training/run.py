@@ -162,19 +162,19 @@ def run_training(
         if recipe.patience and val_records is None:
             raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
         preprocessing = preprocessing or preprocessing_of(model)
-        learner = make_learner(
-            model,
-            recipe,
-            num_classes=len(records.classes),
-            process=process,
-            preprocessing=preprocessing,
-            teacher=teacher,
-            shard=computing.shard,
-        )
-        if learner.divided and val_records is not None and len(val_records) < process.world:
+        if computing.shard == "fsdp" and val_records is not None and len(val_records) < process.world:
             raise DataError(f"{len(val_records)} images to evaluate on, fewer than the {process.world} processes")
-        run = Run(
-            learner=learner,
+        # no variable holds the learner: after a failure its connections must close, see `join_processes`
+        return Run(
+            learner=make_learner(
+                model,
+                recipe,
+                num_classes=len(records.classes),
+                process=process,
+                preprocessing=preprocessing,
+                teacher=teacher,
+                shard=computing.shard,
+            ),
             records=records,
             val=val_records,
             out=out,
@@ -182,9 +182,7 @@ def run_training(
             computing=computing,
             workers=computing.workers_beside(process.device),
             before_epoch=before_epoch,
-        )
-        with explained_worker_failure(run.workers):
-            return run.to_the_end()
+        ).to_the_end()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -203,6 +201,10 @@ class Run:
 
     def to_the_end(self) -> TrainResult:
         """Run the epochs after the last saved one, then export the models."""
+        with explained_worker_failure(self.workers):
+            return self._to_the_end()
+
+    def _to_the_end(self) -> TrainResult:
         learner, recipe, process = self.learner, self.learner.recipe, self.learner.process
         identity = identity_of(learner, self.records)
         settings = process.gather((recipe.to_toml(), identity))

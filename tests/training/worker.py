@@ -221,7 +221,7 @@ class Interrupted(FailsInOne):
     failure = KeyboardInterrupt()
 
 
-class Full(FailsInOne):
+class Unreadable(FailsInOne):
     failure = OSError(28, "No space left on device")
 
 
@@ -241,7 +241,7 @@ def failures(folder: Path, port: str) -> None:
     attempts: dict[str, Callable[[], Any]] = {
         "fails": lambda: small_run(folder / "fails", train=FailsInOne(26)),
         "interrupted": lambda: small_run(folder / "interrupted", train=Interrupted(26)),
-        "full": lambda: evaluate(tiny.model(), Full(9), workers=0, device="cpu"),
+        "unreadable": lambda: evaluate(tiny.model(), Unreadable(9), workers=0, device="cpu"),
         "no images": lambda: small_run(
             folder / "none", train=tiny.Pictures(26) if os.environ["RANK"] == "1" else str(folder / "nowhere")
         ),
