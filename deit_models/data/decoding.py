@@ -8,12 +8,13 @@ import math
 import stat
 import threading
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from importlib import import_module
 from os import PathLike, fspath
 from pathlib import Path
+from traceback import clear_frames
 from typing import IO, Any, NamedTuple
 
 import PIL.Image
@@ -30,7 +31,10 @@ ImageSource = str | PathLike[str] | bytes | PIL.Image.Image | Tensor | Any
 """A path, encoded bytes, a PIL image, an (H, W[, C]) array, or a (C, H, W) tensor; arrays of uint8 or floats 0..1."""
 
 MAX_IMAGE_PIXELS = 178_956_970
-"""Images with more pixels are refused before they are decoded: 512 MiB as RGB, Pillow's own limit for an error."""
+"""Images with more pixels are refused before they are decoded: 683 MiB as RGB, Pillow's own limit for an error."""
+
+MAX_DECODING_BYTES = 900 << 20
+"""Images that need more memory at a time, in decoding or in conversion to upright RGB, are refused before that."""
 
 MAX_RESIZED_PIXELS = MAX_IMAGE_PIXELS // 4
 """Images that would have more pixels once their shorter side is resized, as a strip of 60000x1 would, are refused."""
@@ -44,10 +48,11 @@ _TURNS = {
     **{2: _Turn.FLIP_LEFT_RIGHT, 3: _Turn.ROTATE_180, 4: _Turn.FLIP_TOP_BOTTOM, 5: _Turn.TRANSPOSE},
     **{6: _Turn.ROTATE_270, 7: _Turn.TRANSVERSE, 8: _Turn.ROTATE_90},
 }
-_ORIENTED_BY = ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp")
-"""Entries of `Image.info` with an orientation, which is no longer true once the picture is turned."""
 # Values of the EXIF orientation by their effect: axes swapped, right edge shown left, bottom edge shown at the top
 _ON_ITS_SIDE, _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
+_LAST_ROW_FIRST = (3, 4, 6, 7)
+"""The last stored row is shown as the first row, or as the first column."""
+_STRIP_PIXELS = 1 << 18
 
 
 def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
@@ -61,8 +66,7 @@ def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
 
     Raises: ImageError: not a readable image, damaged, or more than MAX_IMAGE_PIXELS; the message names the file.
     """
-    with _opened(source) as (image, name):
-        return _show(image, name)
+    return _decoded(source, _show)
 
 
 class Reduced(NamedTuple):
@@ -83,13 +87,18 @@ def decode_reduced(source: str | PathLike[str] | bytes, *, side: int) -> Reduced
 
     Raises: ImageError: see `decode_image`.
     """
-    with _opened(source) as (image, name):
-        _check_picture(image, name)
-        width, height = image.size
-        image.draft(None, (side, side))  # does nothing to other formats
-        scale = round(max(width / image.width, height / image.height))
-        orientation = image.getexif().get(_ORIENTATION, 1)
-        shown = _show(image, name)
+    return _decoded(source, partial(_reduced, side=side))
+
+
+def _reduced(image: PIL.Image.Image, name: str, *, side: int) -> Reduced | PIL.Image.Image:
+    if image.format not in ("JPEG", "MPO"):
+        return _show(image, name)
+    _check_picture(image, name)
+    width, height = image.size
+    image.draft(None, (side, side))
+    scale = round(max(width / image.width, height / image.height))
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    shown = _show(image, name)
     if scale == 1:
         return shown
     right, bottom = (height / scale, width / scale) if orientation in _ON_ITS_SIDE else (width / scale, height / scale)
@@ -98,19 +107,22 @@ def decode_reduced(source: str | PathLike[str] | bytes, *, side: int) -> Reduced
     return Reduced(shown, (left, top, left + right, top + bottom))
 
 
-@contextmanager
-def _opened(source: str | PathLike[str] | bytes) -> Iterator[tuple[PIL.Image.Image, str]]:
-    """The image, not decoded yet, and its name in errors."""
+def _decoded(source: str | PathLike[str] | bytes, read: Callable[[PIL.Image.Image, str], Any]) -> Any:
+    """What `read` makes of an image, opened and not decoded yet, and of its name in errors."""
     name = name_of(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
-    # Not by its path: Pillow would map greys of a TIFF into memory before they are turned, with the sides of after
-    with (
-        explained(name),
-        io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
-        _open(file, name) as image,
-    ):
-        yield image, name
+
+    def opened() -> Any:
+        # Not by its path: Pillow would map greys of a TIFF into memory before they are turned, with the sides of after
+        with (
+            io.BytesIO(source) if isinstance(source, bytes) else Path(source).open("rb") as file,
+            _open(file, name) as image,
+        ):
+            return read(image, name)
+
+    with explained(name):
+        return opened()
 
 
 def _open(file: IO[bytes], name: str) -> PIL.Image.Image:
@@ -187,9 +199,12 @@ def explained(name: str) -> Iterator[None]:
     try:
         with _QUIET:
             yield
-    except DeitModelsError:
+    except DeitModelsError as error:
+        clear_frames(error.__traceback__)
         raise
     except Exception as error:
+        # An error that is kept, as by a run that counts failures, would keep half a decoded image with it
+        clear_frames(error.__traceback__)
         # Decoders fail on damaged data in any way they like, so there is no list of types here
         raise ImageError(f"{name}: {_reason(error)}") from error
 
@@ -212,17 +227,57 @@ def _check_picture(image: PIL.Image.Image, name: str) -> None:
     if image.format == "EPS":
         # Pillow would run Ghostscript on it, also if the file's suffix is another format's
         raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
+    needed = image.width * image.height * _bytes_a_pixel(image)
+    if needed > MAX_DECODING_BYTES:
+        raise ImageError(
+            f"{name}: {image.width}x{image.height} pixels, which take {needed / 2**20:.0f} MiB to decode from "
+            f"{image.format}, more than {MAX_DECODING_BYTES >> 20}; make it smaller, or convert it to JPEG or PNG"
+        )
+
+
+_STORED = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L": 2, "I;16N": 2}
+_DECODERS = {"WEBP": 12, "AVIF": 14, "HEIF": 14, "JPEG2000": 17, "JPEG": 0, "MPO": 0, "PNG": 0, "GIF": 0, "BMP": 0}
+"""Bytes a pixel, as measured: of Pillow's modes, where not 4; of decoders beside the image, where not those of TIFF."""
+
+
+def _bytes_a_pixel(image: PIL.Image.Image) -> float:
+    """The most memory in use at a time until the image is shown."""
+    stored, form = _STORED.get(image.mode, 4), image.format or "PNG"
+    tags = getattr(image, "tag_v2", {})
+    beside = _DECODERS.get(form, 4)
+    if form == "TIFF":  # a strip or row of tiles at a time
+        rows = tags.get(_STRIP_ROWS, tags.get(_TILE_ROWS, image.height))
+        beside = sum(tags.get(_BITS, (8,))) / 8 * min(rows / image.height, 1)
+    elif hasattr(image, "layer") and not _in_one_scan(image):  # coefficients of the whole JPEG
+        most = max(wide * high for _, wide, high, _ in image.layer)
+        beside = 2 * sum(wide * high for _, wide, high, _ in image.layer) / most
+    kept = beside if form in ("WEBP", "AVIF", "HEIF") else 0
+    as_it_is = image.mode == "RGB" and "transparency" not in image.info
+    turned = image.getexif().get(_ORIENTATION, 1) in _TURNS
+    return max(stored + beside, stored + kept + (4 if turned or not as_it_is else 0))
+
+
+def _in_one_scan(image: Any) -> bool:
+    """Whether the first scan of an opened JPEG, whose header was read last, has all colours at all precision."""
+    if "progressive" in image.info or image.fp is None:
+        return False
+    at, colours = image.fp.tell(), len(image.layer)
+    header = b"\xff\xda" + (6 + 2 * colours).to_bytes(2, "big") + bytes([colours])
+    image.fp.seek(max(at - 8 - 2 * colours, 0))
+    found = image.fp.read(len(header)) == header
+    image.fp.seek(at)
+    return found
 
 
 def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Decode, turn upright, which copies nothing of a photograph that is upright already, convert to RGB."""
-    _check_picture(image, name)
     deep = image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
+    _check_picture(image, name)
     image.load()
     if deep and 0 < max(high for _, high in _extrema(image)[:3]) < _DARK:
         raise ImageError(f"{name}: colours of 16 bits of which no more than 12 are used; convert it to 8 bits first")
     try:
-        return to_rgb(upright(image))
+        return to_rgb(image, _turn_of(image))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
 
@@ -231,23 +286,17 @@ def _extrema(image: PIL.Image.Image) -> Any:
     return image.getextrema()
 
 
-def upright(image: PIL.Image.Image) -> PIL.Image.Image:
-    """An image turned as its EXIF orientation says, or itself.
+def _turn_of(image: PIL.Image.Image) -> int:
+    """How an image is to be turned, as a value of the EXIF orientation.
 
     Differs from Pillow's `exif_transpose`: the orientation alone is read; other tags, damaged ones too, are not written
     anew.
     """
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
-    if turn is None:
-        return image
-    turned = image.transpose(turn)
-    for key in _ORIENTED_BY:
-        turned.info.pop(key, None)
-    return turned
+    return image.getexif().get(_ORIENTATION, 1)
 
 
-def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """Any Pillow mode to RGB, with alpha over white.
+def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
+    """Any Pillow mode to RGB, with alpha over white, turned upright from an EXIF orientation.
 
     Greys of more than 8 bits are scaled, never clipped: from the bits that the format declares (12-bit TIFF, PGM,
     JPEG 2000); else from the fewest of 1, 8, 10, 12, 14 and 16 bits, 15 for signed numbers, that hold the largest
@@ -256,29 +305,56 @@ def to_rgb(image: PIL.Image.Image) -> PIL.Image.Image:
     Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
         nothing above 15 that are not of zeros and ones.
     """
+    convert: Callable[[PIL.Image.Image], PIL.Image.Image]
     if image.mode == "RGB" and "transparency" not in image.info:
-        return image
-    if image.mode.startswith(("I", "F")):
+        if orientation not in _TURNS:
+            return image
+        convert = _as_it_is
+    elif image.mode.startswith(("I", "F")):
         # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
-        return _shallow(image).convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        rgba = (image.convert("LA") if image.mode == "La" else image).convert("RGBA")
-        background = PIL.Image.new("RGBA", rgba.size, "white")
-        return PIL.Image.alpha_composite(background, rgba).convert("RGB")
-    return image.convert("RGB")
+        convert = _shallow(image)
+    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        convert = _over_white
+    else:
+        convert = _as_it_is
+    # In strips, so that there are never more than two copies of a large image
+    shown = PIL.Image.new("RGB", image.size[::-1] if orientation in _ON_ITS_SIDE else image.size)
+    for top, strip in _strips(image):
+        piece = convert(strip).convert("RGB")
+        if orientation in _TURNS:
+            piece = piece.transpose(_TURNS[orientation])
+        at = image.height - top - strip.height if orientation in _LAST_ROW_FIRST else top
+        shown.paste(piece, (at, 0) if orientation in _ON_ITS_SIDE else (0, at))
+    return shown
+
+
+def _strips(image: PIL.Image.Image) -> Iterator[tuple[int, PIL.Image.Image]]:
+    """The rows of an image, some at a time, each with the number of its first row."""
+    rows = max(_STRIP_PIXELS // image.width, 1)
+    for top in range(0, image.height, rows):
+        yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
+
+
+def _as_it_is(strip: PIL.Image.Image) -> PIL.Image.Image:
+    return strip
+
+
+def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
+    rgba = (strip.convert("LA") if strip.mode == "La" else strip).convert("RGBA")
+    return PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
 
 
 _DEPTHS = (1, 8, 10, 12, 14, 16)
 _DARK = 16
-_BITS, _PHOTOMETRIC = 258, 262
-"""TIFF tags: bits of a sample; 0 where the largest value is black."""
+_BITS, _PHOTOMETRIC, _STRIP_ROWS, _TILE_ROWS = 258, 262, 278, 323
+"""TIFF tags: bits of a sample; 0 where the largest value is black; rows that are stored together."""
 
 
-def _shallow(image: PIL.Image.Image) -> PIL.Image.Image:
-    """A grey image of more than 8 bits, or of floats, in 8 bits; see `to_rgb`."""
-    wide = image if image.mode == "F" else image.convert("I")
-    low, high = _extrema(wide)
-    if image.mode == "F" and not math.isfinite(_extrema(wide.resize((1, 1), PIL.Image.Resampling.BOX))[0]):
+def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
+    """The conversion of a grey image of more than 8 bits, or of floats, to 8 bits; see `to_rgb`."""
+    kind = "F" if image.mode == "F" else "I"
+    low, high, mean = _range(image, kind)
+    if not math.isfinite(mean):
         raise ImageError("grey values that are no numbers, or not finite; convert it to 8 or 16 bits first")
     tags = getattr(image, "tag_v2", {})
     declared = 12 if tags.get(_BITS) == (12,) else 16 if image.format in ("PPM", "JPEG2000") and high <= 65535 else None
@@ -292,8 +368,24 @@ def _shallow(image: PIL.Image.Image) -> PIL.Image.Image:
         _log_guess(image.mode, bits)
     # floats are rounded, whole numbers rounded down
     scale, more = 255 / ((1 << bits) - 1), 0.5 if image.mode == "F" else 1e-6
-    shallow = wide.point(lambda level: level * scale + more).convert("L")
-    return PIL.ImageOps.invert(shallow) if tags.get(_PHOTOMETRIC) == 0 else shallow
+
+    def convert(strip: PIL.Image.Image) -> PIL.Image.Image:
+        shallow = strip.convert(kind).point(lambda level: level * scale + more).convert("L")
+        return PIL.ImageOps.invert(shallow) if tags.get(_PHOTOMETRIC) == 0 else shallow
+
+    return convert
+
+
+def _range(image: PIL.Image.Image, kind: str) -> tuple[float, float, float]:
+    """Least and largest value, and a mean, which is not finite if any value is not."""
+    low, high, mean = math.inf, -math.inf, 0.0
+    for _, strip in _strips(image):
+        wide = strip.convert(kind)
+        least, largest = _extrema(wide)
+        low, high = min(low, least), max(high, largest)
+        if kind == "F":
+            mean += _extrema(wide.resize((1, 1), PIL.Image.Resampling.BOX))[0]
+    return low, high, mean
 
 
 @cache
@@ -322,7 +414,7 @@ def load_image(source: ImageSource) -> PIL.Image.Image:
         name = name_of(source)
         with explained(name):
             image = _show(source, name)
-            return image.copy() if image is source else image  # the caller's image stays as it is
+        return image.copy() if image is source else image  # the caller's image stays as it is
     return to_rgb(TF.to_pil_image(_array_levels(source, (1, 3, 4))))
 
 

@@ -1,5 +1,6 @@
 """Decoding as a photo viewer would, and refusing what is not an image."""
 
+import gc
 import io
 import os
 import struct
@@ -427,6 +428,53 @@ def test_decompression_bomb_is_refused_without_a_memory_spike(tmp_path: Path, si
     finally:
         tracemalloc.stop()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak_before < 64 << 10  # KiB on Linux
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured with Linux")
+@pytest.mark.parametrize(
+    ("mode", "form", "turned"), [("RGBA", "PNG", 8), ("LA", "TIFF", 3), ("I", "TIFF", 1), ("RGB", "PNG", 6)]
+)
+def test_conversion_takes_two_copies_at_most(tmp_path: Path, mode: str, form: str, turned: int) -> None:
+    resource = pytest.importorskip("resource")
+    exif = PIL.Image.Exif()
+    exif[0x0112] = turned
+    path = store(tmp_path, "a", encode(PIL.Image.new(mode, (3000, 4000)), form, exif=exif))
+    decode_image(path)
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    decode_image(path)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    assert peak - before < (8 + 2) * 3000 * 4000, "some for strips"
+
+
+def with_size(data: bytes, at: int, form: str, *sides: int) -> bytes:
+    return (
+        data[:at]
+        + b"".join(side.to_bytes(3, "little") if form == "WEBP" else side.to_bytes(2, "big") for side in sides)
+        + data[at + (6 if form == "WEBP" else 4) :]
+    )
+
+
+def test_decoders_that_need_much_memory_take_smaller_images() -> None:
+    webp = encode(
+        PIL.Image.new("RGBA", (40, 30)), "WEBP", save_all=True, append_images=[PIL.Image.new("RGBA", (40, 30), RED)]
+    )
+    assert_refused(with_size(webp, webp.index(b"VP8X") + 12, "WEBP", 9999, 9999), "MiB to decode from WEBP")
+    for options in ({"progressive": True}, {"progressive": True, "subsampling": 0}):
+        jpeg = encode(gradient(), "JPEG", **options)
+        assert_refused(with_size(jpeg, jpeg.index(b"\xff\xc2") + 5, "JPEG", 13000, 13000), "MiB to decode from JPEG")
+
+
+def test_a_kept_error_keeps_no_pixels() -> None:
+    for form in ("JPEG", "WEBP", "PNG"):
+        data = encode(gradient(200, 200), form)
+        with pytest.raises(ImageError) as caught:
+            decode_image(data[: len(data) // 2])
+        gc.collect()
+        assert caught.value.__cause__ is not None
+        assert not [
+            found for found in gc.get_objects() if issubclass(type(found), PIL.Image.Image) and found.size == (200, 200)
+        ]
 
 
 @pytest.fixture

@@ -2,12 +2,15 @@
 
 A case may end in an answer that its own checks found right, or in a `DeitModelsError`. All else is a fault:
 another exception, a message that is not one short line, more than `LIMIT_S` seconds, more than `LIMIT_BYTES` of memory.
+Seconds are those of the processor, so that other work on the machine changes nothing; a case that waits without
+computing has `LIMIT_WAITING_S`.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import faulthandler
 import logging
 import os
@@ -29,7 +32,7 @@ from typing import NamedTuple
 
 from deit_models import DeitModelsError
 
-LIMIT_S = 20
+LIMIT_S, LIMIT_WAITING_S = 20, 200
 LIMIT_BYTES = 1 << 30
 MOST_CHARACTERS = 300
 """Of an error message, the name of the file not counted."""
@@ -80,11 +83,11 @@ Case = Callable[[random.Random, Path], tuple[str, Callable[[], str]]]
 def run_cases(
     case: Case, *, seed: int, numbers: Iterable[int], seconds: float | None = None, skip: str | None = None
 ) -> Tally:
-    """Run numbered cases one after the other; each depends on the seed and its number alone."""
-    tally, began = Tally(), time.monotonic()
+    """Run numbered cases one after the other, for some seconds of the processor; each depends on seed and number."""
+    tally, began = Tally(), time.process_time()
     with tempfile.TemporaryDirectory(dir=_memory_disk()) as folder, limits():
         for number in numbers:
-            if seconds is not None and time.monotonic() - began > seconds:
+            if seconds is not None and time.process_time() - began > seconds:
                 break
             Path(folder, "number").write_text(str(number))  # left behind, with the files, if the process is ended
             place = Path(folder, "case")
@@ -97,9 +100,9 @@ def run_cases(
 
 
 def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Tally) -> None:
-    began = time.monotonic()
+    began = time.process_time()
     outcome, problem = attempt(act, place)
-    tally.slowest_s = max(tally.slowest_s, time.monotonic() - began)
+    tally.slowest_s = max(tally.slowest_s, time.process_time() - began)
     tally.outcomes.setdefault(label, Counter())["FAULT" if problem else outcome] += 1
     if problem is not None:
         tally.findings.append(Finding(number, label, problem))
@@ -107,22 +110,25 @@ def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Ta
 
 def attempt(act: Callable[[], str], place: Path) -> tuple[str, str | None]:
     """Run a case inside `limits`: its outcome, and what is wrong with it."""
-    before, began = _peak_bytes(), time.monotonic()
+    _forget_peak()
+    before, began = _peak_bytes(), time.process_time()
     # inside C code no signal is seen: then the process ends and says where
-    faulthandler.dump_traceback_later(4 * LIMIT_S, exit=True, file=_report_to)
-    signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
+    faulthandler.dump_traceback_later(2 * LIMIT_WAITING_S, exit=True, file=_report_to)
+    signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+    signal.setitimer(signal.ITIMER_REAL, LIMIT_WAITING_S)
     try:
         outcome, problem = _tried(act, place)
     finally:
+        signal.setitimer(signal.ITIMER_PROF, 0)
         signal.setitimer(signal.ITIMER_REAL, 0)
         faulthandler.cancel_dump_traceback_later()
-    took, grown = time.monotonic() - began, _peak_bytes() - before
+    took, grown = time.process_time() - began, _peak_bytes() - before
     if problem is None and took > LIMIT_S:
         problem = f"took {took:.0f} s"
     if problem is None and grown > LIMIT_BYTES:
         problem = f"took {grown >> 20} MiB"
     if grown > LIMIT_BYTES // 16:
-        _forget_peak()
+        _return_memory()
     return outcome, problem
 
 
@@ -175,7 +181,7 @@ def limits() -> Iterator[None]:
     def alarm(*_: object) -> None:
         raise OvertimeError
 
-    handler = signal.signal(signal.SIGALRM, alarm)
+    handlers = {number: signal.signal(number, alarm) for number in (signal.SIGALRM, signal.SIGPROF)}
     space = resource.getrlimit(resource.RLIMIT_AS)
     most = _addresses() + _ROOM
     resource.setrlimit(resource.RLIMIT_AS, (most if space[1] < 0 else min(most, space[1]), space[1]))
@@ -187,7 +193,8 @@ def limits() -> Iterator[None]:
     finally:
         logging.disable(logging.NOTSET)
         resource.setrlimit(resource.RLIMIT_AS, space)
-        signal.signal(signal.SIGALRM, handler)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def _addresses() -> int:
@@ -200,9 +207,15 @@ def _peak_bytes() -> int:
 
 
 def _forget_peak() -> None:
-    """The next case is measured afresh, where the system can do that (Linux)."""
+    """From here on the peak is measured afresh, whatever the process held before (Linux)."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
+
+
+def _return_memory() -> None:
+    """Hand freed memory back to the system (glibc), or the next case would use it unseen."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _kind(finding: Finding) -> str:
