@@ -108,7 +108,7 @@ def _reduced(image: PIL.Image.Image, name: str, *, side: int) -> Reduced | PIL.I
 
 
 def _decoded(source: str | PathLike[str] | bytes, read: Callable[[PIL.Image.Image, str], Any]) -> Any:
-    """What `read` makes of an image, opened and not decoded yet, and of its name in errors."""
+    """The result of `read`, which gets an image that is open and not decoded yet, and its name in errors."""
     name = name_of(source)
     if not isinstance(source, bytes):
         _check_file(Path(source), name)
@@ -200,13 +200,19 @@ def explained(name: str) -> Iterator[None]:
         with _QUIET:
             yield
     except DeitModelsError as error:
-        clear_frames(error.__traceback__)
+        _let_go(error)
         raise
     except Exception as error:
-        # An error that is kept, as by a run that counts failures, would keep half a decoded image with it
-        clear_frames(error.__traceback__)
+        _let_go(error)
         # Decoders fail on damaged data in any way they like, so there is no list of types here
         raise ImageError(f"{name}: {_reason(error)}") from error
+
+
+def _let_go(error: BaseException | None) -> None:
+    """No error that is kept, as by a run that counts its failures, keeps half a decoded image with it."""
+    while error is not None:
+        clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def _reason(error: Exception) -> str:
@@ -277,22 +283,14 @@ def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     if deep and 0 < max(high for _, high in _extrema(image)[:3]) < _DARK:
         raise ImageError(f"{name}: colours of 16 bits of which no more than 12 are used; convert it to 8 bits first")
     try:
-        return to_rgb(image, _turn_of(image))
+        # Not Pillow's `exif_transpose`, which writes the other tags anew, damaged ones too
+        return to_rgb(image, image.getexif().get(_ORIENTATION, 1))
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from error
 
 
 def _extrema(image: PIL.Image.Image) -> Any:
     return image.getextrema()
-
-
-def _turn_of(image: PIL.Image.Image) -> int:
-    """How an image is to be turned, as a value of the EXIF orientation.
-
-    Differs from Pillow's `exif_transpose`: the orientation alone is read; other tags, damaged ones too, are not written
-    anew.
-    """
-    return image.getexif().get(_ORIENTATION, 1)
 
 
 def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
@@ -305,22 +303,15 @@ def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
     Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
         nothing above 15 that are not of zeros and ones.
     """
-    convert: Callable[[PIL.Image.Image], PIL.Image.Image]
-    if image.mode == "RGB" and "transparency" not in image.info:
-        if orientation not in _TURNS:
-            return image
-        convert = _as_it_is
-    elif image.mode.startswith(("I", "F")):
-        # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
-        convert = _shallow(image)
-    elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-        convert = _over_white
-    else:
-        convert = _as_it_is
+    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    if image.mode == "RGB" and not transparent and orientation not in _TURNS:
+        return image
+    # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
+    deep = _shallow(image) if image.mode.startswith(("I", "F")) else None
     # In strips, so that there are never more than two copies of a large image
     shown = PIL.Image.new("RGB", image.size[::-1] if orientation in _ON_ITS_SIDE else image.size)
     for top, strip in _strips(image):
-        piece = convert(strip).convert("RGB")
+        piece = (deep(strip) if deep else _over_white(strip) if transparent else strip).convert("RGB")
         if orientation in _TURNS:
             piece = piece.transpose(_TURNS[orientation])
         at = image.height - top - strip.height if orientation in _LAST_ROW_FIRST else top
@@ -333,10 +324,6 @@ def _strips(image: PIL.Image.Image) -> Iterator[tuple[int, PIL.Image.Image]]:
     rows = max(_STRIP_PIXELS // image.width, 1)
     for top in range(0, image.height, rows):
         yield top, image.crop((0, top, image.width, min(top + rows, image.height)))
-
-
-def _as_it_is(strip: PIL.Image.Image) -> PIL.Image.Image:
-    return strip
 
 
 def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
