@@ -234,7 +234,7 @@ def add_bench(commands: Any) -> None:
     parser.add_argument("model", nargs="?", default="deit_tiny_patch16_224", help=text)
     text = "images at once, default 1 8 32"
     parser.add_argument("--batch-sizes", nargs="+", type=at_least(1), default=[1, 8, 32], metavar="N", help=text)
-    text = "model (as it is), eager, inductor, openvino, onnxruntime; default: all that work here"
+    text = "model (as it is), openvino, eager, onnxruntime, inductor; default: all that work here"
     parser.add_argument("--backends", nargs="+", default=[], metavar="NAME", help=text)
     text = "default: float32, and bf16 where the device computes in it by itself"
     parser.add_argument("--precision", choices=["float32", "bf16", "int8"], help=text)

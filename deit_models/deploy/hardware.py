@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import platform
 import threading
@@ -39,10 +40,13 @@ def quiet() -> Iterator[None]:
         yield
 
 
-def call_times(run: Runner, example: Tensor, *, seconds: float = 0.5, warm_up: int = 1) -> list[float]:
+def call_times(
+    run: Runner, example: Tensor, *, seconds: float = 0.5, warm_up: int = 1, give_up: float = math.inf
+) -> list[float]:
     """Seconds of each call, two at least, until they add up to `seconds`; the first `warm_up` calls are not counted.
 
-    A call ends when its logits are on the CPU, so no work of it or of an earlier call is left on a GPU.
+    A call ends when its logits are on the CPU, so no work of it or of an earlier call is left on a GPU. A call of more
+    than `give_up` seconds is the last one.
     """
     times: list[float] = []
     with torch.no_grad():
@@ -52,6 +56,8 @@ def call_times(run: Runner, example: Tensor, *, seconds: float = 0.5, warm_up: i
             start = time.perf_counter()
             run(example).cpu()
             times.append(time.perf_counter() - start)
+            if times[-1] > give_up:
+                break
     return times
 
 

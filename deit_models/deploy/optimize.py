@@ -5,32 +5,44 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import statistics
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from typing import Any, Literal, NamedTuple, NoReturn
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor
 
 from ..config import nearest
 from ..data.transforms import EvalTransform
-from ..errors import AgreementError, ConfigError, SaveError, first_line
+from ..errors import AgreementError, ConfigError, IntegrityError, SaveError, first_line
 from ..files import atomic_write
 from ..hub.fetch import Access, assets_dir
 from ..models.layers import HeadLogits, ImageClassifier
 from .hardware import Runner, call_times, exact_float32, machine, quiet
-from .network import TokenMerging, merging_plan, prepare, random_images
-from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, Way, ways_on
+from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
+from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
 
 logger = logging.getLogger(__name__)
 
 FLOAT32_TOLERANCE = 1e-4
 """Largest difference of a float32 network's logits to the model's; with merging, to the merged network's in torch."""
-_ROUNDS, _JUDGES = 2, 32
+_JUDGES = 32
+_CLOSE = 1.25
+"""Candidates that take at most this much longer than the fastest are timed in a second round."""
+_FOLDED = 1.5
+"""Folding and pieces that fit the caches make torch itself at most this much faster than the model."""
+_FEW = 4
+"""Images on which a kept network is compared again."""
+_MOST_KEPT = 2 << 30
+"""Bytes of compiled networks in the cache; those unused for longest are removed first."""
 _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 
 
@@ -38,7 +50,7 @@ _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 class Timing:
     """Speed of a backend in one precision: over all timed calls, and the median of a call with one batch.
 
-    Zeros if it was the only one that works, and so was not timed.
+    Zeros if it was the only candidate, and so was not timed.
     """
 
     backend: BackendName
@@ -133,8 +145,10 @@ def optimize(
 ) -> OptimizedClassifier:
     """A model that gives the same logits faster, on the backend that a short measurement finds fastest here.
 
-    A backend that is not installed, has no compiler or fails costs one log line; torch itself always remains. Timings
-    are kept in the cache, by configuration, batch size, processor and versions; agreement is checked in each call.
+    A backend that is not installed, has no compiler or fails costs one log line; torch itself always remains. On a CPU,
+    backends that cannot win by what is measured already are left out. Timings are kept in the cache, by configuration,
+    batch size, processor and versions, and so is the compiled network of OpenVINO and ONNX Runtime, by weights.
+    Agreement is checked in each call: on a few images for a kept network, on all for any other.
 
     Args:
         model: in any mode, on the CPU or a GPU; it stays as it is.
@@ -151,7 +165,7 @@ def optimize(
         token_merging: patch tokens that every block merges into similar ones, or one number for each block, see
             `deploy.network`: faster, with other logits. The merged network in torch's float32 must agree with the model
             on `min_agreement` of the images; every backend and precision is then compared with it.
-        cache_dir: folder for the timings; by default the Hub's cache.
+        cache_dir: folder for timings and compiled networks; by default the Hub's cache.
 
     Raises: ConfigError: options that do not exist or do not fit. AgreementError: bf16, int8 or merging was asked for,
         and does not agree.
@@ -202,7 +216,7 @@ class _Search:
         min_agreement: float,
         merging: TokenMerging,
         backends: Mapping[BackendName, Backend] = BACKENDS,
-        timer: Callable[[Runner, Tensor], list[float]] = call_times,
+        timer: Callable[..., list[float]] = call_times,
         exact: Callable[[torch.device], AbstractContextManager[None]] = exact_float32,
     ) -> None:
         """Plan the merging and make the batches, from the arguments of `optimize`. Raises: ConfigError: see there."""
@@ -225,6 +239,7 @@ class _Search:
                 raise ConfigError(f"{name} of shape {tuple(batch.shape)}; expected (B, {', '.join(map(str, shape))})")
         self.example, self.judges = example.to(self.device), judges.to(self.device)
         self.tried: dict[Way, _Trial | None] = {}
+        self.prepared: dict[torch.dtype, tuple[Prepared, dict[int, Any]]] = {}
         self.disagreements: list[str] = []
 
     def best(self, candidates: list[Way], access: Access) -> OptimizedClassifier:
@@ -240,17 +255,20 @@ class _Search:
         }  # fmt: skip
         key = decision_key(question, self.device)
         timings = recall(key, access) if len(candidates) > 1 else []
-        if not timings:
+        if not timings and len(candidates) > 1:
             timings = self._measure(candidates)
-            if len(timings) > 1:
-                keep(key, timings, access)
-        found = next(filter(None, (self._try(Way(timing.backend, timing.precision)) for timing in timings)), None)
+            keep(key, timings, access)
+        order = [Way(timing.backend, timing.precision) for timing in timings] or candidates
+        shelf = _Shelf(self, question, access)
+        found = shelf.restored(order[0]) or next(filter(None, map(self.try_way, order)), None)
         asked_for_less = all(way.precision != "float32" for way in candidates)
         if found is None and not (asked_for_less and self.disagreements):
-            found = self._try(Way("eager", "float32"))
+            found = self.try_way(Way("eager", "float32"))
         if found is None:
             nothing = "no backend could compute this model, not even torch itself"
             raise AgreementError("; ".join(self.disagreements) or nothing)
+        shelf.keep(found)
+        timings = timings or [Timing(backend=found.way.backend, precision=found.way.precision)]
         choice = Choice(
             backend=found.way.backend, precision=found.way.precision, agreement=found.agreement,
             timings=tuple(timings), token_merging=self.plan, merging_agreement=merging,
@@ -271,67 +289,186 @@ class _Search:
         return agreement
 
     def _measure(self, candidates: list[Way]) -> list[Timing]:
-        """Timings of the candidates that work, fastest first; a single one is not timed.
+        """Timings of the candidates that work and may win, fastest first.
 
-        Each runs by itself, in two rounds: the thread pools of two runtimes would disturb each other.
+        Each runs by itself: the thread pools of two runtimes would disturb each other. Those that are close to the
+        fastest are timed in a second round.
         """
-        working = [trial for way in candidates if (trial := self._try(way)) is not None]
-        if len(working) == 1:
-            return [Timing(backend=working[0].way.backend, precision=working[0].way.precision)]
-        times: dict[Way, list[float]] = {trial.way: [] for trial in working}
-        for trial in working * _ROUNDS:
-            times[trial.way] += self.timer(trial.run, self.example)
-        timings = [
+        times: dict[Way, list[float]] = {}
+        for way in candidates:
+            best = min(map(self._batch_seconds, times.values()), default=math.inf)
+            if self._cannot_win(way, times, best):
+                logger.info("%s is left out: it cannot be faster than what is measured already", way)
+            elif (trial := self.try_way(way)) is not None:
+                times[way] = self.timer(trial.run, self.example, warm_up=0, give_up=_CLOSE * best)
+        best = min(map(self._batch_seconds, times.values()), default=math.inf)
+        close = [way for way, taken in times.items() if self._batch_seconds(taken) <= _CLOSE * best]
+        for way in close if len(close) > 1 else ():
+            if (trial := self.tried[way]) is not None:
+                times[way] += self.timer(trial.run, self.example)
+        return [
             Timing(
                 backend=way.backend,
                 precision=way.precision,
                 images_per_second=len(self.example) * len(taken) / sum(taken),
                 latency_ms=1000 * statistics.median(taken),
             )
-            for way, taken in times.items()
+            for way, taken in sorted(times.items(), key=lambda item: self._batch_seconds(item[1]))
         ]
-        return sorted(timings, key=lambda t: t.latency_ms if self.goal == "latency" else -t.images_per_second)
 
-    def _try(self, way: Way) -> _Trial | None:
+    def _batch_seconds(self, taken: list[float]) -> float:
+        """Seconds of a batch, by the goal: the median of the calls, or their mean."""
+        return statistics.median(taken) if self.goal == "latency" else statistics.mean(taken)
+
+    def _cannot_win(self, way: Way, times: Mapping[Way, list[float]], best: float) -> bool:
+        """Whether a way on a CPU would have to be faster, compared with torch itself, than its backend ever is."""
+        itself = Way("eager", way.precision)
+        if itself in times:
+            seconds = self._batch_seconds(times[itself])
+        elif way.precision == "float32" and best < math.inf:
+            seconds = self._expected[1] / _FOLDED
+        else:
+            return False
+        return self.device.type == "cpu" and seconds / self.backends[way.backend].reach > best
+
+    def job(self, way: Way) -> Job:
+        """Inputs of a backend; ways of one dtype have the prepared network in common."""
+        dtype = self.backends[way.backend].dtype(way.precision)
+        if dtype not in self.prepared:
+            self.prepared[dtype] = prepare(self.model, pixels=self.pixels, dtype=dtype, plan=self.plan), {}
+        prepared, shared = self.prepared[dtype]
+        return Job(prepared, self.example, way.precision, self.calibration, shared=shared)
+
+    def try_way(self, way: Way) -> _Trial | None:
         """Build a way and compare it, once; None after one log line if it fails or disagrees."""
         if way in self.tried:
             return self.tried[way]
         self.tried[way] = None
         try:
             with quiet(), torch.no_grad():
-                backend = self.backends[way.backend]
-                prepared = prepare(self.model, pixels=self.pixels, dtype=backend.dtype(way.precision), plan=self.plan)
-                run = backend.build(Job(prepared, self.example, way.precision, self.calibration))
+                run = self.backends[way.backend].build(self.job(way))
                 run(self.example)
                 agreement = self._compare(run)
         except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: another backend is used
             logger.warning("%s is not used: %s", way, first_line(error))
             return None
-        exact = way.precision == "float32"
-        if agreement.max_abs_diff <= FLOAT32_TOLERANCE if exact else agreement.top1 >= self.min_agreement:
+        if self.agrees(way, agreement):
             self.tried[way] = _Trial(way, run, agreement)
             return self.tried[way]
+        exact = way.precision == "float32"
         found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
         wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"
         self.disagreements.append(f"{way}: {found} on {agreement.images} images, {wanted}")
         logger.warning("not used: %s", self.disagreements[-1])
         return None
 
-    @cached_property
-    def _expected(self) -> Tensor:
-        """Reference logits: the model without folds, in exact float32; with merging, the merged network."""
-        with self.exact(self.device):
-            return self._logits(prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan))
+    def agrees(self, way: Way, agreement: Agreement) -> bool:
+        """Whether a way agrees well enough for its precision."""
+        if way.precision == "float32":
+            return agreement.max_abs_diff <= FLOAT32_TOLERANCE
+        return agreement.top1 >= self.min_agreement
 
-    def _logits(self, run: Runner) -> Tensor:
-        return torch.cat([run(batch) for batch in torch.split(self.judges, len(self.example))])
+    @cached_property
+    def _expected(self) -> tuple[Tensor, float]:
+        """Reference logits, and the seconds of a batch: the model without folds, in exact float32, tokens merged."""
+        with self.exact(self.device), torch.no_grad():
+            network = prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan)
+            began = time.perf_counter()
+            logits = self._logits(network, self.judges).cpu()
+            seconds = time.perf_counter() - began
+        return logits.to(self.device), seconds * len(self.example) / len(self.judges)
+
+    def _logits(self, run: Runner, images: Tensor) -> Tensor:
+        return torch.cat([run(batch) for batch in torch.split(images, len(self.example))])
 
     def _compare(self, run: Runner) -> Agreement:
-        expected, found = self._expected, self._logits(run)
-        if found.shape != expected.shape or not found.isfinite().all():
-            return Agreement(0.0, float("inf"), len(self.judges))
-        same = (found.argmax(1) == expected.argmax(1)).double().mean()
-        return Agreement(float(same), float((found - expected).abs().max()), len(self.judges))
+        expected, _ = self._expected
+        return _agreement(self._logits(run, self.judges), expected)
+
+    def compare_few(self, run: Runner) -> Agreement:
+        """Agreement on the first images only."""
+        few = self.judges[:_FEW]
+        with self.exact(self.device):
+            expected = prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan)(few)
+        return _agreement(run(few), expected)
+
+
+def _agreement(found: Tensor, expected: Tensor) -> Agreement:
+    if found.shape != expected.shape or not found.isfinite().all():
+        return Agreement(0.0, float("inf"), len(expected))
+    same = (found.argmax(1) == expected.argmax(1)).double().mean()
+    return Agreement(float(same), float((found - expected).abs().max()), len(expected))
+
+
+class _Shelf:
+    """Compiled networks in the cache, each by everything that it depends on, weights and calibration included.
+
+    A file is a line of JSON, then the network's bytes. The line has their SHA-256, and the agreement that was found
+    when the network was compiled.
+    """
+
+    def __init__(self, search: _Search, question: dict[str, Any], access: Access) -> None:
+        self.search, self.question, self.access = search, question, access
+        self.taken: Way | None = None
+
+    def _path(self, way: Way) -> Path:
+        search = self.search
+        tensors = (*search.model.state_dict().values(), search.judges, search.calibration)
+        digest = hashlib.sha256()
+        for tensor in tensors:
+            if tensor is not None:
+                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        key = decision_key({**self.question, "way": way, "tensors": digest.hexdigest()}, search.device)
+        return assets_dir("deploy", self.access) / f"{key}.network"
+
+    def restored(self, way: Way) -> _Trial | None:
+        """The kept network of a way; None if there is none, or after one log line if it does not fit."""
+        search = self.search
+        if not search.backends[way.backend].keeps:
+            return None
+        try:
+            path = self._path(way)
+            content = path.read_bytes()
+            os.utime(path)
+        except (OSError, SaveError):
+            return None
+        try:
+            line, _, network = content.partition(b"\n")
+            header = json.loads(line)
+            agreement = Agreement(*header["agreement"])
+            if hashlib.sha256(network).hexdigest() != header["sha256"]:
+                raise IntegrityError("its bytes have changed")  # a runtime may crash on such bytes
+            with quiet(), torch.no_grad():
+                run = search.backends[way.backend].build(search.job(way)._replace(kept=network))
+                now = search.compare_few(run)
+        except Exception as error:  # noqa: BLE001  # runtimes raise many types: the network is compiled anew
+            logger.warning("the kept network of %s is compiled anew: %s", way, first_line(error))
+            return None
+        # the same images, so the difference cannot be larger than before, but for other sums of rounding
+        if now.max_abs_diff > 1.5 * agreement.max_abs_diff + FLOAT32_TOLERANCE / 2:
+            logger.warning("the kept network of %s is compiled anew: its logits have changed", way)
+            return None
+        self.taken = way
+        return _Trial(way, run, agreement) if search.agrees(way, agreement) else None
+
+    def keep(self, trial: _Trial) -> None:
+        """Write the network of a trial, if its backend can; if that fails, one log line."""
+        if not self.search.backends[trial.way.backend].keeps or trial.way == self.taken:
+            return
+        try:
+            path, network = self._path(trial.way), cast(KeepableRunner, trial.run).to_bytes()
+            header = {"agreement": trial.agreement, "sha256": hashlib.sha256(network).hexdigest()}
+            with atomic_write(path) as temporary, temporary.open("wb") as out:
+                out.write(json.dumps(header).encode() + b"\n")
+                out.write(network)
+            kept = sorted(path.parent.glob("*.network"), key=lambda file: -file.stat().st_mtime)
+            sizes = accumulate(file.stat().st_size for file in kept)
+            for file, size in zip(kept, sizes, strict=True):
+                if size > _MOST_KEPT and file != path:
+                    file.unlink(missing_ok=True)
+        except (SaveError, OSError) as error:
+            logger.warning("the compiled network is not kept: %s", first_line(error))
 
 
 def _as_batch(model: ImageClassifier, images: Tensor | Sequence[Any], *, pixels: bool) -> Tensor:

@@ -7,11 +7,12 @@ import functools
 import io
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -73,10 +74,14 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return dict(json.loads(text))
 
 
-def _traced(prepared: Prepared, example: Tensor) -> torch.export.ExportedProgram:
-    """The network as a graph for any batch size; the example has 2 images: a size of 1 would become fixed."""
+def _traced(prepared: Prepared, example: Tensor, *, fixed: bool = False) -> torch.export.ExportedProgram:
+    """The network as a graph for any batch size; the example has 2 images: a size of 1 would become fixed.
+
+    `fixed`: for batches of the example's size alone, which takes half the time.
+    """
+    sizes = None if fixed else {"x": {0: torch.export.Dim("batch")}}
     with quiet():
-        return torch.export.export(prepared, (example,), dynamic_shapes={"x": {0: torch.export.Dim("batch")}})
+        return torch.export.export(prepared, (example,), dynamic_shapes=sizes)
 
 
 def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) -> None:
@@ -102,13 +107,14 @@ def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) 
         program.save(str(path), external_data=False)
 
 
-def _open_onnx(path: Path) -> Runner:
+def _open_onnx(file: Path | bytes) -> Runner:
     with extra_needed("running ONNX"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    source = file if isinstance(file, bytes) else str(file)
+    session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
     return lambda images: torch.from_numpy(session.run(None, {name: images.contiguous().numpy()})[0])
 
@@ -121,12 +127,12 @@ def _read_onnx(path: Path) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
 
-def _openvino_model(prepared: Prepared, example: Tensor) -> Any:
-    """The network as an `openvino.Model`. Raises: MissingExtraError: OpenVINO is not installed."""
+def _openvino_model(prepared: Prepared, example: Tensor, *, fixed: bool = False) -> Any:
+    """The network as an `openvino.Model`, see `_traced`. Raises: MissingExtraError: OpenVINO is not installed."""
     with extra_needed("OpenVINO"):
         import openvino
     with quiet():
-        model = openvino.convert_model(_traced(prepared, example))
+        model = openvino.convert_model(_traced(prepared, example, fixed=fixed))
     model.inputs[0].get_tensor().set_names({_INPUT})
     model.outputs[0].get_tensor().set_names({"logits"})
     return model
@@ -206,30 +212,59 @@ class Way(NamedTuple):
 
 
 class Job(NamedTuple):
-    """Inputs of a backend: the network, a typical batch on its device, the precision to compute in.
+    """Inputs of a backend.
 
-    `calibration` holds images shaped like the example, to find the ranges of an int8 network with.
+    Attributes:
+        prepared: the network.
+        example: a typical batch on its device.
+        precision: to compute in.
+        calibration: images shaped like the example, to find the ranges of an int8 network with.
+        kept: `KeepableRunner.to_bytes` of an earlier run; the network is not converted anew.
+        shared: converted networks by the size of their batch; the precisions of one network have them in common.
     """
 
     prepared: Prepared
     example: Tensor
     precision: InferencePrecision
     calibration: Tensor | None = None
+    kept: bytes | None = None
+    shared: dict[int, Any] | None = None
+
+
+class KeepableRunner(Protocol):
+    """A runner whose compiled network can be kept for a later process."""
+
+    def __call__(self, images: Tensor, /) -> Tensor:
+        """See `Runner`."""
+        ...
+
+    def to_bytes(self) -> bytes:
+        """The compiled network, for `Job.kept` on the same machine with the same libraries."""
+        ...
 
 
 class Backend(NamedTuple):
-    """A library that computes networks. `build` makes a runner, and may raise any error of the library.
+    """A library that computes networks.
 
-    `precisions` are those it supports on some machine, `devices` its device types.
+    Attributes:
+        build: makes a runner, and may raise any error of the library.
+        precisions: those it supports on some machine.
+        devices: its device types.
+        takes_bf16: whether the network itself is in bfloat16 for bf16; other libraries cast on their own.
+        keeps: whether `build` makes a `KeepableRunner`.
+        reach: on a CPU, its highest speed over torch itself in the same precision: the most that was measured
+            (benchmarks/results/inference.md), and some more. A backend that cannot win is not built.
     """
 
     build: Callable[[Job], Runner]
     precisions: tuple[InferencePrecision, ...]
     devices: tuple[str, ...] = ("cpu",)
     takes_bf16: bool = False
+    keeps: bool = False
+    reach: float = math.inf
 
     def dtype(self, precision: InferencePrecision) -> torch.dtype:
-        """Network dtype; with `takes_bf16` bfloat16 for bf16, other libraries cast on their own."""
+        """Network dtype."""
         return torch.bfloat16 if self.takes_bf16 and precision == "bf16" else torch.float32
 
 
@@ -294,41 +329,66 @@ def _inductor_on_gpu(job: Job, *, compiler: Any = torch.compile, cuda: Any = tor
     return on_gpu(run, job.example, plain=job.prepared, exact=job.precision == "float32", cuda=cuda)
 
 
-def _openvino(job: Job) -> Runner:
-    with extra_needed("OpenVINO"):
-        import openvino
-    core = openvino.Core()
-    native_bf16 = "BF16" in core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if job.precision == "bf16" and not native_bf16:
-        raise ConfigError("this processor has no bfloat16 of its own")
-    model = _openvino_model(job.prepared, _two(job.example))
-    if job.precision == "int8":
-        model = _quantized(model, job.calibration)
-    # every core computes its own images, so none waits for another within a layer; all cores share a single image
-    threads = torch.get_num_threads()
-    streams = min(len(job.example), threads)
-    options = {
-        # int8 keeps norms and softmax in floats; between 8-bit products, half precision is enough for them
-        "INFERENCE_PRECISION_HINT": "bf16" if native_bf16 and job.precision != "float32" else "f32",
-        "NUM_STREAMS": str(streams),
-        "INFERENCE_NUM_THREADS": threads,
-    }
+class _OpenVINORunner:
+    """Pieces of a batch, each computed by a core of its own, so that none waits for another within a layer.
 
-    @functools.cache
-    def compiled(size: int) -> Any:
-        """Compiled for `size` images at once, or for any number with -1, which is slower."""
-        shaped = model.clone()
-        shaped.reshape([size, *job.example.shape[1:]])
-        return openvino.AsyncInferQueue(core.compile_model(shaped, "CPU", options), streams)
+    All cores share a single image. Fewer images than a piece go through a network for one image, which is made when it
+    is first needed.
+    """
 
-    def piece_size(count: int) -> int:
-        return min(-(-count // streams), _STREAM_PIECE)
+    def __init__(self, job: Job) -> None:
+        """Convert and compile, or take `job.kept`."""
+        with extra_needed("OpenVINO"):
+            import openvino
+        self._job, self._openvino, self._core = job, openvino, openvino.Core()
+        native_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        if job.precision == "bf16" and not native_bf16:
+            raise ConfigError("this processor has no bfloat16 of its own")
+        threads = torch.get_num_threads()
+        self._streams = min(len(job.example), threads)
+        self._options = {
+            # int8 keeps norms and softmax in floats; between 8-bit products, half precision is enough for them
+            "INFERENCE_PRECISION_HINT": "bf16" if native_bf16 and job.precision != "float32" else "f32",
+            "NUM_STREAMS": str(self._streams),
+            "INFERENCE_NUM_THREADS": threads,
+        }
+        self._size = min(-(-len(job.example) // self._streams), _STREAM_PIECE)
+        if job.kept is None:
+            self._compiled = self._compile(self._size)
+        else:
+            self._compiled = self._core.import_model(io.BytesIO(job.kept), "CPU", self._options)
+        self._queue = openvino.AsyncInferQueue(self._compiled, self._streams)
+        self._job = job._replace(kept=None, shared=None)  # large, and not needed any more
 
-    usual = piece_size(len(job.example))
+    def _compile(self, size: int) -> Any:
+        return self._core.compile_model(self._converted(size), "CPU", self._options)
 
-    def run(images: Tensor) -> Tensor:
-        fits = len(images) % usual == 0
-        queue, size = (compiled(usual), usual) if fits else (compiled(-1), piece_size(len(images)))
+    def _converted(self, size: int) -> Any:
+        """The network for `size` images at once."""
+        job = self._job
+        if job.precision == "int8":
+            model = self._in_int8.clone()
+            model.reshape([size, *job.example.shape[1:]])
+            return model
+        shared = {} if job.shared is None else job.shared
+        if size not in shared:
+            shared[size] = _openvino_model(job.prepared, _first(job.example, size), fixed=True)
+        return shared[size]
+
+    @functools.cached_property
+    def _in_int8(self) -> Any:
+        """For any number of images: ranges are found image by image."""
+        return _quantized(_openvino_model(self._job.prepared, _first(self._job.example, 2)), self._job.calibration)
+
+    @functools.cached_property
+    def _single(self) -> Any:
+        return self._openvino.AsyncInferQueue(self._compile(1), self._streams)
+
+    def to_bytes(self) -> bytes:
+        return bytes(self._compiled.export_model().getvalue())
+
+    def __call__(self, images: Tensor) -> Tensor:
+        queue, size = (self._queue, self._size) if len(images) >= self._size else (self._single, 1)
         found: dict[int, Tensor] = {}
 
         def collect(request: Any, index: int) -> None:
@@ -337,16 +397,15 @@ def _openvino(job: Job) -> Runner:
 
         queue.set_callback(collect)
         for index, piece in enumerate(torch.split(images.contiguous(), size)):
-            queue.start_async(piece.numpy(), index)
+            missing = size - len(piece)
+            queue.start_async((torch.cat([piece, images[:missing]]) if missing else piece).numpy(), index)
         queue.wait_all()
-        return torch.cat([found[index] for index in range(len(found))])
-
-    return run
+        return torch.cat([found[index] for index in range(len(found))])[: len(images)]
 
 
-def _two(example: Tensor) -> Tensor:
-    """Its first image twice, to trace with."""
-    return example[:1].expand(2, -1, -1, -1).contiguous()
+def _first(example: Tensor, size: int) -> Tensor:
+    """Its first image as a batch of `size`, to trace with."""
+    return example[:1].expand(size, -1, -1, -1).contiguous()
 
 
 def _quantized(model: Any, calibration: Tensor | None) -> Any:
@@ -379,16 +438,32 @@ def _quantized(model: Any, calibration: Tensor | None) -> Any:
         )
 
 
-def _onnxruntime(job: Job) -> Runner:
-    with TemporaryDirectory() as folder:
-        path = Path(folder, "network.onnx")
-        _write_onnx(job.prepared, _two(job.example), path, "")
-        return _in_pieces(_open_onnx(path))
+class _ONNXRunner:
+    """A session of ONNX Runtime, and the file that it was made from."""
+
+    def __init__(self, job: Job) -> None:
+        """Write the network as ONNX, or take `job.kept`."""
+        self._file = job.kept or self._written(job)
+        self._run = _in_pieces(_open_onnx(self._file))
+
+    @staticmethod
+    def _written(job: Job) -> bytes:
+        with TemporaryDirectory() as folder:
+            path = Path(folder, "network.onnx")
+            _write_onnx(job.prepared, _first(job.example, 2), path, "")
+            return path.read_bytes()
+
+    def to_bytes(self) -> bytes:
+        return self._file
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return self._run(images)
 
 
+# the likeliest to win first, so that others need not be built
 BACKENDS: dict[BackendName, Backend] = {
-    "eager": Backend(_eager, ("float32", "bf16"), ("cpu", "cuda", "mps"), takes_bf16=True),
-    "inductor": Backend(_inductor, ("float32", "bf16"), ("cpu", "cuda"), takes_bf16=True),
-    "openvino": Backend(_openvino, ("float32", "bf16", "int8")),
-    "onnxruntime": Backend(_onnxruntime, ("float32",)),
+    "openvino": Backend(_OpenVINORunner, ("bf16", "float32", "int8"), keeps=True),
+    "eager": Backend(_eager, ("bf16", "float32"), ("cpu", "cuda", "mps"), takes_bf16=True, reach=1.0),
+    "onnxruntime": Backend(_ONNXRunner, ("float32",), keeps=True, reach=1.5),
+    "inductor": Backend(_inductor, ("bf16", "float32"), ("cpu", "cuda"), takes_bf16=True, reach=1.3),
 }

@@ -122,7 +122,7 @@ def verify_cache(cache_dir: str | os.PathLike[str] | None = None) -> Iterator[Ve
 def clear_cache(name: str | None = None, cache_dir: str | os.PathLike[str] | None = None) -> list[CachedFile]:
     """Remove cached weights, of one model or repository or all of them; gives what was removed.
 
-    Hub repositories of other libraries stay; broken-off downloads go along with all.
+    Hub repositories of other libraries stay; broken-off downloads and compiled networks go along with all.
     Raises: UnknownModelError: nothing of that name is in the cache.
     """
     files = [file for file in cached_files(cache_dir) if name is None or name in (file.model, file.source)]
@@ -136,6 +136,7 @@ def clear_cache(name: str | None = None, cache_dir: str | os.PathLike[str] | Non
             file.path.unlink(missing_ok=True)
             file.path.with_suffix(".json").unlink(missing_ok=True)
     if name is None:
-        for part in fetch.assets_dir("downloads", Access(cache_dir=cache_dir)).glob("*.part"):
-            part.unlink(missing_ok=True)
+        for folder, pattern in (("downloads", "*.part"), ("deploy", "*.network")):
+            for path in fetch.assets_dir(folder, Access(cache_dir=cache_dir)).glob(pattern):
+                path.unlink(missing_ok=True)
     return files

@@ -84,5 +84,7 @@ def test_bench_as_json(capsys):
 
 def test_bench_refuses_what_it_does_not_know(capsys):
     assert "deit_micro_patch4_32" in failure(capsys, "bench", "deit_mikro_patch4_32")
-    assert "expected one of model, eager" in failure(capsys, "bench", "deit_micro_patch4_32", "--backends", "tensorrt")
+    assert "expected one of model, openvino" in failure(
+        capsys, "bench", "deit_micro_patch4_32", "--backends", "tensorrt"
+    )
     assert "expected 1 or more" in usage_error(capsys, "bench", "--batch-sizes", "0")

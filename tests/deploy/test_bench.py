@@ -137,7 +137,7 @@ def test_the_table_says_what_the_figures_depend_on() -> None:
     [
         (
             {"backends": ["tensorrt"]},
-            "backend 'tensorrt'; expected one of model, eager, inductor, openvino, onnxruntime",
+            "backend 'tensorrt'; expected one of model, openvino, eager, onnxruntime, inductor",
         ),
         ({"batch_sizes": [0]}, r"batch_sizes=\[0\]; expected numbers of images, 1 or more"),
         ({"batch_sizes": []}, r"batch_sizes=\[\]"),
