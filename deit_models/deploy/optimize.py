@@ -322,14 +322,14 @@ class _Search:
 
     def _cannot_win(self, way: Way, times: Mapping[Way, list[float]], best: float) -> bool:
         """Whether a way on a CPU would have to be faster, compared with torch itself, than its backend ever is."""
-        itself = Way("eager", way.precision)
-        if itself in times:
-            seconds = self._batch_seconds(times[itself])
-        elif way.precision == "float32" and best < math.inf:
-            seconds = self._expected[1] / _FOLDED
-        else:
+        backend, itself = self.backends[way.backend], Way("eager", way.precision)
+        if self.device.type != "cpu" or not times:
             return False
-        return self.device.type == "cpu" and seconds / self.backends[way.backend].reach > best
+        if backend.prefers_bf16 and way.precision == "float32" and Way(way.backend, "bf16") in times:
+            return True
+        if itself in times:
+            return self._batch_seconds(times[itself]) / backend.reach > best
+        return way.precision == "float32" and self._expected[1] / _FOLDED / backend.reach > best
 
     def job(self, way: Way) -> Job:
         """Inputs of a backend; ways of one dtype have the prepared network in common."""

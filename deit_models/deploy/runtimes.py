@@ -254,6 +254,7 @@ class Backend(NamedTuple):
         keeps: whether `build` makes a `KeepableRunner`.
         reach: on a CPU, its highest speed over torch itself in the same precision: the most that was measured
             (benchmarks/results/inference.md), and some more. A backend that cannot win is not built.
+        prefers_bf16: whether bf16 is always faster than float32 where the processor has it.
     """
 
     build: Callable[[Job], Runner]
@@ -262,6 +263,7 @@ class Backend(NamedTuple):
     takes_bf16: bool = False
     keeps: bool = False
     reach: float = math.inf
+    prefers_bf16: bool = False
 
     def dtype(self, precision: InferencePrecision) -> torch.dtype:
         """Network dtype."""
@@ -462,7 +464,7 @@ class _ONNXRunner:
 
 # the likeliest to win first, so that others need not be built
 BACKENDS: dict[BackendName, Backend] = {
-    "openvino": Backend(_OpenVINORunner, ("bf16", "float32", "int8"), keeps=True),
+    "openvino": Backend(_OpenVINORunner, ("bf16", "float32", "int8"), keeps=True, prefers_bf16=True),
     "eager": Backend(_eager, ("bf16", "float32"), ("cpu", "cuda", "mps"), takes_bf16=True, reach=1.0),
     "onnxruntime": Backend(_ONNXRunner, ("float32",), keeps=True, reach=1.5),
     "inductor": Backend(_inductor, ("bf16", "float32"), ("cpu", "cuda"), takes_bf16=True, reach=1.3),

@@ -22,6 +22,7 @@ from deit_models.deploy import hardware
 from deit_models.deploy.network import decreasing, prepare, random_images
 from deit_models.deploy.optimize import OptimizedClassifier, _Search, decision_key, optimize
 from deit_models.deploy.runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, ways_on
+from deit_models.hub.cache import clear_cache
 from deit_models.hub.fetch import Access
 from deit_models.models.layers import ImageClassifier
 
@@ -278,7 +279,7 @@ def test_a_compiled_network_is_taken_from_the_cache(kind: str, name: BackendName
     assert built[2] is None, "other weights need another network"
     torch.testing.assert_close(changed(x), model(x), atol=1e-4, rtol=0)
     assert len(list(tmp_path.rglob("*.network"))) == 2
-    assert deit_models.hub.cache.clear_cache(cache_dir=tmp_path) == []
+    assert clear_cache(cache_dir=tmp_path) == []
     assert not list(tmp_path.rglob("*.network"))
 
 
