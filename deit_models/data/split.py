@@ -8,6 +8,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,16 +77,34 @@ def parts(records: ImageRecords, split: Split) -> tuple[ImageRecords, ImageRecor
     return SubsetRecords(records, split.train), SubsetRecords(records, split.val)
 
 
-def keep_split(out: Path, records: ImageRecords, split: Split) -> None:
-    """Write the split into `out`, by the images' names; a split that is there already must be the same.
+def keep_split(out: Path, records: ImageRecords, split: Split, *, write: bool = True) -> Split:
+    """The split, by the images' names in `out`; if there is one with fewer images, that one and the others in training.
 
     Raises: TrainingError: `out` has the split of other images, or another one. SaveError: no space or no permission.
     """
     path = out / SPLIT_NAME
+    if path.exists():
+        split = _with_more_images(path, records, split)
     names = {part: [records.key(index) for index in getattr(split, part)] for part in ("train", "val")}
     text = json.dumps({"data": records.name, "seed": split.seed, "fraction": split.fraction, **names}, indent=1) + "\n"
-    if path.exists() and read_text(path, error=TrainingError) != text:
-        raise TrainingError(
-            f"{path} is the split of other images, or with another seed or fraction; use a new folder for this run"
-        )
-    write_text(path, text)
+    if write:
+        write_text(path, text)
+    return split
+
+
+def _with_more_images(path: Path, records: ImageRecords, split: Split) -> Split:
+    text = read_text(path, error=TrainingError)
+    with suppress(ValueError, TypeError, KeyError):
+        before = json.loads(text)
+        held, known = {*before["val"]}, len(before["train"]) + len(before["val"])
+        val = [index for index in range(len(records)) if records.key(index) in held]
+        others = {*before["train"]}
+        gone = known - len(val) - sum(records.key(index) in others for index in range(len(records)))
+        if (before["seed"], before["fraction"], gone) == (split.seed, split.fraction, 0):
+            if added := len(records) - known:
+                logger.warning("%s: %d images were added since; they are for training", path, added)
+            chosen = {*val}
+            return Split([i for i in range(len(records)) if i not in chosen], val, split.fraction, split.seed)
+    raise TrainingError(
+        f"{path} is the split of other images, or with another seed or fraction; use a new folder for this run"
+    )

@@ -321,6 +321,4 @@ class _Finetuning:
     def _divide(self, labels: list[int]) -> Split:
         """Set images aside for validation, and write their names into `out`."""
         split = stratified_split(labels, fraction=self.val_fraction, seed=self.split_seed)
-        if self.process.is_main:
-            keep_split(self.out, self.train, split)
-        return split
+        return keep_split(self.out, self.train, split, write=self.process.is_main)

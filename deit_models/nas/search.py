@@ -63,7 +63,7 @@ def split_images(
     """
     records = open_images(data, "train")
     split = stratified_split(labels_of(records), fraction=fraction, seed=seed)
-    keep_split(Path(out), records, split)
+    split = keep_split(Path(out), records, split)
     return parts(records, split)
 
 

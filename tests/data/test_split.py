@@ -7,6 +7,7 @@ import pytest
 from coloured import Counted, Unlabelled, save_folders
 
 from deit_models.data.datasets import open_dataset, wrap
+from deit_models.data.records import SubsetRecords
 from deit_models.data.split import keep_split, labels_of, parts, stratified_split
 from deit_models.errors import ConfigError, DataError, TrainingError
 
@@ -117,6 +118,29 @@ def test_split_of_other_images_is_not_written_over(tmp_path):
     with pytest.raises(TrainingError, match=r"split.json is the split of other images, or with another seed"):
         keep_split(tmp_path / "out", records, other)
     assert (tmp_path / "out" / "split.json").read_bytes() == before
+    with pytest.raises(TrainingError, match="is the split of other images"):  # images that are gone
+        keep_split(tmp_path / "out", SubsetRecords(records, range(1, len(records))), split)
+    for damaged in ("[]", "{}", "no JSON"):
+        (tmp_path / "out" / "split.json").write_text(damaged)
+        with pytest.raises(TrainingError, match="is the split of other images"):
+            keep_split(tmp_path / "out", records, split)
     (tmp_path / "out" / "split.json").write_bytes(b"\x89PNG")
     with pytest.raises(TrainingError, match=r"split\.json: not a text in utf-8"):
         keep_split(tmp_path / "out", records, split)
+
+
+@pytest.mark.parametrize("fewer", [range(11), range(0, 12, 2), range(1, 12)])
+def test_images_that_were_added_are_for_training(fewer, tmp_path, caplog):
+    records = open_dataset(save_folders(tmp_path / "photos"), "train")
+    first = SubsetRecords(records, fewer)
+    split = keep_split(tmp_path, first, stratified_split(labels_of(first), fraction=0.4, seed=0))
+    held = [first.key(index) for index in split.val]
+    fresh = stratified_split(labels_of(records), fraction=0.4, seed=0)
+    for _ in range(2):
+        more = keep_split(tmp_path, records, fresh)
+        assert [records.key(index) for index in more.val] == held
+        assert sorted(more.train + more.val) == list(range(len(records)))
+    assert caplog.messages == [
+        f"{tmp_path / 'split.json'}: {len(records) - len(first)} images were added since; they are for training"
+    ]
+    assert keep_split(tmp_path, records, fresh, write=False) == more
