@@ -14,14 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .checkpoint import weights_dir
-from .data.classes import class_names_of
 from .data.datasets import open_images
 from .data.inputs import eval_batches
 from .data.loading import Batch, DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
 from .data.records import ImageRecords, SubsetRecords, some
 from .data.transforms import EvalTransform, preprocessing_of, to_device
 from .distributed import Process, has_bf16, join_processes
-from .errors import DataError
+from .errors import ConfigError, DataError
 from .files import read_text
 from .models.layers import HeadLogits, ImageClassifier
 from .training.recipe import Precision
@@ -315,6 +314,30 @@ class Tally:
         skipped = len(labels) - len(order)
         index, label = index[order], labels[order]
         return Outcomes(index, label, predicted.long(), probability, in_top5.bool(), losses, heads, skipped)
+
+
+def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
+    """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
+    names = class_names_of(model) if given is None else _checked(model, given)
+    return names or tuple(f"class {number}" for number in range(model.num_classes))
+
+
+def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
+    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
+    origin = model.origin
+    if origin is not None and origin.class_names is not None:
+        return _checked(model, origin.class_names)
+    if origin is not None and origin.dataset == "ImageNet-1k" and model.num_classes == 1000:
+        from torchvision.models import get_weight
+
+        return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
+    return None
+
+
+def _checked(model: ImageClassifier, names: Sequence[str]) -> tuple[str, ...]:
+    if len(names) != model.num_classes:
+        raise ConfigError(f"{len(names)} labels given, {model.num_classes} expected: one for each class of the model")
+    return tuple(names)
 
 
 class Match(NamedTuple):

@@ -14,13 +14,12 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .data.classes import class_labels
 from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
 from .data.records import IMAGE_SUFFIXES, list_images, unread_files
 from .data.transforms import to_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
-from .evaluation import eval_mode
+from .evaluation import class_labels, eval_mode
 from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL
 

@@ -1,4 +1,4 @@
-"""Class names and labels, of models and of others' data sets: which logit belongs to which label."""
+"""Data sets of others as ours: class names and labels in every form, items that are pairs or dicts."""
 
 from __future__ import annotations
 
@@ -19,37 +19,12 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
-from ..errors import ConfigError, DataError, ImageError, shown
-from ..models.layers import ImageClassifier
+from ..errors import DataError, ImageError, shown
 from .decoding import load_item
 from .records import FileRecords, ImageRecords, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "target", "cls")
-
-
-def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:
-    """A name for each logit: those given, the checkpoint's, ImageNet's, or numbers."""
-    names = class_names_of(model) if given is None else _checked(model, given)
-    return names or tuple(f"class {number}" for number in range(model.num_classes))
-
-
-def class_names_of(model: ImageClassifier) -> tuple[str, ...] | None:
-    """A name for each logit, if the weights came with them or were trained on ImageNet-1k; None if not."""
-    origin = model.origin
-    if origin is not None and origin.class_names is not None:
-        return _checked(model, origin.class_names)
-    if origin is not None and origin.dataset == "ImageNet-1k" and model.num_classes == 1000:
-        from torchvision.models import get_weight
-
-        return tuple(get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"])
-    return None
-
-
-def _checked(model: ImageClassifier, names: Sequence[str]) -> tuple[str, ...]:
-    if len(names) != model.num_classes:
-        raise ConfigError(f"{len(names)} labels given, {model.num_classes} expected: one for each class of the model")
-    return tuple(names)
 
 
 def wrap(
@@ -163,10 +138,8 @@ def _label_column(dataset: Any) -> str | None:
 
 def _key(row: Mapping[str, Any], features: Mapping[str, Any], known: Sequence[str], kind: str) -> str | None:
     """The first known key of a row, else its only column of a kind."""
-    if key := next((key for key in known if key in row), None):
-        return key
     alike = [key for key in row if type(features.get(key)).__name__ == kind]
-    return alike[0] if len(alike) == 1 else None
+    return next((key for key in known if key in row), alike[0] if len(alike) == 1 else None)
 
 
 def _pairs(dataset: Any) -> Sequence[Any] | None:
@@ -177,21 +150,19 @@ def _pairs(dataset: Any) -> Sequence[Any] | None:
 
 def _known_labels(dataset: Any) -> Sequence[Any] | None:
     """Labels that are there without the images, in any form; None if there are none."""
-    known: Any = None
     if (pairs := _pairs(dataset)) is not None:
         return [label for _, label in pairs]
     if isinstance(dataset, Subset):
         inner = _known_labels(dataset.dataset)
         return None if inner is None else [inner[index] for index in dataset.indices]
     if isinstance(dataset, ConcatDataset):
-        parts = [known for part in dataset.datasets if (known := _known_labels(part)) is not None]
+        parts = [labels for part in dataset.datasets if (labels := _known_labels(part)) is not None]
         return [*chain.from_iterable(parts)] if len(parts) == len(dataset.datasets) else None
-    if isinstance(dataset, TensorDataset):
-        known = dataset.tensors[-1]
-    elif (column := _label_column(dataset)) and hasattr(dataset, "with_format"):
+    known: Any = dataset.tensors[-1] if isinstance(dataset, TensorDataset) else None
+    if (column := _label_column(dataset)) and hasattr(dataset, "with_format"):
         known = dataset.with_format(None)[column][:]  # in a list at once
     elif getattr(dataset, "target_transform", None) is None:
-        known = getattr(dataset, "targets", getattr(dataset, "labels", None))
+        known = getattr(dataset, "targets", getattr(dataset, "labels", known))
     listed = hasattr(known, "__getitem__") and hasattr(known, "__len__") and len(known) == len(dataset)
     return known if listed else None
 

@@ -44,6 +44,7 @@ _BY_NAME = {"cifar-10-b": "cifar10", "cifar-100": "cifar100", "flowers-102": "fl
 """Beginnings of the names of files and folders that a data set known by name consists of."""
 _TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 _ANNOTATIONS = "val_annotations.txt"
+_NO_CLASS_FOLDERS = ("no class folders", "no images in class folder", "only one class", "look like splits")
 _DEEPEST, _PLACES = 5, 200
 
 
@@ -387,9 +388,6 @@ def _read_folder(folder: Path, name: str, classes: Sequence[str] | None) -> File
         if any(sign in error.args[0] for sign in _NO_CLASS_FOLDERS) and (hint := _hint(folder)):
             raise DataError(f"{error.args[0].partition(';')[0]}; {hint}") from error
         raise
-
-
-_NO_CLASS_FOLDERS = ("no class folders", "no images in class folder", "only one class", "look like splits")
 
 
 def _read_annotations(folder: Path, name: str, classes: Sequence[str] | None) -> FileRecords:

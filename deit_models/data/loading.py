@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import time
 import warnings
@@ -12,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
 from os import PathLike, fspath
+from pickle import PicklingError
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ..distributed import Process
-from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError
+from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError, first_line
 from .records import ImageRecords
 
 logger = logging.getLogger(__name__)
@@ -145,8 +147,16 @@ class _Loader(DataLoader[Any]):
     """A loader whose workers leave Ctrl-C, which a terminal sends to every process, to their parent."""
 
     def __iter__(self) -> Any:
-        with _quiet():
-            return map(_unpacked, self._parts())
+        try:
+            with _quiet():
+                return map(_unpacked, self._parts())
+        except (PicklingError, AttributeError, TypeError) as error:
+            if not isinstance(error, PicklingError) and not re.search("pickle|get local", str(error)):
+                raise
+            raise DataError(
+                f"the data set cannot be passed to loading processes ({first_line(error)}); define its classes and "
+                "functions at the top of a module, open its files in __getitem__, or pass workers=0"
+            ) from error
 
     def _parts(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
@@ -305,7 +315,12 @@ class DamageCount:
 
     def _check(self) -> None:
         if len(self.failed) > max(self.limit * len(self.records), 2):
+            one, reason = self.records.describe(max(self.failed)), ""
+            try:
+                self.records[max(self.failed)]
+            except (ImageError, OSError) as error:
+                reason = f" ({first_line(error)})".replace(f"{one}: ", "")
             raise DataError(
                 f"at least {len(self.failed)} of the {len(self.records)} images of {self.records.name} cannot be read, "
-                f"more than the limit of {self.limit:.1%}; one of them is {self.records.describe(max(self.failed))}"
+                f"more than the limit of {self.limit:.1%}; one of them is {one}{reason}"
             )

@@ -96,15 +96,13 @@ def _with_more_images(path: Path, records: ImageRecords, split: Split) -> Split:
     text = read_text(path, error=TrainingError)
     with suppress(ValueError, TypeError, KeyError):
         before = json.loads(text)
-        held, known = {*before["val"]}, len(before["train"]) + len(before["val"])
-        val = [index for index in range(len(records)) if records.key(index) in held]
-        others = {*before["train"]}
-        gone = known - len(val) - sum(records.key(index) in others for index in range(len(records)))
-        if (before["seed"], before["fraction"], gone) == (split.seed, split.fraction, 0):
-            if added := len(records) - known:
+        held, others = {*before["val"]}, {*before["train"]}
+        keys = [*map(records.key, range(len(records)))]
+        if (before["seed"], before["fraction"]) == (split.seed, split.fraction) and held | others <= {*keys}:
+            if added := len(keys) - len(held) - len(others):
                 logger.warning("%s: %d images were added since; they are for training", path, added)
-            chosen = {*val}
-            return Split([i for i in range(len(records)) if i not in chosen], val, split.fraction, split.seed)
+            train, val = ([i for i, key in enumerate(keys) if (key in held) is part] for part in (False, True))
+            return Split(train, val, split.fraction, split.seed)
     raise TrainingError(
         f"{path} is the split of other images, or with another seed or fraction; use a new folder for this run"
     )

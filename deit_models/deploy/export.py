@@ -11,8 +11,8 @@ from tempfile import TemporaryDirectory
 import torch
 
 from ..config import nearest
-from ..data.classes import class_labels
 from ..errors import AgreementError, ConfigError
+from ..evaluation import class_labels
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
 from .hardware import Runner

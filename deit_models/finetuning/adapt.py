@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import override
-from ..data.classes import class_names_of
 from ..errors import ConfigError
+from ..evaluation import class_names_of
 from ..models.layers import ImageClassifier
 from ..registry import meta_model
 from ..training.optim import layer_count, layer_of_parameter

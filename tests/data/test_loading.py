@@ -1,15 +1,19 @@
 """From paths to batches: threads or processes, which, and in which order."""
 
+import multiprocessing
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
+from small_sets import Pictures
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from deit_models.data.loading import decoding_workers, file_batches
-from deit_models.errors import ImageError
+from deit_models.data.loading import DamageCount, decoding_workers, file_batches, make_loader
+from deit_models.errors import DataError, ImageError
 
 CPU = torch.device("cpu")
 
@@ -89,3 +93,39 @@ def test_who_decodes_may_be_said(workers: int | None, here: bool) -> None:
     assert (processes == os.getpid()).all() == here
     assert len(processes.unique()) == (workers or 1)
     assert (threads == threading.get_ident()).all() == (workers is not None)
+
+
+class Holds(Dataset[int]):
+    """A data set that holds any object."""
+
+    def __init__(self, held: object) -> None:
+        self.held = held
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+@pytest.mark.parametrize(
+    "make", [lambda: lambda image: image, lambda: (_ for _ in ()), threading.Lock, lambda: type("Local", (), {})()]
+)
+def test_data_set_that_cannot_be_passed_to_processes_is_explained(make: Callable[[], object]) -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("spawn", force=True)
+    try:
+        loader = make_loader(Holds(make()), [0], batch_size=1, workers=1, device=torch.device("cpu"))
+        with pytest.raises(
+            DataError, match=r"cannot be passed to loading processes \(.*\); define .*or pass workers=0"
+        ):
+            next(iter(loader))
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
+@pytest.mark.parametrize("reason", ["damaged", "no such file"])
+def test_too_many_failures_come_with_a_reason(reason: str) -> None:
+    class Broken(Pictures):
+        def __getitem__(self, index: int) -> Any:
+            raise ImageError(f"{self.describe(index)}: {reason}")
+
+    with pytest.raises(DataError, match=rf"3 of the 9 images .*; one of them is image 3 of pictures \({reason}\)$"):
+        DamageCount(Broken(9), 0.01).add(torch.tensor([1, -1, 2, 3]))

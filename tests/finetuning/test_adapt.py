@@ -7,8 +7,8 @@ import torch
 from coloured import atom
 
 import deit_models
-from deit_models.data.classes import class_labels, class_names_of
 from deit_models.errors import ConfigError
+from deit_models.evaluation import class_labels, class_names_of
 from deit_models.finetuning.adapt import first_trained_layer, only_from_layer
 
 PETS = ("Pug", "tiger_cat", "ibex")
