@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .hub.load import from_pretrained
     from .models import create_model
     from .predict import Classifier, attention_maps
+    from .training.losses import WithLoss
     from .training.recipe import recipe_named
     from .training.run import train
 
@@ -55,6 +56,7 @@ __all__ = [
     "SaveError",
     "TrainingError",
     "UnknownModelError",
+    "WithLoss",
     "__version__",
     "adapt_head",
     "attention_maps",
@@ -79,6 +81,7 @@ __all__ = [
 # Loaded when first used: each needs torch, torchvision or huggingface_hub, which listing models does not.
 _LAZY = {
     "Classifier": ".predict",
+    "WithLoss": ".training.losses",
     "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
     "create_model": ".models",

@@ -95,10 +95,12 @@ def layout_tensors(model: ModelLike, layout: Layout) -> dict[str, Tensor]:
     Raises: ConfigError: the family has no such layout, or the tensors are not those of the config (a fused model).
     """
     state = model.state_dict()
-    if state.keys() != meta_model(type(model), model.config).state_dict().keys():
+    differing = state.keys() ^ meta_model(type(model), model.config).state_dict().keys()
+    if differing:
         raise ConfigError(
-            "the tensors are not those of the config (was the model fused or quantised, or has it adapters?); save the "
-            "model it came from, or what peft's merge_and_unload() gives"
+            f"{min(differing)}: the tensors are not those of the config (was the model fused or quantised, or has it "
+            "adapters or parametrizations?); save the model it came from, or what peft's merge_and_unload() or torch's "
+            "remove_parametrizations() leaves"
         )
     plain = {name: _plain(name, tensor) for name, tensor in state.items()}
     named = layouts_of(model.family).from_native(plain, config=model.config, naming=layout)

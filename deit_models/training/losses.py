@@ -11,10 +11,11 @@ from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import TrainingError
+from ..models.layers import ImageClassifier
 from .recipe import Recipe
 from .teacher import Teacher
 
@@ -177,3 +178,36 @@ class DistillationLoss:
                 f"the {what} have shape {tuple(given.shape)}, the student's logits {tuple(logits.shape)}; "
                 f"both must be (images, classes)"
             )
+
+
+class WithLoss(nn.Module):
+    """A model that takes `pixel_values` and `labels` and gives a dict, as `transformers.Trainer` expects.
+
+    The loss follows the model's `problem_type`: cross-entropy by default, one yes-or-no question a class for
+    "multi_label_classification" or a single logit, the squared error for "regression". Both heads of a distilled model
+    learn, each by its own loss. What the trainer saves loads with `from_pretrained(folder, model=name)`; `self.model`
+    saves its config and class names, too.
+    """
+
+    def __init__(self, model: ImageClassifier) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """The logits that the model gives in eval mode, (B, num_classes); with labels also the loss, a scalar.
+
+        Labels are class numbers (B,), or one number a class (B, num_classes).
+        """
+        heads = [logits for logits in self.model.forward_heads(pixel_values) if logits is not None]
+        found = {"logits": torch.stack(heads).mean(dim=0)}
+        if labels is not None:
+            found["loss"] = torch.stack([self._loss(logits.float(), labels) for logits in heads]).mean()
+        return found
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        problem = self.model.origin and self.model.origin.problem_type
+        if problem == "regression":
+            return F.mse_loss(logits, labels.float().view_as(logits))
+        if problem == "multi_label_classification" or logits.shape[1] == 1:
+            return F.binary_cross_entropy_with_logits(logits, labels.float().view_as(logits))
+        return F.cross_entropy(logits, labels)

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from deit_models.errors import TrainingError
 from deit_models.models.layers import HeadLogits
 from deit_models.training.losses import (
     DistillationLoss,
+    WithLoss,
     binary_cross_entropy,
     hard_distillation,
     soft_distillation,
@@ -313,3 +315,48 @@ def test_recipe_and_teacher_must_go_together():
         DistillationLoss(Recipe(distillation="soft"), teacher=None)
     with pytest.raises(TrainingError, match="distillation='none'"):
         DistillationLoss(Recipe(), teacher=some_teacher())
+
+
+# A model with its loss
+
+
+@pytest.mark.parametrize("name", ["deit_micro_patch4_32", "deit_micro_distilled_patch4_32"])
+def test_model_with_loss_averages_the_losses_of_its_heads(name: str) -> None:
+    model = tiny_model(name, num_classes=3).train()
+    x, labels = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.tensor([2, 0])
+    found = WithLoss(model)(pixel_values=x, labels=labels)
+    heads = [head for head in model.forward_heads(x) if head is not None]
+    rows = [[0.0, 0.0, 1.0], [1.0, 0.0, 0.0]]
+    expected = sum(cross_entropy_by_hand(head.tolist(), rows) for head in heads) / len(heads)
+    assert found["loss"].item() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(found["logits"], model.eval()(x))
+    found["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    torch.testing.assert_close(WithLoss(model)(x), {"logits": model(x)})
+
+
+@pytest.mark.parametrize(
+    ("problem", "classes", "labels"),
+    [
+        ("multi_label_classification", 3, [[1, 0, 1], [0, 0, 1]]),
+        (None, 1, [1, 0]),
+        ("regression", 1, [0.5, -2.0]),
+        ("regression", 2, [[0.5, -2.0], [0.0, 1.0]]),
+        ("single_label_classification", 3, [[0.2, 0.3, 0.5], [1.0, 0.0, 0.0]]),
+    ],
+)
+def test_model_with_loss_follows_its_problem_type(problem: str | None, classes: int, labels: list[object]) -> None:
+    model = tiny_model("deit_micro_patch4_32", num_classes=classes)
+    model.origin = replace(model.origin, problem_type=problem)
+    x = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    loss = WithLoss(model)(x, torch.tensor(labels))["loss"].item()
+    rows = model(x).tolist()
+    wanted = torch.tensor(labels).view(2, -1).tolist()
+    if problem == "regression":
+        gaps = [(a - b) ** 2 for row, want in zip(rows, wanted, strict=True) for a, b in zip(row, want, strict=True)]
+        expected = sum(gaps) / len(gaps)
+    elif problem == "single_label_classification":
+        expected = cross_entropy_by_hand(rows, wanted)
+    else:
+        expected = binary_by_hand(rows, [[value > 0 for value in want] for want in wanted])
+    assert loss == pytest.approx(expected, rel=1e-5)

@@ -1,0 +1,273 @@
+"""Other libraries train, explain and save our models; what they leave loads here. Skipped where one is missing."""
+
+import importlib
+import io
+import pickle
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_contract import TINY
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import deit_models
+from deit_models import ConfigError, WithLoss, create_model, from_pretrained
+from deit_models.models.layers import ImageClassifier
+
+SHAPES = {
+    "deit_tiny_distilled_patch16_224": "deit",
+    "deit3_small_patch16_224": "deit",
+    "t2t_vit_7": "t2t_vit",
+    "levit_128s": "levit",
+    "vit_resnas_tiny": "vit_resnas",
+}
+"""One name for each kind of model, with its family."""
+IMAGES = torch.randn(8, 3, 112, 112, generator=torch.Generator().manual_seed(0))
+LABELS = torch.arange(8) % 5
+
+
+@pytest.fixture(params=SHAPES)
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def model(name: str) -> ImageClassifier:
+    torch.manual_seed(0)
+    return create_model(name, num_classes=5, img_size=112, **TINY[SHAPES[name]]).eval()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Others' deprecations are not ours to mend."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def peer(module: str) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        pytest.importorskip(module.partition(".")[0], reason=f"needs {module.partition('.')[0]}", exc_type=ImportError)
+        return importlib.import_module(module)
+
+
+def loss_of(output: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
+    heads = [output] if isinstance(output, Tensor) else list(output)
+    return torch.stack([F.cross_entropy(head, labels) for head in heads]).mean()
+
+
+def rows() -> list[dict[str, Tensor]]:
+    return [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+
+
+@torch.no_grad()
+def assert_loads(weights: Path, model: ImageClassifier) -> None:
+    """Files that do not say what they are of, beside a config.json, which does."""
+    folder = weights if weights.is_dir() else weights.parent
+    deit_models.save_pretrained(model, folder / "config_of")
+    (folder / "config_of" / "config.json").rename(folder / "config.json")
+    assert torch.equal(from_pretrained(weights, cache_dir=folder / "cache")(IMAGES), model.eval()(IMAGES))
+
+
+@torch.no_grad()
+def assert_saved_as_it_answers(model: ImageClassifier, folder: Path, *, atol: float = 0.0) -> None:
+    expected = model.eval()(IMAGES)
+    model.save_pretrained(folder)
+    torch.testing.assert_close(from_pretrained(folder)(IMAGES), expected, atol=atol, rtol=0)
+
+
+# Trainers
+
+
+def test_trainer_of_transformers_trains_and_saves(model: ImageClassifier, tmp_path: Path) -> None:
+    transformers = peer("transformers")
+    peer("accelerate")
+    before = model(IMAGES)
+    settings = transformers.TrainingArguments(
+        str(tmp_path / "run"), num_train_epochs=1, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+        disable_tqdm=True, learning_rate=1e-3,
+    )  # fmt: skip
+    trainer = transformers.Trainer(WithLoss(model), settings, train_dataset=rows(), eval_dataset=rows())
+    trainer.train()
+    measured = trainer.evaluate()["eval_loss"]
+    found = WithLoss(model.eval())(IMAGES, LABELS)
+    assert measured == pytest.approx(found["loss"].item(), rel=1e-4)
+    assert not torch.allclose(model(IMAGES), before)
+    trainer.save_model(str(tmp_path / "end"))
+    assert_loads(tmp_path / "end", model)
+    assert_loads(tmp_path / "run" / "checkpoint-2", model)
+    assert_saved_as_it_answers(trainer.model.model, tmp_path / "whole")
+
+
+def test_lightning_trains_and_its_checkpoint_loads(model: ImageClassifier, tmp_path: Path) -> None:
+    lightning = peer("lightning")
+
+    class Lit(lightning.LightningModule):  # type: ignore[name-defined, misc]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def training_step(self, batch: list[Tensor], _: int) -> Tensor:
+            return loss_of(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(IMAGES, LABELS), batch_size=4)
+    trainer = lightning.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, default_root_dir=tmp_path, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Lit(), data)
+    (tmp_path / "run").mkdir()
+    trainer.save_checkpoint(tmp_path / "run" / "last.ckpt")
+    assert_loads(tmp_path / "run" / "last.ckpt", model)
+
+
+def test_accelerate_trains_and_its_folders_load(model: ImageClassifier, tmp_path: Path) -> None:
+    accelerator = peer("accelerate").Accelerator(cpu=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    prepared, optimizer = accelerator.prepare(model.train(), optimizer)
+    accelerator.backward(loss_of(prepared(IMAGES), LABELS))
+    optimizer.step()
+    accelerator.save_state(str(tmp_path / "state"))
+    accelerator.save_model(prepared, str(tmp_path / "model"))
+    trained = accelerator.unwrap_model(prepared)
+    assert_loads(tmp_path / "state", trained)
+    assert_loads(tmp_path / "model", trained)
+    assert_saved_as_it_answers(trained, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "blocks"])
+def test_peft_trains_adapters_that_merge(model: ImageClassifier, targets: str, tmp_path: Path) -> None:
+    peft = peer("peft")
+    linear = [key for key, module in model.named_modules() if isinstance(module, nn.Linear) and "blocks" in key]
+    chosen = {"target_modules": targets} if targets == "all-linear" else {"target_modules": linear}
+    whole = None if targets == "all-linear" else [model.head_names[0]]
+    config = peft.LoraConfig(r=2, modules_to_save=whole, **chosen)
+    before = model(IMAGES)
+    adapted = peft.get_peft_model(model, config)
+    learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=0.05)
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(adapted.eval()(IMAGES), LABELS).backward()
+        optimizer.step()
+    expected = adapted(IMAGES)
+    assert not torch.allclose(expected, before)
+    with pytest.raises(ConfigError, match=r"merge_and_unload"):
+        adapted.base_model.model.save_pretrained(tmp_path / "no")
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(IMAGES), expected, atol=1e-5, rtol=0)
+    assert_saved_as_it_answers(merged, tmp_path / "merged")
+
+
+# Explanations
+
+
+def test_captum_attributes_the_whole_difference(model: ImageClassifier) -> None:
+    gradients = peer("captum.attr").IntegratedGradients(model)
+    x = IMAGES[:1]
+    shares, gap = gradients.attribute(x, target=1, n_steps=64, return_convergence_delta=True)
+    difference = (model(x) - model(torch.zeros_like(x)))[0, 1]
+    assert abs(gap.item()) < 0.05 * abs(difference.item()) + 1e-4
+    assert shares.shape == x.shape
+
+
+def test_grad_cam_draws_a_map_of_patches(model: ImageClassifier) -> None:
+    cam = peer("pytorch_grad_cam")
+    target = importlib.import_module("pytorch_grad_cam.utils.model_targets").ClassifierOutputTarget
+    height, width = model.config.grids[-1] if hasattr(model.config, "grids") else model.config.grid
+    last = model.blocks[-1]
+
+    def on_grid(tokens: Tensor) -> Tensor:
+        return tokens[:, -height * width :].transpose(1, 2).unflatten(2, (height, width))
+
+    draw = cam.GradCAM(model, [getattr(last, "norm1", last)], reshape_transform=on_grid)
+    maps = [draw(IMAGES[:2], [target(k)] * 2) for k in range(5)]
+    assert all(map_.shape == (2, 112, 112) for map_ in maps)
+    assert max(float(map_.max()) for map_ in maps) > 0.5
+
+
+# Saving what other tools changed
+
+
+def test_torchao_weights_are_saved_as_they_answer(model: ImageClassifier, tmp_path: Path) -> None:
+    quantization = peer("torchao.quantization")
+    quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
+    assert_saved_as_it_answers(model, tmp_path, atol=1e-4)
+
+
+def test_distributed_checkpoint_becomes_a_file_that_loads(model: ImageClassifier, tmp_path: Path) -> None:
+    from torch.distributed import checkpoint
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    checkpoint.save({"model": model.state_dict()}, checkpoint_id=tmp_path / "parts", no_dist=True)
+    (tmp_path / "one").mkdir()
+    dcp_to_torch_save(tmp_path / "parts", tmp_path / "one" / "model.pth")
+    assert_loads(tmp_path / "one" / "model.pth", model)
+
+
+def test_parametrized_weights_are_refused_until_they_are_removed(model: ImageClassifier, tmp_path: Path) -> None:
+    from torch.nn.utils import parametrize
+    from torch.nn.utils.parametrizations import weight_norm
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        weight_norm(layer)
+    with pytest.raises(ConfigError, match=r"parametrizations.*remove_parametrizations"):
+        model.save_pretrained(tmp_path / "no")
+    for layer in layers:
+        parametrize.remove_parametrizations(layer, "weight")
+    assert_saved_as_it_answers(model, tmp_path / "yes")
+
+
+# torch's own tools
+
+
+@torch.no_grad()
+def test_pickled_models_answer_alike(model: ImageClassifier) -> None:
+    expected, buffer = model(IMAGES), io.BytesIO()
+    assert torch.equal(pickle.loads(pickle.dumps(model))(IMAGES), expected)
+    torch.save(model, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.load(buffer, weights_only=False)(IMAGES), expected)
+
+
+@torch.no_grad()
+def test_torch_jit_traces(model: ImageClassifier) -> None:
+    traced = torch.jit.trace(model, IMAGES[:2])
+    torch.testing.assert_close(traced(IMAGES), model(IMAGES))
+
+
+@torch.no_grad()
+def test_channels_last_answers_alike_and_is_saved(model: ImageClassifier, tmp_path: Path) -> None:
+    expected = model(IMAGES)
+    model.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(model(IMAGES.to(memory_format=torch.channels_last)), expected)
+    assert_saved_as_it_answers(model, tmp_path, atol=1e-5)
+
+
+def test_ensembles_and_gradients_of_each_image_by_vmap(model: ImageClassifier) -> None:
+    params, buffers = torch.func.stack_module_state([model, model])
+
+    def call(params: dict[str, Tensor], buffers: dict[str, Tensor], x: Tensor) -> Tensor:
+        return torch.func.functional_call(model, (params, buffers), (x,))
+
+    both = torch.func.vmap(call, in_dims=(0, 0, None))(params, buffers, IMAGES[:2])
+    torch.testing.assert_close(both[1], model(IMAGES[:2]), atol=1e-5, rtol=1e-4)
+
+    def loss(params: dict[str, Tensor], x: Tensor, label: Tensor) -> Tensor:
+        return F.cross_entropy(call(params, dict(model.named_buffers()), x[None]), label[None])
+
+    learned = {key: p.detach() for key, p in model.named_parameters()}
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))(learned, IMAGES[:2], LABELS[:2])
+    F.cross_entropy(model(IMAGES[:2]), LABELS[:2]).backward()
+    for key, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(each[key].mean(dim=0), parameter.grad, atol=1e-5, rtol=1e-3)
