@@ -169,7 +169,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
 
 
 def _published(model: ImageClassifier, classes: int) -> dict[str, Any] | None:
-    """The published accuracy of these weights, in percent, and its data; None if there is none, or for fewer classes."""
+    """The published accuracy of these weights, in percent, and its data; None if there is none, or of more classes."""
     origin = model.origin
     if origin is None or origin.top1 is None or classes < model.num_classes:
         return None
