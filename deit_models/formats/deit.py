@@ -81,8 +81,8 @@ class DeiTLayouts(FamilyLayouts):
     }
     # transformers puts the body under the model type and leaves the heads bare.
     body = r"(?:vit|deit)\.(?=embeddings\.|encoder\.|layers\.|layernorm\.|pooler\.)"
-    # Parameters of a feature extractor that a classifier never uses.
-    ignored = r"pooler\."
+    # Parts of a feature extractor or of pre-training (masks, decoders of pixels) that a classifier never uses.
+    ignored = r"pooler\.|(?:embeddings\.)?mask(?:ed)?_(?:token|embed)$|decoder[._]"
     timm_options = tuple(
         "img_size patch_size in_chans embed_dim depth num_heads mlp_ratio qkv_bias dynamic_img_size".split()
     )

@@ -18,6 +18,16 @@ Naming = Literal["native", "timm", "timm-conv", "transformers", "transformers-5"
 transformers' own modules since version 5, which some tools save as they are. "timm-conv" are timm's names with 1x1
 convolutions in the place of linear layers."""
 
+# Libraries whose names are not read, by the start of some tensor's name behind any prefix.
+_FOREIGN = {
+    r"(?:.*\.)?layers\.0\.(?:ln1|ffn\.)": "mmpretrain",
+    r"(?:.*\.)?encoder\.layers\.encoder_layer_0\.": "torchvision",
+    r"(?:.*\.)?transformer\.resblocks\.0\.": "open_clip",
+    r"(?:.*\.)?Transformer/encoderblock_0": "JAX",
+}
+# What a counter of operations (thop) leaves in each module.
+_COUNTERS = re.compile(r"(?:.*\.)?total_(?:ops|params)")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Description:
@@ -89,6 +99,7 @@ class FamilyLayouts:
         Raises: CheckpointError: names of no known layout, two names of one tensor, or parts of one tensor of two kinds.
         """
         naming = naming or self.tell_naming(tensors)
+        tensors = {name: tensor for name, tensor in tensors.items() if not _COUNTERS.fullmatch(name)}
         bare = {self._bare_name(name): name for name in tensors}
         if len(bare) < len(tensors):
             twice = next(name for name in tensors if bare[self._bare_name(name)] != name)
@@ -140,7 +151,9 @@ class FamilyLayouts:
                 return naming
         if not self.signs:
             return "native"
-        raise CheckpointError(f"unknown tensor names, such as {', '.join(sorted(names)[:3]) or 'none at all'}")
+        library = next((found for sign, found in _FOREIGN.items() if any(re.match(sign, name) for name in names)), None)
+        known = f"tensor names of {library}; give them those of timm" if library else "unknown tensor names"
+        raise CheckpointError(f"{known}, such as {', '.join(sorted(names)[:3]) or 'none at all'}")
 
     def read_heads(self, names: Collection[str], config: Any, *, bare: bool) -> Any:
         """The config with the tokens and heads that a file has by its tensor names, `bare` if it has no config."""

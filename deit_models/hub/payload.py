@@ -90,6 +90,7 @@ def choose(path: Path, data: Any, expected: Expected | None, payload: str | None
     Raises: CheckpointError: no tensors there, several state dicts that fit and no rule that prefers one, or two names
         that become one.
     """
+    _check_heads(path, data, expected)
     if payload is not None:
         states = list(_states(_under(data, payload), payload, set()))
         if not states:
@@ -107,6 +108,18 @@ def choose(path: Path, data: Any, expected: Expected | None, payload: str | None
         return Chosen(_renamed(path, (*preferred, largest)[0][1]), None)
     chosen = fitting[0] if len(fitting) == 1 else _preferred(path, fitting, expected)
     return Chosen(_renamed(path, chosen.tensors), None if payload is not None else _note(path, chosen, fitting))
+
+
+def _check_heads(path: Path, data: Any, expected: Expected | None) -> None:
+    """Raises: CheckpointError: MoCo v3's ViT-S, which has twice as many heads; no shape of a tensor tells."""
+    config: Any = expected.config if expected is not None else None
+    if getattr(config, "embed_dim", None) == 384 and config.num_heads != 12:
+        names = (name for _, tensors in _states(data, "", set()) for name in tensors)
+        if any(name.startswith(("module.base_encoder.", "base_encoder.")) for name in names):
+            raise CheckpointError(
+                f"{path} is of MoCo v3, whose ViT-S has num_heads=12, not {config.num_heads}; register a model with as "
+                f"many, register_model(name, DeiT, config, num_heads=12), and name it"
+            )
 
 
 def _states(data: Any, label: str, seen: set[int], *, depth: int = 0) -> Iterator[tuple[str, dict[str, Tensor]]]:

@@ -88,6 +88,32 @@ class _ScriptModule(dict[str, Any]):
     __setstate__ = dict.update
 
 
+# Other files that are taken for weights, by their first bytes, and what to do.
+_OTHERS = {
+    b"version https://git-lfs": "a pointer of Git LFS; fetch the file itself, e.g. with git lfs pull",
+    b"<!doctype": "a web page, not weights",
+    b"<html": "a web page, not weights",
+    b"\x1f\x8b": "packed by gzip; unpack it",
+    b"\x93numpy": "of NumPy; pass a file of torch or safetensors",
+    b"\x89hdf": "of HDF5 (Keras); pass a file of torch or safetensors",
+    b"gguf": "of GGUF; pass a file of torch or safetensors",
+}
+
+
+def other_kind(path: Path) -> str | None:
+    """The kind of a file that is taken for weights, for messages; None if it is not known."""
+    with path.open("rb") as file:
+        start = file.read(512)
+    if start.startswith(b"PK") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            own = any(name.endswith("data.pkl") for name in archive.namelist())
+        return None if own else "an archive of other files; unpack it"
+    if start[257:262] == b"ustar":
+        return "an archive of other files; unpack it"
+    text = start.lstrip().lower()
+    return next((kind for magic, kind in _OTHERS.items() if text.startswith(magic)), None)
+
+
 def unpickle(path: Path) -> Any:
     """The contents of a torch file: tensors and plain values as they are, stand-ins for some other libraries' objects.
 
@@ -111,7 +137,8 @@ def unpickle(path: Path) -> Any:
         what = f"a pickle that holds {foreign[1]}, not only tensors" if foreign else "damaged, or not a torch file"
         raise CheckpointError(f"{path} is refused: {what}{_advice(foreign)}") from error
     except Exception as error:  # whatever an unpickler makes of any bytes
-        raise CheckpointError(f"{path} is truncated or damaged, or not a torch file ({first_line(error)})") from error
+        what = other_kind(path) or f"truncated or damaged, or not a torch file ({first_line(error)})"
+        raise CheckpointError(f"{path} is {what}") from error
 
 
 def _script_state(path: Path, program: _ScriptModule) -> dict[str, torch.Tensor]:

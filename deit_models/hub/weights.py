@@ -20,7 +20,7 @@ from ..models.layers import ImageClassifier
 from . import fetch
 from .fetch import Access
 from .payload import Expected, choose
-from .pickles import unpickle
+from .pickles import other_kind, unpickle
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +124,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         _check_header(path)
         return load_file(path)
     except Exception as error:  # whatever its reader makes of any bytes
-        with path.open("rb") as file:
-            start = file.read(64).lstrip().lower()
-        what = "a web page, not weights" if start.startswith((b"<!doctype", b"<html")) else "truncated or damaged"
-        raise CheckpointError(f"{path} is {what} ({first_line(error)})") from error
+        what = other_kind(path) or f"truncated or damaged ({first_line(error)})"
+        raise CheckpointError(f"{path} is {what}") from error
 
 
 def _check_header(path: Path) -> None:

@@ -115,6 +115,41 @@ def test_unknown_names_are_refused_with_examples():
     assert "none at all" in refusal(CheckpointError, lambda: DEIT.tell_naming([]))
 
 
+@pytest.mark.parametrize(
+    ("names", "library"),
+    [
+        (["cls_token", "layers.0.ln1.weight", "layers.0.attn.qkv.weight"], "mmpretrain"),
+        (["backbone.pos_embed", "backbone.layers.0.ffn.layers.1.bias", "head.layers.head.weight"], "mmpretrain"),
+        (["class_token", "encoder.layers.encoder_layer_0.mlp.0.weight"], "torchvision"),
+        (["module.visual.transformer.resblocks.0.ln_1.weight"], "open_clip"),
+        (["Transformer/encoderblock_0/LayerNorm_0/bias"], "JAX"),
+    ],
+)
+def test_names_of_a_library_that_is_not_read_are_refused_with_its_name(names, library):
+    assert f"tensor names of {library}" in refusal(CheckpointError, lambda: DEIT.tell_naming(names))
+
+
+@pytest.mark.parametrize("naming", NAMINGS)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["mask_token", "decoder_embed.weight", "decoder_blocks.0.attn.qkv.bias", "decoder_pos_embed"],
+        ["masked_embed"],
+        ["pooler.dense.weight", "embeddings.mask_token", "decoder.0.weight"],
+        ["total_ops", "blocks.0.mlp.fc1.total_params", "head.total_ops"],
+    ],
+    ids=lambda names: names[0],
+)
+def test_parts_of_pretraining_and_counters_are_passed_over(model, naming, extra):
+    tensors = {**renamed(model, naming), **{name: torch.zeros(2) for name in extra}}
+    assert read(model, tensors)[1:] == ([], [], [])
+
+
+@pytest.mark.parametrize("extra", ["register_tokens", "rel_pos.mask_tokens", "blocks.0.decoder.weight", "fc_norm.bias"])
+def test_parts_that_change_the_result_are_not_passed_over(model, extra):
+    assert read(model, {**renamed(model, "native"), extra: torch.zeros(2)}).unexpected == [extra]
+
+
 def test_renamed_tensors_share_no_rows(model):
     tensors = renamed(model, "transformers")
     assert all(tensor.is_contiguous() for tensor in tensors.values())

@@ -161,3 +161,23 @@ def test_option_reaches_the_file_and_labels_stay(tmp_path: Path, model: ImageCla
     loaded = from_pretrained(tmp_path / "x.ckpt", payload="model_ema", **options)
     assert_same_state(loaded.state_dict(), averaged)
     assert loaded.origin is not None
+
+
+@pytest.mark.parametrize("prefix", ["module.base_encoder.", "base_encoder."])
+def test_moco_v3_needs_its_twelve_heads(tmp_path: Path, own_registry: None, prefix: str) -> None:
+    assert own_registry is None
+    shape = {"embed_dim": 384, "depth": 1, "img_size": 32}
+    twelve = tiny_model("deit_small_patch16_224", **{**shape, "num_heads": 12})
+    register_model("as_in_deit", type(twelve), twelve.config, num_heads=6)
+    register_model("as_in_moco", type(twelve), twelve.config)
+    body = {name: tensor for name, tensor in twelve.state_dict().items() if not name.startswith("head")}
+    torch.save({"arch": "vit_small", "state_dict": under(prefix, body)}, tmp_path / "x.pth")
+    options = {"num_classes": 4, "cache_dir": tmp_path}
+    for payload in (None, "state_dict", "state_dict." + prefix[:-1]):
+        message = refusal(
+            CheckpointError,
+            lambda payload=payload: from_pretrained(tmp_path / "x.pth", model="as_in_deit", payload=payload, **options),
+        )
+        assert "num_heads=12" in message
+    loaded = from_pretrained(tmp_path / "x.pth", model="as_in_moco", **options).state_dict()
+    assert_same_state({name: loaded[name] for name in body}, body)

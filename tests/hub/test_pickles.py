@@ -6,9 +6,11 @@ import argparse
 import collections
 import datetime
 import decimal
+import gzip
 import os
 import pickle
 import struct
+import tarfile
 import uuid
 import zipfile
 from pathlib import Path, PurePosixPath
@@ -20,7 +22,9 @@ import torch
 from tiny_models import refusal
 
 from deit_models import CheckpointError
+from deit_models.hub.fetch import Access
 from deit_models.hub.pickles import unpickle
+from deit_models.hub.weights import read_tensors
 
 WEIGHT = torch.arange(6.0).reshape(2, 3)
 
@@ -264,6 +268,38 @@ def test_other_bytes_are_one_line_that_names_the_file(tmp_path: Path, contents: 
     path = tmp_path / "x.pth"
     path.write_bytes(contents)
     assert str(path) in refusal(CheckpointError, lambda: unpickle(path))
+
+
+def packed_folder(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("run/config.json", "{}")
+        archive.writestr("run/model.safetensors", b"weights")
+
+
+def packed_by_tar(path: Path) -> None:
+    with tarfile.open(path, "w") as archive:
+        archive.add(__file__, "weights.pth")
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors", ""])
+@pytest.mark.parametrize(
+    ("write", "kind"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a pointer of Git LFS"),
+        (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
+        (gzip.compress(b"weights"), "packed by gzip"),
+        (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}", "of NumPy"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(99), "of HDF5"),
+        (b"GGUF\x03" + bytes(99), "of GGUF"),
+        (packed_folder, "an archive of other files; unpack it"),
+        (packed_by_tar, "an archive of other files; unpack it"),
+    ],
+)
+def test_other_kinds_of_files_are_called_what_they_are(tmp_path: Path, write: Any, kind: str, suffix: str) -> None:
+    path = tmp_path / f"x{suffix}"
+    write(path) if callable(write) else path.write_bytes(write)
+    access = Access(cache_dir=tmp_path)
+    assert f"{path} is {kind}" in refusal(CheckpointError, lambda: read_tensors(path, access, source="x"))
 
 
 def test_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
