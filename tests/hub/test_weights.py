@@ -249,7 +249,7 @@ def test_truncated_pickle_is_refused(state, access, tmp_path, legacy):
 def test_web_page_named_pth_is_refused(access, tmp_path):
     path = tmp_path / "model.pth"
     path.write_bytes(HTML_PAGE)
-    assert "not a torch file" in refusal(CheckpointError, lambda: read(path, access))
+    assert "a web page, not weights" in refusal(CheckpointError, lambda: read(path, access))
 
 
 def test_tensors_that_share_memory_or_are_views_are_converted(access, tmp_path):
