@@ -277,10 +277,10 @@ def _in_one_scan(image: Any) -> bool:
 
 def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     """Decode, turn upright, which copies nothing of a photograph that is upright already, convert to RGB."""
-    deep = image.mode in ("RGB", "RGBA") and ";16" in str(getattr(image, "tile", ""))
+    deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     _check_picture(image, name)
     image.load()
-    if deep and 0 < max(high for _, high in _extrema(image)[:3]) < _DARK:
+    if deep and 0 < max(high for _, high in _extrema(image)[: 1 if image.mode == "LA" else 3]) < _DARK:
         raise ImageError(f"{name}: colours of 16 bits of which no more than 12 are used; convert it to 8 bits first")
     try:
         # Not Pillow's `exif_transpose`, which writes the other tags anew, damaged ones too
@@ -297,8 +297,8 @@ def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
     """Any Pillow mode to RGB, with alpha over white, turned upright from an EXIF orientation.
 
     Greys of more than 8 bits are scaled, never clipped: from the bits that the format declares (12-bit TIFF, PGM,
-    JPEG 2000); else from the fewest of 1, 8, 10, 12, 14 and 16 bits, 15 for signed numbers, that hold the largest
-    value. Floats up to 1 are scaled from 1. A depth that was guessed is logged once.
+    JPEG 2000, PNG with more than 12 bits in use); else from the fewest of 1, 8, 10, 12, 14 and 16 bits, 15 for signed
+    numbers, that hold the largest value. Floats up to 1 are scaled from 1. A depth that was guessed is logged once.
 
     Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
         nothing above 15 that are not of zeros and ones.
@@ -333,8 +333,8 @@ def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
 
 _DEPTHS = (1, 8, 10, 12, 14, 16)
 _DARK = 16
-_BITS, _PHOTOMETRIC, _STRIP_ROWS, _TILE_ROWS = 258, 262, 278, 323
-"""TIFF tags: bits of a sample; 0 where the largest value is black; rows that are stored together."""
+_BITS, _PHOTOMETRIC, _STRIP_ROWS, _LARGEST, _TILE_ROWS = 258, 262, 278, 281, 323
+"""TIFF tags: bits of a sample; 0 where the largest value is black; rows stored together; largest sample value."""
 
 
 def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
@@ -344,7 +344,7 @@ def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Im
     if not math.isfinite(mean):
         raise ImageError("grey values that are no numbers, or not finite; convert it to 8 or 16 bits first")
     tags = getattr(image, "tag_v2", {})
-    declared = 12 if tags.get(_BITS) == (12,) else 16 if image.format in ("PPM", "JPEG2000") and high <= 65535 else None
+    declared = _declared_bits(image, high)
     if low < 0 or round(high) > 65535 or (declared is None and 1 < high < _DARK):
         raise ImageError(
             f"grey values from {low:g} to {high:g}, which could mean anything; convert it to 8 or 16 bits first"
@@ -361,6 +361,21 @@ def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Im
         return PIL.ImageOps.invert(shallow) if tags.get(_PHOTOMETRIC) == 0 else shallow
 
     return convert
+
+
+def _declared_bits(image: PIL.Image.Image, high: float) -> int | None:
+    """The depth that a file says its greys have, where it is to be believed.
+
+    White is 65535 in a PNG, so a dim one is shown dim; one with 12 bits in use would be black, and cameras write those.
+    """
+    tags = getattr(image, "tag_v2", {})
+    if tags.get(_BITS) == (12,):
+        return 12
+    told = tags.get(_LARGEST, (0,))[0]
+    if told in (255, 1023, 4095, 16383, 65535) and high <= told:  # other values are those of this picture
+        return int(told).bit_length()
+    sure = image.format in ("PPM", "JPEG2000") or (image.format == "PNG" and high >= 1 << 12)
+    return 16 if sure and high <= 65535 else None
 
 
 def _range(image: PIL.Image.Image, kind: str) -> tuple[float, float, float]:

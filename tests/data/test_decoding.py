@@ -50,13 +50,13 @@ def store(folder: Path, name: str, data: bytes) -> Path:
     return folder / name
 
 
-def png_header(width: int, height: int, *, bits: int = 8, data: bytes = bytes(64)) -> bytes:
+def png_header(width: int, height: int, *, bits: int = 8, data: bytes = bytes(64), colours: int = 2) -> bytes:
     """A PNG that claims a size, with next to no data behind the claim."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
 
-    header = struct.pack(">IIBBBBB", width, height, bits, 2, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(data)) + chunk(b"IEND", b"")
 
 
@@ -245,6 +245,7 @@ def tiff(array: np.ndarray, **tags: int) -> bytes:
     fields = {
         **{256: array.shape[1], 257: array.shape[0], 258: tags.get("bits", 8 * array.dtype.itemsize), 259: 1},
         **{262: tags.get("photometric", 1), 273: 0, 277: 1, 278: array.shape[0], 279: len(data)},
+        **({281: tags["largest"]} if "largest" in tags else {}),
         339: {"u": 1, "i": 2, "f": 3}[kind],
     }
     fields[273] = 8 + 2 + 12 * len(fields) + 4
@@ -287,6 +288,29 @@ def test_declared_depth_wins_over_the_largest_value() -> None:
     assert np.asarray(decode_image(tiff(dim, bits=12))).max() == 900 * 255 // 4095
     pgm = b"P5 16 2 65535\n" + dim.astype(">u2").tobytes()
     assert np.asarray(decode_image(pgm)).max() == 900 // 257
+
+
+@pytest.mark.parametrize("high", [6000, 12345, 30000])
+def test_a_dim_png_of_16_bits_stays_dim(high: int, caplog: pytest.LogCaptureFixture) -> None:
+    _log_guess.cache_clear()
+    shown = decode_image(encode(PIL.Image.fromarray((RAMP * high).astype(np.uint16)), "PNG"))
+    assert shown.getextrema() == ((0, high // 257),) * 3
+    assert not caplog.records
+
+
+@pytest.mark.parametrize(
+    ("largest", "white"), [(4095, 4095), (1023, 1023), (16383, 16383), (65535, 65535), (900, 1023)]
+)
+def test_largest_sample_of_a_tiff_tells_its_depth(largest: int, white: int) -> None:
+    shown = np.asarray(decode_image(tiff((RAMP * 900).astype("<u2"), largest=largest)))
+    assert shown.max() == 900 * 255 // white
+
+
+def test_grey_png_of_16_bits_with_alpha_and_12_bits_in_use_is_not_shown_black() -> None:
+    rows = b"".join(
+        b"\0" + np.stack([RAMP[0] * 4095, RAMP[0] * 0 + 65535], 1).astype(">u2").tobytes() for _ in range(2)
+    )
+    assert_refused(png_header(16, 2, bits=16, data=rows, colours=4), "16 bits of which no more than 12")
 
 
 @pytest.mark.parametrize("array", [(RAMP * 65535).astype("<u2"), RAMP.astype("<f4")], ids=["uint16", "float"])
