@@ -8,7 +8,7 @@ import math
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from importlib import import_module
@@ -36,8 +36,6 @@ MAX_IMAGE_PIXELS = 178_956_970
 MAX_DECODING_BYTES = 900 << 20
 """Images that need more memory at a time, in decoding or in conversion to upright RGB, are refused before that."""
 
-MAX_RESIZED_PIXELS = MAX_IMAGE_PIXELS // 4
-"""Images that would have more pixels once their shorter side is resized, as a strip of 60000x1 would, are refused."""
 HEIF_SUFFIXES = (".heic", ".heif", ".hif")
 """Photographs of phones, which Pillow reads with pillow-heif alone."""
 _HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
@@ -233,6 +231,12 @@ def _check_picture(image: PIL.Image.Image, name: str) -> None:
     if image.format == "EPS":
         # Pillow would run Ghostscript on it, also if the file's suffix is another format's
         raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
+    tags = getattr(image, "tag_v2", {})
+    if 2 in tags.get(_SIGNED, ()) and max(tags.get(_BITS, (1,))) <= 8:
+        # Pillow would read values below 0 as the brightest
+        raise ImageError(
+            f"{name}: signed samples of 8 bits, which could mean anything; convert it to unsigned ones first"
+        )
     needed = image.width * image.height * _bytes_a_pixel(image)
     if needed > MAX_DECODING_BYTES:
         raise ImageError(
@@ -303,7 +307,9 @@ def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
     Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
         nothing above 15 that are not of zeros and ones.
     """
-    transparent = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info
+    # The fourth sample of a TIFF that does not call it alpha, as of satellites, says nothing about transparency
+    alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") and _EXTRA in getattr(image, "tag_v2", (_EXTRA,))
+    transparent = alpha or "transparency" in image.info
     if image.mode == "RGB" and not transparent and orientation not in _TURNS:
         return image
     # Pillow's own conversion clips at 255, which turns a 16-bit photograph white
@@ -333,8 +339,8 @@ def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
 
 _DEPTHS = (1, 8, 10, 12, 14, 16)
 _DARK = 16
-_BITS, _PHOTOMETRIC, _STRIP_ROWS, _LARGEST, _TILE_ROWS = 258, 262, 278, 281, 323
-"""TIFF tags: bits of a sample; 0 where the largest value is black; rows stored together; largest sample value."""
+_BITS, _PHOTOMETRIC, _STRIP_ROWS, _LARGEST, _TILE_ROWS, _EXTRA, _SIGNED = 258, 262, 278, 281, 323, 338, 339
+"""TIFF tags: bits; 0: the largest value is black; rows stored together; largest value; extra samples; 2: signed."""
 
 
 def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
@@ -393,16 +399,6 @@ def _range(image: PIL.Image.Image, kind: str) -> tuple[float, float, float]:
 @cache
 def _log_guess(mode: str, bits: int) -> None:
     logger.warning("a grey image of Pillow's mode %s is taken for one of %d bits, by its largest value", mode, bits)
-
-
-def check_resized(name: str, height: float, width: float, size: Sequence[int]) -> None:
-    """Raise ImageError if an image has too many pixels once it is resized to `size`: shorter side, or height, width."""
-    rows, columns = size if len(size) == 2 else (int(size[0] * side / min(height, width)) for side in (height, width))
-    if rows * columns > MAX_RESIZED_PIXELS:
-        raise ImageError(
-            f"{name}: {width:.0f}x{height:.0f} pixels, which become {columns}x{rows} when resized, more than "
-            f"{MAX_RESIZED_PIXELS}; cut it to a less extreme aspect first"
-        )
 
 
 def load_image(source: ImageSource) -> PIL.Image.Image:

@@ -245,10 +245,18 @@ def _listed(folder: str | Path) -> tuple[list[str], list[str]]:
         with os.scandir(folder) as entries:
             for entry in entries:
                 if not entry.name.startswith(".") and entry.name not in _NO_IMAGES:
-                    (folders if entry.is_dir() else files).append(entry.name)
+                    (folders if _is_folder(entry) else files).append(entry.name)
     except OSError as error:
         raise DataError(f"{folder}: cannot be read ({error.strerror or error})") from error
     return sorted(files), sorted(folders)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; a link that leads to itself is a file that cannot be read, not the folder's end."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
 
 
 def list_images(folder: str | Path, *, recursive: bool = True) -> tuple[list[str], list[str]]:

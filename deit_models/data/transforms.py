@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any, Literal
@@ -13,12 +14,12 @@ from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing, load_manifest
-from ..errors import ConfigError
+from ..errors import ConfigError, ImageError
 from ..models.layers import ImageClassifier
 from .decoding import (
+    MAX_IMAGE_PIXELS,
     ImageSource,
     Reduced,
-    check_resized,
     decode_reduced,
     explained,
     load_image,
@@ -26,9 +27,13 @@ from .decoding import (
     name_of,
 )
 
+MAX_RESIZED_PIXELS = MAX_IMAGE_PIXELS // 4
+"""Images that would have more pixels once their shorter side is resized, as a strip of 60000x1 would, are refused."""
 _REDUCED_SIDES = 2
 """A reduced JPEG keeps so many times the side to resize to; below that, predictions change."""
 _IN_TORCH = (InterpolationMode.BILINEAR, InterpolationMode.BICUBIC)
+_MOST_IN_TORCH = 1 << 24
+"""Pixels of an image that torch resizes; it copies them more than once."""
 
 
 class EvalTransform:
@@ -95,7 +100,7 @@ class EvalTransform:
             return TF.pil_to_tensor(found.image.resize((size[1], size[0]), resample, found.box))
         size = _resized_to(self.preprocessing, resize, found.height, found.width)
         check_resized(name_of(image), found.height, found.width, size)
-        if self._interpolation in _IN_TORCH:
+        if self._interpolation in _IN_TORCH and found.width * found.height <= _MOST_IN_TORCH:
             # as a batch of one with its channels last, in which the resize is vectorised
             return TF.resize(TF.pil_to_tensor(found)[None], size, interpolation=self._interpolation)[0]
         return TF.pil_to_tensor(TF.resize(found, size, interpolation=self._interpolation))
@@ -122,6 +127,20 @@ class EvalInput:
         if not self.normalise:
             return values
         return values.to(torch.float32).div_(self._full).sub_(self._mean).div_(self._std)
+
+
+def check_resized(name: str, height: float, width: float, size: Sequence[int]) -> None:
+    """Raise ImageError if an image has too many pixels once it is resized to `size`: shorter side, or height, width.
+
+    Once its columns alone are resized, too, which comes first.
+    """
+    rows, columns = size if len(size) == 2 else (int(size[0] * side / min(height, width)) for side in (height, width))
+    rows = max(rows, round(height))
+    if rows * columns > MAX_RESIZED_PIXELS:
+        raise ImageError(
+            f"{name}: {width:.0f}x{height:.0f} pixels, which become {columns}x{rows} when resized, more than "
+            f"{MAX_RESIZED_PIXELS}; cut it to a less extreme aspect first"
+        )
 
 
 def resize_and_crop(image: PIL.Image.Image, spec: Preprocessing, name: str = "image") -> PIL.Image.Image:

@@ -341,6 +341,8 @@ def test_a_guessed_depth_is_logged_once(caplog: pytest.LogCaptureFixture) -> Non
     ("array", "part"),
     [
         ((RAMP * 2000 - 1000).astype("<i2"), "from -1000 to 1000"),
+        ((RAMP * 255 - 128).astype("<i1"), "signed"),
+        ((RAMP * 100).astype("<i1"), "signed"),
         ((RAMP * 7).astype("<u2"), "from 0 to 7"),
         ((RAMP * 10**6).astype("<i4"), "to 1e+06"),
         ((RAMP * 1.5).astype("<f4"), "to 1.5"),
@@ -358,6 +360,15 @@ def test_colours_of_16_bits_with_12_in_use_are_not_shown_black() -> None:
     dark = png_header(8, 2, bits=16, data=rows)
     assert_refused(dark, "16 bits of which no more than 12")
     assert decode_image(png_header(8, 2, bits=16, data=bytes(len(rows)))).getextrema() == ((0, 0),) * 3
+
+
+@pytest.mark.parametrize("fourth", [0, 90, 255])
+def test_fourth_sample_that_is_not_called_alpha_hides_nothing(fourth: int) -> None:
+    data = encode(PIL.Image.new("RGBA", (8, 6), (*RED, fourth)), "TIFF")
+    at = data.index(struct.pack("<HHI", 338, 3, 1))
+    satellite = data[:at] + struct.pack("<H", 65000) + data[at + 2 :]
+    assert decode_image(satellite).getextrema() == ((255, 255), (0, 0), (0, 0))
+    assert_near(decode_image(data).getpixel((0, 0)), (255, 255 - fourth, 255 - fourth))
 
 
 # What is refused, by name and in one line

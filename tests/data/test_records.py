@@ -47,6 +47,16 @@ def link(at: Path, to: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links as POSIX has them")
+def test_a_link_to_itself_is_one_file_that_cannot_be_read(tmp_path: Path) -> None:
+    write_image(tmp_path / "a.png")
+    for name in ("b.jpg", "c"):
+        (tmp_path / name).symlink_to(name)
+    assert [Path(path).name for path in find_images(tmp_path)] == ["a.png", "b.jpg"]
+    with pytest.raises(ImageError, match=r"b\.jpg: cannot be read"):
+        load_image(tmp_path / "b.jpg")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links as POSIX has them")
 def test_links_are_followed_but_no_folder_is_read_twice(tmp_path: Path) -> None:
     fill(tmp_path / "t", ["ant", "bee"])
     store = fill(tmp_path / "store", ["more"], images=3)

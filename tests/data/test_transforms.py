@@ -215,6 +215,14 @@ def test_strip_that_would_grow_beyond_memory_is_refused_by_name(
     assert EvalTransform(Preprocessing(resize=(256, 256), crop=(224, 224)))(tmp_path / "strip").shape == (3, 224, 224)
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+def test_strip_that_would_grow_on_its_way_to_a_small_square_is_refused(fast: bool) -> None:
+    transform = EvalTransform(Preprocessing(resize=(64, 64), crop=(32, 32)), fast_pixels=fast)
+    with pytest.raises(ImageError, match="which become 64x1000000 when resized"):
+        transform(PIL.Image.new("L", (1, 1_000_000)))
+    assert transform(PIL.Image.new("L", (1_000_000, 1))).shape == transform(PIL.Image.new("L", (1, 9000))).shape
+
+
 def test_long_but_sensible_picture_is_read() -> None:
     spec = Preprocessing(resize=36, crop=(32, 32))
     assert EvalTransform(spec)(PIL.Image.new("RGB", (3000, 20), "red")).shape == (3, 32, 32)
