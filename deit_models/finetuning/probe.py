@@ -197,7 +197,8 @@ def _digest_of_data(records: ImageRecords) -> str:
 
 STRENGTHS = tuple(10.0**-power for power in range(0, 8))
 """L2 penalties to choose from, strongest first: on the weights for features of mean 0 and variance 1."""
-_CELLS = 1 << 24
+_CELLS = 1 << 21
+"""Logits at once: 8 MB, which a processor's cache holds."""
 _MOST_ITERATIONS, _FEWEST_ITERATIONS, _LOGITS = 200, 30, 10**10
 """Each solution may take so many logits in all. Beyond some 10^8 at once, as with a thousand classes and a million
 images, it ends early, and the next penalty goes on from there."""
@@ -298,9 +299,12 @@ class _Regression:
         logits = len(rows) * len(bias)
         iterations = min(max(_LOGITS // logits, _FEWEST_ITERATIONS), _MOST_ITERATIONS)
         optimizer = torch.optim.LBFGS(
-            [weight, bias], max_iter=iterations, tolerance_grad=1e-5, tolerance_change=1e-8,
+            [weight, bias],
+            max_iter=iterations,
+            tolerance_grad=1e-5,
+            tolerance_change=1e-8,
             line_search_fn="strong_wolfe",
-        )  # fmt: skip
+        )
         pieces = list(zip(torch.split(rows, step), torch.split(self.labels, step), strict=True))
 
         def closure() -> Tensor:

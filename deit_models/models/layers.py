@@ -247,7 +247,7 @@ def is_symbolic(x: object) -> bool:
 def drop_samples(x: Tensor, rate: float) -> Tensor:
     """Set samples of x, (B, ...), to zero with probability `rate`; the others are scaled by 1 / (1 - rate)."""
     keep = 1.0 - rate
-    return x * x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep) / keep
+    return x * x.new_empty(x.shape[0], *([1] * (x.ndim - 1))).bernoulli_(keep).div_(keep)
 
 
 class DropPath(nn.Module):
