@@ -23,6 +23,7 @@ from .distributed import Process, has_bf16, join_processes
 from .errors import ConfigError, DataError
 from .files import read_text
 from .models.layers import HeadLogits, ImageClassifier
+from .registry import own_model
 from .training.recipe import Precision
 
 logger = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ def evaluate(
     """
     with join_processes(device) as process:
         records = open_images(data, "val")
+        model = own_model(model, others=True)
         if isinstance(model, ImageClassifier):
             if model.origin is not None:
                 model.origin.check_single_label("evaluation")

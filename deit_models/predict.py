@@ -21,7 +21,7 @@ from .data.transforms import to_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
 from .models.layers import ImageClassifier
-from .registry import DEFAULT_MODEL
+from .registry import DEFAULT_MODEL, own_model
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,8 @@ class Classifier:
         elif load_options:
             raise ConfigError(f"{', '.join(load_options)}: only for a model given by name or path, this one is loaded")
         else:
-            loaded = model if device is None and dtype is None else model.to(device=device, dtype=dtype)
+            loaded = model if hasattr(model, "origin") else own_model(model)
+            loaded = loaded if device is None and dtype is None else loaded.to(device=device, dtype=dtype)
         if getattr(loaded, "num_classes", None) == 0:
             raise ConfigError("this model has num_classes=0 and no head to classify with; its embed(x) gives features")
         self.model = loaded.eval()

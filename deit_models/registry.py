@@ -128,6 +128,23 @@ def meta_model(model_class: type[M], config: Any) -> M:
         raise ConfigError(f"{model_class.__name__} of such sizes cannot be built: {first_line(error)}") from error
 
 
+def own_model(model: Any, *, others: bool = False) -> Any:
+    """The model of this package inside what torch, peft or `WithLoss` wrap around it: compiled, parallel, averaged.
+
+    Raises: ConfigError: another module; with `others` it is given back.
+    """
+    inner = model
+    while not hasattr(type(inner), "head_names"):
+        known = type(inner).__module__.partition(".")[0] in ("torch", "peft", __name__.partition(".")[0])
+        parts = getattr(inner, "_modules", {}) if known else {}
+        inner = next((parts[name] for name in ("_orig_mod", "module", "base_model", "model") if name in parts), None)
+        if inner is None and others:
+            return model
+        if inner is None:
+            raise ConfigError(f"a {type(model).__name__} is no model of this package; pass the model inside it, if any")
+    return inner
+
+
 def count_macs(model: ModelLike | str | Any) -> int:
     """Multiply-accumulates of one image through matrix products and convolutions, at the config's input size.
 

@@ -5,9 +5,11 @@ import io
 import pickle
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
 from test_contract import TINY
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 import deit_models
 from deit_models import ConfigError, WithLoss, create_model, from_pretrained
 from deit_models.models.layers import ImageClassifier
+from deit_models.registry import own_model
 
 SHAPES = {
     "deit_tiny_distilled_patch16_224": "deit",
@@ -225,6 +228,60 @@ def test_parametrized_weights_are_refused_until_they_are_removed(model: ImageCla
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight")
     assert_saved_as_it_answers(model, tmp_path / "yes")
+
+
+# Wrapped models
+
+WRAPPERS = {
+    "compiled": lambda model: torch.compile(model, backend="eager"),
+    "parallel": nn.DataParallel,
+    "averaged": torch.optim.swa_utils.AveragedModel,
+    "with loss": WithLoss,
+    "compiled, parallel": lambda model: torch.compile(nn.DataParallel(model), backend="eager"),
+}
+
+
+@pytest.fixture(params=WRAPPERS)
+def wrapped(request: pytest.FixtureRequest) -> nn.Module:
+    torch.manual_seed(0)
+    model = create_model("deit_micro_distilled_patch4_32", embed_dim=16, depth=1, num_heads=2)
+    model.origin = replace(model.origin, class_names=tuple("jihgfedcba"))
+    return WRAPPERS[request.param](model.eval())
+
+
+def test_wrapped_models_are_saved_and_used_as_what_they_wrap(wrapped: nn.Module, tmp_path: Path) -> None:
+    inner = own_model(wrapped)
+    photos = [PIL.Image.effect_noise((32, 32), 90).convert("RGB") for _ in range(3)]
+    assert deit_models.Classifier(wrapped)(photos) == deit_models.Classifier(inner)(photos)
+    deit_models.save_pretrained(wrapped, tmp_path / "saved")
+    assert from_pretrained(tmp_path / "saved").origin.class_names == tuple("jihgfedcba")
+    deit_models.export(wrapped, tmp_path / "m.pt2", format="torch-export")
+    deit_models.adapt_head(wrapped, num_classes=3)
+    assert inner.num_classes == 3
+
+
+def test_wrapped_models_are_scored_by_class_name(wrapped: nn.Module, tmp_path: Path) -> None:
+    """The folders are in another order than the model's classes, and fewer."""
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        for number in range(3):
+            PIL.Image.effect_noise((32, 32), 90).convert("RGB").save(tmp_path / name / f"{number}.png")
+    options = {"device": "cpu", "workers": 0, "precision": "float32"}
+    found, expected = (deit_models.evaluate(m, tmp_path, **options) for m in (wrapped, own_model(wrapped)))
+    assert found == expected
+
+
+@pytest.mark.parametrize("module", [nn.Linear(2, 2), nn.DataParallel(nn.Linear(2, 2)), nn.Sequential(nn.Identity())])
+def test_modules_of_others_are_refused_by_name(module: nn.Module, tmp_path: Path) -> None:
+    for act in (
+        lambda: deit_models.save_pretrained(module, tmp_path),
+        lambda: deit_models.Classifier(module),
+        lambda: deit_models.export(module, tmp_path / "m.pt2", format="torch-export"),
+        lambda: deit_models.transform_for(module),
+        lambda: deit_models.adapt_head(module, num_classes=3),
+    ):
+        with pytest.raises(ConfigError, match=rf"a {type(module).__name__} is no model of this package"):
+            act()
 
 
 # torch's own tools

@@ -16,6 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 from ..checkpoint import Preprocessing, load_manifest
 from ..errors import ConfigError, ImageError
 from ..models.layers import ImageClassifier
+from ..registry import own_model
 from .decoding import (
     MAX_IMAGE_PIXELS,
     ImageSource,
@@ -191,6 +192,7 @@ def transform_for(
 
     Raises: ConfigError: a model built by hand, whose weights are unknown; an unknown style.
     """
+    model = model if hasattr(model, "origin") else own_model(model)
     if model.origin is None:
         raise ConfigError("this model was not made by create_model or from_pretrained; build an EvalTransform by hand")
     spec = model.origin.preprocessing
@@ -210,6 +212,7 @@ def transform_for(
 
 def preprocessing_of(model: nn.Module) -> Preprocessing:
     """The input of a model. Raises: ConfigError: a network of another library, or one whose weights are unknown."""
-    if isinstance(model, ImageClassifier) and model.origin is not None:
-        return model.origin.preprocessing
+    inner = own_model(model, others=True)
+    if isinstance(inner, ImageClassifier) and inner.origin is not None:
+        return inner.origin.preprocessing
     raise ConfigError("this model does not say how its input is normalised; pass it along, as a Preprocessing")

@@ -15,6 +15,7 @@ from ..errors import AgreementError, ConfigError
 from ..evaluation import class_labels
 from ..files import atomic_write
 from ..models.layers import ImageClassifier
+from ..registry import own_model
 from .hardware import Runner
 from .network import TokenMerging, merging_plan, prepare, random_images
 from .runtimes import EXPORT_FORMATS, ExportFormat, ExportFormatName
@@ -74,6 +75,7 @@ def export(
     path, kind = Path(path), EXPORT_FORMATS[format]
     if path.suffix != kind.suffix:
         raise ConfigError(f"{path}: expected a name that ends in {kind.suffix} for format={format!r}")
+    model = own_model(model)
     plan = merging_plan(model, token_merging)
     size_bytes, difference = _write(model, path, kind, pixels=preprocessing, tolerance=tolerance, plan=plan)
     return Exported(path=path, format=format, size_bytes=size_bytes, max_abs_diff=difference, tolerance=tolerance)

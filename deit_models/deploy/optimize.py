@@ -26,6 +26,7 @@ from ..errors import AgreementError, ConfigError, IntegrityError, SaveError, fir
 from ..files import atomic_write
 from ..hub.fetch import Access, assets_dir
 from ..models.layers import HeadLogits, ImageClassifier
+from ..registry import own_model
 from .hardware import Runner, call_times, exact_float32, machine, quiet
 from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
@@ -172,7 +173,13 @@ def optimize(
     """
     _check(precision, goal, backend, min_agreement, calibration)
     search = _Search(
-        model, sample, calibration, goal=goal, pixels=preprocessing, min_agreement=min_agreement, merging=token_merging
+        own_model(model),
+        sample,
+        calibration,
+        goal=goal,
+        pixels=preprocessing,
+        min_agreement=min_agreement,
+        merging=token_merging,
     )
     named = {name: made for name, made in BACKENDS.items() if backend in ("auto", name)}
     candidates = ways_on(search.device, backends=named, precision=None if precision == "auto" else precision)

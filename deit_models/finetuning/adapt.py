@@ -16,7 +16,7 @@ from ..config import override
 from ..errors import ConfigError
 from ..evaluation import class_names_of
 from ..models.layers import ImageClassifier
-from ..registry import meta_model
+from ..registry import meta_model, own_model
 from ..training.optim import layer_count, layer_of_parameter
 
 
@@ -78,6 +78,7 @@ def adapt_head(
     Raises: ConfigError: names that do not fit the number, a name twice, no names to start warm from, an impossible
         size.
     """
+    model = own_model(model)
     origin = model.origin
     if origin is None:
         raise ConfigError("this model has no origin; build it with create_model or load it with from_pretrained")

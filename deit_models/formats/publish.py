@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, SaveError, first_line
 from ..files import markdown, write_json, write_tensors, write_text
-from ..registry import meta_model
+from ..registry import meta_model, own_model
 from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
 
 _USE = {
@@ -40,7 +40,7 @@ def save_pretrained(model: ModelLike, save_directory: str | os.PathLike[str], *,
     Raises: ConfigError: an unknown layout, a path that is a file, or a model without `origin` (built by hand).
         SaveError: no space, no permission.
     """
-    folder = Path(save_directory)
+    model, folder = own_model(model), Path(save_directory)
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"{folder} is a file; expected a directory to write to")
     files = write_config(model, layout)
@@ -67,7 +67,7 @@ def push_to_hub(
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
 
-    api = HfApi(token=token, library_name="deit_models")
+    model, api = own_model(model), HfApi(token=token, library_name="deit_models")
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout=layout)
         try:
