@@ -169,10 +169,12 @@ def _known_labels(dataset: Any) -> Sequence[Any] | None:
 
 def _number(label: Any, numbers: Mapping[str, int], where: str) -> int:
     """Number of the class that a label of any form stands for. Raises: DataError: none, or several."""
-    number, expected = label, f"expected a whole number from 0 to {len(numbers) - 1}"
     if isinstance(label, str):
-        number, expected = numbers.get(label, -1), f"expected a class{nearest(label, numbers)}"
-    elif hasattr(label, "ndim") or isinstance(label, (list, tuple)):
+        if label in numbers:
+            return numbers[label]
+        raise DataError(f"{where}: label {shown(label)}, expected a class{nearest(label, numbers)}")
+    number, expected = label, f"expected a whole number from 0 to {len(numbers) - 1}"
+    if hasattr(label, "ndim") or isinstance(label, (list, tuple)):
         with suppress(TypeError, ValueError, RuntimeError):
             values = torch.as_tensor(label).flatten().tolist()
             one_hot = len(values) == len(numbers) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
@@ -261,10 +263,12 @@ class _WrappedRecords(ImageRecords):
 
 
 def _plain_image(image: Any) -> Any:
-    """Images of Hugging Face that are not decoded, tensors whose channels stand last, or that have none."""
+    """Images of Hugging Face that are not decoded, tensors without channels, channels in the other order."""
     if isinstance(image, Mapping):
         return image.get("bytes") or image.get("path")
-    if isinstance(image, Tensor) and image.ndim == 2:
+    shape = tuple(getattr(image, "shape", ()))
+    if not isinstance(image, Tensor):
+        return image.transpose(1, 2, 0) if len(shape) == 3 and shape[0] in (1, 3, 4) and shape[2] > 4 else image
+    if len(shape) == 2:
         return image[None]
-    last = isinstance(image, Tensor) and image.ndim == 3 and len(image) > 4 and image.shape[2] in (1, 3, 4)
-    return image.permute(2, 0, 1) if last else image
+    return image.permute(2, 0, 1) if len(shape) == 3 and shape[0] > 4 and shape[2] in (1, 3, 4) else image

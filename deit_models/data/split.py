@@ -48,6 +48,8 @@ def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Sp
         if label >= 0:
             by_class[label].append(index)
     largest = max((len(members) for members in by_class.values()), default=0)
+    if labels and not by_class:
+        raise DataError(f"none of the {len(labels)} images can be read, so none can be set aside for validation")
     if largest < 2:
         raise DataError("no class has two images, so none can be set aside for validation; pass images for it (val)")
     divided = [members for _, members in sorted(by_class.items()) if len(members) >= min(_WHOLE, largest)]

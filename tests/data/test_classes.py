@@ -82,12 +82,13 @@ def test_tensors_arrays_and_paths_are_images(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", [(3, 8, 6), (8, 6, 3), (8, 6), (1, 8, 6), (8, 6, 1)])
-def test_tensors_are_images_with_their_channels_first_last_or_none(shape: tuple[int, ...]) -> None:
+def test_channels_of_tensors_and_arrays_are_first_last_or_none(shape: tuple[int, ...]) -> None:
     pixels = torch.arange(8 * 6 * (3 if 3 in shape else 1), dtype=torch.uint8).reshape(shape)
-    image, label = wrap(TensorDataset(pixels[None], torch.tensor([1])), 2)[0]
     expected = pixels[:, 3, 4] if shape[0] in (1, 3) else pixels[3, 4].flatten()
-    assert (image.size, image.getpixel((4, 3))) == ((6, 8), (*expected.expand(3).tolist(),))
-    assert label == 1
+    for source in (TensorDataset(pixels[None], torch.tensor([1])), [(pixels.numpy(), 1)]):
+        image, label = wrap(source, 2)[0]
+        assert (image.size, image.getpixel((4, 3))) == ((6, 8), (*expected.expand(3).tolist(),))
+        assert label == 1
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,8 @@ def test_share_must_be_one(fraction):
 def test_single_images_cannot_be_divided():
     with pytest.raises(DataError, match="no class has two images, so none can be set aside"):
         stratified_split([0, 1, 2], fraction=0.2, seed=0)
+    with pytest.raises(DataError, match="none of the 3 images can be read"):
+        stratified_split([-1, -1, -1], fraction=0.2, seed=0)
 
 
 def test_labels_are_known_without_reading_images():
