@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .checkpoint import weights_dir
 from .data.datasets import open_images
 from .data.inputs import eval_batches
-from .data.loading import Batch, DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
+from .data.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from .data.records import ImageRecords, SubsetRecords, some
 from .data.transforms import EvalTransform, preprocessing_of, to_device
 from .distributed import Process, has_bf16, join_processes
@@ -96,7 +96,7 @@ def evaluate(
             process,
             transform=transform,
             batch_size=batch_size,
-            workers=default_workers(process.device) if workers is None else workers,
+            workers=workers_beside(process.device, workers),
             precision=resolved_precision(precision, process),
             corrupt_limit=corrupt_limit,
             watch=watch,

@@ -5,6 +5,7 @@ Needs no torch until tensors are written.
 
 from __future__ import annotations
 
+import hashlib
 import html
 import json
 import os
@@ -12,7 +13,7 @@ import re
 import stat
 import sys
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ else:
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Module
 
 CHUNK_BYTES = 1 << 20
 MOST_JSON_BYTES = 1 << 26
@@ -104,6 +106,18 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
         except SafetensorError as error:  # its own error for a full disk
             raise OSError(first_line(error)) from error
+
+
+def digest_of_numbers(module: Module, *, without: Collection[str] = ()) -> str:
+    """Sixteen hex digits of all parameters and buffers, except those of the children named in `without`."""
+    import torch
+
+    digest = hashlib.sha256()
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name.partition(".")[0] not in without:
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -38,8 +38,10 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def default_workers(device: torch.device) -> int:
-    """Loading processes for one training process: up to 12 beside a GPU; one beside a CPU, whose cores compute."""
+def workers_beside(device: torch.device, given: int | None = None) -> int:
+    """Loading processes of a process: as given; else up to 12 beside a GPU, one beside a CPU, whose cores compute."""
+    if given is not None:
+        return given
     cores = cpu_cores()
     return _beside_gpu(cores // max(torch.cuda.device_count(), 1)) if device.type == "cuda" else min(1, cores - 1)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from ..config import override
 from ..errors import ConfigError
 from ..evaluation import class_names_of
+from ..formats.layouts import known_origin
 from ..models.layers import ImageClassifier
 from ..registry import meta_model, own_model
 from ..training.optim import layer_count, layer_of_parameter
@@ -79,9 +80,7 @@ def adapt_head(
         size.
     """
     model = own_model(model)
-    origin = model.origin
-    if origin is None:
-        raise ConfigError("this model has no origin; build it with create_model or load it with from_pretrained")
+    origin = known_origin(model)
     old_names, names = class_names_of(model), None if class_names is None else tuple(class_names)
     _check_names(names, num_classes)
     if warm_start and (names is None or old_names is None):

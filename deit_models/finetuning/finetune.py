@@ -16,7 +16,7 @@ import torch
 from ..checkpoint import Layout
 from ..config import override
 from ..data.datasets import has_validation, open_images
-from ..data.loading import Watch, plain_watch
+from ..data.loading import Watch, plain_watch, workers_beside
 from ..data.memory import Cache
 from ..data.records import ImageRecords
 from ..data.split import Split, keep_split, labels_of, parts, stratified_split
@@ -178,8 +178,9 @@ def _open_model(model: ImageClassifier | str | PathLike[str], mode: str, *, has_
         model = from_pretrained(model)
     if not isinstance(model, ImageClassifier):
         raise ConfigError(f"a {type(model).__name__} is no model of this package; deit_models.train takes any module")
-    first_trained_layer(mode, model)
-    if mode == "head" and has_teacher:
+    if mode != "head":
+        first_trained_layer(mode, model)
+    elif has_teacher:
         raise ConfigError("mode='head' learns from the labels alone; with a teacher use 'last-0', 'last-N' or 'full'")
     return model
 
@@ -273,7 +274,7 @@ class _Finetuning:
             best,
             process=self.process,
             precision=recipe.precision,
-            workers=computing.workers_beside(device),
+            workers=workers_beside(device, computing.workers),
             batch_size=max(recipe.batch_size * 3 // 2, 1),
             corrupt_limit=computing.corrupt_limit,
         )

@@ -20,17 +20,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.inputs import eval_batches
-from ..data.loading import DamageCount, explained_worker_failure
+from ..data.loading import DamageCount, explained_worker_failure, workers_beside
 from ..data.records import ImageRecords, SubsetRecords
 from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
-from ..files import write_tensors, write_text
+from ..files import digest_of_numbers, write_tensors, write_text
 from ..models.layers import ImageClassifier
 from ..training.recipe import Precision
 from ..training.run import Computing
-from ..training.state import digest_of_numbers
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +92,7 @@ def extract_features(
     # all shards but the last hold whole batches, so no batch belongs to two shards
     order = [index for start, size in sizes.items() for index in range(start, start + size)]
     missing, transform = SubsetRecords(records, order), EvalTransform(preprocessing_of(model))
-    workers = computing.workers_beside(process.device)
+    workers = workers_beside(process.device, computing.workers)
     loader = eval_batches(missing, transform, process, batch_size=_BATCH, workers=workers)
     batches = iter(computing.watch(loader, len(loader)))
     with _inputs_of(heads, model.to(process.device)) as inputs, explained_worker_failure(workers):

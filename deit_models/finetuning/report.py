@@ -17,7 +17,7 @@ from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
 from ..evaluation import Outcomes
 from ..files import atomic_write, csv_line, markdown, write_json, write_text
-from ..formats.layouts import CARD_NAME, write_config
+from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
 from ..training.state import find_matplotlib, plot_curves
@@ -125,16 +125,14 @@ def _write_layouts(model: ImageClassifier, out: Path, name: str, *, data: str, *
         model.origin = model.origin.trained(data, class_names=model.origin.class_names, **known)
     folders: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
     for layout, folder in folders:
+        # save_pretrained would keep the card of an earlier epoch or call, with its figures
+        (folder / CARD_NAME).unlink(missing_ok=True)
         try:
-            write_config(model, layout)
+            model.save_pretrained(folder, layout=layout)
         except ConfigError as error:
             if layout == "native":
                 raise
             logger.info("not written for %s: %s", layout, error)
-            continue
-        # save_pretrained would keep the card of an earlier epoch or call, with its figures
-        (folder / CARD_NAME).unlink(missing_ok=True)
-        model.save_pretrained(folder, layout=layout)
 
 
 def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:

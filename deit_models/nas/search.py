@@ -13,21 +13,21 @@ import torch
 from ..checkpoint import Origin, Preprocessing
 from ..data.datasets import open_images
 from ..data.inputs import eval_batches
-from ..data.loading import DamageCount, explained_worker_failure
+from ..data.loading import DamageCount, explained_worker_failure, workers_beside
 from ..data.records import ImageRecords
 from ..data.split import keep_split, labels_of, parts, stratified_split
 from ..data.transforms import EvalTransform
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Heads, resolved_precision, score
-from ..files import read_text, toml_lines, write_text
+from ..files import digest_of_numbers, read_text, toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
 from ..models.vit_resnas import ViTResNAS
 from ..registry import default_preprocessing
 from ..training.recipe import Precision, Recipe
 from ..training.run import Computing, TrainResult, run_training
-from ..training.state import digest_of_numbers, export_model
+from ..training.state import export_model
 from .costs import CostKind, Ledger, make_cost
 from .evolution import ScoredCandidate, evolve
 from .settings import Evolution, Sampling
@@ -217,7 +217,8 @@ class CandidateScores:
         self.precision: Precision = precision
         self.known = Ledger(folder / SCORES_NAME, "top1", writes=process.is_main)
         self._alone = Process(0, 1, process.device)  # each process scores candidates of its own, on all images
-        workers, self._damage = computing.workers_beside(process.device), DamageCount(images, computing.corrupt_limit)
+        workers = workers_beside(process.device, computing.workers)
+        self._damage = DamageCount(images, computing.corrupt_limit)
         transform = EvalTransform(_preprocessing(space))
         self._batches = eval_batches(images, transform, self._alone, batch_size=batch_size, workers=workers, keep=True)
         with explained_worker_failure(workers):

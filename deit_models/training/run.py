@@ -17,7 +17,7 @@ from ..augmentation.samples import TrainSampler, sample_seed, training_batches
 from ..checkpoint import Preprocessing
 from ..data.datasets import open_images
 from ..data.inputs import InputBatches, eval_batches
-from ..data.loading import DamageCount, Watch, default_workers, explained_worker_failure, plain_watch
+from ..data.loading import DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform, preprocessing_of
@@ -46,10 +46,6 @@ class Computing:
     corrupt_limit: float = 0.01
     watch: Watch = plain_watch
     on_epoch: Callable[[dict[str, Any]], None] | None = None
-
-    def workers_beside(self, device: torch.device) -> int:
-        """The number of loading processes: as given, or the default for this device."""
-        return default_workers(device) if self.workers is None else self.workers
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +176,7 @@ def run_training(
             out=out,
             preprocessing=preprocessing,
             computing=computing,
-            workers=computing.workers_beside(process.device),
+            workers=workers_beside(process.device, computing.workers),
             before_epoch=before_epoch,
         ).to_the_end()
 

@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from os import PathLike
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.state_dict import (
 from ..data.records import ImageRecords
 from ..distributed import Process
 from ..errors import MissingExtraError, TrainingError, first_line
-from ..files import append_text, atomic_write, read_text, write_tensors, write_text
+from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
 from .learner import Learner
@@ -257,17 +257,6 @@ def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
         identity["trained"] = f"{trained[0]} and {len(trained) - 1} more tensors"
     # a divided optimiser is saved under other names
     return identity | ({"shard": "fsdp"} if learner.divided else {})
-
-
-def digest_of_numbers(module: nn.Module, *, without: Collection[str] = ()) -> str:
-    """Sixteen hex digits of all parameters and buffers, except those of the children named in `without`."""
-    digest = hashlib.sha256()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name.partition(".")[0] in without:
-            continue
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str, str]) -> None:
