@@ -172,14 +172,9 @@ def optimize(
         and does not agree.
     """
     _check(precision, goal, backend, min_agreement, calibration)
+    model = own_model(model)
     search = _Search(
-        own_model(model),
-        sample,
-        calibration,
-        goal=goal,
-        pixels=preprocessing,
-        min_agreement=min_agreement,
-        merging=token_merging,
+        model, sample, calibration, goal=goal, pixels=preprocessing, min_agreement=min_agreement, merging=token_merging
     )
     named = {name: made for name, made in BACKENDS.items() if backend in ("auto", name)}
     candidates = ways_on(search.device, backends=named, precision=None if precision == "auto" else precision)
