@@ -257,7 +257,8 @@ def _bytes_a_pixel(image: PIL.Image.Image) -> float:
     beside = _DECODERS.get(form, 4)
     if form == "TIFF":  # a strip or row of tiles at a time
         rows = tags.get(_STRIP_ROWS, tags.get(_TILE_ROWS, image.height))
-        beside = sum(tags.get(_BITS, (8,))) / 8 * min(rows / image.height, 1)
+        packed = tags.get(_COMPRESSION, 1) != 1
+        beside = sum(tags.get(_BITS, (8,))) / 8 * min(rows / image.height, 1) if packed else 0
     elif hasattr(image, "layer") and not _in_one_scan(image):  # coefficients of the whole JPEG
         most = max(wide * high for _, wide, high, _ in image.layer)
         beside = 2 * sum(wide * high for _, wide, high, _ in image.layer) / most
@@ -339,8 +340,9 @@ def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
 
 _DEPTHS = (1, 8, 10, 12, 14, 16)
 _DARK = 16
-_BITS, _PHOTOMETRIC, _STRIP_ROWS, _LARGEST, _TILE_ROWS, _EXTRA, _SIGNED = 258, 262, 278, 281, 323, 338, 339
-"""TIFF tags: bits; 0: the largest value is black; rows stored together; largest value; extra samples; 2: signed."""
+_BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_ROWS = 258, 259, 262, 278
+_LARGEST, _TILE_ROWS, _EXTRA, _SIGNED = 281, 323, 338, 339
+"""TIFF tags: bits; 1: none; 0: the largest value is black; rows stored together; largest value; extra samples; 2: signed."""
 
 
 def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
