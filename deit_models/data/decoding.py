@@ -48,21 +48,18 @@ _TURNS = {
 }
 # Values of the EXIF orientation by their effect: axes swapped, right edge shown left, bottom edge shown at the top
 _ON_ITS_SIDE, _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
-_LAST_ROW_FIRST = (3, 4, 6, 7)
-"""The last stored row is shown as the first row, or as the first column."""
+_LAST_ROW_FIRST = (3, 4, 6, 7)  # or shown as the first column
 _STRIP_PIXELS = 1 << 18
 
 
 def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
-    """Decode an image as a photo viewer would show it, as an RGB PIL image.
+    """Decode an image, a path or encoded bytes, as a photo viewer would show it, as an RGB PIL image.
 
     The EXIF orientation is applied, transparency is laid over white, the first frame of an animation is taken,
     palettes, CMYK and deep greys are converted, see `to_rgb`. An ordinary RGB file gives exactly Pillow's pixels.
 
-    Args:
-        source: a path, or the encoded bytes.
-
-    Raises: ImageError: not a readable image, damaged, or more than MAX_IMAGE_PIXELS; the message names the file.
+    Raises: ImageError: not a readable image, damaged, or too large for MAX_IMAGE_PIXELS or MAX_DECODING_BYTES; the
+        message names the file.
     """
     return _decoded(source, _show)
 
@@ -225,18 +222,18 @@ def _reason(error: Exception) -> str:
 
 
 def _check_picture(image: PIL.Image.Image, name: str) -> None:
-    """Raise ImageError, before decoding, for images that are too large and for PostScript programs."""
+    """Raise ImageError, before decoding, for what is too large, a program, or misread by Pillow."""
     if image.width * image.height > MAX_IMAGE_PIXELS:
         raise ImageError(f"{name}: {image.width}x{image.height} pixels, more than {MAX_IMAGE_PIXELS}")
     if image.format == "EPS":
         # Pillow would run Ghostscript on it, also if the file's suffix is another format's
         raise ImageError(f"{name}: a PostScript program, not an image; convert it to PNG first")
     tags = getattr(image, "tag_v2", {})
-    if 2 in tags.get(_SIGNED, ()) and max(tags.get(_BITS, (1,))) <= 8:
-        # Pillow would read values below 0 as the brightest
-        raise ImageError(
-            f"{name}: signed samples of 8 bits, which could mean anything; convert it to unsigned ones first"
-        )
+    bits = max(tags.get(_BITS, (1,)))
+    signed, planes = 2 in tags.get(_SIGNED, ()), tags.get(_PLANES) == 2 and tags.get(_COMPRESSION, 1) == 1
+    if (signed and bits <= 8) or (planes and bits > 8):
+        # Pillow would read values below 0 as the brightest, and of each plane the first half
+        raise ImageError(f"{name}: {bits} bits, signed or by planes, which Pillow misreads; convert it to PNG first")
     needed = image.width * image.height * _bytes_a_pixel(image)
     if needed > MAX_DECODING_BYTES:
         raise ImageError(
@@ -251,11 +248,12 @@ _DECODERS = {"WEBP": 12, "AVIF": 14, "HEIF": 14, "JPEG2000": 17, "JPEG": 0, "MPO
 
 
 def _bytes_a_pixel(image: PIL.Image.Image) -> float:
-    """The most memory in use at a time until the image is shown."""
-    stored, form = _STORED.get(image.mode, 4), image.format or "PNG"
-    tags = getattr(image, "tag_v2", {})
+    """Peak of memory until the image is shown."""
+    stored, form, tags = _STORED.get(image.mode, 4), image.format or "PNG", getattr(image, "tag_v2", {})
     beside = _DECODERS.get(form, 4)
-    if form == "TIFF":  # a strip or row of tiles at a time
+    if not getattr(image, "tile", ()) and form != "WEBP":  # decoded already
+        beside = 0
+    elif form == "TIFF":  # a strip or row of tiles at a time
         rows = tags.get(_STRIP_ROWS, tags.get(_TILE_ROWS, image.height))
         packed = tags.get(_COMPRESSION, 1) != 1
         beside = sum(tags.get(_BITS, (8,))) / 8 * min(rows / image.height, 1) if packed else 0
@@ -270,7 +268,7 @@ def _bytes_a_pixel(image: PIL.Image.Image) -> float:
 
 def _in_one_scan(image: Any) -> bool:
     """Whether the first scan of an opened JPEG, whose header was read last, has all colours at all precision."""
-    if "progressive" in image.info or image.fp is None:
+    if "progressive" in image.info:
         return False
     at, colours = image.fp.tell(), len(image.layer)
     header = b"\xff\xda" + (6 + 2 * colours).to_bytes(2, "big") + bytes([colours])
@@ -285,6 +283,10 @@ def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     _check_picture(image, name)
     image.load()
+    colours = getattr(image, "tag_v2", {}).get(_PALETTE, ())
+    if image.mode == "P" and 0 < max(colours, default=0) < 256:  # written with 8 bits in the place of 16
+        image = image.copy()
+        image.putpalette([level for at in range(len(colours) // 3) for level in colours[at :: len(colours) // 3]])
     if deep and 0 < max(high for _, high in _extrema(image)[: 1 if image.mode == "LA" else 3]) < _DARK:
         raise ImageError(f"{name}: colours of 16 bits of which no more than 12 are used; convert it to 8 bits first")
     try:
@@ -308,8 +310,10 @@ def to_rgb(image: PIL.Image.Image, orientation: int = 1) -> PIL.Image.Image:
     Raises: ImageError: greys that could mean anything: values below 0, above 65535 or not finite, and images with
         nothing above 15 that are not of zeros and ones.
     """
-    # The fourth sample of a TIFF that does not call it alpha, as of satellites, says nothing about transparency
-    alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa") and _EXTRA in getattr(image, "tag_v2", (_EXTRA,))
+    alpha = image.mode in ("RGBA", "LA", "PA", "La", "RGBa")
+    hides_all = alpha and image.format == "TGA" and not _extrema(image)[-1][1]
+    if hides_all or _EXTRA not in getattr(image, "tag_v2", (_EXTRA,)):
+        alpha = False  # a fourth sample, as of satellites, that nothing calls alpha
     transparent = alpha or "transparency" in image.info
     if image.mode == "RGB" and not transparent and orientation not in _TURNS:
         return image
@@ -338,11 +342,10 @@ def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
 
 
-_DEPTHS = (1, 8, 10, 12, 14, 16)
 _DARK = 16
 _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_ROWS = 258, 259, 262, 278
-_LARGEST, _TILE_ROWS, _EXTRA, _SIGNED = 281, 323, 338, 339
-"""TIFF tags: bits; 1: none; 0: the largest value is black; rows stored together; largest value; extra samples; 2: signed."""
+_LARGEST, _PLANES, _PALETTE, _TILE_ROWS, _EXTRA, _SIGNED = 281, 284, 320, 323, 338, 339
+"""TIFF tags: bits; 1: none; 0: the largest value is black; rows stored together; largest value; 2: by planes; ..."""
 
 
 def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Image]:
@@ -351,22 +354,21 @@ def _shallow(image: PIL.Image.Image) -> Callable[[PIL.Image.Image], PIL.Image.Im
     low, high, mean = _range(image, kind)
     if not math.isfinite(mean):
         raise ImageError("grey values that are no numbers, or not finite; convert it to 8 or 16 bits first")
-    tags = getattr(image, "tag_v2", {})
     declared = _declared_bits(image, high)
     if low < 0 or round(high) > 65535 or (declared is None and 1 < high < _DARK):
-        raise ImageError(
-            f"grey values from {low:g} to {high:g}, which could mean anything; convert it to 8 or 16 bits first"
-        )
-    depths = (*_DEPTHS[:-1], 15, 16) if image.mode == "I" else _DEPTHS
+        why = "which could mean anything; convert it to 8 or 16 bits first"
+        raise ImageError(f"grey values from {low:g} to {high:g}, {why}")
+    depths = (1, 8, 10, 12, 14, *([15] if image.mode == "I" else []), 16)
     bits = declared or next(depth for depth in depths if round(high) < 1 << depth)
     if declared is None and bits < 16 and high > 1:
         _log_guess(image.mode, bits)
     # floats are rounded, whole numbers rounded down
     scale, more = 255 / ((1 << bits) - 1), 0.5 if image.mode == "F" else 1e-6
+    zero_is_white = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
 
     def convert(strip: PIL.Image.Image) -> PIL.Image.Image:
         shallow = strip.convert(kind).point(lambda level: level * scale + more).convert("L")
-        return PIL.ImageOps.invert(shallow) if tags.get(_PHOTOMETRIC) == 0 else shallow
+        return PIL.ImageOps.invert(shallow) if zero_is_white else shallow
 
     return convert
 
@@ -380,7 +382,7 @@ def _declared_bits(image: PIL.Image.Image, high: float) -> int | None:
     if tags.get(_BITS) == (12,):
         return 12
     told = tags.get(_LARGEST, (0,))[0]
-    if told in (255, 1023, 4095, 16383, 65535) and high <= told:  # other values are those of this picture
+    if told in (255, 1023, 4095, 16383, 65535) and high <= told:  # other values are this picture's own
         return int(told).bit_length()
     sure = image.format in ("PPM", "JPEG2000") or (image.format == "PNG" and high >= 1 << 12)
     return 16 if sure and high <= 65535 else None

@@ -22,6 +22,7 @@ from deit_models.data.decoding import (
     _QUIET,
     MAX_IMAGE_PIXELS,
     Reduced,
+    _bytes_a_pixel,
     _log_guess,
     decode_image,
     decode_reduced,
@@ -369,6 +370,62 @@ def test_fourth_sample_that_is_not_called_alpha_hides_nothing(fourth: int) -> No
     satellite = data[:at] + struct.pack("<H", 65000) + data[at + 2 :]
     assert decode_image(satellite).getextrema() == ((255, 255), (0, 0), (0, 0))
     assert_near(decode_image(data).getpixel((0, 0)), (255, 255 - fourth, 255 - fourth))
+
+
+def test_alpha_of_a_tga_that_would_hide_everything_is_none() -> None:
+    hidden = PIL.Image.new("RGBA", (8, 6), (*RED, 0))
+    assert_near(decode_image(encode(hidden, "TGA")).getpixel((0, 0)), RED)
+    hidden.putpixel((0, 0), (*BLUE, 255))
+    assert [decode_image(encode(hidden, "TGA")).getpixel((x, 0)) for x in (0, 1)] == [BLUE, WHITE]
+
+
+@pytest.mark.parametrize("scale", [1, 257])
+def test_palette_of_a_tiff_with_8_bits_in_the_place_of_16_is_not_black(scale: int) -> None:
+    image = PIL.Image.new("P", (2, 1))
+    image.putpalette([*RED, 20, 40, 60] + [0] * 762)
+    image.putpixel((1, 0), 1)
+    data = encode(image, "TIFF")
+    colours = [level * 256 for plane in range(3) for level in image.getpalette()[plane::3]]
+    at = data.index(struct.pack("<768H", *colours))
+    data = data[:at] + struct.pack("<768H", *(level // 256 * scale for level in colours)) + data[at + 1536 :]
+    assert [decode_image(data).getpixel((x, 0)) for x in (0, 1)] == [RED, (20, 40, 60)]
+
+
+def test_colours_of_16_bits_plane_by_plane_are_refused_where_pillow_misreads_them() -> None:
+    planes = (np.stack([RAMP] * 3, axis=-1) * 65535).astype("<u2")
+    assert decode_image(tiff(planes[..., 0])).getextrema() == ((0, 255),) * 3
+    tifffile = pytest.importorskip("tifffile")
+    for options in ({}, {"compression": "zlib"}):
+        out = io.BytesIO()
+        tifffile.imwrite(out, planes.transpose(2, 0, 1), photometric="rgb", planarconfig="separate", **options)
+        if options:
+            assert np.abs(np.asarray(decode_image(out.getvalue()))[..., 1] - RAMP * 255).max() <= 1
+        else:
+            assert_refused(out.getvalue(), "16 bits, signed or by planes")
+
+
+def test_an_image_that_was_decoded_before_needs_no_file() -> None:
+    for form in ("JPEG", "WEBP", "TIFF"):
+        with io.BytesIO(encode(gradient(), form)) as file:
+            image = PIL.Image.open(file)
+            image.load()
+        assert load_image(image).size == (60, 40)
+
+
+def test_jpeg_in_one_scan_needs_the_image_alone() -> None:
+    exif = exif_with(1, 0x011A, 3, b"\1\0\0\0")
+    for options in (
+        {},
+        {"exif": exif, "comment": b"x"},
+        {"quality": 5, "optimize": True, "icc_profile": bytes(70_000)},
+    ):
+        for mode, size in (("RGB", 4), ("L", 1 + 4), ("CMYK", 4 + 4)):
+            with PIL.Image.open(io.BytesIO(encode(gradient().convert(mode), "JPEG", **options))) as image:
+                assert _bytes_a_pixel(image) == size
+                image.draft(None, (9, 9))
+                assert image.size == decode_reduced(encode(gradient(), "JPEG", **options), side=9).image.size
+    with PIL.Image.open(io.BytesIO(encode(gradient(), "JPEG", progressive=True, subsampling=0))) as image:
+        assert _bytes_a_pixel(image) == 4 + 6
 
 
 # What is refused, by name and in one line
