@@ -410,6 +410,21 @@ def test_graph_of_torch_fx_gives_the_same_logits(model: ImageClassifier) -> None
     assert torch.equal(again(images(model)), model(images(model)))
 
 
+@torch.inference_mode()
+def test_other_calls_trace_with_torch_fx_too(model: ImageClassifier) -> None:
+    class Parts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = model
+
+        def forward(self, x: Tensor) -> list[Any]:
+            layers = self.net.get_intermediate_layers(x)
+            return [self.net.embed(x), layers[-1].patches, self.net.attention_maps(x)[-1], *self.net.forward_heads(x)]
+
+    for own, traced in zip(Parts()(images(model)), torch.fx.symbolic_trace(Parts())(images(model)), strict=True):
+        assert own is traced is None or torch.equal(own, traced)
+
+
 def test_graph_of_torch_fx_trains_as_the_model_does(name: str) -> None:
     rates = {"drop_rate": 0.1, "drop_path_rate": 0.2, "patch_drop_rate": 0.5}
     model = build(name, **{rate: value for rate, value in rates.items() if hasattr(model_spec(name).config, rate)})

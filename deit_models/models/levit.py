@@ -375,7 +375,7 @@ class LeViT(ImageClassifier):
             tokens = layer(tokens)
         maps.append(tokens)
         return [
-            LayerTokens(maps[i][:, :0], maps[i].transpose(1, 2).reshape(len(x), -1, *self.config.grids[i]))
+            LayerTokens(maps[i][:, :0], maps[i].transpose(1, 2).reshape(x.shape[0], -1, *self.config.grids[i]))
             for i in wanted
         ]
 

@@ -415,7 +415,7 @@ class ViTResNAS(ImageClassifier):
             tokens = layer(tokens)
         ends.append(self.norm(tokens) if norm else tokens)
         prefix, grids = self.config.num_prefix_tokens, self.config.grids
-        maps = [end[:, prefix:].mT.reshape(len(end), -1, *grid) for end, grid in zip(ends, grids, strict=True)]
+        maps = [end[:, prefix:].mT.reshape(end.shape[0], -1, *grid) for end, grid in zip(ends, grids, strict=True)]
         return [LayerTokens(ends[i][:, :prefix], maps[i]) for i in wanted]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
