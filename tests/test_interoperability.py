@@ -225,6 +225,8 @@ def test_parametrized_weights_are_refused_until_they_are_removed(model: ImageCla
         weight_norm(layer)
     with pytest.raises(ConfigError, match=r"parametrizations.*remove_parametrizations"):
         model.save_pretrained(tmp_path / "no")
+    with pytest.raises(ConfigError, match=r"cannot be folded .*without adapters, parametrizations"):
+        deit_models.export(model, tmp_path / "m.pt2", format="torch-export")
     for layer in layers:
         parametrize.remove_parametrizations(layer, "weight")
     assert_saved_as_it_answers(model, tmp_path / "yes")

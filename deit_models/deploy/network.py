@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..checkpoint import Preprocessing
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 from ..models.deit import DeiT
 from ..models.layers import ImageClassifier
 from ..models.levit import LeViT
@@ -65,11 +65,14 @@ def prepare(
         fold: whether to fold; networks without folding serve as reference.
         plan: tokens to merge in each block, from `merging_plan`; empty for the model's own logits.
 
-    Raises: ConfigError: `pixels`, but the normalisation of the model is unknown.
+    Raises: ConfigError: layers of another library; `pixels`, but the normalisation of the model is unknown.
     """
     network = _sharing_copy(model).float()
-    if fold:
-        network = _folded(network)
+    try:
+        network = _folded(network) if fold else network
+    except Exception as error:  # whatever other libraries put in place of layers
+        advice = "take the model without adapters, parametrizations or quantisation: merged, removed, or from before"
+        raise ConfigError(f"layers that cannot be folded ({first_line(error)}); {advice}") from error
     if plan and isinstance(network, VisionTransformer):
         network.blocks = MergingBlocks(network.blocks, plan, network.config.num_prefix_tokens)
     whole: nn.Module = network
