@@ -50,8 +50,8 @@ def child(side: str, folder: str) -> None:
     from deit_models.data.datasets import open_dataset
     from deit_models.data.split import labels_of, stratified_split
 
-    table = [(entry.path, place.name) for place in os.scandir(folder) for entry in os.scandir(place.path)]
-    table = table if side == TABLE else []
+    places = os.scandir(folder) if side == TABLE else ()
+    table = [(entry.path, place.name) for place in places for entry in os.scandir(place.path)]
     openers: dict[str, Any] = {
         FOLDERS: lambda: open_dataset(folder, "train"),
         TABLE: lambda: wrap(table),

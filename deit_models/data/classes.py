@@ -45,7 +45,7 @@ def wrap(
 
     An error that the data set raises keeps its type; an OSError stands for an image that cannot be read.
 
-    Raises: DataError: no length, as of streams; no images, no class names, fewer than two classes, a DataLoader.
+    Raises: DataError: no length, as of streams; no images, no class names, a DataLoader.
     """
     if isinstance(dataset, ImageRecords) and (classes is None or _plain_names(classes) == dataset.classes):
         return dataset
@@ -58,8 +58,6 @@ def wrap(
         raise DataError(
             f"{name} does not say its classes; pass wrap(dataset, classes=[...]), or their number for '0', '1', ..."
         )
-    if len(found) < 2:
-        raise DataError(f"{name}: {len(found)} class; a classifier needs two or more")
     rows = _pairs(dataset)
     if rows is None or not all(isinstance(image, (str, PathLike)) for image, _ in rows):
         return _WrappedRecords(name, dataset, found)

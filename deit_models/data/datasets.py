@@ -52,7 +52,10 @@ def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = N
     """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
     if isinstance(data, (str, PathLike)):
         return open_dataset(data, split, classes=classes, own_folder=True)
-    return _numbered_as(wrap(data, otherwise=classes), classes)
+    records = wrap(data, otherwise=classes)
+    if split == "train" and len(records.classes) < 2:
+        raise DataError(f"{records.name}: {len(records.classes)} class; a classifier needs two or more")
+    return _numbered_as(records, classes)
 
 
 def _numbered_as(records: ImageRecords, classes: Sequence[str] | None) -> ImageRecords:
@@ -362,7 +365,7 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
         if split in present:
             if split == "train" and (others := [one for one in subfolders(folder) if split_of(one) is None]):
                 logger.warning("%s: images are read from %s, none from %s", folder, present[split], some(others))
-            return _read_folder(folder / present[split], name, classes)
+            return _read_folder(folder / present[split], name, classes, fewest=1 + (split == "train"))
         expected = {"train": "train", "val": "val or validation or valid or test"}[split]
         raise DataError(f"{folder}: has {some([*present.values()])} but no {expected} folder with class folders")
     if split == "val" and not own_folder:
@@ -370,10 +373,10 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
             f"{folder}: class folders without a split, which are a training set; put the images for validation into "
             "its folder val and the others into its folder train, or name a folder for validation alone"
         )
-    return _read_folder(folder, name, classes)
+    return _read_folder(folder, name, classes, fewest=1 + (split == "train"))
 
 
-def _read_folder(folder: Path, name: str, classes: Sequence[str] | None) -> FileRecords:
+def _read_folder(folder: Path, name: str, classes: Sequence[str] | None, *, fewest: int) -> FileRecords:
     """Class folders, or images with Tiny ImageNet's list of their classes; errors come with a remedy.
 
     A folder that holds but one of its own name, as archives of train/train/, stands for that.
@@ -383,7 +386,7 @@ def _read_folder(folder: Path, name: str, classes: Sequence[str] | None) -> File
     if (folder / _ANNOTATIONS).is_file():
         return _read_annotations(folder, name, classes)
     try:
-        return read_class_folders(folder, name=name, classes=classes)
+        return read_class_folders(folder, name=name, classes=classes, fewest=fewest)
     except DataError as error:
         if any(sign in error.args[0] for sign in _NO_CLASS_FOLDERS) and (hint := _hint(folder)):
             raise DataError(f"{error.args[0].partition(';')[0]}; {hint}") from error

@@ -315,6 +315,7 @@ def read_class_folders(
     name: str | None = None,
     classes: Sequence[str] | None = None,
     class_of: Callable[[str], str] = str,
+    fewest: int = 2,
 ) -> FileRecords:
     """A folder with one folder of images a class; classes are numbered in the order of their folders' names.
 
@@ -323,11 +324,12 @@ def read_class_folders(
         name: of the set in messages; default: the folder's name.
         classes: expected names; their order numbers the classes.
         class_of: from a folder's name to its class's, where several folders make one class.
+        fewest: classes that are needed.
 
     Empty folders, and expected classes without one, are named in a warning. Images in folders of a class folder are of
     that class; a warning says so where a class folder holds nothing else.
 
-    Raises: DataError: fewer than two classes, a class folder with other files only, classes that are not expected.
+    Raises: DataError: fewer classes, a class folder with other files only, classes that are not expected.
     """
     names = subfolders(folder)
     if not names:
@@ -347,7 +349,7 @@ def read_class_folders(
     if advice:
         logger.warning("%s: %s", folder, advice)
     nested = _nested(folder, listed)
-    if len(numbers) == 1:
+    if len(numbers) < fewest or (len(numbers) == 1 and nested):
         hint = f"; are they in {folder / folders[0]}?" if nested else ""
         raise DataError(f"{folder}: only one class, {found[0]}; a classifier needs two or more class folders{hint}")
     if nested:

@@ -297,7 +297,6 @@ class Endless(Dataset[Any]):
 @pytest.mark.parametrize(
     ("dataset", "classes", "message"),
     [
-        ([(0, 0)], ["one"], "1 class; a classifier needs two"),
         ([(0, 0)], "ab", "classes='ab'; expected a list of names"),
         ([], ["a", "b"], "list: no images"),
         (iter([(0, 0)]), ["a", "b"], r"has no length and items by index; pass list\(dataset\) if it fits"),

@@ -416,3 +416,15 @@ def test_name_wins_over_a_folder_which_a_path_still_reaches(tmp_path: Path, monk
     with pytest.raises(DataError, match="cifar-10-batches-py is not there"):
         open_dataset("cifar10", "train")
     assert len(open_dataset("./cifar10", "train")) == len(open_dataset(Path("cifar10"), "train")) == 4
+
+
+@pytest.mark.parametrize("layout", ["val/cat", "cat", "Test/cat"])
+def test_one_class_is_enough_to_evaluate_and_too_few_to_train(tmp_path: Path, layout: str) -> None:
+    write_image(tmp_path / layout / "0.png")
+    assert open_images(tmp_path, "val").classes == ("cat",)
+    with pytest.raises(DataError, match=r"only one class, cat; a classifier needs two|no train folder"):
+        open_images(tmp_path, "train")
+    pairs = [(PIL.Image.new("RGB", (2, 2)), "cat")]
+    assert open_images(pairs, "val").classes == ("cat",)
+    with pytest.raises(DataError, match="list: 1 class; a classifier needs two or more"):
+        open_images(pairs, "train")
