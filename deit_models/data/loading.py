@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
+from multiprocessing import get_all_start_methods, get_start_method
 from os import PathLike, fspath
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -31,6 +32,7 @@ Batch = tuple[Tensor, Tensor, Tensor]
 in evaluation the label of such an image is -1."""
 FINE = -1
 _MOST_WORKERS = 12
+_MANY = 1024
 
 
 def cpu_cores() -> int:
@@ -38,10 +40,15 @@ def cpu_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def workers_beside(device: torch.device, given: int | None = None) -> int:
-    """Loading processes of a process: as given; else up to 12 beside a GPU, one beside a CPU, whose cores compute."""
+def workers_beside(device: torch.device, given: int | None = None, *, images: int = _MANY) -> int:
+    """Loading processes of a process: as given; else up to 12 beside a GPU, one beside a CPU, whose cores compute.
+
+    None for few `images` that are read once, unless processes are forked: others import everything anew, for seconds.
+    """
     if given is not None:
         return given
+    if images < _MANY and (get_start_method(allow_none=True) or get_all_start_methods()[0]) != "fork":
+        return 0
     cores = cpu_cores()
     return _beside_gpu(cores // max(torch.cuda.device_count(), 1)) if device.type == "cuda" else min(1, cores - 1)
 

@@ -92,7 +92,7 @@ def extract_features(
     # all shards but the last hold whole batches, so no batch belongs to two shards
     order = [index for start, size in sizes.items() for index in range(start, start + size)]
     missing, transform = SubsetRecords(records, order), EvalTransform(preprocessing_of(model))
-    workers = workers_beside(process.device, computing.workers)
+    workers = workers_beside(process.device, computing.workers, images=len(order))
     loader = eval_batches(missing, transform, process, batch_size=_BATCH, workers=workers)
     batches = iter(computing.watch(loader, len(loader)))
     with _inputs_of(heads, model.to(process.device)) as inputs, explained_worker_failure(workers):

@@ -2,6 +2,8 @@
 
 import multiprocessing
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -81,6 +83,23 @@ def test_nothing_is_decoded_while_a_batch_is_used() -> None:
 )
 def test_who_decodes_follows_from_the_device(device: str, batches: int | None, processes: int | None) -> None:
     assert decoding_workers(batches, torch.device(device), cores=8) == processes
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn", "forkserver"])
+def test_few_images_are_not_worth_a_process_that_imports_everything_anew(method: str) -> None:
+    code = (
+        "import multiprocessing, torch\n"
+        "from deit_models.data.loading import cpu_cores, workers_beside\n"
+        "usual = min(1, cpu_cores() - 1)\n"
+        "few = lambda given=None: workers_beside(torch.device('cpu'), given, images=600)\n"
+        "default = few()\n"
+        f"multiprocessing.set_start_method({method!r})\n"  # the call before has not settled it
+        "assert default == (usual if multiprocessing.get_all_start_methods()[0] == 'fork' else 0)\n"
+        f"assert few() == (usual if {method!r} == 'fork' else 0)\n"
+        "assert few(3) == 3\n"
+        "assert workers_beside(torch.device('cpu')) == workers_beside(torch.device('cpu'), images=5000) == usual\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
 
 
 @pytest.mark.parametrize(("workers", "here"), [(None, True), (0, True), (3, False)])
