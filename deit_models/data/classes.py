@@ -99,13 +99,17 @@ def _names_in(dataset: Any) -> tuple[str, ...] | None:
         names = getattr(dataset.features[label], "names", None)
     if names is not None and not callable(names):
         return _plain_names(names)
-    parts = [getattr(dataset, "dataset", None), getattr(dataset, "reader", None), *getattr(dataset, "datasets", ())]
-    found = {_names_in(part) for part in parts if part is not None} - {None}
+    parts = [getattr(dataset, name, None) for name in ("dataset", "reader")]
+    parts += dataset.datasets if isinstance(dataset, ConcatDataset) else []
+    found = {_names_in(part) for part in parts if part is not None and part is not dataset} - {None}
     if len(found) > 1:
         raise DataError(f"{type(dataset).__name__} is made from data sets with different classes; give them the same")
     labels = None if found else _known_labels(dataset)
     if labels is not None and all(isinstance(label, str) for label in labels):
-        found = {tuple(sorted({*labels}))}
+        first = dataset[0]  # which may have a number of the user's own for the name
+        first = [first.get(_label_column(dataset))] if isinstance(first, Mapping) else first
+        if isinstance(first, (list, tuple)) and first and isinstance(first[-1], str):
+            found = {tuple(sorted({*labels}))}
     return next(iter(found), None)
 
 

@@ -235,11 +235,21 @@ def test_two_columns_of_classes_are_not_chosen_from() -> None:
         ({"class_to_idx": {"dog": 1, "cat": 0}}, ("cat", "dog")),
         ({"classes": ["dog", "cat"], "class_to_idx": {"dog": 1, "cat": 0}}, ("cat", "dog")),
         ({"reader": SimpleNamespace(class_to_idx={"cat": 0, "dog": 1})}, ("cat", "dog")),
-        ({"targets": ["dog", "cat", "dog"]}, ("cat", "dog")),
     ],
 )
 def test_class_names_are_found(attributes: dict[str, Any], classes: tuple[str, ...]) -> None:
     assert wrap(Items([(IMAGE, 0)] * 3, **attributes)).classes == classes
+
+
+def test_names_among_the_labels_are_the_classes_unless_items_have_numbers() -> None:
+    names = ["dog", "cat", "dog"]
+    assert wrap([(IMAGE, name) for name in names]).classes == ("cat", "dog")
+    assert wrap(Items([(IMAGE, name) for name in names], targets=names)).classes == ("cat", "dog")
+    features = {"image": Image(), "label": object()}
+    assert wrap(Table([{"image": IMAGE, "label": name} for name in names], features=features)).classes == ("cat", "dog")
+    for numbered in ((IMAGE, 0), {"pixel_values": IMAGE, "labels": 0}, [IMAGE, np.int64(0)]):
+        with pytest.raises(DataError, match="does not say its classes"):
+            wrap(Items([numbered] * 3, targets=names))
 
 
 def test_classes_are_numbers_only_if_asked_for() -> None:
