@@ -149,6 +149,7 @@ class Origin:
         revision: commit of the Hub repository they came from.
         sha256: digest of the weights file, where it was computed.
         notes: how these weights were made, in Markdown, for the model card.
+        base: Hub repository whose weights these were fine-tuned from.
     """
 
     name: str
@@ -163,11 +164,12 @@ class Origin:
     revision: str | None = None
     sha256: str | None = None
     notes: str | None = None
+    base: str | None = None
 
     def __post_init__(self) -> None:
         if self.problem_type not in (None, *get_args(Problem)):
             raise ConfigError(f"problem_type={self.problem_type!r}; expected one of {', '.join(get_args(Problem))}")
-        for name in ("name", "dataset", "licence", "source", "revision", "sha256", "notes"):
+        for name in ("name", "dataset", "licence", "source", "revision", "sha256", "notes", "base"):
             if not isinstance(value := getattr(self, name), str) and (value is not None or name == "name"):
                 raise ConfigError(f"{name}={shown(value)}; expected a text")
         for name in ("top1", "top5"):
@@ -216,7 +218,7 @@ class Origin:
         top5: float | None = None,
         notes: str | None = None,
     ) -> Origin:
-        """Weights trained here on a dataset; name, preprocessing and licence stay, all other facts are replaced."""
+        """Weights trained here on a dataset; name, preprocessing and licence stay, and their start becomes `base`."""
         return Origin(
             name=self.name,
             preprocessing=self.preprocessing,
@@ -226,6 +228,7 @@ class Origin:
             top1=top1,
             top5=top5,
             notes=notes,
+            base=self.base if self.revision is None else self.source,
         )
 
 

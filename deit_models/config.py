@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Any, get_args
 
 from .errors import ConfigError, shown
 
@@ -87,6 +87,12 @@ def check_rates(config: Any, *names: str) -> None:
         value = getattr(config, name)
         if not is_finite(value) or not 0 <= value < 1:
             raise ConfigError(f"{name}={shown(value)} is not a probability; use 0 <= {name} < 1")
+
+
+def check_choice(name: str, value: Any, kind: Any) -> None:
+    """Raise ConfigError unless a value is one of those that a Literal names."""
+    if value not in get_args(kind):
+        raise ConfigError(f"{name}={shown(value)}; expected one of {', '.join(map(str, get_args(kind)))}")
 
 
 def is_finite(value: Any) -> bool:

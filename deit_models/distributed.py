@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .errors import ConfigError, DeitModelsError, TrainingError, first_line
+from .errors import ConfigError, DeitModelsError, TrainingError, first_line, shown
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -121,7 +121,10 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[Process
 
 def _device(wanted: str | torch.device | None, local_rank: int) -> torch.device:
     """Where this process computes. Raises: ConfigError: more processes than GPUs."""
-    chosen = torch.device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(wanted if wanted is not None else "cuda" if torch.cuda.is_available() else "cpu")
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device={shown(wanted)}; expected a name such as 'cpu', 'cuda' or 'cuda:1'") from error
     if chosen.type != "cuda":
         return chosen
     index = local_rank if chosen.index is None else chosen.index

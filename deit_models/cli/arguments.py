@@ -90,6 +90,7 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or "
         "never; default auto",
     },
+    "--tensorboard": {"action": "store_true", "help": "also write TensorBoard's files into --out"},
     "--teacher": {
         "help": "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, "
         "which is run"

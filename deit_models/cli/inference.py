@@ -68,7 +68,9 @@ def add_predict(commands: Any) -> None:
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
     text = "continue an interrupted run: skip the images that the --output file, csv or jsonl, holds already"
-    parser.add_argument("--resume", action="store_true", help=text)
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help=text)
+    existing.add_argument("--overwrite", action="store_true", help="replace the --output file if there is one")
 
 
 def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassifier] | None = None) -> int:
@@ -79,8 +81,7 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
-    if args.resume and args.output is None:
-        raise ConfigError("--resume goes on with a file; name it with --output")
+    _check_output(args)
     every = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
     resumed = args.resume and args.output.exists()
     done, before = resume_results(args.output, format=args.format) if resumed else ((), [])
@@ -97,6 +98,20 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
         print(f"deit-models: {len(errors)} of {len(every)} images could not be read:", file=sys.stderr)
         print("\n".join(f"  {printable(error)}" for error in errors), file=sys.stderr)
     return EXIT_FAILED if errors else EXIT_OK
+
+
+def _check_output(args: argparse.Namespace) -> None:
+    """Raise ConfigError unless the results may be written to `--output`, before anything is loaded."""
+    file = args.output
+    if file is None:
+        if args.resume or args.overwrite:
+            raise ConfigError(f"--{'resume' if args.resume else 'overwrite'} is for a file; name it with --output")
+        return
+    if not file.absolute().parent.is_dir():
+        raise ConfigError(f"--output {file}: there is no folder {file.parent}; make it first")
+    # a device or a pipe holds nothing that could be lost
+    if file.is_file() and file.stat().st_size and not args.resume and not args.overwrite:
+        raise ConfigError(f"--output {file} exists; --resume goes on with it, --overwrite replaces it")
 
 
 def make_classifier(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 
 from ..errors import ConfigError, TrainingError
 from ..training.presets import PRESETS
-from ..training.recipe import Recipe, read_recipe, recipe_named
+from ..training.recipe import Recipe, recipe_named, recipe_of
 from .arguments import EXIT_INTERRUPTED, EXIT_OK, process_number, progress_bar, say
 
 if TYPE_CHECKING:
@@ -62,10 +62,7 @@ def chosen_recipe(args: argparse.Namespace) -> Recipe:
 
     Raises: ConfigError: no such preset or file, or a value that cannot work.
     """
-    given = recipe_changes(args)
-    if args.recipe not in PRESETS and (args.recipe.endswith(".toml") or Path(args.recipe).is_file()):
-        return read_recipe(args.recipe, **given)
-    return recipe_named(args.recipe, **given)
+    return recipe_of(args.recipe, **recipe_changes(args))
 
 
 def recipe_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from ..models.layers import ImageClassifier
     from ..training.recipe import Recipe
     from ..training.run import TrainResult
+
+logger = logging.getLogger(__name__)
 
 NO_VALIDATION, SPLIT = "none", "split"
 
@@ -66,10 +69,9 @@ def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe:
     parser.add_argument("--model", metavar="NAME", help=text)
     text = "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are new"
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
-    add_options(parser, *LOADING, "--workers", "--device", "--cache")
+    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard")
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
-    parser.add_argument("--tensorboard", action="store_true", help="also write TensorBoard's files into --out")
     parser.add_argument("--plot", action="store_true", help="at the end, draw the curves into curves.png in --out")
 
 
@@ -196,7 +198,7 @@ def add_finetune(commands: Any) -> None:
     text = "start a class's row of the head from the row of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
     add_options(parser, "--teacher", "--teacher-weights", "--teacher-precision")
-    add_options(parser, *LOADING, "--workers", "--device", "--cache")
+    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard")
     text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
@@ -206,11 +208,20 @@ def add_finetune(commands: Any) -> None:
 
 def _run_finetune(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
+    from ..finetuning.adapt import check_mode
     from ..finetuning.finetune import finetune, recipe_for, validation_source
     from ..hub.load import from_pretrained
     from ..training.state import find_matplotlib
 
     check_fresh(args)
+    check_mode(args.mode, ["--tensorboard"] if args.tensorboard else [])
+    if args.teacher is None and args.teacher_weights is not None:
+        raise ConfigError("--teacher-weights belong to a teacher; name it with --teacher")
+    if args.layout != "native" and args.push_to_hub is None:
+        raise ConfigError("--layout is of the model that is pushed; name its repository with --push-to-hub")
+    unused = [name for name in recipe_changes(args) if name not in ("img_size", "precision", "seed")]
+    if unused and args.mode == "head":
+        logger.warning("mode head has no use for --%s", ", --".join(unused).replace("_", "-"))
     start = chosen_model(args)
     if args.plot:
         find_matplotlib()  # before anything is read or fetched
@@ -250,7 +261,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
                 **picked(
                     args, "out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout"
                 ),
-                **picked(args, "workers", "cache"),
+                **picked(args, "workers", "cache", "tensorboard"),
             )
             say(_finetune_summary(result))
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from itertools import islice
-from multiprocessing import get_all_start_methods, get_start_method
+from multiprocessing import current_process, get_all_start_methods, get_start_method
 from os import PathLike, fspath
 from pickle import PicklingError
 from typing import Any, NamedTuple
@@ -79,6 +79,8 @@ def make_loader(
     """
     if batch_size < 1 or workers < 0:
         raise ConfigError(f"batch_size={batch_size}, workers={workers}; expected 1 or more, and 0 or more")
+    if workers and getattr(current_process(), "_inheriting", False):  # multiprocessing's own sign of a missing guard
+        raise ConfigError(f"a loading process runs the script that started it: {_GUARD}")
     with _quiet():
         return _Loader(
             _WholeParts(samples),
@@ -168,14 +170,29 @@ class _Loader(DataLoader[Any]):
             ) from error
 
     def _parts(self) -> Any:
-        if not hasattr(signal, "pthread_sigmask"):
-            return super().__iter__()
-        # the workers inherit it: one that was forked just then would print a traceback
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            return super().__iter__()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        with _without_interrupts():
+            try:
+                return super().__iter__()
+            except (AttributeError, TypeError, PicklingError) as error:
+                if not self.num_workers or "pickle" not in str(error):
+                    raise
+                raise TrainingError(
+                    f"the Dataset cannot be sent to loading processes started by {get_start_method()}: "
+                    f"{first_line(error)}; define its classes and functions at the top of a module, or pass workers=0"
+                ) from error
+
+
+@contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C waits, also in the workers that start here: one that was forked just then would print a traceback."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _leave_interrupts_to_parent(_: int) -> None:
@@ -205,6 +222,9 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
             with suppress(RuntimeError):
                 time.sleep(1)
         reason = str(error).strip().rpartition("\n")[2] or type(error).__name__
+        if "exited unexpectedly" in reason and get_start_method() != "fork":
+            how = f"a loading process, started by {get_start_method()}, has ended"
+            raise TrainingError(f"{how}: {_GUARD} ({reason})") from error
         raise TrainingError(
             f"a loading process died, most likely for lack of main memory or, in /dev/shm, of shared memory (in "
             f"Docker: --shm-size=1g); use fewer than {workers} workers, or workers=0, which loads in this process "
@@ -212,6 +232,7 @@ def explained_worker_failure(workers: int) -> Iterator[None]:
         ) from error
 
 
+_GUARD = "it imports the script again; put the script's calls under `if __name__ == '__main__':`, or pass workers=0"
 _WORKER_DEATHS = (
     *("DataLoader worker (pid", "shared memory(shm)", "shared memory object", "torch_shm_manager", "of ancdata"),
     *("Too many open files", "unable to open file </torch_", "unable to mmap", "unable to write to file </torch_"),

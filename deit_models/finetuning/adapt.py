@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -13,12 +13,23 @@ import torch
 from torch import Tensor, nn
 
 from ..config import override
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..evaluation import class_names_of
 from ..formats.layouts import known_origin
 from ..models.layers import ImageClassifier
 from ..registry import meta_model, own_model
 from ..training.optim import layer_count, layer_of_parameter
+
+
+def check_mode(mode: str, unfit: Iterable[str] = ()) -> None:
+    """Raise ConfigError unless this is a mode of fine-tuning, and not "head" with options `unfit` for it."""
+    if not isinstance(mode, str) or not re.fullmatch(r"full|head|last-\d{1,4}", mode, re.ASCII):
+        raise ConfigError(f"mode={shown(mode)}; expected 'full', 'head', or 'last-N' with a number of blocks")
+    if mode == "head" and (names := " and ".join(unfit)):
+        raise ConfigError(
+            f"mode='head' fits the heads at once, from the labels alone, without {names}; use 'last-0', 'last-N' or "
+            f"'full'"
+        )
 
 
 def first_trained_layer(mode: str, model: ImageClassifier) -> int:
@@ -28,15 +39,13 @@ def first_trained_layer(mode: str, model: ImageClassifier) -> int:
 
     Raises: ConfigError: an unknown mode, or more blocks than the model has.
     """
+    check_mode(mode)
     if mode == "full":
         return 0
     last = layer_count(model)
     if mode == "head":
         return last
-    match = re.fullmatch(r"last-(\d+)", mode)
-    if match is None:
-        raise ConfigError(f"mode={mode!r}; expected 'full', 'head', or 'last-N' with a number of blocks")
-    blocks = int(match[1])
+    blocks = int(mode.removeprefix("last-"))
     if blocks >= last:
         raise ConfigError(f"mode={mode!r}: the model has {last - 1} blocks; 'full' trains everything")
     return last - blocks

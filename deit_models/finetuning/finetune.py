@@ -14,24 +14,24 @@ from typing import Any
 import torch
 
 from ..checkpoint import Layout
-from ..config import override
+from ..config import check_choice, is_finite
 from ..data.datasets import has_validation, open_images
 from ..data.loading import Watch, plain_watch, workers_beside
 from ..data.memory import Cache
 from ..data.records import ImageRecords
 from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
-from ..errors import ConfigError
+from ..errors import ConfigError, shown
 from ..evaluation import collect_outcomes, resolved_precision
 from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
-from ..training.recipe import Recipe, recipe_named
+from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
-from .adapt import adapt_head, first_trained_layer, only_from_layer
+from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer
 from .probe import extract_features, fit_heads, judge, put_heads, refit_heads
 from .report import Learned, SetOutcomes, write_report
 
@@ -79,7 +79,7 @@ def finetune(
     val: Any = None,
     test: Any = None,
     mode: str = "full",
-    recipe: Recipe | str | None = None,
+    recipe: Recipe | str | PathLike[str] | None = None,
     teacher: Teacher | TeacherSpec | None = None,
     warm_start: bool = False,
     val_fraction: float = 0.2,
@@ -89,6 +89,7 @@ def finetune(
     layout: Layout = "native",
     device: str | torch.device | None = None,
     workers: int | None = None,
+    tensorboard: bool = False,
     cache: Cache = "auto",
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
@@ -106,8 +107,8 @@ def finetune(
         mode: "full": everything learns. "last-N": the last N blocks and the heads. "head": the heads alone, as logistic
             regression on features; each image is read and sent through the backbone exactly once. Images set aside
             choose the penalty, and then the heads are fitted to them, too; the figures are from before that.
-        recipe: the settings, or a preset's name; default: by the data set's name, or "finetune". Mode "head" uses its
-            `img_size`, `precision` and `seed` only.
+        recipe: the settings, a preset's name or a TOML file; default: by the data set's name, or "finetune". Mode
+            "head" uses its `img_size`, `precision` and `seed` only.
         teacher: see `load_teacher`; it needs the new classes, in their order. Without a teacher, both heads of a
             distilled model learn from the labels.
         warm_start: see `adapt_head`.
@@ -118,6 +119,7 @@ def finetune(
         layout: of the pushed model.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes.
+        tensorboard: also write event files, see `train`.
         cache: whether decoded images stay in memory, see `train`; unused in mode "head".
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
         watch: wraps batches, for a progress bar.
@@ -128,13 +130,24 @@ def finetune(
         SaveError: no space, no permission. FetchError: no Hub. MissingExtraError: `plot` without matplotlib.
     """
     begun = time.perf_counter()
+    check_choice("layout", layout, Layout)
+    if not is_finite(val_fraction) or not 0 < val_fraction < 1:
+        raise ConfigError(f"val_fraction={shown(val_fraction)}; expected more than 0 and less than 1")
+    recipe = None if recipe is None else recipe_of(recipe)
+    computing = Computing(
+        device=device,
+        workers=workers,
+        tensorboard=tensorboard,
+        cache=cache,
+        corrupt_limit=corrupt_limit,
+        watch=watch,
+        on_epoch=on_epoch,
+    )
+    check_mode(mode, [name for name, used in (("tensorboard", tensorboard), ("teacher", teacher)) if used])
     if plot:
         find_matplotlib()  # before hours of training, not after
-    computing = Computing(
-        device=device, workers=workers, cache=cache, corrupt_limit=corrupt_limit, watch=watch, on_epoch=on_epoch
-    )
     with join_processes(device) as process:
-        model = _open_model(model, mode, has_teacher=teacher is not None)
+        model = _open_model(model, mode)
         records = open_images(train, "train")
         val, test = (
             None if source is None else open_images(source, "val", records.classes)
@@ -172,7 +185,7 @@ def finetune(
     return FinetuneResult(learned.best.eval(), run.out, metrics, address)
 
 
-def _open_model(model: ImageClassifier | str | PathLike[str], mode: str, *, has_teacher: bool) -> ImageClassifier:
+def _open_model(model: ImageClassifier | str | PathLike[str], mode: str) -> ImageClassifier:
     """The model, after a check that it can learn in this mode."""
     if isinstance(model, (str, PathLike)):
         model = from_pretrained(model)
@@ -180,8 +193,6 @@ def _open_model(model: ImageClassifier | str | PathLike[str], mode: str, *, has_
         raise ConfigError(f"a {type(model).__name__} is no model of this package; deit_models.train takes any module")
     if mode != "head":
         first_trained_layer(mode, model)
-    elif has_teacher:
-        raise ConfigError("mode='head' learns from the labels alone; with a teacher use 'last-0', 'last-N' or 'full'")
     return model
 
 
@@ -198,7 +209,7 @@ def recipe_for(
     *,
     images: int,
     teacher: bool,
-    recipe: Recipe | str | None = None,
+    recipe: Recipe | str | PathLike[str] | None = None,
     **changes: Any,
 ) -> Recipe:
     """The recipe of a run: the given one, or the default for a data set and a model.
@@ -209,7 +220,7 @@ def recipe_for(
         images: number of training images; the default preset gives few of them more epochs, for about 1500 steps.
         teacher: whether there is one, for the distillation head if the model has it. Without a teacher, both heads
             learn from the labels, even where a given recipe says otherwise.
-        recipe: the given one, or a preset's name.
+        recipe: the given one, a preset's name or a TOML file.
         **changes: fields to replace.
 
     Raises: ConfigError: an unknown name or field, or a value that cannot work.
@@ -228,7 +239,7 @@ def recipe_for(
         if "epochs" in given:  # a short run has a short warm-up
             changes["warmup_epochs"] = min(preset.warmup_epochs, max(given["epochs"] - 1, 0))
         changes |= given
-    found: Recipe = override(recipe_named(recipe) if isinstance(recipe, str) else recipe, changes)
+    found = recipe_of(recipe, **changes)
     return found if found.distillation != "none" else replace(found, label_heads="both")
 
 

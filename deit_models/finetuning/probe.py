@@ -176,8 +176,11 @@ def _claim(folder: Path, model: ImageClassifier, records: ImageRecords, precisio
     }
     path = folder / _IDENTITY_NAME
     if path.exists():
-        with suppress(ValueError):
-            if json.loads(path.read_bytes()) == identity:
+        with suppress(ValueError, AttributeError):
+            before = json.loads(path.read_bytes())
+            if before | {"precision": precision} == identity:
+                if (old := before["precision"]) != precision:
+                    logger.warning("%s goes on in %s; the features in it are in %s", folder, precision, old)
                 return
         raise TrainingError(f"{folder} holds the features of other images, or of another model; use a new folder")
     write_text(path, json.dumps(identity, indent=1) + "\n")

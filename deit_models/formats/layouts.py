@@ -23,7 +23,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""
 CONFIG_FORMAT = 1
-_FACTS = ("problem_type", "dataset", "top1", "top5", "licence", "notes")
+_FACTS = ("problem_type", "dataset", "top1", "top5", "licence", "notes", "base")
 FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
 """Families that other libraries have, too."""
 

@@ -163,11 +163,20 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
     return "\n\n".join(parts)
 
 
+_HUB_DATASETS = {
+    **{"imagenet-1k": "ILSVRC/imagenet-1k", "imagenet": "ILSVRC/imagenet-1k"},
+    **{"cifar-10": "uoft-cs/cifar10", "cifar10": "uoft-cs/cifar10"},
+    **{"cifar-100": "uoft-cs/cifar100", "cifar100": "uoft-cs/cifar100"},
+}
+"""The Hub's names of data sets; of other data, such as a folder here, it would make a link that leads nowhere."""
+
+
 def _front_matter(model: ModelLike, origin: Origin, layout: Layout) -> ModelCardData:
+    known = _HUB_DATASETS.get((origin.dataset or "").lower())
     results = [
         EvalResult(
             task_type="image-classification",
-            dataset_type=origin.dataset.lower(),
+            dataset_type=known or "imagefolder",
             dataset_name=origin.dataset,
             metric_type="accuracy",
             metric_name=name,
@@ -182,9 +191,9 @@ def _front_matter(model: ModelLike, origin: Origin, layout: Layout) -> ModelCard
         library_name="deit-models" if layout == "native" else layout.removesuffix("-conv"),
         pipeline_tag=task,
         tags=[task, model.family, "deit-models"],
-        datasets=None if origin.dataset is None else [origin.dataset.lower()],
+        datasets=None if known is None else [known],
         # of the Hub's repositories only: a file here or a plain address is none
-        base_model=origin.source if origin.revision is not None else None,
+        base_model=origin.source if origin.revision is not None else origin.base,
         model_name=origin.name,
         eval_results=results or None,
         ignore_metadata_errors=True,

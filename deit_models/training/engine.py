@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.loading import Batch, DamageCount, Watch, plain_watch
-from ..errors import TrainingError, first_line
+from ..errors import ConfigError, TrainingError, first_line
 from ..evaluation import autocast
 from .learner import Learner
 from .optim import clip_gradients, learning_rate, set_learning_rate
@@ -122,10 +123,23 @@ def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: n
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(heads, "no_sync", nullcontext)
     with nullcontext() if exchange else no_sync():
         with autocast(device, recipe.precision), attention_for_training(device, images, recipe.precision):
-            output = heads(images)
+            output = _training_pass(heads, images)
         loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
         learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
+
+
+def _training_pass(heads: nn.Module, images: Tensor) -> Any:
+    """The heads' logits. Raises: ConfigError: one image alone, for a model that normalises over the batch."""
+    try:
+        return heads(images)
+    except ValueError as error:
+        if len(images) > 1 or "more than 1 value per channel" not in str(error):
+            raise
+        raise ConfigError(
+            "the model has BatchNorm, which cannot train on one image at once; each pass has batch_size / (accumulate "
+            "* processes) images: raise batch_size or lower accumulate"
+        ) from error
 
 
 _UNFUSED_UP_TO = 256

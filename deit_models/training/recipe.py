@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from os import PathLike
+from os import PathLike, fspath
+from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-from ..config import nearest, override
-from ..errors import ConfigError
+from ..config import check_choice, nearest, override
+from ..errors import ConfigError, shown
 from ..files import parse_toml, read_text, toml_lines
 from .presets import PRESETS
 
@@ -161,9 +162,8 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         value = float(value)
     if kind is Compile and isinstance(value, bool):
         value = "on" if value else "off"
-    if choices := get_args(kind):
-        if value not in choices:
-            raise ConfigError(f"{name}={value!r}; expected one of {', '.join(choices)}")
+    if get_args(kind):
+        check_choice(name, value, kind)
     elif type(value) is not kind:
         raise ConfigError(f"{name}={value!r} is not of type {kind.__name__}")
     for names, fits, expected in _RANGES:
@@ -195,6 +195,21 @@ def recipe_named(name: str, /, **overrides: Any) -> Recipe:
     if name not in PRESETS:
         raise ConfigError(f"unknown recipe {name!r}{nearest(name, PRESETS)}")
     return override(Recipe(), {"preset": name, **PRESETS[name][1], **overrides})
+
+
+def recipe_of(given: Recipe | str | PathLike[str], /, **overrides: Any) -> Recipe:
+    """A recipe, a preset's name or a TOML file as a recipe, with some fields replaced.
+
+    Raises: ConfigError: it is none of them, or see `recipe_named` and `read_recipe`.
+    """
+    if isinstance(given, Recipe):
+        changed: Recipe = override(given, overrides)
+        return changed
+    if not isinstance(given, (str, PathLike)):
+        raise ConfigError(f"recipe={shown(given)}; expected a Recipe, the name of a preset or a TOML file")
+    if fspath(given) not in PRESETS and (Path(given).suffix == ".toml" or Path(given).is_file()):
+        return read_recipe(given, **overrides)
+    return recipe_named(fspath(given), **overrides)
 
 
 def recipe_from_toml(text: str, /, **overrides: Any) -> Recipe:

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from torch import nn
 from ..augmentation.augment import TrainTransform
 from ..augmentation.samples import TrainSampler, sample_seed, training_batches
 from ..checkpoint import Preprocessing
+from ..config import check_choice, is_finite
 from ..data.datasets import open_images
 from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
@@ -22,12 +23,12 @@ from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
-from ..errors import ConfigError, DataError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError, shown
 from ..evaluation import Heads, score_each
 from ..files import write_text
 from .engine import train_epoch
 from .learner import Learner, make_learner
-from .recipe import Recipe
+from .recipe import Recipe, recipe_of
 from .state import STATE_NAME, Progress, RunLog, export_model, identity_of, load_state, remove_leftovers, save_state
 from .teacher import Teacher, TeacherSpec
 
@@ -46,6 +47,19 @@ class Computing:
     corrupt_limit: float = 0.01
     watch: Watch = plain_watch
     on_epoch: Callable[[dict[str, Any]], None] | None = None
+
+    def __post_init__(self) -> None:
+        """Check types, choices and ranges, before long work begins."""
+        check_choice("shard", self.shard, Shard)
+        check_choice("cache", self.cache, Cache)
+        check_choice("tensorboard", self.tensorboard, Literal[True, False])
+        if self.workers is not None and (type(self.workers) is not int or self.workers < 0):
+            raise ConfigError(f"workers={shown(self.workers)}; expected a whole number, 0 or more, or None")
+        if not is_finite(self.corrupt_limit) or not 0 <= self.corrupt_limit <= 1:
+            raise ConfigError(f"corrupt_limit={shown(self.corrupt_limit)}; expected a fraction from 0 to 1")
+        for name, value in (("watch", self.watch), ("on_epoch", self.on_epoch or self.watch)):
+            if not callable(value):
+                raise ConfigError(f"{name}={shown(value)}; expected a function")
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +85,7 @@ class TrainResult:
 def train(
     model: nn.Module,
     *,
-    recipe: Recipe,
+    recipe: Recipe | str | PathLike[str],
     train: Any,
     val: Any = None,
     out: str | PathLike[str],
@@ -92,7 +106,7 @@ def train(
 
     Args:
         model: from `create_model` or `from_pretrained`, or any module that turns (B, 3, H, W) into (B, K) logits.
-        recipe: the settings.
+        recipe: the settings, a preset's name or a TOML file.
         train: training images: a folder or the name of a data set (see `open_dataset`), or a Dataset (see `wrap`).
         val: images to evaluate on, with the same classes, in the same forms; None: no evaluation.
         out: folder for the results: recipe.toml, log.jsonl, last.pt (the state to resume from), and model folders.
@@ -126,7 +140,7 @@ def train(
     )
     return run_training(
         model,
-        recipe=recipe,
+        recipe=recipe_of(recipe),
         train=train,
         val=val,
         out=Path(out),

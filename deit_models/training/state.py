@@ -64,14 +64,22 @@ class RunLog:
         self.rows = [row for row in read_log(self.path, {"epoch": int}) if row["epoch"] < first_epoch]
         self._writes = writes
         self._board = _open_tensorboard(out / "tensorboard", first_epoch) if tensorboard and writes else None
+        self._size = 0
         if writes:
             write_text(self.path, "".join(map(_line, self.rows)))
+            self._size = self.path.stat().st_size
 
     def add(self, row: dict[str, Any]) -> None:
-        """Append one row; it has an `epoch`. Raises: SaveError: no space or no permission."""
+        """Append one row; it has an `epoch`.
+
+        Raises: SaveError: no space or no permission. TrainingError: another run has written into the file.
+        """
         self.rows.append(row)
         if self._writes:
+            if self.path.exists() and self.path.stat().st_size != self._size:
+                raise TrainingError(f"another run writes into {self.path.parent}; end one of them, or use two folders")
             append_text(self.path, _line(row))
+            self._size = self.path.stat().st_size
         if self._board is not None:
             for name, value in row.items():
                 if isinstance(value, (int, float)):

@@ -48,6 +48,37 @@ def test_predict_without_a_model_says_what_the_default_knows(photos, capsys):
         assert part in err
 
 
+def test_predict_does_not_overwrite_results_unless_it_is_told_to(tiny, photos, tmp_path, capsys):
+    results = tmp_path / "results.csv"
+    arguments = ["predict", str(photos), "--model", str(tiny), "--format", "csv", "--output", str(results)]
+    results.touch()  # as mktemp leaves it: nothing to lose
+    assert main(arguments) == 0
+    whole = results.read_bytes()
+    results.write_bytes(whole + b"a note of mine\n")
+    text = failure(capsys, *arguments[:-4], "--output", results, "--format", "csv")
+    assert "exists" in text
+    assert "--resume" in text
+    assert "--overwrite" in text
+    assert results.read_bytes().endswith(b"a note of mine\n")
+    assert main([*arguments, "--overwrite"]) == 0
+    assert results.read_bytes() == whole
+    assert main([*arguments, "--resume"]) == 0
+    assert results.read_bytes().count(b"\n") == whole.count(b"\n")
+    assert main([*arguments[:-1], os.devnull]) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--overwrite"], "--overwrite is for a file; name it with --output"),
+        (["--resume"], "--resume is for a file; name it with --output"),
+        (["--output", "nowhere/results.csv"], "there is no folder nowhere; make it first"),
+    ],
+)
+def test_predict_refuses_a_place_for_results_before_anything_is_loaded(photos, capsys, options, text):
+    assert text in failure(capsys, "predict", photos, "--model", "no/such-model", *options)
+
+
 def test_predict_takes_files_and_folders_in_the_order_given(tiny, photos, tmp_path, capsys):
     PIL.Image.new("RGB", (50, 40)).save(tmp_path / "first.jpg")
     assert main(["predict", str(tmp_path / "first.jpg"), str(photos), "--model", str(tiny), "--json"]) == 0

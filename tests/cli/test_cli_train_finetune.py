@@ -53,6 +53,37 @@ def test_run_prints_what_it_does_an_epoch_a_line_and_where_the_models_are(pictur
     assert deit_models.from_pretrained(out / "best").origin.class_names == CLASSES
 
 
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--mode", "hed"], "mode='hed'; expected 'full', 'head', or 'last-N'"),
+        (["--mode", "last-"], "mode='last-'; expected"),
+        (["--mode", "Head"], "mode='Head'; expected"),
+        (["--mode", "head", "--tensorboard"], "from the labels alone, without --tensorboard"),
+        (["--teacher-weights", "teacher.pth"], "--teacher-weights belong to a teacher; name it with --teacher"),
+        (["--layout", "timm"], "--layout is of the model that is pushed"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused_before_anything_is_read(tmp_path, capsys, options, text):
+    out = tmp_path / "out"
+    assert text in failure(capsys, "finetune", tmp_path / "no data", "--out", out, "--model", "no/model", *options)
+    assert not out.exists()
+
+
+def test_options_without_use_in_head_mode_are_named(pictures, start, tmp_path, caplog):
+    options = ["--mode", "head", "--model", start, "--lr", "0.1", "--mixup", "0.5", "--patience", "3", "--workers=0"]
+    assert main([str(part) for part in ("finetune", pictures, "--out", tmp_path / "out", *options, "--seed=1")]) == 0
+    assert [text for text in caplog.messages if "mode head" in text] == [
+        "mode head has no use for --lr, --mixup, --patience"
+    ]
+
+
+def test_tensorboard_files_are_written(pictures, start, tmp_path, capsys):
+    pytest.importorskip("tensorboard")
+    finetune(capsys, pictures, tmp_path / "run", "--model", start, "--tensorboard")
+    assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
+
+
 def test_head_mode_says_nothing_of_epochs(data, start, tmp_path, capsys):
     plan, summary = finetune(
         capsys, data, tmp_path / "run", "--model", start, "--mode", "head", "--test-data", data / "val"

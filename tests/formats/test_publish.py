@@ -175,3 +175,27 @@ def test_model_without_plain_tensors_is_refused_by_name(tmp_path):
     for model, message in ((empty, "cls_token is on the meta"), (sparse, "sparse"), (adapted, "adapters")):
         assert message in refusal(ConfigError, lambda: model.save_pretrained(tmp_path / "out"))  # noqa: B023
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("dataset", "on_the_hub"),
+    [("photos", None), ("CIFAR-100", "uoft-cs/cifar100"), ("cifar10", "uoft-cs/cifar10"), ("my imagenet", None)],
+)
+def test_card_links_data_that_the_hub_has(tiny, dataset, on_the_hub):
+    tiny.origin = replace(tiny.origin, dataset=dataset, top1=90.0, top5=None)
+    data = ModelCard(publish.model_card(tiny, "native"), ignore_metadata_errors=False).data
+    assert data.datasets == (None if on_the_hub is None else [on_the_hub])
+    (result,) = data.eval_results
+    assert (result.dataset_type, result.dataset_name) == (on_the_hub or "imagefolder", dataset)
+
+
+def test_card_names_the_repository_that_fine_tuning_began_with(tiny, tmp_path):
+    tiny.origin = replace(tiny.origin, source="facebook/deit-tiny", revision="0" * 40)
+    for start in (tiny.origin, tiny.origin.trained("photos", class_names=None)):  # trained once, and once more
+        tiny.origin = start.trained("photos", class_names=None, top1=90.0)
+        tiny.save_pretrained(tmp_path / "best")
+        loaded = from_pretrained(tmp_path / "best")
+        (tmp_path / "best" / "README.md").unlink()
+        assert ModelCard(publish.model_card(loaded, "native")).data.base_model == "facebook/deit-tiny"
+    tiny.origin = replace(tiny.origin, source=None, base=None).trained("photos", class_names=None)
+    assert ModelCard(publish.model_card(tiny, "timm")).data.base_model is None
