@@ -27,8 +27,7 @@ def check_mode(mode: str, unfit: Iterable[str] = ()) -> None:
         raise ConfigError(f"mode={shown(mode)}; expected 'full', 'head', or 'last-N' with a number of blocks")
     if mode == "head" and (names := " and ".join(unfit)):
         raise ConfigError(
-            f"mode='head' fits the heads at once, from the labels alone, without {names}; use 'last-0', 'last-N' or "
-            f"'full'"
+            f"mode='head' learns from the labels alone, without {names}; use 'last-0', 'last-N' or 'full'"
         )
 
 
