@@ -49,7 +49,7 @@ _TURNS = {
 # Values of the EXIF orientation by their effect: axes swapped, right edge shown left, bottom edge shown at the top
 _ON_ITS_SIDE, _RIGHT_TO_LEFT, _BOTTOM_TO_TOP = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 _LAST_ROW_FIRST = (3, 4, 6, 7)  # or shown as the first column
-_STRIP_PIXELS = 1 << 18
+_STRIP_PIXELS, _DARK = 1 << 18, 16
 
 
 def decode_image(source: str | PathLike[str] | bytes) -> PIL.Image.Image:
@@ -283,6 +283,7 @@ def _show(image: PIL.Image.Image, name: str) -> PIL.Image.Image:
     deep = image.mode in ("RGB", "RGBA", "LA") and ";16" in str(getattr(image, "tile", ""))
     _check_picture(image, name)
     image.load()
+    _check_picture(image, name)  # an icon may be larger than it says
     colours = getattr(image, "tag_v2", {}).get(_PALETTE, ())
     if image.mode == "P" and 0 < max(colours, default=0) < 256:  # written with 8 bits in the place of 16
         image = image.copy()
@@ -342,7 +343,6 @@ def _over_white(strip: PIL.Image.Image) -> PIL.Image.Image:
     return PIL.Image.alpha_composite(PIL.Image.new("RGBA", rgba.size, "white"), rgba)
 
 
-_DARK = 16
 _BITS, _COMPRESSION, _PHOTOMETRIC, _STRIP_ROWS = 258, 259, 262, 278
 _LARGEST, _PLANES, _PALETTE, _TILE_ROWS, _EXTRA, _SIGNED = 281, 284, 320, 323, 338, 339
 """TIFF tags: bits; 1: none; 0: the largest value is black; rows stored together; largest value; 2: by planes; ..."""

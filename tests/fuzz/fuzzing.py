@@ -255,8 +255,5 @@ def main(description: str, case: Case) -> int:
     first = {(finding.label, _kind(finding)): finding for finding in reversed(total.findings)}
     for key, count in kinds.most_common():
         print(f"{count} x {first[key].label}, case {first[key].number}: {first[key].problem.splitlines()[0][:200]}")
-    peak = _peak_bytes() >> 20
-    print(
-        f"{len(total.findings)} faults; {time.process_time() - began:.0f} s, slowest {total.slowest_s:.1f} s, {peak} MiB"
-    )
+    print(f"{len(total.findings)} faults; {time.process_time() - began:.0f} s, slowest {total.slowest_s:.1f} s")
     return 1 if total.findings else 0

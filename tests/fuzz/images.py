@@ -372,12 +372,14 @@ def read(label: str, data: bytes, path: Path) -> str:
     ways = (lambda: decode_image(data), lambda: decode_image(path), lambda: decode_reduced(path, side=8))
     first, again, reduced = (_outcome(way) for way in ways)
     if isinstance(first, DeitModelsError) and isinstance(again, DeitModelsError):
+        if not isinstance(reduced, DeitModelsError):
+            raise WrongError(f"{label}: reduced {_short(reduced)}, but {_short(first)}")
         raise first
     if first != again:
         raise WrongError(f"{label}: as bytes {_short(first)}, as a file {_short(again)}")
     if isinstance(reduced, DeitModelsError):
         raise WrongError(f"{label}: decodes, but not reduced: {reduced}")
-    for transform in TRANSFORMS:
+    for transform in TRANSFORMS if max(first[0]) < 2000 else TRANSFORMS[1:3]:
         _input(transform, path)
     return "decoded"
 
