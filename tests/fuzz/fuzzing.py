@@ -63,7 +63,8 @@ class Tally:
 
     outcomes: dict[str, Counter[str]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
-    slowest_s: float = 0.0
+    slowest: tuple[float, int] = (0.0, -1)
+    """Seconds, and the number of the case."""
 
     def total(self, outcome: str) -> int:
         return sum(counter[outcome] for counter in self.outcomes.values())
@@ -102,7 +103,7 @@ def run_cases(
 def _one(number: int, label: str, act: Callable[[], str], place: Path, tally: Tally) -> None:
     began = time.process_time()
     outcome, problem = attempt(act, place)
-    tally.slowest_s = max(tally.slowest_s, time.process_time() - began)
+    tally.slowest = max(tally.slowest, (time.process_time() - began, number))
     tally.outcomes.setdefault(label, Counter())["FAULT" if problem else outcome] += 1
     if problem is not None:
         tally.findings.append(Finding(number, label, problem))
@@ -255,5 +256,6 @@ def main(description: str, case: Case) -> int:
     first = {(finding.label, _kind(finding)): finding for finding in reversed(total.findings)}
     for key, count in kinds.most_common():
         print(f"{count} x {first[key].label}, case {first[key].number}: {first[key].problem.splitlines()[0][:200]}")
-    print(f"{len(total.findings)} faults; {time.process_time() - began:.0f} s, slowest {total.slowest_s:.1f} s")
+    seconds, number = total.slowest
+    print(f"{len(total.findings)} faults; {time.process_time() - began:.0f} s, slowest {seconds:.1f} s (case {number})")
     return 1 if total.findings else 0
