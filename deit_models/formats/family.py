@@ -119,6 +119,9 @@ class FamilyLayouts:
             elif len({tensor.is_floating_point() for tensor in found}) > 1:  # a concatenation would convert them
                 odd = next(part for part in parts if not tensors[bare[part]].is_floating_point())
                 raise CheckpointError(f"{bare[odd]} is {tensors[bare[odd]].dtype}, not floating point")
+            elif name.endswith("num_batches_tracked"):  # torch, too, does without it; eval mode never uses it
+                missing = missing[: len(missing) - len(absent)]
+                native[name] = found[0].reshape(()) if found and found[0].numel() == 1 else [*found, torch.tensor(0)][0]
             elif not absent:
                 tensor = found[0] if len(found) == 1 else torch.cat(found)
                 native[name] = tensor if naming == "native" else self.read_tensor(name, tensor)

@@ -157,10 +157,10 @@ def _registered(architecture: str, tag: str | None, families: Mapping[str, Famil
 
 def _other_pooling(options: dict[str, Any], data: Mapping[str, Any], layouts: FamilyLayouts) -> str | None:
     """The reason why the head of a file does not fit the class token; takes the option away where the body fits."""
-    pool = options.get("global_pool")
+    pool = options.get("global_pool", data.get("global_pool"))
     if layouts.timm_fixed.get("global_pool") != "token" or pool not in ("", "avg", "avgmax", "max"):
         return None
-    del options["global_pool"]
+    options.pop("global_pool", None)
     if pool == "" and data.get("num_classes") == 0:
         return None  # timm gives all tokens where this package gives the class token; the weights are the same
     return f"config.json sets global_pool={pool!r}, where these models classify the class token"

@@ -254,6 +254,8 @@ def _locate_path(path: Path, model: str | None) -> Located:
         description = run
     elif model is not None:
         description = _describe_bare(model)
+        if config.is_file():
+            logger.warning("%s is not read, nor its preprocessing and classes, as model=%r is given", config, model)
     elif config.is_file():
         description = _described(str(folder), read_json(config), read_json(processor) if processor.is_file() else None)
     else:
@@ -263,6 +265,8 @@ def _locate_path(path: Path, model: str | None) -> Located:
 
 def _weights_in(folder: Path) -> Path:
     """The weights of a folder, as this package, transformers, timm's train.py, Lightning or accelerate leave it."""
+    if (folder / "adapter_config.json").exists():
+        raise CheckpointError(f"{folder} has an adapter of peft; save the model that its merge_and_unload() gives")
     for name in (*WEIGHTS_NAMES, *_INDEX_NAMES, *_TIMM_NAMES):
         if (folder / name).is_file():
             if name == _TIMM_NAMES[0] and (folder / _TIMM_NAMES[1]).is_file():

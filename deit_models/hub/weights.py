@@ -297,15 +297,20 @@ def verified_state(mapped: Mapped, model: nn.Module, *, made_for: Any = None) ->
         for name, tensor in tensors.items()
         if name in expected and expected[name].is_floating_point() and not tensor.is_floating_point()
     ]
+    counts = {name: t for name, t in tensors.items() if name in expected and not expected[name].is_floating_point()}
+    uncounted = [name for name, t in counts.items() if not torch.equal(t, t.long().to(t.dtype))]
     problems = {"unexpected": mapped.unexpected, "missing": mapped.missing}
-    problems |= {"wrong shape": shapes, "not floating point": types}
+    problems |= {"wrong shape": shapes, "not floating point": types, "not whole": uncounted}
     if most := {0: 0, 1: 6}.get(sum(map(bool, problems.values())), 2):  # a message has room for so many names
         listings = (_listing(problem, entries, most=most) for problem, entries in problems.items() if entries)
         raise CheckpointError("not the weights of this model: " + "; ".join(listings))
     not_finite = [name for name, tensor in tensors.items() if not _finite(tensor)]
     if not_finite:
         raise CheckpointError("damaged weights: " + _listing("NaN or infinity in", not_finite))
-    return tensors
+    variances = [name for name, tensor in tensors.items() if name.endswith("running_var") and float(tensor.amin()) < 0]
+    if variances:
+        raise CheckpointError("damaged weights: " + _listing("negative variance in", variances))
+    return tensors | {name: tensor.to(expected[name].dtype) for name, tensor in counts.items()}
 
 
 def check_range(model: nn.Module, dtype: torch.dtype) -> None:

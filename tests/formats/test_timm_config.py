@@ -60,6 +60,18 @@ def test_transform_that_timm_lacks_is_kept_and_told(tmp_path, caplog):
     assert from_pretrained(tmp_path).origin.preprocessing == model.origin.preprocessing
 
 
+@pytest.mark.parametrize(("pool", "loads"), [("token", True), (None, True), ("avg", False), ("avgmax", False)])
+def test_pooling_beside_the_architecture_counts(tmp_path, pool, loads):
+    make("deit_tiny_patch16_224", img_size=32, num_classes=3).save_pretrained(tmp_path, layout="timm")
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    (tmp_path / "config.json").write_text(json.dumps({**config, "global_pool": pool}), encoding="utf-8")
+    if loads:
+        assert from_pretrained(tmp_path).num_classes == 3
+    else:
+        assert "global_pool" in refusal(CheckpointError, lambda: from_pretrained(tmp_path))
+    assert from_pretrained(tmp_path, num_classes=5).num_classes == 5
+
+
 def test_timm_reads_the_evaluation_transform(tmp_path):
     timm = pytest.importorskip("timm")
     tiny = make("deit_tiny_patch16_224", img_size=(96, 160))

@@ -794,6 +794,16 @@ def test_run_of_timms_train_whose_first_folder_is_gone_asks_for_the_model(tmp_pa
     assert "names the model of /gone/away/config.json, which is not there" in message
 
 
+def test_config_that_is_passed_over_for_a_named_model_is_told(folder, tiny, model, caplog):
+    assert_same_state(from_pretrained(folder, model=tiny).state_dict(), model.state_dict())
+    assert "config.json is not read" in caplog.text
+
+
+def test_adapter_beside_the_weights_is_refused(folder):
+    (folder / "adapter_config.json").write_text("{}", encoding="utf-8")
+    assert "merge_and_unload" in refusal(CheckpointError, lambda: from_pretrained(folder))
+
+
 def test_folder_of_many_checkpoints_asks_which(tiny, tmp_path):
     for epoch in range(3):
         torch.save({}, tmp_path / f"checkpoint-{epoch}.pth")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import assert_same_state, refusal, tiny_model
 from tracing import calls_of
 
-from deit_models import CheckpointError, ConfigError, IntegrityError, SaveError
+from deit_models import CheckpointError, ConfigError, IntegrityError, SaveError, create_model, from_pretrained
 from deit_models.config import override
 from deit_models.files import sha256_of
 from deit_models.formats.layouts import layouts_of
@@ -456,3 +456,54 @@ def test_cache_that_cannot_be_made_is_one_line(pth, tmp_path):
     (tmp_path / "file").write_bytes(b"")
     message = refusal(SaveError, lambda: read(pth, Access(cache_dir=tmp_path / "file")))
     assert "cache" in message
+
+
+# Counters and variances of batch norms
+
+
+@pytest.fixture
+def levit(tmp_path):
+    """The folder and tensors of a model with batch norms."""
+    model = create_model("levit_micro_cifar10", num_classes=3)
+    model.save_pretrained(tmp_path / "saved")
+    return tmp_path / "saved", load_file(tmp_path / "saved" / "model.safetensors")
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        lambda _: {},
+        lambda count: {"": count.reshape(1)},
+        lambda count: {"": count.half()},
+        lambda count: {"": count.to(torch.int32)},
+    ],
+    ids=["left out", "of one dimension", "cast to half", "of 32 bits"],
+)
+def test_counters_that_other_programs_write_otherwise_are_read(levit, written):
+    folder, tensors = levit
+    parts = {
+        name + more: value
+        for name, tensor in tensors.items()
+        for more, value in (written(tensor) if name.endswith("num_batches_tracked") else {"": tensor}).items()
+    }
+    expected = from_pretrained(folder).state_dict()
+    save_file(parts, folder / "model.safetensors")
+    assert_same_state(from_pretrained(folder).state_dict(), expected)
+
+
+@pytest.mark.parametrize(
+    "count", [torch.tensor(0.5), torch.tensor(5e-324, dtype=torch.float64), torch.zeros(2), torch.nan]
+)
+def test_counter_that_counts_nothing_is_refused(levit, count):
+    folder, tensors = levit
+    tensors["patch_embed.0.bn.num_batches_tracked"] = torch.as_tensor(count)
+    save_file(tensors, folder / "model.safetensors")
+    refusal(CheckpointError, lambda: from_pretrained(folder))
+
+
+def test_negative_variance_is_refused(levit):
+    folder, tensors = levit
+    tensors["patch_embed.2.bn.running_var"][3] = -0.25
+    save_file(tensors, folder / "model.safetensors")
+    message = refusal(CheckpointError, lambda: from_pretrained(folder))
+    assert "1 negative variance in: patch_embed.2.bn.running_var" in message
