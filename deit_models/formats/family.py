@@ -25,6 +25,7 @@ _FOREIGN = {
     r"(?:.*\.)?transformer\.resblocks\.0\.": "open_clip",
     r"(?:.*\.)?Transformer/encoderblock_0": "JAX",
 }
+_COUNTER_BESIDE = ("num_batches_tracked", "running_var")
 # What a counter of operations (thop) leaves in each module.
 _COUNTERS = re.compile(r"(?:.*\.)?total_(?:ops|params)")
 
@@ -119,7 +120,8 @@ class FamilyLayouts:
             elif len({tensor.is_floating_point() for tensor in found}) > 1:  # a concatenation would convert them
                 odd = next(part for part in parts if not tensors[bare[part]].is_floating_point())
                 raise CheckpointError(f"{bare[odd]} is {tensors[bare[odd]].dtype}, not floating point")
-            elif name.endswith("num_batches_tracked"):  # torch, too, does without it; eval mode never uses it
+            elif name.endswith("num_batches_tracked") and (found or name.replace(*_COUNTER_BESIDE) in native):
+                # torch, too, does without it; eval mode never uses it
                 missing = missing[: len(missing) - len(absent)]
                 native[name] = found[0].reshape(()) if found and found[0].numel() == 1 else [*found, torch.tensor(0)][0]
             elif not absent:

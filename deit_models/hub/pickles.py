@@ -104,9 +104,12 @@ def other_kind(path: Path) -> str | None:
     """The kind of a file that is taken for weights, for messages; None if it is not known."""
     with path.open("rb") as file:
         start = file.read(512)
-    if start.startswith(b"PK") and zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            own = any(name.endswith("data.pkl") for name in archive.namelist())
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                own = any(name.endswith("data.pkl") for name in archive.namelist())
+        except Exception:  # noqa: BLE001 - whatever its reader makes of any bytes
+            return None
         return None if own else "an archive of other files; unpack it"
     if start[257:262] == b"ustar":
         return "an archive of other files; unpack it"
@@ -128,7 +131,10 @@ def unpickle(path: Path) -> Any:
             copy, mapped = io.BytesIO(path.read_bytes()), False
         # torch's list of allowed classes is one for all threads
         with _unpickling, torch.serialization.safe_globals([(_stand_in(name), name) for name in sorted(harmless)]):
-            data = torch.load(copy or path, map_location="cpu", weights_only=True, mmap=mapped)
+            try:
+                data = torch.load(copy or path, map_location="cpu", weights_only=True, mmap=mapped)
+            finally:  # sparse tensors of a file that fails would be checked, and refused, with the next file's
+                getattr(torch._utils, "_sparse_tensors_to_validate", []).clear()
         return _script_state(path, data) if isinstance(data, _ScriptModule) else data
     except CheckpointError:
         raise

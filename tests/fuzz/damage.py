@@ -101,7 +101,7 @@ def strange_value(rng: random.Random, old: Any) -> Any:
             old * 2,
             -old,
             str(old),
-            float(old),
+            old / 1 if abs(old) < 1e300 else 0.5,
             [old],
             [old, old],
             old * 1000,

@@ -302,6 +302,14 @@ def test_other_kinds_of_files_are_called_what_they_are(tmp_path: Path, write: An
     assert f"{path} is {kind}" in refusal(CheckpointError, lambda: read_tensors(path, access, source="x"))
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks")
+def test_damaged_sparse_tensor_of_one_file_does_not_refuse_the_next(tmp_path: Path) -> None:
+    outside = torch.sparse_coo_tensor(torch.tensor([[9]]), torch.ones(1), (3,), check_invariants=False)
+    good, bad = saved(tmp_path / "good.pth", {"a": WEIGHT}), saved(tmp_path / "x.pth", {"a": outside, "f": Own()})
+    refusal(CheckpointError, lambda: unpickle(bad))
+    assert torch.equal(unpickle(good)["a"], WEIGHT)
+
+
 def test_pipe_or_device_is_refused_at_once(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "x.pth")
     assert "regular file" in refusal(CheckpointError, lambda: unpickle(tmp_path / "x.pth"))
