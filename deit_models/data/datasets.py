@@ -379,12 +379,13 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
 def _read_folder(folder: Path, name: str, classes: Sequence[str] | None, *, fewest: int) -> FileRecords:
     """Class folders, or images with Tiny ImageNet's list of their classes; errors come with a remedy.
 
-    A folder that holds but one of its own name, as archives of train/train/, stands for that.
+    A folder that holds but one of its own name, as archives of train/train/, or one called images, stands for that.
     """
-    if [one.lower() for one in subfolders(folder)] == [folder.name.lower()]:
-        folder /= subfolders(folder)[0]
     if (folder / _ANNOTATIONS).is_file():
         return _read_annotations(folder, name, classes)
+    inner = subfolders(folder)
+    if len(inner) == 1 and inner[0].lower() in (folder.name.lower(), "images") and subfolders(folder / inner[0]):
+        folder /= inner[0]
     try:
         return read_class_folders(folder, name=name, classes=classes, fewest=fewest)
     except DataError as error:

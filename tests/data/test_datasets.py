@@ -214,8 +214,10 @@ def test_splits_in_a_folder_of_their_own_are_found(tmp_path: Path, place: str) -
     assert (len(records), records.name) == (2, tmp_path.name)
 
 
-@pytest.mark.parametrize(("train", "val"), [("train/train", "test/test"), ("Train/train", "Valid/VALID")])
-def test_folders_that_hold_only_their_namesake_are_read(tmp_path: Path, train: str, val: str) -> None:
+@pytest.mark.parametrize(
+    ("train", "val"), [("train/train", "test/test"), ("Train/train", "Valid/VALID"), ("train/images", "val/images")]
+)
+def test_folders_that_hold_only_their_namesake_or_images_are_read(tmp_path: Path, train: str, val: str) -> None:
     fill(tmp_path / train)
     fill(tmp_path / val, images=1)
     assert len(open_dataset(tmp_path, "train")) == 4
