@@ -153,7 +153,8 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--split", choices=["val", "train"], default="val", help="default val")
     parser.add_argument("--batch-size", type=at_least(1), default=256, metavar="N", help="images at once, default 256")
     add_options(parser, "--workers", "--device")
-    parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help="default float32")
+    text = "default float32; auto: bf16 where the device computes in it"
+    parser.add_argument("--precision", choices=["auto", "float32", "bf16", "fp16"], default="float32", help=text)
     styles = ["checkpoint", "timm", "transformers"]
     text = "preprocessing of the images; default checkpoint: the one that the weights were published with"
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)

@@ -81,7 +81,7 @@ def _add_evolution(parser: argparse.ArgumentParser, *, trains: bool) -> None:
     if not trains:
         parser.add_argument("--supernet", metavar="SOURCE", help="default: the one in --out")
         text = "of scoring, default float32"
-        parser.add_argument("--precision", choices=["float32", "bf16", "fp16"], default="float32", help=text)
+        parser.add_argument("--precision", choices=["auto", "float32", "bf16", "fp16"], default="float32", help=text)
     for item in fields(Evolution):
         option, text = f"--{item.name}".replace("--seed", "--search-seed"), item.metadata["help"]
         value: dict[str, Any] = {"type": type(item.default), "default": item.default, "metavar": "N"}

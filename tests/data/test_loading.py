@@ -2,10 +2,12 @@
 
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from small_sets import Pictures
 from torch import Tensor
 from torch.utils.data import Dataset
 
+import deit_models
 from deit_models.data.loading import DamageCount, decoding_workers, file_batches, make_loader
 from deit_models.errors import DataError, ImageError
 
@@ -148,3 +151,43 @@ def test_too_many_failures_come_with_a_reason(reason: str) -> None:
 
     with pytest.raises(DataError, match=rf"3 of the 9 images .*; one of them is image 3 of pictures \({reason}\)$"):
         DamageCount(Broken(9), 0.01).add(torch.tensor([1, -1, 2, 3]))
+
+
+SCRIPT = """
+import multiprocessing, sys, torch
+from deit_models.data.loading import explained_worker_failure, make_loader
+from deit_models.errors import DeitModelsError
+
+multiprocessing.set_start_method(sys.argv[1], force=True)
+
+class Numbers(torch.utils.data.Dataset):
+    def __getitem__(self, index):
+        return torch.tensor([index])
+
+def tell(numbers):
+    try:
+        with explained_worker_failure(1):
+            list(make_loader(numbers, range(2), batch_size=1, workers=1, device=torch.device("cpu")))
+    except DeitModelsError as error:
+        if __name__ != "__main__":  # a script that catches nothing
+            raise
+        print(f"{__name__}: {type(error).__name__}: {error}", flush=True)
+
+odd = Numbers()
+odd.change = lambda value: value
+tell(odd)
+tell(Numbers())
+"""
+
+
+def test_what_processes_that_are_not_forked_need_is_said(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text(SCRIPT, encoding="utf-8")
+    root = str(Path(deit_models.__file__).parents[1])
+    command, environment = [sys.executable, "script.py", "spawn"], {**os.environ, "PYTHONPATH": root}
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True, timeout=120
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("__main__: ")]
+    assert re.match(r".*TrainingError: the Dataset cannot be sent .* by spawn: .*lambda.* workers=0", lines[0])
+    assert re.match(r".*TrainingError: a loading process, started by spawn, has ended: .*__main__", lines[1])
+    assert "/dev/shm" not in done.stdout

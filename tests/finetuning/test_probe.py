@@ -20,9 +20,9 @@ from deit_models.training.run import Computing
 ALONE = Process(0, 1, torch.device("cpu"))
 
 
-def extract(model, records, folder, *, process=ALONE, **computing):
+def extract(model, records, folder, *, process=ALONE, precision="float32", **computing):
     computing = Computing(**{"workers": 0, **computing})
-    return extract_features(model, records, folder, process=process, precision="float32", computing=computing)
+    return extract_features(model, records, folder, process=process, precision=precision, computing=computing)
 
 
 @pytest.fixture
@@ -102,6 +102,14 @@ def test_damaged_shard_is_made_again(tmp_path, caplog):
     again = extract(atom(), Counted(20), tmp_path / "features")
     assert torch.equal(first.inputs["head"], again.inputs["head"])
     assert "its images are read again" in caplog.text
+
+
+@pytest.mark.parametrize(("before", "after"), [("bf16", "float32"), ("float32", "bf16"), ("fp16", "float32")])
+def test_features_go_on_in_another_precision_and_say_so(tmp_path, caplog, before, after):
+    first = extract(atom(), Counted(20), tmp_path / "features", precision=before)
+    again = extract(atom(), Counted(20), tmp_path / "features", precision=after)
+    assert torch.equal(first.inputs["head"], again.inputs["head"])
+    assert f"goes on in {after}; the features in it are in {before}" in caplog.text
 
 
 def test_features_of_other_images_or_of_another_model_are_refused(tmp_path):
