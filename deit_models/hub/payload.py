@@ -113,7 +113,7 @@ def choose(path: Path, data: Any, expected: Expected | None, payload: str | None
 def _check_heads(path: Path, data: Any, expected: Expected | None) -> None:
     """Raises: CheckpointError: MoCo v3's ViT-S, which has twice as many heads; no shape of a tensor tells."""
     config: Any = expected.config if expected is not None else None
-    if getattr(config, "embed_dim", None) == 384 and config.num_heads != 12:
+    if getattr(config, "embed_dim", None) == 384 and getattr(config, "num_heads", 12) != 12:
         names = (name for _, tensors in _states(data, "", set()) for name in tensors)
         if any(name.startswith(("module.base_encoder.", "base_encoder.")) for name in names):
             raise CheckpointError(

@@ -3,11 +3,11 @@
 Tiny models of DeiT, LeViT and T2T-ViT, saved in all layouts, as safetensors and as both kinds of `.pth`, are damaged or
 written in an unusual way, and loaded. Outcomes:
 
-    refused     a `DeitModelsError`, in one short line
-    same        the very model that was saved
-    as told     another model, as a changed config.json or options ask for
-    no digest   other numbers under the same names and shapes: nothing in the file tells; counted
-    FAULT       anything else, for instance a changed file that loads although a checksum in it tells
+    refused        a `DeitModelsError`, in one short line
+    same           the very model that was saved
+    as told        another model, as a changed config.json or options ask for
+    other numbers  under the same names and shapes: no digest exists to tell; counted
+    FAULT          anything else, for instance a changed file that loads although a checksum in it tells
 
 The last column of a welcome file (one that others write) is "same": its refusal is a fault.
 """
@@ -201,20 +201,21 @@ def _digest(rng: random.Random, place: Path, saved: Saved) -> Act:
 
 
 def _zip_bytes(rng: random.Random, place: Path, saved: Saved) -> Act:
-    original = torch_file(wrapped(rng, saved.tensors))
+    original = torch_file(wrapped(rng, saved.tensors), protocol=rng.choice((2, 2, 4)))
     data = rng.choice(BYTES)(rng, original)
     write(place, {**saved.beside(), "weights.pth": data})
     return lambda: compare_zip(fetch(place / "weights.pth", cache_dir=place / "cache"), saved, data, rewritten=False)
 
 
 def _zip_entries(rng: random.Random, place: Path, saved: Saved) -> Act:
-    data = change_archive(rng, torch_file(wrapped(rng, saved.tensors)))
+    data = change_archive(rng, torch_file(wrapped(rng, saved.tensors), protocol=rng.choice((2, 2, 5))))
     write(place, {**saved.beside(), "weights.pth": data})
     return lambda: compare_zip(fetch(place / "weights.pth", cache_dir=place / "cache"), saved, data, rewritten=True)
 
 
 def _legacy_bytes(rng: random.Random, place: Path, saved: Saved) -> Act:
-    data = rng.choice(BYTES)(rng, torch_file(wrapped(rng, saved.tensors), legacy=True))
+    protocol = rng.choice((2, 2, 4))
+    data = rng.choice(BYTES)(rng, torch_file(wrapped(rng, saved.tensors), legacy=True, protocol=protocol))
     name = rng.choice(("weights.pth", "pytorch_model.bin"))
     write(place, {**saved.beside(), name: data})
     return lambda: compare_numbers(fetch(place / name, cache_dir=place / "cache"), saved)
@@ -361,16 +362,20 @@ WELCOME: dict[str, Callable[[random.Random, Mapping[str, Tensor]], dict[str, byt
         "weights.pth": torch_file({n: v.t().contiguous().t() if v.ndim == 2 else v for n, v in t.items()})
     },
     "order": lambda rng, t: {WEIGHTS: save({n: t[n] for n in rng.sample(sorted(t), len(t))})},
+    "protocol": lambda rng, t: {
+        "weights.pth": torch_file({"model": dict(t)}, legacy=rng.random() < 0.5, protocol=rng.choice((3, 4, 5)))
+    },
     "shards": lambda rng, t: shards(rng, t),
+    "shards of pickles": lambda rng, t: shards(rng, t, whole="pytorch_model.bin"),
 }
 
 
-def shards(rng: random.Random, tensors: Mapping[str, Tensor]) -> dict[str, bytes]:
-    names = [f"model-{n}-of-2.safetensors" for n in (1, 2)]
+def shards(rng: random.Random, tensors: Mapping[str, Tensor], *, whole: str = WEIGHTS) -> dict[str, bytes]:
+    names, write_one = [f"{n}-{whole}" for n in (1, 2)], save if whole == WEIGHTS else torch_file
     places = {name: rng.choice(names) for name in tensors}
     places.update(zip(list(tensors)[:2], names, strict=False))
-    files = {name: save({key: tensors[key] for key in tensors if places[key] == name}) for name in names}
-    return {**files, WEIGHTS + ".index.json": json_bytes({"metadata": {"total_size": 1}, "weight_map": places})}
+    files = {name: write_one({key: tensors[key] for key in tensors if places[key] == name}) for name in names}
+    return {**files, whole + ".index.json": json_bytes({"metadata": {"total_size": 1}, "weight_map": places})}
 
 
 def _config_fields(rng: random.Random, place: Path, saved: Saved) -> Act:
@@ -409,7 +414,7 @@ def _folders(rng: random.Random, place: Path, saved: Saved) -> Act:
         files = shards(rng, saved.tensors)
         index = change_json(rng, json.loads(files[WEIGHTS + ".index.json"]))
         outside = rng.choice(
-            ("../model.safetensors", "/etc/passwd", "a/../../x.safetensors", "model-1-of-2.safetensors", "", ".")
+            ("../model.safetensors", "/etc/passwd", "a/../../x.safetensors", "1-model.safetensors", "", ".")
         )
         if isinstance(index.get("weight_map"), dict) and rng.random() < 0.5:
             index["weight_map"][rng.choice(sorted(saved.tensors))] = outside
@@ -523,7 +528,7 @@ def compare_numbers(model: Any, saved: Saved) -> str:
         return "same"
     if model.config != saved.config or facts_of(model) != saved.facts:
         raise WrongError("damaged weights changed the config")
-    return "no digest"
+    return "other numbers"
 
 
 def compare_safetensors(model: Any, saved: Saved, data: bytes) -> str:
@@ -596,9 +601,9 @@ def write(place: Path, files: Mapping[str, bytes]) -> None:
         (place / name).write_bytes(content)
 
 
-def torch_file(data: Any, *, legacy: bool = False) -> bytes:
+def torch_file(data: Any, *, legacy: bool = False, protocol: int = 2) -> bytes:
     out = io.BytesIO()
-    torch.save(data, out, _use_new_zipfile_serialization=not legacy)
+    torch.save(data, out, pickle_protocol=protocol, _use_new_zipfile_serialization=not legacy)
     return out.getvalue()
 
 

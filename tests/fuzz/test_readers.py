@@ -92,7 +92,7 @@ def test_safetensors_with_any_header(saved: Saved, path: list[int], value: Any) 
         write(place, {**saved.files, WEIGHTS: data})
         return compare_safetensors(fetch(place), saved, data)
 
-    assert judged(act) in ("same", "no digest", "refused")
+    assert judged(act) in ("same", "other numbers", "refused")
 
 
 DTYPES = [torch.float16, torch.float64, torch.int8, torch.bool, torch.complex64, torch.float8_e5m2, torch.uint16]
@@ -128,7 +128,7 @@ def test_pickles_of_plain_objects(saved: Saved, other: Any, dtype: torch.dtype, 
         return compare_numbers(fetch(place / "weights.pth", cache_dir=place / "cache"), saved)
 
     outcome = judged(act)
-    assert outcome in ("same", "no digest", "refused")
+    assert outcome in ("same", "other numbers", "refused")
     if at % len(candidates) == 0:
         assert outcome == "same"  # objects beside the tensors are no reason to refuse
 
