@@ -207,8 +207,8 @@ def table(rounds: int, threads: int, top1: dict[str, float], *found: Any) -> str
     lines = [
         "# Fine-tuning beside scikit-learn and timm",
         "",
-        f"{machine()}, scikit-learn beside. {TRAIN} digits of 28 x 28 pixels, {MODEL}, float32, "
-        f"{f'{threads} threads' if threads else 'as many threads as each library takes'}. Medians of {rounds} "
+        f"{machine()}. {TRAIN} digits of 28 x 28 pixels, {MODEL}, float32, "
+        f"{f'threads: {threads}' if threads else 'as many threads as each library takes'}. Medians of {rounds} "
         "interleaved rounds; `python benchmarks/finetuning.py`.",
         "",
         "| a head, the whole process | CPU seconds | seconds | CPU, ratio | test accuracy (%) |",
