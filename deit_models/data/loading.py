@@ -158,23 +158,15 @@ class _Loader(DataLoader[Any]):
     """A loader whose workers leave Ctrl-C, which a terminal sends to every process, to their parent."""
 
     def __iter__(self) -> Any:
-        try:
-            with _quiet():
-                return map(_unpacked, self._parts())
-        except (PicklingError, AttributeError, TypeError) as error:
-            if not isinstance(error, PicklingError) and not re.search("pickle|get local", str(error)):
-                raise
-            raise DataError(
-                f"the data set cannot be passed to loading processes ({first_line(error)}); define its classes and "
-                "functions at the top of a module, open its files in __getitem__, or pass workers=0"
-            ) from error
+        with _quiet():
+            return map(_unpacked, self._parts())
 
     def _parts(self) -> Any:
         with _without_interrupts():
             try:
                 return super().__iter__()
             except (AttributeError, TypeError, PicklingError) as error:
-                if not self.num_workers or "pickle" not in str(error):
+                if not self.num_workers or not re.search("pickle|get local", str(error)):
                     raise
                 raise TrainingError(
                     f"the Dataset cannot be sent to loading processes started by {get_start_method()}: "

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 import deit_models
 from deit_models.data.loading import DamageCount, decoding_workers, file_batches, make_loader
-from deit_models.errors import DataError, ImageError
+from deit_models.errors import DataError, ImageError, TrainingError
 
 CPU = torch.device("cpu")
 
@@ -135,9 +135,7 @@ def test_data_set_that_cannot_be_passed_to_processes_is_explained(make: Callable
     multiprocessing.set_start_method("spawn", force=True)
     try:
         loader = make_loader(Holds(make()), [0], batch_size=1, workers=1, device=torch.device("cpu"))
-        with pytest.raises(
-            DataError, match=r"cannot be passed to loading processes \(.*\); define .*or pass workers=0"
-        ):
+        with pytest.raises(TrainingError, match=r"cannot be sent to loading processes .*; define .* workers=0"):
             next(iter(loader))
     finally:
         multiprocessing.set_start_method(before, force=True)
