@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import math
 import os
@@ -11,10 +9,8 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, NoReturn, cast
 
 import torch
@@ -22,12 +18,12 @@ from torch import Tensor
 
 from ..config import nearest
 from ..data.transforms import EvalTransform
-from ..errors import AgreementError, ConfigError, IntegrityError, SaveError, first_line
-from ..files import atomic_write
-from ..hub.fetch import Access, assets_dir
+from ..errors import AgreementError, ConfigError, IntegrityError, first_line
+from ..hub.fetch import Access
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
-from .hardware import Runner, call_times, exact_float32, machine, quiet
+from .hardware import Runner, call_times, exact_float32, quiet
+from .kept import decision_key, digest_of, keep, keep_network, kept_network, recall
 from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
 
@@ -42,8 +38,6 @@ _FOLDED = 1.5
 """Folding and pieces that fit the caches make torch itself at most this much faster than the model."""
 _FEW = 4
 """Images on which a kept network is compared again."""
-_MOST_KEPT = 2 << 30
-"""Bytes of compiled networks in the cache; those unused for longest are removed first."""
 _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
 
 
@@ -172,7 +166,6 @@ def optimize(
         and does not agree.
     """
     _check(precision, goal, backend, min_agreement, calibration)
-    model = own_model(model)
     search = _Search(
         model, sample, calibration, goal=goal, pixels=preprocessing, min_agreement=min_agreement, merging=token_merging
     )
@@ -224,7 +217,8 @@ class _Search:
         """Plan the merging and make the batches, from the arguments of `optimize`. Raises: ConfigError: see there."""
         if isinstance(model, OptimizedClassifier):
             raise ConfigError("this model is optimised already; optimise the model it was made from")
-        self.model, self.goal, self.pixels, self.min_agreement = model, goal, pixels, min_agreement
+        self.model = model = model if isinstance(model, ImageClassifier) else own_model(model)
+        self.goal, self.pixels, self.min_agreement = goal, pixels, min_agreement
         self.backends, self.timer, self.exact = backends, timer, exact
         self.plan, self.device = merging_plan(model, merging), next(model.parameters()).device
         given = sample if isinstance(sample, Tensor) else None
@@ -256,20 +250,23 @@ class _Search:
             "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
         }  # fmt: skip
         key = decision_key(question, self.device)
-        timings = recall(key, access) if len(candidates) > 1 else []
+        timings = recall(key, Timing, access) if len(candidates) > 1 else []
         if not timings and len(candidates) > 1:
             timings = self._measure(candidates)
             keep(key, timings, access)
         order = [Way(timing.backend, timing.precision) for timing in timings] or candidates
-        shelf = _Shelf(self, question, access)
-        found = shelf.restored(order[0]) or next(filter(None, map(self.try_way, order)), None)
+        found = self._restored(order[0], question, access)
+        restored = found is not None
+        found = found or next(filter(None, map(self._try, order)), None)
         asked_for_less = all(way.precision != "float32" for way in candidates)
         if found is None and not (asked_for_less and self.disagreements):
-            found = self.try_way(Way("eager", "float32"))
+            found = self._try(Way("eager", "float32"))
         if found is None:
             nothing = "no backend could compute this model, not even torch itself"
             raise AgreementError("; ".join(self.disagreements) or nothing)
-        shelf.keep(found)
+        if not restored and self.backends[found.way.backend].keeps:
+            network = cast(KeepableRunner, found.run).to_bytes()
+            keep_network(self._network_key(found.way, question), network, found.agreement, access)
         timings = timings or [Timing(backend=found.way.backend, precision=found.way.precision)]
         choice = Choice(
             backend=found.way.backend, precision=found.way.precision, agreement=found.agreement,
@@ -301,7 +298,7 @@ class _Search:
             best = min(map(self._batch_seconds, times.values()), default=math.inf)
             if self._cannot_win(way, times, best):
                 logger.info("%s is left out: it cannot be faster than what is measured already", way)
-            elif (trial := self.try_way(way)) is not None:
+            elif (trial := self._try(way)) is not None:
                 times[way] = self.timer(trial.run, self.example, warm_up=0, give_up=_CLOSE * best)
         best = min(map(self._batch_seconds, times.values()), default=math.inf)
         close = [way for way, taken in times.items() if self._batch_seconds(taken) <= _CLOSE * best]
@@ -333,7 +330,7 @@ class _Search:
             return self._batch_seconds(times[itself]) / backend.reach > best
         return way.precision == "float32" and self._expected[1] / _FOLDED / backend.reach > best
 
-    def job(self, way: Way) -> Job:
+    def _job(self, way: Way) -> Job:
         """Inputs of a backend; ways of one dtype have the prepared network in common."""
         dtype = self.backends[way.backend].dtype(way.precision)
         if dtype not in self.prepared:
@@ -341,20 +338,20 @@ class _Search:
         prepared, shared = self.prepared[dtype]
         return Job(prepared, self.example, way.precision, self.calibration, shared=shared)
 
-    def try_way(self, way: Way) -> _Trial | None:
+    def _try(self, way: Way) -> _Trial | None:
         """Build a way and compare it, once; None after one log line if it fails or disagrees."""
         if way in self.tried:
             return self.tried[way]
         self.tried[way] = None
         try:
             with quiet(), torch.no_grad():
-                run = self.backends[way.backend].build(self.job(way))
+                run = self.backends[way.backend].build(self._job(way))
                 run(self.example)
                 agreement = self._compare(run)
         except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: another backend is used
             logger.warning("%s is not used: %s", way, first_line(error))
             return None
-        if self.agrees(way, agreement):
+        if self._agrees(way, agreement):
             self.tried[way] = _Trial(way, run, agreement)
             return self.tried[way]
         exact = way.precision == "float32"
@@ -364,7 +361,7 @@ class _Search:
         logger.warning("not used: %s", self.disagreements[-1])
         return None
 
-    def agrees(self, way: Way, agreement: Agreement) -> bool:
+    def _agrees(self, way: Way, agreement: Agreement) -> bool:
         """Whether a way agrees well enough for its precision."""
         if way.precision == "float32":
             return agreement.max_abs_diff <= FLOAT32_TOLERANCE
@@ -387,12 +384,30 @@ class _Search:
         expected, _ = self._expected
         return _agreement(self._logits(run, self.judges), expected)
 
-    def compare_few(self, run: Runner) -> Agreement:
-        """Agreement on the first images only."""
-        few = self.judges[:_FEW]
-        with self.exact(self.device):
-            expected = prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan)(few)
-        return _agreement(run(few), expected)
+    def _network_key(self, way: Way, question: dict[str, Any]) -> str:
+        """Key of a compiled network: it depends on the weights and the calibration images, too."""
+        tensors = [*self.model.state_dict().values(), self.judges]
+        tensors += [] if self.calibration is None else [self.calibration]
+        return decision_key({**question, "way": way, "tensors": digest_of(tensors)}, self.device)
+
+    def _restored(self, way: Way, question: dict[str, Any], access: Access) -> _Trial | None:
+        """The kept network of a way; None if there is none, or after one log line if it does not fit."""
+        backend, few = self.backends[way.backend], self.judges[:_FEW]
+        try:
+            kept = kept_network(self._network_key(way, question), access) if backend.keeps else None
+            if kept is None:
+                return None
+            agreement = Agreement(*kept.agreement)
+            with quiet(), torch.no_grad():
+                run = backend.build(self._job(way)._replace(kept=kept.network))
+                now = _agreement(run(few), prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan)(few))
+            # some of the same images, so the difference cannot be larger than before, except by rounding
+            if now.max_abs_diff > 1.5 * agreement.max_abs_diff + FLOAT32_TOLERANCE / 2:
+                raise IntegrityError("its logits have changed")
+        except Exception as error:  # noqa: BLE001  # runtimes raise many types: the network is compiled anew
+            logger.warning("the kept network of %s is compiled anew: %s", way, first_line(error))
+            return None
+        return _Trial(way, run, agreement) if self._agrees(way, agreement) else None
 
 
 def _agreement(found: Tensor, expected: Tensor) -> Agreement:
@@ -402,77 +417,6 @@ def _agreement(found: Tensor, expected: Tensor) -> Agreement:
     return Agreement(float(same), float((found - expected).abs().max()), len(expected))
 
 
-class _Shelf:
-    """Compiled networks in the cache, each by everything that it depends on, weights and calibration included.
-
-    A file is a line of JSON, then the network's bytes. The line has their SHA-256, and the agreement that was found
-    when the network was compiled.
-    """
-
-    def __init__(self, search: _Search, question: dict[str, Any], access: Access) -> None:
-        self.search, self.question, self.access = search, question, access
-        self.taken: Way | None = None
-
-    def _path(self, way: Way) -> Path:
-        search = self.search
-        tensors = (*search.model.state_dict().values(), search.judges, search.calibration)
-        digest = hashlib.sha256()
-        for tensor in tensors:
-            if tensor is not None:
-                digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-                digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        key = decision_key({**self.question, "way": way, "tensors": digest.hexdigest()}, search.device)
-        return assets_dir("deploy", self.access) / f"{key}.network"
-
-    def restored(self, way: Way) -> _Trial | None:
-        """The kept network of a way; None if there is none, or after one log line if it does not fit."""
-        search = self.search
-        if not search.backends[way.backend].keeps:
-            return None
-        try:
-            path = self._path(way)
-            content = path.read_bytes()
-            os.utime(path)
-        except (OSError, SaveError):
-            return None
-        try:
-            line, _, network = content.partition(b"\n")
-            header = json.loads(line)
-            agreement = Agreement(*header["agreement"])
-            if hashlib.sha256(network).hexdigest() != header["sha256"]:
-                raise IntegrityError("its bytes have changed")  # a runtime may crash on such bytes
-            with quiet(), torch.no_grad():
-                run = search.backends[way.backend].build(search.job(way)._replace(kept=network))
-                now = search.compare_few(run)
-        except Exception as error:  # noqa: BLE001  # runtimes raise many types: the network is compiled anew
-            logger.warning("the kept network of %s is compiled anew: %s", way, first_line(error))
-            return None
-        # the same images, so the difference cannot be larger than before, but for other sums of rounding
-        if now.max_abs_diff > 1.5 * agreement.max_abs_diff + FLOAT32_TOLERANCE / 2:
-            logger.warning("the kept network of %s is compiled anew: its logits have changed", way)
-            return None
-        self.taken = way
-        return _Trial(way, run, agreement) if search.agrees(way, agreement) else None
-
-    def keep(self, trial: _Trial) -> None:
-        """Write the network of a trial, if its backend can; if that fails, one log line."""
-        if not self.search.backends[trial.way.backend].keeps or trial.way == self.taken:
-            return
-        try:
-            path, network = self._path(trial.way), cast(KeepableRunner, trial.run).to_bytes()
-            header = {"agreement": trial.agreement, "sha256": hashlib.sha256(network).hexdigest()}
-            with atomic_write(path) as temporary, temporary.open("wb") as out:
-                out.write(json.dumps(header).encode() + b"\n")
-                out.write(network)
-            kept = sorted(path.parent.glob("*.network"), key=lambda file: -file.stat().st_mtime)
-            sizes = accumulate(file.stat().st_size for file in kept)
-            for file, size in zip(kept, sizes, strict=True):
-                if size > _MOST_KEPT and file != path:
-                    file.unlink(missing_ok=True)
-        except (SaveError, OSError) as error:
-            logger.warning("the compiled network is not kept: %s", first_line(error))
-
-
 def _as_batch(model: ImageClassifier, images: Tensor | Sequence[Any], *, pixels: bool) -> Tensor:
     if isinstance(images, Tensor):
         return images.cpu()
@@ -480,27 +424,3 @@ def _as_batch(model: ImageClassifier, images: Tensor | Sequence[Any], *, pixels:
         raise ConfigError("this model does not know its transform; pass calibration as a batch of tensors")
     transform = EvalTransform(model.origin.preprocessing, normalise=not pixels)
     return torch.stack([transform(image) for image in images])
-
-
-def decision_key(question: dict[str, Any], device: torch.device) -> str:
-    """File name for the timings of a question on this machine; depends on processor, threads and versions."""
-    text = json.dumps({**question, **machine(device)}, sort_keys=True, default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-def recall(key: str, access: Access) -> list[Timing]:
-    """Timings from the cache, fastest first; empty if there are none or the file is damaged."""
-    try:
-        rows = json.loads((assets_dir("deploy", access) / f"{key}.json").read_text(encoding="utf-8"))
-        return [Timing(**row) for row in rows]
-    except (OSError, ValueError, TypeError):
-        return []
-
-
-def keep(key: str, timings: list[Timing], access: Access) -> None:
-    """Write timings to the cache; if that fails, one log line, and the next call measures again."""
-    try:
-        with atomic_write(assets_dir("deploy", access) / f"{key}.json") as temporary:
-            temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
-    except SaveError as error:
-        logger.warning("the choice is not kept: %s", error)

