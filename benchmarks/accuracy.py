@@ -17,8 +17,8 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
-from deit_models.data.transforms import transform_for
 from deit_models.deploy.runtimes import BACKENDS, BackendName
+from deit_models.images.transforms import transform_for
 from deit_models.models.layers import ImageClassifier
 
 BATCH = 100

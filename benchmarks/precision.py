@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import deit_models
-from deit_models.data.decoding import decode_image
-from deit_models.data.transforms import transform_for
+from deit_models.images.decoding import decode_image
+from deit_models.images.transforms import transform_for
 from deit_models.models.layers import ImageClassifier
 
 SUFFIXES = {".jpg", ".jpeg", ".png"}

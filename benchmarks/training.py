@@ -35,8 +35,8 @@ def ours(name: str, device: torch.device, batch_size: int, compiled: bool) -> Ca
     import deit_models
     from deit_models.data.loading import DamageCount
     from deit_models.data.records import ArrayRecords
-    from deit_models.data.transforms import transform_for
     from deit_models.distributed import Process
+    from deit_models.images.transforms import transform_for
     from deit_models.training.engine import train_epoch
     from deit_models.training.learner import make_learner
     from deit_models.training.recipe import recipe_named

@@ -24,7 +24,6 @@ from .registry import count_macs, list_models, model_info, register_model
 
 if TYPE_CHECKING:
     from .data.classes import wrap
-    from .data.transforms import transform_for
     from .deploy.export import export
     from .deploy.optimize import optimize
     from .evaluation import evaluate
@@ -32,6 +31,7 @@ if TYPE_CHECKING:
     from .finetuning.finetune import finetune
     from .formats.publish import push_to_hub, save_pretrained
     from .hub.load import from_pretrained
+    from .images.transforms import transform_for
     from .models import create_model
     from .predict import Classifier, attention_maps
     from .training.losses import WithLoss
@@ -94,7 +94,7 @@ _LAZY = {
     "recipe_named": ".training.recipe",
     "save_pretrained": ".formats.publish",
     "train": ".training.run",
-    "transform_for": ".data.transforms",
+    "transform_for": ".images.transforms",
     "wrap": ".data.classes",
 }
 

@@ -29,7 +29,7 @@ _LONGEST_SIDE, _LARGEST_MEAN, _STD_RANGE = 16_384, 1e6, (1e-6, 1e6)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Preprocessing:
-    """Evaluation transform of a checkpoint, as numbers; `data.transforms.EvalTransform` carries it out.
+    """Evaluation transform of a checkpoint, as numbers; `images.transforms.EvalTransform` carries it out.
 
     Attributes:
         resize: shorter side in pixels, aspect kept; or (height, width); or None: not resized.

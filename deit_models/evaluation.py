@@ -18,10 +18,10 @@ from .data.datasets import open_images
 from .data.inputs import eval_batches
 from .data.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from .data.records import ImageRecords, SubsetRecords, some
-from .data.transforms import EvalTransform, preprocessing_of, to_device
 from .distributed import Process, has_bf16, join_processes
 from .errors import ConfigError, DataError
 from .files import read_text
+from .images.transforms import EvalTransform, preprocessing_of, to_device
 from .models.layers import HeadLogits, ImageClassifier
 from .registry import own_model
 from .training.recipe import Precision

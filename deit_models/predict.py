@@ -14,12 +14,12 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .data.decoding import ImageSource
 from .data.loading import FileBatch, file_batches
 from .data.records import IMAGE_SUFFIXES, list_images, unread_files
-from .data.transforms import to_device, transform_for
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
+from .images.decoding import ImageSource
+from .images.transforms import to_device, transform_for
 from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL, own_model
 

@@ -18,8 +18,8 @@ from tracing import modules_run
 import deit_models
 from deit_models import predict
 from deit_models.data.loading import file_batches
-from deit_models.data.transforms import transform_for
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
+from deit_models.images.transforms import transform_for
 from deit_models.models.deit import DeiT
 from deit_models.models.layers import ImageClassifier
 from deit_models.predict import Classifier, ImageResult, attention_maps, batches_ahead, find_images
@@ -208,7 +208,7 @@ def test_one_image_passes_few_modules(classifier: Classifier, tmp_path: Path) ->
     (path,) = save_pictures(tmp_path, 1)
     classifier(path)  # everything is imported
     found = modules_run(lambda: classifier(path))
-    assert {"predict", "data.decoding", "data.transforms", "models.deit"} <= found
+    assert {"predict", "images.decoding", "images.transforms", "models.deit"} <= found
     assert len(found) <= 6
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
-from ..data.decoding import ImageSource, load_planes
-from ..data.transforms import check_resized, resize_and_crop, to_device
 from ..errors import ConfigError
+from ..images.decoding import ImageSource, load_planes
+from ..images.transforms import check_resized, resize_and_crop, to_device
 from ..training.recipe import Recipe
 from .levels import ErasingBox, Levels, Plan, box_sides, cut, greyed
 from .randaugment import ENHANCE, RandAugment, Resampling

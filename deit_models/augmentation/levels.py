@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoint import Preprocessing
-from ..data.transforms import to_device
+from ..images.transforms import to_device
 
 
 class Levels(NamedTuple):

@@ -164,10 +164,10 @@ def add_evaluate(commands: Any) -> None:
 
 
 def _run_evaluate(args: argparse.Namespace) -> int:
-    from ..data.transforms import transform_for
     from ..distributed import join_processes
     from ..evaluation import evaluate
     from ..hub.load import from_pretrained
+    from ..images.transforms import transform_for
 
     model = from_pretrained(args.source, model=args.model, **loading(args))
     options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")

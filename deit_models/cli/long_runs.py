@@ -126,7 +126,7 @@ def given_teacher(
     args: argparse.Namespace, model: ImageClassifier, num_classes: int, device: torch.device
 ) -> Teacher | None:
     """The teacher of a command line, for a student. Raises: see `load_teacher`."""
-    from ..data.transforms import transform_for
+    from ..images.transforms import transform_for
     from ..training.teacher import load_teacher
 
     if args.teacher is None:

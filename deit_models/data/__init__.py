@@ -1,1 +1,1 @@
-"""Labelled images: decoding, transforms, data sets, loading."""
+"""Labelled images: data sets, splits, loading."""

@@ -20,7 +20,7 @@ from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
 from ..errors import DataError, ImageError, shown
-from .decoding import load_item
+from ..images.decoding import load_item
 from .records import FileRecords, ImageRecords, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")

@@ -13,9 +13,9 @@ from torch.utils.data import Dataset, Sampler
 
 from ..distributed import Process
 from ..errors import ConfigError, DataError, ImageError
+from ..images.transforms import EvalInput, EvalTransform, to_device
 from .loading import FINE, Batch, each, make_loader
 from .records import ImageRecords
-from .transforms import EvalInput, EvalTransform, to_device
 
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
 """Upper bounds of a part, which a worker makes at once; with small parts an epoch begins soon."""

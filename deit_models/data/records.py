@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import DataError, ImageError
-from .decoding import HEIF_SUFFIXES, load_image, reads_heif
+from ..images.decoding import HEIF_SUFFIXES, load_image, reads_heif
 
 logger = logging.getLogger(__name__)
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..config import nearest
-from ..data.transforms import EvalTransform
 from ..errors import AgreementError, ConfigError, IntegrityError, first_line
 from ..hub.fetch import Access
+from ..images.transforms import EvalTransform
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
 from .hardware import Runner, call_times, exact_float32, quiet

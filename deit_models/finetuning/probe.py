@@ -22,11 +22,11 @@ from torch.nn import functional as F
 from ..data.inputs import eval_batches
 from ..data.loading import DamageCount, explained_worker_failure, workers_beside
 from ..data.records import ImageRecords, SubsetRecords
-from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
 from ..files import digest_of_numbers, write_tensors, write_text
+from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
 from ..training.recipe import Precision
 from ..training.run import Computing

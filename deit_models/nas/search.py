@@ -16,13 +16,13 @@ from ..data.inputs import eval_batches
 from ..data.loading import DamageCount, explained_worker_failure, workers_beside
 from ..data.records import ImageRecords
 from ..data.split import keep_split, labels_of, parts, stratified_split
-from ..data.transforms import EvalTransform
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Heads, resolved_precision, score
 from ..files import digest_of_numbers, read_text, toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
+from ..images.transforms import EvalTransform
 from ..models.vit_resnas import ViTResNAS
 from ..registry import default_preprocessing
 from ..training.recipe import Precision, Recipe

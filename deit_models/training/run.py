@@ -21,11 +21,11 @@ from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
-from ..data.transforms import EvalTransform, preprocessing_of
 from ..distributed import Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
 from ..evaluation import Heads, score_each
 from ..files import write_text
+from ..images.transforms import EvalTransform, preprocessing_of
 from .engine import train_epoch
 from .learner import Learner, make_learner
 from .recipe import Recipe, recipe_of

@@ -11,9 +11,9 @@ import tiny
 from small_sets import fill, labelled_files, write_image
 
 from deit_models.data.datasets import open_dataset
-from deit_models.data.decoding import load_image
 from deit_models.data.records import ImageRecords, SubsetRecords, always_the_same, check_classes, is_image
 from deit_models.errors import DataError, ImageError
+from deit_models.images.decoding import load_image
 from deit_models.predict import find_images
 
 

@@ -10,10 +10,10 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 
 import deit_models
 from deit_models.data.datasets import open_dataset
-from deit_models.data.transforms import transform_for
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge, refit_heads
+from deit_models.images.transforms import transform_for
 from deit_models.models.deit import PatchEmbed
 from deit_models.training.run import Computing
 

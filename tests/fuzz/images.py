@@ -29,8 +29,8 @@ from fuzzing import WrongError, main, run_cases
 
 from deit_models import DeitModelsError, ImageError
 from deit_models.checkpoint import Preprocessing
-from deit_models.data.decoding import MAX_IMAGE_PIXELS, decode_image, decode_reduced, load_image
-from deit_models.data.transforms import EvalTransform
+from deit_models.images.decoding import MAX_IMAGE_PIXELS, decode_image, decode_reduced, load_image
+from deit_models.images.transforms import EvalTransform
 
 __all__ = ["case", "run_cases"]
 

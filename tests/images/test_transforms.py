@@ -15,9 +15,9 @@ from tracing import calls_of
 
 from deit_models import create_model
 from deit_models.checkpoint import Preprocessing
-from deit_models.data.decoding import decode_reduced
-from deit_models.data.transforms import EvalInput, EvalTransform, transform_for
 from deit_models.errors import ConfigError, ImageError
+from deit_models.images.decoding import decode_reduced
+from deit_models.images.transforms import EvalInput, EvalTransform, transform_for
 from deit_models.models.deit import DeiT, DeiTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

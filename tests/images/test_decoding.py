@@ -18,7 +18,8 @@ import PIL.ImageOps
 import pytest
 import torch
 
-from deit_models.data.decoding import (
+from deit_models.errors import ConfigError, DeitModelsError, ImageError
+from deit_models.images.decoding import (
     _QUIET,
     MAX_IMAGE_PIXELS,
     Reduced,
@@ -30,7 +31,6 @@ from deit_models.data.decoding import (
     load_item,
     load_planes,
 )
-from deit_models.errors import ConfigError, DeitModelsError, ImageError
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
