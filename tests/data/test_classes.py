@@ -140,7 +140,7 @@ def test_other_labels_stop_the_run_instead_of_being_replaced(label: Any, message
         (IMAGE, 1),
         [IMAGE, 1],
     ],
-    ids=lambda item: str(list(item)),
+    ids=["image", "img", "pixel_values", "path inside", "bytes inside", "tuple", "list"],
 )
 def test_items_are_pairs_or_dicts(item: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_image(tmp_path / "a.png")
