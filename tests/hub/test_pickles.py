@@ -287,7 +287,7 @@ def packed_by_tar(path: Path) -> None:
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "a pointer of Git LFS"),
         (b"\n<!DOCTYPE html><title>Sign in</title>", "a web page"),
-        (gzip.compress(b"weights"), "packed by gzip"),
+        (gzip.compress(b"weights", mtime=0), "packed by gzip"),
         (b"\x93NUMPY\x01\x00v\x00{'descr': '<f4'}", "of NumPy"),
         (b"\x89HDF\r\n\x1a\n" + bytes(99), "of HDF5"),
         (b"GGUF\x03" + bytes(99), "of GGUF"),
