@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from ..distributed import Process
-from ..errors import ConfigError, DataError, ImageError
+from ..errors import ConfigError, ImageError
 from ..images.transforms import EvalInput, EvalTransform, to_device
 from .loading import FINE, Batch, each, make_loader
 from .records import ImageRecords
@@ -163,13 +163,10 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
         return len(self.records)
 
     def __getitem__(self, index: int) -> tuple[Any, int, int]:
-        image: Any = None
         try:
             image, label = self.records[index]
             return self.transform(image), label, FINE
-        except (ImageError, OSError) as error:
-            if isinstance(image, Tensor):  # channels that the model does not take, and no damaged file
-                raise DataError(f"{self.records.describe(index)}: {error}") from error
+        except (ImageError, OSError):
             blank = PIL.Image.new("RGB", (64, 64)) if self.channels == 3 else torch.zeros(self.channels, 64, 64)
             return torch.zeros_like(self.transform(blank)), -1, index
 

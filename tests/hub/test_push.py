@@ -88,7 +88,7 @@ def test_card_of_adapted_weights_names_what_they_come_from(hub, tiny, layout):
     assert data["pipeline_tag"] == "image-classification"
     assert data["library_name"] == ("deit-models" if layout == "native" else layout)
     assert {"image-classification", "deit"} <= set(data["tags"])
-    assert data["datasets"] == ["cifar-10"]
+    assert data["datasets"] == ["uoft-cs/cifar10"]
     assert "3 classes" in card.text
     assert "32x32" in card.text
 
