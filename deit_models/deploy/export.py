@@ -18,7 +18,7 @@ from ..models.layers import ImageClassifier
 from ..registry import own_model
 from .hardware import Runner
 from .network import TokenMerging, merging_plan, prepare, random_images
-from .runtimes import EXPORT_FORMATS, ExportFormat, ExportFormatName
+from .runtimes import EXPORT_FORMATS, ExportFormat, ExportFormatName, format_of
 
 TOLERANCE = 1e-4
 """Largest difference of a logit to the model's, in float32."""
@@ -44,7 +44,7 @@ def export(
     model: ImageClassifier,
     path: str | os.PathLike[str],
     *,
-    format: ExportFormatName = "onnx",  # noqa: A002
+    format: ExportFormatName | None = None,  # noqa: A002
     preprocessing: bool = False,
     tolerance: float = TOLERANCE,
     token_merging: TokenMerging = 0,
@@ -58,8 +58,8 @@ def export(
 
     Args:
         model: on any device; it stays as it is.
-        path: ends in .onnx, .xml or .pt2, to match the format.
-        format: "onnx", "openvino" (an .xml file, its weights beside it as .bin) or "torch-export".
+        path: ends in .onnx, .xml (OpenVINO, its weights beside it as .bin) or .pt2 (torch.export).
+        format: "onnx", "openvino" or "torch-export"; by default that of the suffix.
         preprocessing: whether the file normalises: it then takes pixels from 0 to 255 as uint8.
         tolerance: allowed difference of a logit.
         token_merging: see `optimize`. The file is compared with the merged network; the agreement of that with the
@@ -69,10 +69,12 @@ def export(
         merged. MissingExtraError: the format's library is not installed. AgreementError: the file gives other logits.
         SaveError: it cannot be written.
     """
+    path = Path(path)
+    format = format_of(path) if format is None else format  # noqa: A001
     if format not in EXPORT_FORMATS:
         known = ", ".join(EXPORT_FORMATS)
         raise ConfigError(f"format={format!r}; expected one of {known}{nearest(format, EXPORT_FORMATS)}")
-    path, kind = Path(path), EXPORT_FORMATS[format]
+    kind = EXPORT_FORMATS[format]
     if path.suffix != kind.suffix:
         raise ConfigError(f"{path}: expected a name that ends in {kind.suffix} for format={format!r}")
     model = own_model(model)

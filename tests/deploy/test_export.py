@@ -124,7 +124,8 @@ def test_files_merge_too_and_say_so(suffix: str, libraries: tuple[str, ...], tmp
     needs(*libraries)
     model, path = build("distilled"), tmp_path / f"model.{suffix}"
     kind = {"onnx": "onnx", "xml": "openvino", "pt2": "torch-export"}[suffix]
-    deit_models.export(model, path, format=kind, token_merging=(3, 1), preprocessing=True)
+    done = deit_models.export(model, path, token_merging=(3, 1), preprocessing=True)
+    assert done.format == kind, "by the suffix"
     expected = prepare(model, fold=False, plan=(3, 1))(normalised(model, pixels(5)))
     torch.testing.assert_close(open_exported(path)(pixels(5)), expected, atol=1e-4, rtol=0)
     assert read_metadata(path)["token_merging"] == [3, 1]
@@ -166,10 +167,11 @@ def test_no_numbers_and_a_fixed_batch_are_refused(answer: Callable[[Tensor], Ten
     [
         ("model.pt", "onnx", r"model\.pt: expected a name that ends in \.onnx for format='onnx'"),
         ("model.onnx", "openvino", r"ends in \.xml"),
+        ("model.tflite", None, r"model\.tflite: unknown kind of file; expected \.onnx \(onnx\), \.xml \(openvino\)"),
         ("model.onnx", "onx", "format='onx'; expected one of onnx, openvino, torch-export; nearest: onnx"),
     ],
 )
-def test_wrong_format_or_suffix_is_refused(name: str, kind: str, message: str, tmp_path: Path) -> None:
+def test_wrong_format_or_suffix_is_refused(name: str, kind: str | None, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=message):
         deit_models.export(build("deit"), tmp_path / name, format=kind)
 
