@@ -24,7 +24,7 @@ _USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
 INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 """Pillow's filters."""
 _NO_RESIZE = "none"
-_LONGEST_SIDE, _LARGEST_MEAN, _STD_RANGE = 16_384, 1e6, (1e-6, 1e6)
+_LONGEST_SIDE, _LARGEST_MEAN, _STD_RANGE = 4_096, 1e6, (1e-6, 1e6)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -380,7 +380,8 @@ def test_compiled_code_answers_alike_and_learns(model: ImageClassifier) -> None:
     model.train()
     out = compiled(images(model))
     (out if isinstance(out, Tensor) else out[0] + out[1]).sum().backward()
-    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+    idle = {name for name, p in model.named_parameters() if p.requires_grad and p.grad is None}
+    assert idle <= {"patch_head.weight", "patch_head.bias"}  # not part of `forward`
 
 
 def exported(model: ImageClassifier) -> nn.Module:
