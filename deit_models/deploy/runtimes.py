@@ -127,6 +127,18 @@ def _read_onnx(path: Path) -> str | None:
     return next((entry.value for entry in model.metadata_props if entry.key == METADATA_KEY), None)
 
 
+@functools.cache
+def _openvino_core() -> Any:
+    """OpenVINO, once in a process. Raises: MissingExtraError: it is not installed.
+
+    Its CPU plugin gives the thread a stack for signals, and takes it back when the core is deleted. Of two cores, the
+    second would give back the stack of the first, which may be freed by then: the next signal ends the process.
+    """
+    with extra_needed("OpenVINO"):
+        import openvino
+    return openvino.Core()
+
+
 def _openvino_model(prepared: Prepared, example: Tensor, *, fixed: bool = False) -> Any:
     """The network as an `openvino.Model`, see `_traced`. Raises: MissingExtraError: OpenVINO is not installed."""
     with extra_needed("OpenVINO"):
@@ -147,17 +159,13 @@ def _write_openvino(prepared: Prepared, example: Tensor, path: Path, metadata: s
 
 
 def _open_openvino(path: Path) -> Runner:
-    with extra_needed("running OpenVINO"):
-        import openvino
     # by default OpenVINO takes the fastest precision of the processor, which may be half precision
-    compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    compiled = _openvino_core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: torch.from_numpy(compiled(images.contiguous().numpy())[0].copy())
 
 
 def _read_openvino(path: Path) -> str | None:
-    with extra_needed("reading OpenVINO"):
-        import openvino
-    model = openvino.Core().read_model(str(path))
+    model = _openvino_core().read_model(str(path))
     return str(model.get_rt_info(METADATA_KEY).astype(str)) if model.has_rt_info(METADATA_KEY) else None
 
 
@@ -340,9 +348,7 @@ class _OpenVINORunner:
 
     def __init__(self, job: Job) -> None:
         """Convert and compile, or take `job.kept`."""
-        with extra_needed("OpenVINO"):
-            import openvino
-        self._job, self._openvino, self._core = job, openvino, openvino.Core()
+        self._job, self._core = job, _openvino_core()
         native_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         if job.precision == "bf16" and not native_bf16:
             raise ConfigError("this processor has no bfloat16 of its own")
@@ -359,7 +365,7 @@ class _OpenVINORunner:
             self._compiled = self._compile(self._size)
         else:
             self._compiled = self._core.import_model(io.BytesIO(job.kept), "CPU", self._options)
-        self._queue = openvino.AsyncInferQueue(self._compiled, self._streams)
+        self._queue = self._queue_of(self._compiled)
         self._job = job._replace(kept=None, shared=None)  # large, and not needed any more
 
     def _compile(self, size: int) -> Any:
@@ -384,7 +390,12 @@ class _OpenVINORunner:
 
     @functools.cached_property
     def _single(self) -> Any:
-        return self._openvino.AsyncInferQueue(self._compile(1), self._streams)
+        return self._queue_of(self._compile(1))
+
+    def _queue_of(self, compiled: Any) -> Any:
+        import openvino
+
+        return openvino.AsyncInferQueue(compiled, self._streams)
 
     def to_bytes(self) -> bytes:
         return bytes(self._compiled.export_model().getvalue())

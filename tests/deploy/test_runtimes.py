@@ -1,5 +1,7 @@
 """Backends give the model's logits for any batch size; file formats tell their own files from others."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -124,3 +126,20 @@ def test_weights_too_large_for_onnx_are_refused(tmp_path: Path) -> None:
     message = r"2\.5 GB of weights, an ONNX file holds 2\.1; use 'openvino' or 'torch-export'"
     with pytest.raises(ConfigError, match=message):
         EXPORT_FORMATS["onnx"].write(prepare(model), images, tmp_path / "model.onnx", "")
+
+
+def test_networks_of_openvino_may_go_in_any_order(tmp_path: Path) -> None:
+    needs("openvino")
+    script = """
+import signal, subprocess, sys
+import deit_models
+signal.signal(signal.SIGCHLD, lambda *_: None)  # as loading processes do
+model = deit_models.create_model("deit_micro_patch4_32", depth=1)
+made = [deit_models.optimize(model, sample=2, backend="openvino", cache_dir=sys.argv[1]) for _ in range(2)]
+del made[0]
+made.clear()
+for _ in range(5):
+    subprocess.run([sys.executable, "-c", ""], check=True)
+"""
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
