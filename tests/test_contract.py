@@ -407,8 +407,9 @@ def test_graph_of_torch_fx_gives_the_same_logits(model: ImageClassifier) -> None
     traced = torch.fx.symbolic_trace(model)
     for batch in (1, 3):
         assert torch.equal(traced(images(model, batch=batch)), model(images(model, batch=batch)))
-    again = pickle.loads(pickle.dumps(traced))
-    assert torch.equal(again(images(model)), model(images(model)))
+    if not torch.__version__.startswith("2.11"):  # which cannot pickle a graph of code whose annotations are strings
+        again = pickle.loads(pickle.dumps(traced))
+        assert torch.equal(again(images(model)), model(images(model)))
 
 
 @torch.inference_mode()
