@@ -110,14 +110,19 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 def digest_of_numbers(module: Module, *, without: Collection[str] = ()) -> str:
     """Sixteen hex digits of all parameters and buffers, except those of the children named in `without`."""
+    tensors = (*module.named_parameters(), *module.named_buffers())
+    return digest_of_tensors((name, tensor) for name, tensor in tensors if name.partition(".")[0] not in without)[:16]
+
+
+def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 of names, dtypes, shapes and numbers."""
     import torch
 
     digest = hashlib.sha256()
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name.partition(".")[0] not in without:
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()[:16]
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_json(path: Path) -> Mapping[str, Any]:

@@ -19,6 +19,7 @@ from deit_models.files import (
     check_digest,
     csv_cell,
     csv_line,
+    digest_of_tensors,
     markdown,
     parse_toml,
     printable,
@@ -219,3 +220,12 @@ def test_toml_without_end_is_refused(text: str) -> None:
 def test_names_that_are_no_unicode_are_written_with_escapes(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", {"data": "caf\udce9"})
     assert read_json(tmp_path / "a.json") == {"data": "caf\udce9"}
+
+
+def test_every_number_counts_for_the_digest() -> None:
+    x = torch.arange(6.0)
+    others = [x.clone(), x + 1e-6 * (x == 5), x.view(2, 3), x.double(), x.to(torch.bfloat16), x.flip(0)]
+    digests = [digest_of_tensors([("x", x), ("other", other)]) for other in others]
+    assert len(set(digests)) == 6
+    parts, copies = ([("a", part), ("b", torch.tensor(3))] for part in (x[::2], x[::2].clone()))
+    assert digest_of_tensors(parts) == digest_of_tensors(copies)

@@ -6,14 +6,13 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
 
 from ..errors import IntegrityError, SaveError, first_line
 from ..files import atomic_write
@@ -49,15 +48,6 @@ def keep(key: str, timings: Sequence[Any], access: Access) -> None:
             temporary.write_text(json.dumps([asdict(timing) for timing in timings], indent=2), encoding="utf-8")
     except SaveError as error:
         logger.warning("the choice is not kept: %s", error)
-
-
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """SHA-256 of dtypes, shapes and numbers."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 class KeptNetwork(NamedTuple):

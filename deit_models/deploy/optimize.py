@@ -18,12 +18,13 @@ from torch import Tensor
 
 from ..config import nearest
 from ..errors import AgreementError, ConfigError, IntegrityError, first_line
+from ..files import digest_of_tensors
 from ..hub.fetch import Access
 from ..images.transforms import EvalTransform
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
 from .hardware import Runner, call_times, exact_float32, quiet
-from .kept import decision_key, digest_of, keep, keep_network, kept_network, recall
+from .kept import decision_key, keep, keep_network, kept_network, recall
 from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
 
@@ -386,9 +387,13 @@ class _Search:
 
     def _network_key(self, way: Way, question: dict[str, Any]) -> str:
         """Key of a compiled network: it depends on the weights and the calibration images, too."""
-        tensors = [*self.model.state_dict().values(), self.judges]
-        tensors += [] if self.calibration is None else [self.calibration]
-        return decision_key({**question, "way": way, "tensors": digest_of(tensors)}, self.device)
+        return decision_key({**question, "way": way, "tensors": self._digest}, self.device)
+
+    @cached_property
+    def _digest(self) -> str:
+        """Digest of the weights and of the images that they are compared and calibrated on."""
+        images = {"judges": self.judges} | ({} if self.calibration is None else {"calibration": self.calibration})
+        return digest_of_tensors([*self.model.state_dict().items(), *images.items()])
 
     def _restored(self, way: Way, question: dict[str, Any], access: Access) -> _Trial | None:
         """The kept network of a way; None if there is none, or after one log line if it does not fit."""
