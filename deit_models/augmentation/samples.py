@@ -145,7 +145,7 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, int, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
         """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
         index, seed = key
         if not isinstance(self.transform, TrainTransform):  # an ImageError of which is a mistake and no damaged image
@@ -156,7 +156,7 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         # such a pair draws from no global generator, so it needs no seed: a sixth of the time of a small image
         unseeded = always_the_same(self.records)
 
-        def made(number: int) -> tuple[Any, int]:
+        def made(number: int) -> tuple[Any, Any]:
             image, label = self.records[number]
             return transform(image, sample_rng(seed) if unseeded else None), label
 

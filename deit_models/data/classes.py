@@ -21,14 +21,18 @@ from torchvision.datasets import DatasetFolder
 from ..config import nearest
 from ..errors import DataError, ImageError, shown
 from ..images.decoding import load_item
-from .records import FileRecords, ImageRecords, some
+from .records import FileRecords, ImageRecords, Label, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "target", "cls")
 
 
 def wrap(
-    dataset: Any, classes: Sequence[str] | int | None = None, *, otherwise: Sequence[str] | None = None
+    dataset: Any,
+    classes: Sequence[str] | int | None = None,
+    *,
+    multi_label: bool | None = None,
+    otherwise: Sequence[str] | None = None,
 ) -> ImageRecords:
     """Any Dataset of labelled images as `ImageRecords`.
 
@@ -41,13 +45,18 @@ def wrap(
         classes: class names in the order of the labels, or their number, for the names "0", "1", ...; by default the
             data set's own `classes`, `class_to_idx` or `features`, those of the data set that a Subset or ConcatDataset
             is made from, or its labels, if those are names.
+        multi_label: whether a label stands for several classes or none: a list of their numbers or names, or a tensor
+            or array with a 0 or 1 for each class. Default: as the data set says (`multi_label`), or by pairs whose
+            labels are lists of names.
         otherwise: class names of a data set that says none.
 
     An error that the data set raises keeps its type; an OSError stands for an image that cannot be read.
 
     Raises: DataError: no length, as of streams; no images, no class names, a DataLoader.
     """
-    if isinstance(dataset, ImageRecords) and (classes is None or _plain_names(classes) == dataset.classes):
+    several = _has_several(dataset) if multi_label is None else multi_label
+    same = isinstance(dataset, ImageRecords) and several == dataset.multi_label
+    if same and (classes is None or _plain_names(classes) == dataset.classes):
         return dataset
     # ImageNet is known by name, for some of its classes share theirs
     own = "imagenet" if hasattr(dataset, "wnids") else getattr(dataset, "name", None)
@@ -60,9 +69,9 @@ def wrap(
         )
     rows = _pairs(dataset)
     if rows is None or not all(isinstance(image, (str, PathLike)) for image, _ in rows):
-        return _WrappedRecords(name, dataset, found)
+        return _WrappedRecords(name, dataset, found, several)
     numbers = {label: number for number, label in enumerate(found)}
-    labels = (_number(label, numbers, fspath(path)) for path, label in rows)
+    labels = (as_label(label, numbers, fspath(path), several) for path, label in rows)
     return FileRecords(name, "", (fspath(path) for path, _ in rows), labels, found)
 
 
@@ -105,12 +114,28 @@ def _names_in(dataset: Any) -> tuple[str, ...] | None:
     if len(found) > 1:
         raise DataError(f"{type(dataset).__name__} is made from data sets with different classes; give them the same")
     labels = None if found else _known_labels(dataset)
+    if labels is not None and all(map(_is_names, labels)):
+        return tuple(sorted({*chain.from_iterable(labels)}))
     if labels is not None and all(isinstance(label, str) for label in labels):
         first = dataset[0]  # which may have a number of the user's own for the name
         first = [first.get(_label_column(dataset))] if isinstance(first, Mapping) else first
         if isinstance(first, (list, tuple)) and first and isinstance(first[-1], str):
             found = {tuple(sorted({*labels}))}
     return next(iter(found), None)
+
+
+def _is_names(label: Any) -> bool:
+    return isinstance(label, (list, tuple, set)) and all(isinstance(name, str) for name in label)
+
+
+def _has_several(dataset: Any) -> bool:
+    """Whether a data set says that an image has several labels, or the one that it is made from."""
+    if isinstance(known := getattr(dataset, "multi_label", None), bool):
+        return known
+    if isinstance(dataset, (Subset, ConcatDataset)):
+        return any(map(_has_several, getattr(dataset, "datasets", [getattr(dataset, "dataset", None)])))
+    pairs = _pairs(dataset)
+    return bool(pairs) and all(_is_names(label) for _, label in pairs or ()) and any(label for _, label in pairs or ())
 
 
 def _plain_names(names: Any) -> tuple[str, ...]:
@@ -169,6 +194,28 @@ def _known_labels(dataset: Any) -> Sequence[Any] | None:
     return known if listed else None
 
 
+def as_label(label: Any, numbers: Mapping[str, int], where: str, several: bool = False) -> Label:
+    """Number of the class that a label of any form stands for; with `several`, the numbers of all its classes.
+
+    Raises: DataError: a class that is not in `numbers`; none, or more than one, unless there may be several.
+    """
+    if not several:
+        return _number(label, numbers, where)
+    if hasattr(label, "ndim") or hasattr(label, "tolist"):
+        label = label.tolist()
+        if not isinstance(label, list) or len(label) != len(numbers) or any(value not in (0, 1) for value in label):
+            raise DataError(f"{where}: label {shown(label)}, expected a 0 or 1 for each of {len(numbers)} classes")
+        return tuple(number for number, value in enumerate(label) if value)
+    if isinstance(label, str) or not isinstance(label, Iterable):
+        raise DataError(f"{where}: label {shown(label)}, expected a list of classes, as an image has several labels")
+    found = sorted(_number(one, numbers, where) for one in label)
+    if len({*found}) < len(found):
+        raise DataError(
+            f"{where}: label {shown(label)}, expected different classes; a 0 or 1 for each class is a tensor or array"
+        )
+    return tuple(found)
+
+
 def _number(label: Any, numbers: Mapping[str, int], where: str) -> int:
     """Number of the class that a label of any form stands for. Raises: DataError: none, or several."""
     if isinstance(label, str):
@@ -181,7 +228,7 @@ def _number(label: Any, numbers: Mapping[str, int], where: str) -> int:
             values = torch.as_tensor(label).flatten().tolist()
             one_hot = len(values) == len(numbers) > 1 and sorted(values) == [0] * (len(values) - 1) + [1]
             number = values[0] if len(values) == 1 else values.index(1) if one_hot else label
-            expected += ", or a one-hot vector; soft labels, and several at once, are not learned from"
+            expected += ", or a one-hot vector; several at once with wrap(..., multi_label=True), soft labels never"
     with suppress(TypeError):
         number = whole_number(int(number) if isinstance(number, float) and number.is_integer() else number)
         if 0 <= number < len(numbers):
@@ -190,15 +237,15 @@ def _number(label: Any, numbers: Mapping[str, int], where: str) -> int:
 
 
 class _WrappedRecords(ImageRecords):
-    def __init__(self, name: str, dataset: Any, classes: Sequence[str]) -> None:
-        self.name, self.classes = name, tuple(classes)
+    def __init__(self, name: str, dataset: Any, classes: Sequence[str], multi_label: bool) -> None:
+        self.name, self.classes, self.multi_label = name, tuple(classes), multi_label
         self._dataset, self._length = dataset, len(dataset)
         self._numbers = {label: number for number, label in enumerate(classes)}
 
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
         try:
             item = self._dataset[index]
         except StopIteration as error:  # which would end an epoch
@@ -208,7 +255,7 @@ class _WrappedRecords(ImageRecords):
                 error.add_note(f"raised for {self.describe(index)}")
             raise
         image, label = self._pair(item, index)
-        number = _number(label, self._numbers, self.describe(index))
+        number = as_label(label, self._numbers, self.describe(index), self.multi_label)
         try:
             return load_item(_plain_image(image)), number
         except ImageError as error:
@@ -236,13 +283,13 @@ class _WrappedRecords(ImageRecords):
             return str(dataset.samples[inner][0])
         return super().describe(index)
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Label:
         dataset, inner = self._inner(index)
-        if isinstance(dataset, ImageRecords):
+        if isinstance(dataset, ImageRecords) and dataset.multi_label == self.multi_label:
             return dataset.label(inner)
         if self._labels is None:
             return super().label(index)
-        return _number(self._labels[index], self._numbers, self.describe(index))
+        return as_label(self._labels[index], self._numbers, self.describe(index), self.multi_label)
 
     @cached_property
     def _labels(self) -> Sequence[Any] | None:

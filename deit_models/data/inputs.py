@@ -162,7 +162,7 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> tuple[Any, int, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         try:
             image, label = self.records[index]
             return self.transform(image), label, FINE

@@ -119,7 +119,7 @@ def _size_of(records: ImageRecords) -> tuple[int, int]:
     return next(iter(sizes))
 
 
-def _picture(records: ImageRecords, index: int) -> tuple[PIL.Image.Image, int]:
+def _picture(records: ImageRecords, index: int) -> tuple[PIL.Image.Image, Any]:
     image, label = records[index]
     if isinstance(image, Tensor):
         raise DataError(f"{records.name}: images of {len(image)} channels are not kept in memory; pass cache='none'")

@@ -7,6 +7,7 @@ import os
 import re
 from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,44 @@ def is_image(name: str) -> bool:
     return known and not name.startswith(".")
 
 
-class ImageRecords(Dataset[tuple[Any, int]]):
+Label = int | tuple[int, ...]
+"""Number of an image's class; of a set with several labels an image, the numbers in ascending order, perhaps none."""
+
+
+class Labels:
+    """Labels of many images in one or two blocks of memory, see `FileRecords`.
+
+    Attributes:
+        multi: whether each is a tuple, as the first one is.
+    """
+
+    def __init__(self, labels: Iterable[Label]) -> None:
+        rest = iter(labels)
+        first = next(rest, None)
+        self.multi = isinstance(first, tuple)
+        self._numbers, self._ends = array("q"), array("q", [0] * self.multi)
+        every: Iterator[Any] = chain([] if first is None else [first], rest)
+        if not self.multi:
+            self._numbers.extend(every)
+        for label in every:
+            self._numbers.extend(label)
+            self._ends.append(len(self._numbers))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1 if self.multi else len(self._numbers)
+
+    def __getitem__(self, index: int) -> Label:
+        if not self.multi:
+            return self._numbers[index]
+        index = range(len(self))[index]
+        return tuple(self._numbers[self._ends[index] : self._ends[index + 1]])
+
+
+class ImageRecords(Dataset[tuple[Any, Label]]):
     """Labelled images: item i is (RGB PIL image, label from 0 to len(classes) - 1).
 
-    In the place of a PIL image there may be its levels, (C, H, W) uint8, where C is neither 1 nor 3.
+    In the place of a PIL image there may be its levels, (C, H, W) uint8, where C is neither 1 nor 3. Where
+    `multi_label` is True, a label is a tuple of numbers of classes, see `Label`.
 
     A subclass sets `name` and `classes` and gives `__len__`, `__getitem__` and, where it can, `describe`; an image that
     cannot be read raises ImageError or OSError, so that the run can go on without it.
@@ -68,11 +103,13 @@ class ImageRecords(Dataset[tuple[Any, int]]):
     """The set's name in messages."""
     classes: tuple[str, ...]
     """Class names in the order of their labels."""
+    multi_label: bool = False
+    """Whether an image has several labels, or none."""
 
     def __len__(self) -> int:
         raise NotImplementedError(f"{type(self).__name__} does not define __len__")
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
         raise NotImplementedError(f"{type(self).__name__} does not define __getitem__")
 
     def describe(self, index: int) -> str:
@@ -83,7 +120,7 @@ class ImageRecords(Dataset[tuple[Any, int]]):
         """A name of an image that does not depend on the set's place: its file below the root, or its number."""
         return str(index)
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Label:
         """The label alone; subclasses give it without reading the image where they can."""
         return self[index][1]
 
@@ -95,7 +132,7 @@ class FileRecords(ImageRecords):
     """Images in files, decoded by `load_image` when they are read."""
 
     def __init__(
-        self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[int], classes: Iterable[str]
+        self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[Label], classes: Iterable[str]
     ) -> None:
         """Note the files, relative to root, and their labels; no file is opened."""
         self.name = name
@@ -108,15 +145,16 @@ class FileRecords(ImageRecords):
             names += os.fsencode(file)
             self._ends.append(len(names))
         self._names = bytes(names)
-        self._labels = array("q", labels)
+        self._labels = Labels(labels)
+        self.multi_label = self._labels.multi
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         return load_image(self.describe(index)), self._labels[index]
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Label:
         return self._labels[index]
 
     def describe(self, index: int) -> str:
@@ -130,19 +168,20 @@ class FileRecords(ImageRecords):
 class ArrayRecords(ImageRecords):
     """Images in memory: an (N, H, W, 3) uint8 array."""
 
-    def __init__(self, name: str, images: Any, labels: Iterable[int], classes: Iterable[str]) -> None:
+    def __init__(self, name: str, images: Any, labels: Iterable[Label], classes: Iterable[str]) -> None:
         self.name = name
         self.classes = tuple(classes)
         self._images = images
-        self._labels = array("q", labels)
+        self._labels = Labels(labels)
+        self.multi_label = self._labels.multi
 
     def __len__(self) -> int:
         return len(self._labels)
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         return PIL.Image.fromarray(self._images[index]), self._labels[index]
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Label:
         return self._labels[index]
 
 
@@ -151,12 +190,12 @@ class CachedRecords(ImageRecords):
 
     Attributes:
         images: (N, 3, H, W) uint8, perhaps shared with other processes.
-        labels: (N,) int64; without meaning where the image cannot be read.
+        labels: (N,) int64, or (N, len(classes)) of 0 and 1; without meaning where the image cannot be read.
         broken: images that cannot be read, by index, and why.
     """
 
     def __init__(self, records: ImageRecords, images: Tensor, labels: Tensor, broken: Mapping[int, str]) -> None:
-        self.name, self.classes = records.name, records.classes
+        self.name, self.classes, self.multi_label = records.name, records.classes, records.multi_label
         self.images, self.labels, self.broken = images, labels, dict(broken)
         self._records = records
 
@@ -168,11 +207,12 @@ class CachedRecords(ImageRecords):
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, int]:
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         index = self.readable(range(len(self))[index])
         height, width = self.size
         pixels = self.images[index].permute(1, 2, 0).contiguous().numpy().tobytes()
-        return PIL.Image.frombytes("RGB", (width, height), pixels), int(self.labels[index])
+        image = PIL.Image.frombytes("RGB", (width, height), pixels)
+        return image, self._records.label(index) if self.multi_label else int(self.labels[index])
 
     def readable(self, index: int) -> int:
         """The same index. Raises: ImageError: the image cannot be read."""
@@ -180,7 +220,7 @@ class CachedRecords(ImageRecords):
             raise ImageError(self.broken[index])
         return index
 
-    def label(self, index: int) -> int:
+    def label(self, index: int) -> Label:
         return self._records.label(index)
 
     def describe(self, index: int) -> str:
@@ -201,7 +241,7 @@ class SubsetRecords(ImageRecords):
             indices: of the wanted images.
             classes: names that the images' labels are among, which number the labels anew; default: those of `records`.
         """
-        self.name = records.name
+        self.name, self.multi_label = records.name, records.multi_label
         self.classes = records.classes if classes is None else tuple(classes)
         self._records = records
         self._indices = array("q", indices)
@@ -211,12 +251,17 @@ class SubsetRecords(ImageRecords):
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __getitem__(self, index: int) -> tuple[Any, int]:
+    def __getitem__(self, index: int) -> tuple[Any, Label]:
         image, label = self._records[self._indices[index]]
-        return image, self._numbers[label]
+        return image, self._renumbered(label)
 
-    def label(self, index: int) -> int:
-        return self._numbers[self._records.label(self._indices[index])]
+    def label(self, index: int) -> Label:
+        return self._renumbered(self._records.label(self._indices[index]))
+
+    def _renumbered(self, label: Label) -> Label:
+        if isinstance(label, tuple):
+            return tuple(sorted(self._numbers[number] for number in label))
+        return self._numbers[label]
 
     def describe(self, index: int) -> str:
         return self._records.describe(self._indices[index])

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError, ImageError, TrainingError
 from ..files import read_text, write_text
@@ -63,9 +64,9 @@ def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Sp
     return Split([index for index in range(len(labels)) if index not in val], sorted(val), fraction, seed)
 
 
-def labels_of(records: ImageRecords) -> list[int]:
+def labels_of(records: ImageRecords) -> list[Any]:
     """The label of each image; -1 if it comes with the image, and that cannot be read."""
-    labels = []
+    labels: list[Any] = []
     for index in range(len(records)):
         try:
             labels.append(records.label(index))

@@ -116,8 +116,8 @@ def test_label_of_any_form_is_its_class(label: Any) -> None:
         (None, "label None, expected"),
         ("dogs", "label 'dogs', expected a class; nearest: dog"),
         (b"dog", "label b'dog', expected"),
-        ([0.1, 0.8, 0.1], "one-hot vector; soft labels, and several at once, are not learned from"),
-        (torch.tensor([1, 1, 0]), "one-hot vector; soft labels, and several at once"),
+        ([0.1, 0.8, 0.1], "one-hot vector; several at once with wrap\\(..., multi_label=True\\), soft labels never"),
+        (torch.tensor([1, 1, 0]), "one-hot vector; several at once with wrap"),
         (np.array([1, 0]), "one-hot vector"),
         (np.array([], int), "one-hot vector"),
     ],
@@ -127,6 +127,49 @@ def test_other_labels_stop_the_run_instead_of_being_replaced(label: Any, message
     with pytest.raises(DataError, match=f"image 0 of list: .*{message}") as caught:
         samples[0, 1]
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("label", "expected"),
+    [
+        *(([2, 0], (0, 2)), ((), ()), (("eel", "cat"), (0, 2)), ([np.int64(1)], (1,)), ({"dog"}, (1,))),
+        *((torch.tensor([1.0, 0, 1]), (0, 2)), (np.array([0, 0, 0]), ()), (np.array([False, True, True]), (1, 2))),
+    ],
+    ids=repr,
+)
+def test_several_labels_of_any_form_are_numbers_in_order(label: Any, expected: tuple[int, ...]) -> None:
+    records = wrap([(IMAGE, label)], ["cat", "dog", "eel"], multi_label=True)
+    assert records.multi_label
+    assert records[0][1] == records.label(0) == expected
+
+
+def test_pairs_with_lists_of_names_have_several_labels() -> None:
+    for pairs in ([(IMAGE, ["eel", "cat"]), (IMAGE, [])], [("a.png", ("eel", "cat")), ("b.png", ())]):
+        records = wrap(pairs)
+        assert (records.multi_label, records.classes) == (True, ("cat", "eel"))
+        assert [records.label(i) for i in range(2)] == [(0, 1), ()]
+    both = wrap(ConcatDataset([records, Subset(records, [0])]))
+    assert (both.multi_label, both.label(2)) == (True, (0, 1))
+    assert not wrap([(IMAGE, [1]), (IMAGE, [0])], 2).multi_label
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (1, "label 1, expected a list of classes, as an image has several labels"),
+        ("dog", "label 'dog', expected a list"),
+        (["dogs"], "label 'dogs', expected a class; nearest: dog"),
+        ([3], "label 3, expected a whole number from 0 to 2"),
+        ([0, 1, 0], r"label \[0, 1, 0\], expected different classes; a 0 or 1 for each class is a tensor or array"),
+        (torch.tensor([0.5, 1, 0]), "expected a 0 or 1 for each of 3 classes"),
+        (np.array([1, 0]), "expected a 0 or 1 for each of 3 classes"),
+        (np.array(1), "expected a 0 or 1 for each of 3 classes"),
+        (np.array(["cat", "dog", "eel"]), "expected a 0 or 1 for each of 3 classes"),
+    ],
+)
+def test_other_forms_of_several_labels_stop_the_run(label: Any, message: str) -> None:
+    with pytest.raises(DataError, match=f"image 0 of list: .*{message}"):
+        wrap([(IMAGE, label)] * 3, ["cat", "dog", "eel"], multi_label=True)[0]
 
 
 @pytest.mark.parametrize(

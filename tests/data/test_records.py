@@ -6,12 +6,25 @@ import re
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
+import torch
 from small_sets import fill, labelled_files, write_image
+from torch.utils.data import Subset
 
+from deit_models.data.classes import wrap
 from deit_models.data.datasets import open_dataset
-from deit_models.data.records import ImageRecords, SubsetRecords, always_the_same, check_classes, is_image
+from deit_models.data.records import (
+    ArrayRecords,
+    CachedRecords,
+    FileRecords,
+    ImageRecords,
+    SubsetRecords,
+    always_the_same,
+    check_classes,
+    is_image,
+)
 from deit_models.errors import DataError, ImageError
 from deit_models.images.decoding import load_image
 from deit_models.predict import find_images
@@ -136,3 +149,33 @@ def test_other_classes_are_named_three_at_most() -> None:
     check_classes(["b", "a"], ["a", "b"], where="here")
     with pytest.raises(DataError, match=r"here: .* missing b, c, d and 1 more; not in training x"):
         check_classes(["a", "x"], ["a", "b", "c", "d", "e"], where="here")
+
+
+SEVERAL = [(1, 2), (), (0,), (0, 1, 2)]
+
+
+def test_several_labels_an_image_pass_through_every_kind_of_set(tmp_path: Path) -> None:
+    files = [f"{i}.png" for i in range(4)]
+    for number, file in enumerate(files):
+        write_image(tmp_path / file, (number, 0, 0), (5, 4))
+    names = ("ant", "bee", "cow")
+    records = FileRecords("insects", tmp_path, files, iter(SEVERAL), names)
+    arrays = ArrayRecords("insects", np.zeros((4, 4, 5, 3), np.uint8), SEVERAL, names)
+    pixels = torch.zeros(4, 3, 4, 5, dtype=torch.uint8)
+    cached = CachedRecords(records, pixels, torch.zeros(4, 3), {})
+    for whole in (records, arrays, cached, SubsetRecords(records, range(4)), wrap(Subset(records, range(4)))):
+        assert whole.multi_label
+        assert [whole.label(i) for i in range(4)] == [whole[i][1] for i in range(4)] == SEVERAL
+        assert whole.label(-1) == SEVERAL[-1]
+        with pytest.raises(IndexError):
+            whole.label(4)
+    turned = SubsetRecords(records, [3, 0, 1], classes=["cow", "bee", "ant"])
+    assert [turned.label(i) for i in range(3)] == [turned[i][1] for i in range(3)] == [(0, 1, 2), (0, 1), ()]
+    assert not FileRecords("insects", tmp_path, files, [0, 1, 2, 0], names).multi_label
+
+
+def test_several_labels_travel_to_workers_small(tmp_path: Path) -> None:
+    files = (f"{i}.png" for i in range(1000))
+    records = FileRecords("many", tmp_path, files, ((i % 3, 3 + i % 2) for i in range(1000)), "abcde")
+    assert len(pickle.dumps(records)) < 1000 * (16 + 8 + 8 + 12)
+    assert pickle.loads(pickle.dumps(records)).label(7) == (1, 4)
