@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .data.loading import FileBatch, file_batches
+from .data.loading import FileBatch, check_workers, file_batches
 from .data.records import IMAGE_SUFFIXES, list_images, unread_files
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
@@ -116,12 +116,11 @@ class Classifier:
             workers: processes that decode; 0 decodes in this one. By default threads of this one, which take turns with
                 the model, and processes beside a GPU.
 
-        Raises: ConfigError: top_k below 1, or a negative number of workers. DeitModelsError: a loading process died,
-            or a single image is too much for the device's memory.
+        Raises: ConfigError: top_k below 1, or workers below 0 or above 1024. DeitModelsError: a loading process
+            died, or a single image is too much for the device's memory.
         """
         top_k = self._checked(top_k)
-        if workers is not None and workers < 0:
-            raise ConfigError(f"workers={workers}; expected 0 or more")
+        check_workers(workers)
         device, decode = _device(self.model), self.transform.levels
         batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
         return self._classify(batches, top_k)

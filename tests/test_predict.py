@@ -262,7 +262,7 @@ def test_files_are_drawn_and_decoded_as_results_are_taken(classifier: Classifier
 
 
 def test_a_negative_number_of_workers_is_refused(classifier: Classifier) -> None:
-    with pytest.raises(ConfigError, match="workers=-1; expected 0 or more"):
+    with pytest.raises(ConfigError, match="workers=-1; expected a whole number from 0 to 1024"):
         classifier.classify_files([], workers=-1)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
 from ..distributed import Process
-from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError, first_line
+from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError, first_line, shown
 from .records import ImageRecords
 
 logger = logging.getLogger(__name__)
@@ -31,13 +31,20 @@ Batch = tuple[Tensor, Tensor, Tensor]
 """Images (B, 3, H, W) float32, labels (B,), and for each sample FINE or the index of the image that could not be read;
 in evaluation the label of such an image is -1."""
 FINE = -1
-_MOST_WORKERS = 12
+_MOST_WORKERS, _MOST_GIVEN = 12, 1024
+"""Loading processes of the default, and those that may be asked for."""
 _MANY = 1024
 
 
 def cpu_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_workers(workers: int | None) -> None:
+    """Raise ConfigError unless a number of loading processes is None, for the default, or lies between 0 and 1024."""
+    if workers is not None and (type(workers) is not int or not 0 <= workers <= _MOST_GIVEN):
+        raise ConfigError(f"workers={shown(workers)}; expected a whole number from 0 to {_MOST_GIVEN}, or None")
 
 
 def workers_beside(device: torch.device, given: int | None = None, *, images: int = _MANY) -> int:
@@ -75,10 +82,11 @@ def make_loader(
     DataLoader seeds itself from the global generator; a private one keeps mixing and stochastic depth independent of
     the workers, and of interruptions.
 
-    Raises: ConfigError: batch_size below 1, or workers below 0.
+    Raises: ConfigError: batch_size below 1, or workers below 0 or above 1024.
     """
-    if batch_size < 1 or workers < 0:
-        raise ConfigError(f"batch_size={batch_size}, workers={workers}; expected 1 or more, and 0 or more")
+    check_workers(workers)
+    if batch_size < 1:
+        raise ConfigError(f"batch_size={batch_size}; expected 1 or more")
     if workers and getattr(current_process(), "_inheriting", False):  # multiprocessing's own sign of a missing guard
         raise ConfigError(f"a loading process runs the script that started it: {_GUARD}")
     with _quiet():

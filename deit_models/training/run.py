@@ -18,7 +18,7 @@ from ..checkpoint import Preprocessing
 from ..config import check_choice, is_finite
 from ..data.datasets import open_images
 from ..data.inputs import InputBatches, eval_batches
-from ..data.loading import DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
+from ..data.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..distributed import Shard, join_processes
@@ -53,8 +53,7 @@ class Computing:
         check_choice("shard", self.shard, Shard)
         check_choice("cache", self.cache, Cache)
         check_choice("tensorboard", self.tensorboard, Literal[True, False])
-        if self.workers is not None and (type(self.workers) is not int or self.workers < 0):
-            raise ConfigError(f"workers={shown(self.workers)}; expected a whole number, 0 or more, or None")
+        check_workers(self.workers)
         if not is_finite(self.corrupt_limit) or not 0 <= self.corrupt_limit <= 1:
             raise ConfigError(f"corrupt_limit={shown(self.corrupt_limit)}; expected a fraction from 0 to 1")
         for name, value in (("watch", self.watch), ("on_epoch", self.on_epoch or self.watch)):

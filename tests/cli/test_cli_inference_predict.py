@@ -214,7 +214,7 @@ def test_missing_image_is_a_named_failure(tiny, photos, capsys):
     [
         (["--top-k", "0"], "top_k=0; expected 1 to 10"),
         (["--batch-size", "0"], "batch_size=0; expected 1 or more"),
-        (["--workers", "-1"], "workers=-1; expected 0 or more"),
+        (["--workers", "-1"], "workers=-1; expected a whole number from 0 to 1024"),
         (["--output", "no/such/folder/labels.csv"], "labels.csv"),
         (["--revision", "main", "--model", "deit_tiny_patch4_32"], "no weights of deit_tiny_patch4_32 are published"),
         (["--model", "deit_huge"], "unknown model 'deit_huge'"),

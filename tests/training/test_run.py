@@ -440,7 +440,8 @@ def test_folder_is_read_as_greys_for_one_channel_and_refused_for_five(tmp_path: 
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"workers": -1}, "workers=-1; expected a whole number, 0 or more, or None"),
+        ({"workers": -1}, "workers=-1; expected a whole number from 0 to 1024, or None"),
+        ({"workers": 10**20}, "workers=100000000000000000000; expected a whole number from 0 to 1024"),
         ({"workers": 1.5}, "workers=1.5; expected a whole number"),
         ({"workers": True}, "workers=True; expected a whole number"),
         ({"cache": "rma"}, "cache='rma'; expected one of auto, ram, none"),
