@@ -7,7 +7,6 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from pathlib import Path
 from typing import Any, NamedTuple, overload
 
 import PIL.Image
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .data.loading import FileBatch, check_workers, file_batches
-from .data.records import IMAGE_SUFFIXES, list_images, unread_files
+from .data.sources import find_images as find_images
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
 from .images.decoding import ImageSource
@@ -306,23 +305,3 @@ class ImageResult:
     source: str
     predictions: tuple[Prediction, ...]
     error: str | None = None
-
-
-def find_images(folder: str | PathLike[str], *, recursive: bool = True) -> list[Path]:
-    """The image files of a folder, sorted; they are known by IMAGE_SUFFIXES, see `list_images` for what is left out.
-
-    Files that look like images and cannot be read here, such as HEIC without pillow-heif, are counted in a warning.
-
-    Raises: ImageError: no such folder, or no image in it. DataError: a folder in it cannot be read.
-    """
-    root = Path(folder)
-    if not root.is_dir():
-        raise ImageError(f"{root}: {'is not a folder' if root.exists() else 'no such folder'}; expected one of images")
-    found, unread = list_images(root, recursive=recursive)
-    if not found:
-        where = "in it or below" if recursive else "directly in it"
-        reason = unread_files(unread) if unread else f"looked for {' '.join(IMAGE_SUFFIXES)}"
-        raise ImageError(f"{root}: no image {where}; {reason}")
-    if unread:
-        logger.warning("%s: %s", root, unread_files(unread))
-    return sorted(root / name for name in found)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import re
@@ -124,6 +125,16 @@ class ImageRecords(Dataset[tuple[Any, Label]]):
         """The label alone; subclasses give it without reading the image where they can."""
         return self[index][1]
 
+    def source(self, index: int) -> Path | tuple[str, bytes]:
+        """An image before it is decoded: its file, or a name and encoded bytes."""
+        image, buffer = self[index][0], io.BytesIO()
+        if isinstance(image, Tensor):
+            raise DataError(
+                f"{self.describe(index)}: {len(image)} channels, which no image file holds; expected 1 or 3"
+            )
+        image.save(buffer, "PNG", compress_level=1)
+        return self.describe(index), buffer.getvalue()
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.name}, {len(self)} images, {len(self.classes)} classes)"
 
@@ -156,6 +167,9 @@ class FileRecords(ImageRecords):
 
     def label(self, index: int) -> Label:
         return self._labels[index]
+
+    def source(self, index: int) -> Path | tuple[str, bytes]:
+        return Path(self.describe(index))
 
     def describe(self, index: int) -> str:
         return os.path.join(self._root, self.key(index))
@@ -223,6 +237,9 @@ class CachedRecords(ImageRecords):
     def label(self, index: int) -> Label:
         return self._records.label(index)
 
+    def source(self, index: int) -> Path | tuple[str, bytes]:
+        return self._records.source(index)
+
     def describe(self, index: int) -> str:
         return self._records.describe(index)
 
@@ -262,6 +279,9 @@ class SubsetRecords(ImageRecords):
         if isinstance(label, tuple):
             return tuple(sorted(self._numbers[number] for number in label))
         return self._numbers[label]
+
+    def source(self, index: int) -> Path | tuple[str, bytes]:
+        return self._records.source(self._indices[index])
 
     def describe(self, index: int) -> str:
         return self._records.describe(self._indices[index])
