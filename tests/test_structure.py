@@ -17,6 +17,7 @@ ROWS = [
     ("errors",),
     ("config",),
     ("files", "distributed"),
+    ("trackers",),
     ("checkpoint",),
     ("registry",),
     ("formats",),

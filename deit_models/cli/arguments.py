@@ -8,7 +8,9 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
+
+from ..trackers import TrackerName
 
 if TYPE_CHECKING:
     from ..data.loading import Watch
@@ -90,7 +92,13 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "keep small images decoded in memory: where they fit in a quarter of what is free, always (ram), or "
         "never; default auto",
     },
-    "--tensorboard": {"action": "store_true", "help": "also write TensorBoard's files into --out"},
+    "--tensorboard": {"action": "store_true", "help": "the same as --report-to tensorboard: event files in --out"},
+    "--report-to": {
+        "action": "append",
+        "default": [],
+        "choices": get_args(TrackerName),
+        "help": "send settings and figures to this experiment tracker; may be given several times",
+    },
     "--teacher": {
         "help": "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, "
         "which is run"

@@ -69,7 +69,7 @@ def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe:
     parser.add_argument("--model", metavar="NAME", help=text)
     text = "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are new"
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
-    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard")
+    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard", "--report-to")
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
     parser.add_argument("--plot", action="store_true", help="at the end, draw the curves into curves.png in --out")
@@ -94,9 +94,11 @@ def _train(
     args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay, train: Callable[..., TrainResult] | None
 ) -> None:
     from ..distributed import join_processes
+    from ..trackers import chosen_trackers
     from ..training.run import train as train_here
     from ..training.state import find_matplotlib, plot_curves
 
+    chosen_trackers(args.report_to, tensorboard=args.tensorboard)  # before anything is read or fetched
     if args.plot:
         find_matplotlib()  # before hours of training, not after
     with join_processes(args.device) as process:
@@ -113,7 +115,7 @@ def _train(
             device=process.device,
             watch=display.watch,
             on_epoch=display.show_epoch,
-            **picked(args, "out", "workers", "cache", "shard", "tensorboard"),
+            **picked(args, "out", "workers", "cache", "shard", "tensorboard", "report_to"),
         )
     say(_train_summary(result))
     if args.plot and process.is_main:
@@ -198,7 +200,7 @@ def add_finetune(commands: Any) -> None:
     text = "start a class's row of the head from the row of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
     add_options(parser, "--teacher", "--teacher-weights", "--teacher-precision")
-    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard")
+    add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard", "--report-to")
     text = "at the end, draw curves, confusion matrix and worst mistakes into --out"
     parser.add_argument("--plot", action="store_true", help=text)
     parser.add_argument("--push-to-hub", metavar="OWNER/NAME", help="push the best model to the Hub")
@@ -211,10 +213,12 @@ def _run_finetune(args: argparse.Namespace) -> int:
     from ..finetuning.adapt import check_mode
     from ..finetuning.finetune import finetune, recipe_for, validation_source
     from ..hub.load import from_pretrained
+    from ..trackers import chosen_trackers
     from ..training.state import find_matplotlib
 
     check_fresh(args)
-    check_mode(args.mode, ["--tensorboard"] if args.tensorboard else [])
+    check_mode(args.mode)
+    chosen_trackers(args.report_to, tensorboard=args.tensorboard)
     if args.teacher is None and args.teacher_weights is not None:
         raise ConfigError("--teacher-weights belong to a teacher; name it with --teacher")
     if args.layout != "native" and args.push_to_hub is None:
@@ -261,7 +265,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
                 **picked(
                     args, "out", "mode", "warm_start", "val_fraction", "split_seed", "plot", "push_to_hub", "layout"
                 ),
-                **picked(args, "workers", "cache", "tensorboard"),
+                **picked(args, "workers", "cache", "tensorboard", "report_to"),
             )
             say(_finetune_summary(result))
 

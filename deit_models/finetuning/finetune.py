@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from os import PathLike
 from pathlib import Path
@@ -27,6 +27,7 @@ from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
+from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
@@ -90,6 +91,7 @@ def finetune(
     device: str | torch.device | None = None,
     workers: int | None = None,
     tensorboard: bool = False,
+    report_to: str | Sequence[str] = (),
     cache: Cache = "auto",
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
@@ -119,7 +121,8 @@ def finetune(
         layout: of the pushed model.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes.
-        tensorboard: also write event files, see `train`.
+        tensorboard: the same as report_to="tensorboard".
+        report_to: experiment trackers, see `train`; in mode "head" each penalty tried is a step.
         cache: whether decoded images stay in memory, see `train`; unused in mode "head".
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
         watch: wraps batches, for a progress bar.
@@ -127,7 +130,8 @@ def finetune(
 
     Raises: ConfigError: settings that do not fit each other or the model. DataError: images or classes are missing, or
         too many images are damaged. TrainingError: as `train`, and a split or features of another run in `out`.
-        SaveError: no space, no permission. FetchError: no Hub. MissingExtraError: `plot` without matplotlib.
+        SaveError: no space, no permission. FetchError: no Hub. MissingExtraError: `plot` without matplotlib, a tracker
+        without its client.
     """
     begun = time.perf_counter()
     check_choice("layout", layout, Layout)
@@ -138,12 +142,13 @@ def finetune(
         device=device,
         workers=workers,
         tensorboard=tensorboard,
+        report_to=report_to,
         cache=cache,
         corrupt_limit=corrupt_limit,
         watch=watch,
         on_epoch=on_epoch,
     )
-    check_mode(mode, [name for name, used in (("tensorboard", tensorboard), ("teacher", teacher)) if used])
+    check_mode(mode, ["teacher"] if teacher else [])
     if plot:
         find_matplotlib()  # before hours of training, not after
     with join_processes(device) as process:
@@ -172,15 +177,20 @@ def finetune(
             process=process,
             computing=computing,
         )
-        learned = run.by_features() if mode == "head" else run.by_training(teacher)
+        facts: dict[str, Any] = {"started_from": started_from, "mode": mode, "recipe": recipe.preset}
+        facts |= {"data": records.name, "classes": len(records.classes)}
         report: tuple[dict[str, Any], str | None] = {}, None
-        if process.is_main:
-            facts: dict[str, Any] = {"started_from": started_from, "mode": mode, "recipe": recipe.preset}
-            facts |= {"data": records.name, "classes": len(records.classes), "train_images": learned.train_images}
-            seconds = time.perf_counter() - begun
-            metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
-            pushed = None if push_to_hub is None else learned.best.push_to_hub(push_to_hub, layout=layout)
-            report = metrics, pushed
+        with computing.trackers(process, run.out, asdict(recipe) | facts) as trackers:
+            learned = run.by_features(trackers) if mode == "head" else run.by_training(teacher, trackers)
+            if process.is_main:
+                facts["train_images"] = learned.train_images
+                seconds = time.perf_counter() - begun
+                metrics = write_report(run.out, learned, recipe=recipe, facts=facts, seconds=seconds, plot=plot)
+                trackers.end(
+                    {f"{part}/{name}": figure for part in learned.scored for name, figure in metrics[part].items()}
+                )
+                pushed = None if push_to_hub is None else learned.best.push_to_hub(push_to_hub, layout=layout)
+                report = metrics, pushed
         metrics, address = process.gather(report)[0]
     return FinetuneResult(learned.best.eval(), run.out, metrics, address)
 
@@ -268,7 +278,7 @@ class _Finetuning:
     process: Process
     computing: Computing
 
-    def by_training(self, teacher: Teacher | TeacherSpec | None) -> Learned:
+    def by_training(self, teacher: Teacher | TeacherSpec | None, trackers: Trackers) -> Learned:
         """Train all of the model, or its last blocks, and score the weights of the best epoch."""
         model, recipe, computing, device = self.model, self.recipe, self.computing, self.process.device
         split, train, val = None, self.train, self.val
@@ -277,7 +287,14 @@ class _Finetuning:
             train, val = parts(train, split)
         with only_from_layer(model, first_trained_layer(self.mode, model)):
             result = run_training(
-                model, recipe=recipe, train=train, val=val, out=self.out, teacher=teacher, computing=computing
+                model,
+                recipe=recipe,
+                train=train,
+                val=val,
+                out=self.out,
+                teacher=teacher,
+                computing=computing,
+                trackers=trackers,
             )
         best = from_pretrained(self.out / "best", device=device)
         score = partial(
@@ -302,7 +319,7 @@ class _Finetuning:
             best, last=model, train_images=len(train), split=split, scored=scored, details=details, curve=result.log
         )
 
-    def by_features(self) -> Learned:
+    def by_features(self, trackers: Trackers) -> Learned:
         """Send each image through the backbone once, and fit the heads to the features."""
         model, process, precision, computing = self.model, self.process, self.recipe.precision, self.computing
         folder, device = self.out / FEATURES_NAME, process.device
@@ -317,6 +334,8 @@ class _Finetuning:
             val_features = features(val, folder / "val")
         write_text(self.out / RECIPE_NAME, self.recipe.to_toml())
         fit = fit_heads(train, val_features, num_classes=model.num_classes, device=device)
+        for number, tried in enumerate(fit.tried):
+            trackers.add(tried, number)
         scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}
         if split is not None:
             logger.info("the heads are fitted again to all %d images, with penalty %g", len(every.labels), fit.penalty)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -21,11 +21,12 @@ from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
-from ..distributed import Shard, join_processes
+from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
 from ..evaluation import Heads, score_each
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
+from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner
 from .recipe import Recipe, recipe_of
@@ -43,6 +44,7 @@ class Computing:
     workers: int | None = None
     shard: Shard = "ddp"
     tensorboard: bool = False
+    report_to: str | Sequence[str] = ()
     cache: Cache = "auto"
     corrupt_limit: float = 0.01
     watch: Watch = plain_watch
@@ -53,12 +55,17 @@ class Computing:
         check_choice("shard", self.shard, Shard)
         check_choice("cache", self.cache, Cache)
         check_choice("tensorboard", self.tensorboard, Literal[True, False])
+        object.__setattr__(self, "report_to", chosen_trackers(self.report_to, tensorboard=self.tensorboard))
         check_workers(self.workers)
         if not is_finite(self.corrupt_limit) or not 0 <= self.corrupt_limit <= 1:
             raise ConfigError(f"corrupt_limit={shown(self.corrupt_limit)}; expected a fraction from 0 to 1")
         for name, value in (("watch", self.watch), ("on_epoch", self.on_epoch or self.watch)):
             if not callable(value):
                 raise ConfigError(f"{name}={shown(value)}; expected a function")
+
+    def trackers(self, process: Process, out: Path, config: Mapping[str, Any]) -> Trackers:
+        """The trackers of a run in the folder `out`; the first process alone reports."""
+        return Trackers(self.report_to if process.is_main else (), out, config=config)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +101,7 @@ def train(
     workers: int | None = None,
     shard: Shard = "ddp",
     tensorboard: bool = False,
+    report_to: str | Sequence[str] = (),
     cache: Cache = "auto",
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
@@ -114,7 +122,8 @@ def train(
         device: where to compute; default: the GPU if there is one.
         workers: loading processes; the result does not depend on them.
         shard: under torchrun, "ddp" (a copy in each process) or "fsdp" (parameters divided).
-        tensorboard: also write event files.
+        tensorboard: the same as report_to="tensorboard".
+        report_to: experiment trackers, any of "tensorboard", "wandb", "mlflow" and "trackio", see `Trackers`.
         cache: "auto" keeps small images decoded in memory if they fit in a quarter of what is free; "ram" always,
             "none" never. The result is the same.
         corrupt_limit: fraction of the images that may be unreadable before the run stops.
@@ -126,12 +135,14 @@ def train(
         DataError: images or classes are missing, or too many images are damaged.
         TrainingError: the loss is no number, the teacher does not fit, `out` holds another run, a worker died.
         SaveError: no space or no permission in `out`; the last complete state stays.
+        MissingExtraError: a tracker without its client.
     """
     computing = Computing(
         device=device,
         workers=workers,
         shard=shard,
         tensorboard=tensorboard,
+        report_to=report_to,
         cache=cache,
         corrupt_limit=corrupt_limit,
         watch=watch,
@@ -160,10 +171,12 @@ def run_training(
     teacher: Teacher | TeacherSpec | None = None,
     preprocessing: Preprocessing | None = None,
     before_epoch: Callable[[int], None] | None = None,
+    trackers: Trackers | None = None,
 ) -> TrainResult:
     """As `train`, with the options of computing in one record; fine-tuning and the search call it too.
 
-    `before_epoch` is called with the number of each epoch, from 0, before it begins, in every process.
+    `before_epoch` is called with the number of each epoch, from 0, before it begins, in every process. `trackers` are
+    used instead of those of `computing`; they stay open, and get no final figures.
     """
     with join_processes(computing.device) as process:
         records = open_images(train, "train")
@@ -191,6 +204,7 @@ def run_training(
             computing=computing,
             workers=workers_beside(process.device, computing.workers),
             before_epoch=before_epoch,
+            trackers=trackers,
         ).to_the_end()
 
 
@@ -206,6 +220,7 @@ class Run:
     computing: Computing
     workers: int
     before_epoch: Callable[[int], None] | None = None
+    trackers: Trackers | None = None
     val_batches: InputBatches | None = None
 
     def to_the_end(self) -> TrainResult:
@@ -224,20 +239,24 @@ class Run:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
         ended = progress.epoch >= recipe.total_epochs or self._gives_up(progress)
         loading = None if ended else self._loading()  # before anything is written: it may refuse the images
-        board = self.computing.tensorboard
-        with closing(RunLog(self.out, first_epoch=progress.epoch, tensorboard=board, writes=process.is_main)) as log:
+        own = self.computing.trackers(process, self.out, asdict(recipe) | identity) if self.trackers is None else None
+        with own or nullcontext(self.trackers) as trackers:
+            log = RunLog(self.out, first_epoch=progress.epoch, writes=process.is_main, trackers=trackers)
             if process.is_main:
                 remove_leftovers(self.out)
                 if loading is not None:
                     write_text(self.out / RECIPE_NAME, recipe.to_toml())
             if loading is not None:
                 self._epochs(progress, log, identity, *loading)
-        last = log.rows[-1] if log.rows else {}
-        for prefix, heads in learner.versions().items():
-            self._export("ema" if prefix else "model", heads, last, prefix)
-        learner.bare.eval()
-        best = (progress.best_top1, progress.best_epoch) if progress.best_epoch >= 0 else (None, None)
-        return TrainResult(out=self.out, top1=last.get("top1"), best_top1=best[0], best_epoch=best[1], log=log.rows)
+            last = log.rows[-1] if log.rows else {}
+            for prefix, heads in learner.versions().items():
+                self._export("ema" if prefix else "model", heads, last, prefix)
+            learner.bare.eval()
+            best = (progress.best_top1, progress.best_epoch) if progress.best_epoch >= 0 else (None, None)
+            result = TrainResult(self.out, last.get("top1"), best[0], best[1], log.rows)
+            if own is not None:
+                own.end({"top1": result.top1, "best_top1": result.best_top1, "best_epoch": result.best_epoch})
+        return result
 
     def _loading(self) -> tuple[TrainSampler, InputBatches]:
         """The order of the training images, and their batches."""

@@ -36,6 +36,7 @@ from ..errors import MissingExtraError, TrainingError, first_line
 from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
+from ..trackers import Trackers
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml
 
@@ -50,24 +51,25 @@ class RunLog:
     """Appends a row for each epoch to `log.jsonl` in a folder, and reads them back.
 
     Args:
-        out: the folder; TensorBoard's event files stand in `out/tensorboard`.
+        out: the folder.
         first_epoch: rows of this epoch and later ones, left by an interrupted run, are dropped.
-        tensorboard: also write those event files.
         writes: whether this process writes at all.
+        trackers: get every row, too, those of earlier epochs if they lack them.
 
-    Raises: MissingExtraError: TensorBoard is asked for and not installed. SaveError: no space or no permission.
-        TrainingError: the folder's log is damaged.
+    Raises: SaveError: no space or no permission. TrainingError: the folder's log is damaged.
     """
 
-    def __init__(self, out: Path, *, first_epoch: int, tensorboard: bool, writes: bool) -> None:
+    def __init__(self, out: Path, *, first_epoch: int, writes: bool, trackers: Trackers | None = None) -> None:
         self.path = out / LOG_NAME
         self.rows = [row for row in read_log(self.path, {"epoch": int}) if row["epoch"] < first_epoch]
         self._writes = writes
-        self._board = _open_tensorboard(out / "tensorboard", first_epoch) if tensorboard and writes else None
+        self._trackers = trackers
         self._size = 0
         if writes:
             write_text(self.path, "".join(map(_line, self.rows)))
             self._size = self.path.stat().st_size
+        for row in self.rows:
+            self._report(row)
 
     def add(self, row: dict[str, Any]) -> None:
         """Append one row; it has an `epoch`.
@@ -80,16 +82,11 @@ class RunLog:
                 raise TrainingError(f"another run writes into {self.path.parent}; end one of them, or use two folders")
             append_text(self.path, _line(row))
             self._size = self.path.stat().st_size
-        if self._board is not None:
-            for name, value in row.items():
-                if isinstance(value, (int, float)):
-                    self._board.add_scalar(name, value, row["epoch"])
-            self._board.flush()
+        self._report(row)
 
-    def close(self) -> None:
-        """Finish TensorBoard's file."""
-        if self._board is not None:
-            self._board.close()
+    def _report(self, row: dict[str, Any]) -> None:
+        if self._trackers is not None:
+            self._trackers.add(row, row["epoch"])
 
 
 def read_log(path: Path, kinds: Mapping[str, type] | None = None) -> list[dict[str, Any]]:
@@ -117,14 +114,6 @@ def read_log(path: Path, kinds: Mapping[str, type] | None = None) -> list[dict[s
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
-
-
-def _open_tensorboard(folder: Path, first_epoch: int) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingExtraError("TensorBoard is not installed; pip install 'deit-models[train]'") from error
-    return SummaryWriter(str(folder), purge_step=first_epoch)
 
 
 def find_matplotlib() -> Any:

@@ -59,7 +59,6 @@ def test_run_prints_what_it_does_an_epoch_a_line_and_where_the_models_are(pictur
         (["--mode", "hed"], "mode='hed'; expected 'full', 'head', or 'last-N'"),
         (["--mode", "last-"], "mode='last-'; expected"),
         (["--mode", "Head"], "mode='Head'; expected"),
-        (["--mode", "head", "--tensorboard"], "from the labels alone, without --tensorboard"),
         (["--teacher-weights", "teacher.pth"], "--teacher-weights belong to a teacher; name it with --teacher"),
         (["--layout", "timm"], "--layout is of the model that is pushed"),
     ],
@@ -78,9 +77,10 @@ def test_options_without_use_in_head_mode_are_named(pictures, start, tmp_path, c
     ]
 
 
-def test_tensorboard_files_are_written(pictures, start, tmp_path, capsys):
+@pytest.mark.parametrize("options", [["--tensorboard"], ["--report-to", "tensorboard", "--mode", "head"]])
+def test_tensorboard_files_are_written(pictures, start, tmp_path, capsys, options):
     pytest.importorskip("tensorboard")
-    finetune(capsys, pictures, tmp_path / "run", "--model", start, "--tensorboard")
+    finetune(capsys, pictures, tmp_path / "run", "--model", start, *options)
     assert list((tmp_path / "run" / "tensorboard").glob("events.*"))
 
 

@@ -431,10 +431,10 @@ def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
     path = tmp_path / LOG_NAME
     path.write_text('{"epoch": 0}\n{"epoch": 1}\n{"epo')
     assert read_log(path) == [{"epoch": 0}, {"epoch": 1}]
-    log = RunLog(tmp_path, first_epoch=1, tensorboard=False, writes=True)
+    log = RunLog(tmp_path, first_epoch=1, writes=True)
     log.add({"epoch": 1, "again": True})
     assert [json.loads(line) for line in path.read_text().splitlines()] == [{"epoch": 0}, {"epoch": 1, "again": True}]
-    RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=False).add({"epoch": 0})
+    RunLog(tmp_path, first_epoch=0, writes=False).add({"epoch": 0})
     assert len(read_log(path)) == 2  # only the first process writes
     assert read_log(tmp_path / "none.jsonl") == []
 
@@ -452,12 +452,12 @@ def test_unfinished_line_of_a_log_is_passed_over(tmp_path: Path) -> None:
 def test_damaged_log_is_refused_and_left_as_it_is(tmp_path: Path, content: bytes, message: str) -> None:
     (tmp_path / LOG_NAME).write_bytes(content)
     with pytest.raises(TrainingError, match=rf"log\.jsonl.*{message}"):
-        RunLog(tmp_path, first_epoch=3, tensorboard=False, writes=True)
+        RunLog(tmp_path, first_epoch=3, writes=True)
     assert (tmp_path / LOG_NAME).read_bytes() == content
 
 
 def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
-    log = RunLog(tmp_path, first_epoch=0, tensorboard=False, writes=True)
+    log = RunLog(tmp_path, first_epoch=0, writes=True)
     log.path = Path("/dev/full")
     if not log.path.exists():
         pytest.skip("no /dev/full here")
