@@ -53,7 +53,7 @@ def _client(name: str) -> Any:
             import trackio as client
         else:
             package = "'deit-models[train]'"
-            from torch.utils import tensorboard as client
+            import torch.utils.tensorboard as client
     except ImportError as error:
         raise MissingExtraError(f"{name} is not installed; pip install {package}") from error
     return client
