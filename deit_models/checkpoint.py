@@ -141,6 +141,8 @@ class Origin:
         preprocessing: the evaluation transform of these weights.
         class_names: a name for each logit, where the checkpoint brings them.
         problem_type: meaning of the logits, where the checkpoint brings it; None: one class an image.
+        thresholds: probability of each class from which an image has that label, for several labels an image; None:
+            0.5.
         dataset: what the weights were trained on; None for random weights.
         top1: accuracy of these very weights on that data's test images, in percent.
         top5: likewise.
@@ -156,6 +158,7 @@ class Origin:
     preprocessing: Preprocessing
     class_names: tuple[str, ...] | None = None
     problem_type: Problem | None = None
+    thresholds: tuple[float, ...] | None = None
     dataset: str | None = None
     top1: float | None = None
     top5: float | None = None
@@ -172,6 +175,9 @@ class Origin:
         for name in ("name", "dataset", "licence", "source", "revision", "sha256", "notes", "base"):
             if not isinstance(value := getattr(self, name), str) and (value is not None or name == "name"):
                 raise ConfigError(f"{name}={shown(value)}; expected a text")
+        chosen = self.thresholds
+        if chosen is not None and not (isinstance(chosen, tuple) and all(is_finite(x) and 0 <= x <= 1 for x in chosen)):
+            raise ConfigError(f"thresholds={shown(chosen)}; expected a probability for each class")
         for name in ("top1", "top5"):
             if (value := getattr(self, name)) is not None and not (is_finite(value) and 0 <= value <= 100):
                 raise ConfigError(f"{name}={shown(value)}; expected percent, from 0 to 100")
@@ -191,15 +197,29 @@ class Origin:
         """Weights fitted to another input size or other classes: no accuracy, digest or notes of the old ones."""
         fitted = replace(self, preprocessing=self.preprocessing.at_size(image_hw), top1=None, top5=None)
         problem = None if new_heads else self.problem_type
-        return replace(fitted, class_names=class_names, problem_type=problem, dataset=dataset, sha256=None, notes=None)
+        kept = self.thresholds if not new_heads and class_names == self.class_names else None
+        fitted = replace(fitted, class_names=class_names, problem_type=problem, thresholds=kept)
+        return replace(fitted, dataset=dataset, sha256=None, notes=None)
 
-    def check_single_label(self, work: str) -> None:
-        """Raise ConfigError where the logits stand for several labels at once, or for plain values."""
-        if self.problem_type in ("multi_label_classification", "regression"):
+    @property
+    def multi_label(self) -> bool:
+        """Whether the logits stand for several labels at once."""
+        return self.problem_type == "multi_label_classification"
+
+    def check_labels(self, several: bool, work: str) -> None:
+        """Raise ConfigError where the logits stand for other labels than an image's one class, or its `several`."""
+        if self.problem_type == "regression" or self.multi_label != several:
+            kind = self.problem_type or "one class for each image"
+            needed = "several labels" if several else "one class"
             raise ConfigError(
-                f"the model is for {self.problem_type}, {work} needs one class for each image; "
+                f"the model is for {kind}, {work} needs {needed} for each image; "
                 f"adapt_head(model, num_classes=N) makes new heads"
             )
+
+    def check_start(self, several: bool, work: str) -> None:
+        """As `check_labels`, for weights to begin with: those for one class an image may learn several."""
+        if not several or self.problem_type is not None:
+            self.check_labels(several, work)
 
     def unknown(self) -> Origin:
         """Other weights of the same model, of which nothing is known.
@@ -217,6 +237,8 @@ class Origin:
         top1: float | None = None,
         top5: float | None = None,
         notes: str | None = None,
+        multi_label: bool = False,
+        thresholds: tuple[float, ...] | None = None,
     ) -> Origin:
         """Weights trained here on a dataset; name, preprocessing and licence stay, and their start becomes `base`."""
         return Origin(
@@ -225,6 +247,8 @@ class Origin:
             licence=self.licence,
             dataset=dataset,
             class_names=class_names,
+            problem_type="multi_label_classification" if multi_label else None,
+            thresholds=thresholds,
             top1=top1,
             top5=top5,
             notes=notes,

@@ -22,6 +22,7 @@ from .distributed import Process, has_bf16, join_processes
 from .errors import ConfigError, DataError
 from .files import read_text
 from .images.transforms import EvalTransform, preprocessing_of, to_device
+from .metrics import UNSURE, average_precision, f1_scores, percent
 from .models.layers import HeadLogits, ImageClassifier
 from .registry import own_model
 from .training.recipe import Precision
@@ -34,15 +35,20 @@ _WORDNET_FILE = "imagenet_wordnet_ids.txt"
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """Accuracy and loss of a model on a labelled set.
+    """Accuracy and loss of a model on a labelled set; figures but the loss in percent.
 
     Attributes:
-        top1: percent of images whose likeliest class is the label.
-        top5: percent whose label is among the five likeliest (among all, with fewer than five classes).
-        loss: mean cross-entropy.
+        top1: images whose likeliest class is the label, or one of several.
+        top5: images with a label among the five likeliest classes (among all, with fewer than five).
+        loss: mean cross-entropy; of several labels an image the binary one, averaged over the classes, too.
         images: images scored, each once.
         skipped: images that could not be read.
         heads: top-1 of each head by itself, for models with two.
+        balanced_accuracy: mean over the classes of the share of their images that is recognised; None for several
+            labels an image.
+        macro_f1: mean over the classes of F1, without classes that neither occur nor are predicted.
+        micro_f1: F1 of all decisions together; for several labels an image, as is the next, else None.
+        map: mean average precision, over the classes that occur.
     """
 
     top1: float
@@ -51,6 +57,10 @@ class Evaluation:
     images: int
     skipped: int
     heads: dict[str, float] = field(default_factory=dict)
+    balanced_accuracy: float | None = None
+    macro_f1: float = 0.0
+    micro_f1: float | None = None
+    map: float | None = None
 
 
 def evaluate(
@@ -86,9 +96,11 @@ def evaluate(
     with join_processes(device) as process:
         records = open_images(data, "val")
         model = own_model(model, others=True)
+        thresholds = None
         if isinstance(model, ImageClassifier):
             if model.origin is not None:
-                model.origin.check_single_label("evaluation")
+                model.origin.check_labels(records.multi_label, "evaluation")
+                thresholds = model.origin.thresholds
             records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
         return collect_outcomes(
             model,
@@ -100,7 +112,7 @@ def evaluate(
             precision=resolved_precision(precision, process),
             corrupt_limit=corrupt_limit,
             watch=watch,
-        ).evaluation()
+        ).evaluation(thresholds)
 
 
 def collect_outcomes(
@@ -161,7 +173,8 @@ def score_each(
             images = images.to(device, non_blocking=True)
             for name, model in models.items():
                 logits = _forward(model, images, precision)
-                if (found := logits[0].shape[1]) < (needed := len(damage.records.classes)):
+                found, needed = logits[0].shape[1], len(damage.records.classes)
+                if found < needed or (labels.ndim == 2 and found > needed):
                     raise DataError(f"{damage.records.name} has {needed} classes, the model {found}")
                 tallies[name].add(logits, labels)
             done += 1
@@ -227,13 +240,14 @@ class Outcomes:
 
     Attributes:
         index: its number in the set.
-        label: its class.
+        label: its class; of several labels an image (N, K) bool.
         predicted: the likeliest class.
         probability: of that class.
-        in_top5: whether the label is among the five likeliest.
-        losses: cross-entropy.
-        heads: for each head of a model with two, whether its own likeliest class is the label.
+        in_top5: whether a label is among the five likeliest.
+        losses: cross-entropy, see `Evaluation`.
+        heads: for each head of a model with two, whether its own likeliest class is a label.
         skipped: images that could not be read.
+        scores: of several labels an image the probability of each, (N, K); else None.
     """
 
     index: Tensor
@@ -244,25 +258,42 @@ class Outcomes:
     losses: Tensor
     heads: dict[str, Tensor]
     skipped: int
+    scores: Tensor | None = None
 
-    def evaluation(self) -> Evaluation:
-        """The means over the images; 0 without images."""
-        top1, top5, *heads = (
-            100 * _mean(right) for right in (self.predicted == self.label, self.in_top5, *self.heads.values())
-        )
+    def evaluation(self, thresholds: Sequence[float] | None = None) -> Evaluation:
+        """The means over the images; 0 without images. `thresholds` are those of several labels, by default UNSURE."""
+        top1, top5, *heads = (100 * _mean(right) for right in (self.right(), self.in_top5, *self.heads.values()))
+        last = max((int(numbers.max()) for numbers in (self.label, self.predicted) if len(numbers)), default=0)
+        images, right, predicted = self.by_class(last + 1, thresholds)
+        figures: dict[str, Any] = {"macro_f1": percent(f1_scores(right, images, predicted))}
+        if self.scores is None:
+            figures["balanced_accuracy"] = percent(right / images)
+        else:
+            figures["micro_f1"] = percent(f1_scores(*(counts.sum()[None] for counts in (right, images, predicted))))
+            figures["map"] = percent(average_precision(self.scores, self.label))
         each = dict(zip(self.heads, heads, strict=True))
-        return Evaluation(top1, top5, _mean(self.losses), len(self.index), self.skipped, each)
+        return Evaluation(top1, top5, _mean(self.losses), len(self.index), self.skipped, each, **figures)
 
-    def by_class(self, num_classes: int) -> tuple[Tensor, Tensor]:
-        """The number of images of each class, and how many of them were recognised; (K,) each."""
-        return (
-            torch.bincount(self.label, minlength=num_classes),
-            torch.bincount(self.label[self.predicted == self.label], minlength=num_classes),
-        )
+    def right(self) -> Tensor:
+        """Whether the likeliest class is a label, (N,) bool."""
+        if self.scores is None:
+            return self.predicted == self.label
+        return self.label.gather(1, self.predicted[:, None])[:, 0]
+
+    def by_class(
+        self, num_classes: int, thresholds: Sequence[float] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """For each class the number of its images, of those recognised, and of all that are taken for it; (K,) each."""
+        if self.scores is not None:
+            chosen = self.scores.double() >= torch.tensor(thresholds or UNSURE, dtype=torch.double)
+            return self.label.sum(0), (self.label & chosen).sum(0), chosen.sum(0)
+        groups = (self.label, self.label[self.right()], self.predicted)
+        images, right, predicted = (torch.bincount(group, minlength=num_classes) for group in groups)
+        return images, right, predicted
 
     def worst(self, count: int) -> list[int]:
         """Positions of the mistakes with the highest loss, the highest first."""
-        wrong = (self.predicted != self.label).nonzero().flatten()
+        wrong = (~self.right()).nonzero().flatten()
         order = self.losses[wrong].argsort(descending=True, stable=True)
         return wrong[order][:count].tolist()
 
@@ -277,45 +308,62 @@ class Tally:
     def __init__(self) -> None:
         self._labels: list[Tensor] = []
         self._results: list[Tensor] = []
+        self._scores: list[Tensor] = []
 
     def add(self, heads: Sequence[Tensor], labels: Tensor) -> None:
         """Note a batch.
 
         Args:
             heads: the logits of one or two heads, (B, K) each; their mean decides, as in eval mode.
-            labels: (B,) int64, beside the logits or on the CPU; below 0 for images that could not be read.
+            labels: (B,) int64, or (B, K) of 0 and 1 for several an image, beside the logits or on the CPU; below 0 for
+                images that could not be read.
         """
         heads = [logits.float() for logits in heads]
         mean = torch.stack(heads).mean(dim=0)
         # unreadable images are left out at the end: to choose the others here would wait for their number
         target = to_device(labels, mean.device).clamp(min=0)
         likeliest = mean.topk(min(5, mean.shape[1]), dim=1).indices
-        rows = [
-            likeliest[:, 0],
-            mean.softmax(dim=1).amax(dim=1),
-            (likeliest == target[:, None]).any(dim=1),
-            F.cross_entropy(mean, target, reduction="none"),
-            *(logits.argmax(dim=1) == target for logits in heads),
-        ]
+        if labels.ndim == 1:
+            scores = mean.softmax(dim=1)
+            losses = F.cross_entropy(mean, target, reduction="none")
+        else:
+            scores = mean.sigmoid()
+            losses = F.binary_cross_entropy_with_logits(mean, target, reduction="none").mean(dim=1)
+            self._scores.append(scores)
+
+        def met(classes: Tensor) -> Tensor:  # (B, n): whether one of them is a label
+            found = classes == target[:, None] if labels.ndim == 1 else target.gather(1, classes) > 0
+            return found.any(dim=1)
+
+        tops = (logits.argmax(dim=1, keepdim=True) for logits in heads)
+        rows = [likeliest[:, 0], scores.amax(dim=1), met(likeliest), losses, *map(met, tops)]
         self._labels.append(labels)
         self._results.append(torch.stack([row.float() for row in rows]))  # class numbers up to 2**24 are exact
 
     def outcomes(self, process: Process | None = None) -> Outcomes:
         """The results; with a process, those of all of them, of which each had every world-th image."""
-        labels, results = torch.empty(0, dtype=torch.int64), torch.empty(5, 0)
+        labels, results, scores = torch.empty(0, dtype=torch.int64), torch.empty(5, 0), None
         if self._labels:
             labels, results = torch.cat(self._labels).cpu(), torch.cat(self._results, dim=1).cpu()
-        shares = [(labels, results)] if process is None else process.gather((labels, results))
-        index = torch.cat([torch.arange(len(share)) * len(shares) + rank for rank, (share, _) in enumerate(shares)])
-        labels = torch.cat([share for share, _ in shares])
-        results = torch.cat([share for _, share in shares if share.numel()] or [results], dim=1)
+            scores = torch.cat(self._scores).cpu() if self._scores else None
+        found = (labels, results, scores)
+        shares = [found] if process is None else process.gather(found)
+        index = torch.cat([torch.arange(len(share[0])) * len(shares) + rank for rank, share in enumerate(shares)])
+        labels = torch.cat([share[0] for share in shares])
+        results = torch.cat([share[1] for share in shares if share[1].numel()] or [results], dim=1)
+        scored = [share[2] for share in shares if share[2] is not None]
         order = index.argsort()
-        order = order[labels[order] >= 0]
+        order = order[labels[order].view(len(order), -1).amin(dim=1) >= 0] if len(order) else order
         predicted, probability, in_top5, losses, *right = results[:, order]
         heads = dict(zip(("class", "distillation"), (row.bool() for row in right), strict=True)) if right[1:] else {}
         skipped = len(labels) - len(order)
         index, label = index[order], labels[order]
-        return Outcomes(index, label, predicted.long(), probability, in_top5.bool(), losses, heads, skipped)
+        return Outcomes(
+            *(index, label.bool() if scored else label, predicted.long(), probability, in_top5.bool(), losses),
+            heads=heads,
+            skipped=skipped,
+            scores=torch.cat(scored)[order] if scored else None,
+        )
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:

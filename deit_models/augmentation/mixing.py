@@ -61,14 +61,18 @@ class Mixing:
     def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
         """The mixed batch and its targets; `images` is changed in place and returned.
 
-        Shape: (B, 3, H, W) float and (B,) int64 -> the same (B, 3, H, W) and (B, K) float32, beside the images.
+        Shape: (B, 3, H, W) float and (B,) int64, or (B, K) of 0 and 1, which are not smoothed -> the same (B, 3, H, W)
+            and (B, K) float32, beside the images.
         Labels may stay on the CPU while images are on a GPU, so that they can be checked without waiting for it.
 
         Raises: DataError: a label outside 0 ... K - 1 (see `smooth_one_hot`), or another number of labels than images.
         """
-        if labels.shape != images.shape[:1]:
+        if labels.shape not in (images.shape[:1], (len(images), self.num_classes)):
             raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
-        targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
+        if labels.ndim == 2:
+            targets = labels.to(images.device, torch.float32, non_blocking=True)
+        else:
+            targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
         if self.own is not None:
             return self.own(images, targets)
         mix = self.draw(images.shape[-2], images.shape[-1])

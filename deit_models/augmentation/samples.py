@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
 from ..data.inputs import InputBatches, Transform, check_shard
-from ..data.loading import FINE
+from ..data.loading import FINE, target_of
 from ..data.memory import images_on
 from ..data.records import CachedRecords, ImageRecords, always_the_same
 from ..errors import ConfigError, DataError, ImageError
@@ -74,6 +74,9 @@ class TrainSampler(Sampler[tuple[int, int]]):
     for sets of 256 images and more), so it meets about 1/R of the images.
     Source: DeiT, section 6; the authors' sampler.
 
+    With `classes` an epoch has as many images, each class equally often: classes take turns, each going through its
+    images in a random order and beginning again at their end.
+
     Differs from the authors' code:
     - repeats are honoured when one process trains alone too; their script then draws without repeats;
     - the order depends on `seed`, theirs on the epoch alone;
@@ -81,12 +84,21 @@ class TrainSampler(Sampler[tuple[int, int]]):
     """
 
     def __init__(
-        self, length: int, *, batch_size: int, repeats: int = 1, seed: int = 0, rank: int = 0, world: int = 1
+        self,
+        length: int,
+        *,
+        batch_size: int,
+        repeats: int = 1,
+        seed: int = 0,
+        rank: int = 0,
+        world: int = 1,
+        classes: Sequence[int] | None = None,
     ) -> None:
         """Plan the epochs of a set of so many images.
 
         `batch_size` counts the images of one optimiser step, over all processes and accumulation steps; `repeats`, how
-        often an image stands in its epoch's list; `seed` is that of order and augmentation.
+        often an image stands in its epoch's list; `seed` is that of order and augmentation; `classes` has a number for
+        each image, below 0 for those to leave out.
 
         Raises: ConfigError: no images, a batch that the processes cannot share evenly, or a rank out of range.
         """
@@ -102,6 +114,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
             selected -= length % _SELECTED_ROUND
         self.length, self.repeats, self.seed, self.epoch = length, repeats, seed, 0
         self.steps = max(1, selected // batch_size)
+        self.classes = None if classes is None else torch.tensor(classes)
         self._positions = range(rank, self.steps * batch_size, world)
 
     def set_epoch(self, epoch: int) -> None:
@@ -113,6 +126,7 @@ class TrainSampler(Sampler[tuple[int, int]]):
         # position -1 is no sample's, so the order shares its seed with no augmentation
         generator = torch.Generator().manual_seed(sample_seed(seed, epoch, -1))
         order = torch.randperm(self.length, generator=generator)
+        order = order if self.classes is None else balanced_order(order, self.classes, generator)
 
         def drawn() -> Iterator[tuple[int, int]]:
             for start in range(0, len(self._positions), _AT_ONCE):
@@ -126,6 +140,20 @@ class TrainSampler(Sampler[tuple[int, int]]):
     def __len__(self) -> int:
         """Samples of an epoch that this process draws."""
         return len(self._positions)
+
+
+def balanced_order(order: Tensor, classes: Tensor, generator: torch.Generator) -> Tensor:
+    """As many images, with each class equally often, see `TrainSampler`; the order is random again.
+
+    Shape: two of (N,) int64, of which classes below 0 are left out -> (N,) int64.
+    """
+    known = order[classes[order] >= 0]
+    _, found, images = classes[known].unique(return_inverse=True, return_counts=True)
+    grouped, starts = known[found.argsort(stable=True)], images.cumsum(0) - images
+    places = torch.arange(len(order))
+    turns = torch.randperm(len(images), generator=generator)[places % len(images)]
+    drawn = grouped[starts[turns] + places // len(images) % images[turns]]
+    return drawn[torch.randperm(len(order), generator=generator)]
 
 
 class TrainingSamples(Dataset[tuple[Any, int, int]]):
@@ -151,7 +179,7 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         if not isinstance(self.transform, TrainTransform):  # an ImageError of which is a mistake and no damaged image
             with _seeded(seed):
                 (image, label), failed = self._readable(index, self.records.__getitem__)
-                return self.transform(image), label, failed
+                return self.transform(image), target_of(label, self.records), failed
         transform = self.transform
         # such a pair draws from no global generator, so it needs no seed: a sixth of the time of a small image
         unseeded = always_the_same(self.records)
@@ -162,7 +190,7 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
 
         with nullcontext() if unseeded else _seeded(seed):
             (levels, label), failed = self._readable(index, made)
-        return levels, label, failed
+        return levels, target_of(label, self.records), failed
 
     def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
         """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""
@@ -179,7 +207,8 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
             images: Any = transform.plan(records.size, rows, seeds)
         else:
             images = transform.cut_batch(records.images, rows, seeds)
-        return images, records.labels[rows], torch.tensor(failed)
+        labels = records.labels[rows]
+        return images, labels.float() if records.multi_label else labels, torch.tensor(failed)
 
     def _readable(self, index: int, read: Callable[[int], _T]) -> tuple[_T, int]:
         """An image as `read` gives it, and FINE; or the next that can be read, and the index."""

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset, Sampler
 from ..distributed import Process
 from ..errors import ConfigError, ImageError
 from ..images.transforms import EvalInput, EvalTransform, to_device
-from .loading import FINE, Batch, each, make_loader
+from .loading import FINE, Batch, each, make_loader, target_of
 from .records import ImageRecords
 
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
@@ -87,7 +87,8 @@ class InputBatches:
         self._kept = kept
 
     def _ready(self, parts: list[Any]) -> Batch:
-        images, labels, failed = _joined(parts, self.device)
+        pixels, *numbers = zip(*parts, strict=True)
+        images, (labels, failed) = _joined(list(pixels), self.device), map(torch.cat, numbers)
         if self.device.type == "cuda":
             labels, failed = labels.pin_memory(), failed.pin_memory()
         return self.to_input(images), labels, failed
@@ -114,7 +115,7 @@ class InputBatches:
 
 
 def _joined(parts: list[Any], device: torch.device) -> Any:
-    """Parts to a batch: pixels on the device, numbers on the host."""
+    """Parts of pixels to a batch on the device; whole numbers stay on the host."""
     first = parts[0]
     if isinstance(first, Tensor):
         moved = parts if first.dtype == torch.int64 else [to_device(part, device) for part in parts]
@@ -165,10 +166,10 @@ class EvalSamples(Dataset[tuple[Any, int, int]]):
     def __getitem__(self, index: int) -> tuple[Any, Any, int]:
         try:
             image, label = self.records[index]
-            return self.transform(image), label, FINE
+            return self.transform(image), target_of(label, self.records), FINE
         except (ImageError, OSError):
             blank = PIL.Image.new("RGB", (64, 64)) if self.channels == 3 else torch.zeros(self.channels, 64, 64)
-            return torch.zeros_like(self.transform(blank)), -1, index
+            return torch.zeros_like(self.transform(blank)), target_of(-1, self.records), index
 
 
 class ShardSampler(Sampler[int]):

@@ -23,17 +23,28 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_
 
 from ..distributed import Process
 from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError, first_line, shown
-from .records import ImageRecords
+from .records import ImageRecords, Label
 
 logger = logging.getLogger(__name__)
 
 Batch = tuple[Tensor, Tensor, Tensor]
-"""Images (B, 3, H, W) float32, labels (B,), and for each sample FINE or the index of the image that could not be read;
-in evaluation the label of such an image is -1."""
+"""Images (B, 3, H, W) float32, labels (B,) int64, and for each sample FINE or the index of the image that could not be
+read; in evaluation the label of such an image is -1. Several labels an image are (B, K) float32 of 0 and 1."""
 FINE = -1
 _MOST_WORKERS, _MOST_GIVEN = 12, 1024
 """Loading processes of the default, and those that may be asked for."""
 _MANY = 1024
+
+
+def target_of(label: Label, records: ImageRecords) -> Any:
+    """A label of a set as a batch holds it: a number, or (K,) of 0 and 1, all -1 for the label -1."""
+    if not records.multi_label:
+        return label
+    if not isinstance(label, tuple):
+        return torch.full((len(records.classes),), float(label))
+    target = torch.zeros(len(records.classes))
+    target[list(label)] = 1
+    return target
 
 
 def cpu_cores() -> int:

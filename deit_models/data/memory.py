@@ -16,7 +16,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError, DataError, ImageError
-from .loading import make_loader
+from .loading import make_loader, target_of
 from .records import CachedRecords, ImageRecords, always_the_same
 
 logger = logging.getLogger(__name__)
@@ -163,7 +163,8 @@ def _decoded(records: ImageRecords, size: tuple[int, int], workers: int) -> Cach
     parts = make_loader(decoder, order, batch_size=_AT_ONCE, workers=workers, device=cpu)
     labels, reasons = zip(*(pair for part in parts for pair in part), strict=True)
     broken = {index: reason for index, reason in enumerate(reasons) if reason is not None}
-    return CachedRecords(records, images, torch.tensor(labels), broken)
+    rows = [target_of(label, records) for label in labels] if records.multi_label else []
+    return CachedRecords(records, images, torch.stack(rows).byte() if rows else torch.tensor(labels), broken)
 
 
 def images_on(records: CachedRecords, device: torch.device) -> Tensor | None:

@@ -6,7 +6,7 @@ import json
 import logging
 import math
 import random
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from typing import Any
 
 from ..errors import ConfigError, DataError, ImageError, TrainingError
 from ..files import read_text, write_text
-from .records import ImageRecords, SubsetRecords
+from .records import ImageRecords, Label, SubsetRecords
 
 logger = logging.getLogger(__name__)
 
@@ -34,8 +34,10 @@ class Split:
     seed: int
 
 
-def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Split:
+def stratified_split(labels: Sequence[Label], *, fraction: float, seed: int) -> Split:
     """Set a share of each class aside for validation, at random; the same labels and seed give the same split.
+
+    An image with several labels counts for one class, see `one_class`.
 
     Each class contributes round(fraction * images), at least one and not all; a class of one to three images none,
     unless all classes are that small. Images with label -1 (unknown) stay in training.
@@ -45,7 +47,7 @@ def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Sp
     if not 0 < fraction < 1:
         raise ConfigError(f"val_fraction={fraction}; expected more than 0 and less than 1")
     by_class: dict[int, list[int]] = defaultdict(list)
-    for index, label in enumerate(labels):
+    for index, label in enumerate(one_class(labels)):
         if label >= 0:
             by_class[label].append(index)
     largest = max((len(members) for members in by_class.values()), default=0)
@@ -62,6 +64,19 @@ def stratified_split(labels: Sequence[int], *, fraction: float, seed: int) -> Sp
     if whole := len(by_class) - len(divided):
         logger.warning("%d of %d classes have too few images to set one aside for validation", whole, len(by_class))
     return Split([index for index in range(len(labels)) if index not in val], sorted(val), fraction, seed)
+
+
+def one_class(labels: Sequence[Label]) -> list[int]:
+    """One class for each image: of several labels the rarest, of equally rare ones the first.
+
+    Images without any label are a class of their own, after the others.
+    """
+    count = Counter(number for label in labels if isinstance(label, tuple) for number in label)
+    none = max(count, default=-1) + 1
+    return [
+        min(label, key=lambda number: (count[number], number), default=none) if isinstance(label, tuple) else label
+        for label in labels
+    ]
 
 
 def labels_of(records: ImageRecords) -> list[Any]:

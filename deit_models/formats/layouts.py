@@ -23,7 +23,7 @@ PROCESSOR_NAME = "preprocessor_config.json"
 WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""
 CONFIG_FORMAT = 1
-_FACTS = ("problem_type", "dataset", "top1", "top5", "licence", "notes", "base")
+_FACTS = ("problem_type", "thresholds", "dataset", "top1", "top5", "licence", "notes", "base")
 FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
 """Families that other libraries have, too."""
 
@@ -65,6 +65,8 @@ def _checked(said: Description) -> Description:
     spec, config, names = said.origin.preprocessing, said.config, said.origin.class_names
     if names is not None and len(names) != config.num_classes > 0:
         raise CheckpointError(f"config.json has {len(names)} class names for num_classes={config.num_classes}")
+    if (chosen := said.origin.thresholds) is not None and len(chosen) != config.num_classes > 0:
+        raise CheckpointError(f"config.json has {len(chosen)} thresholds for num_classes={config.num_classes}")
     if spec.crop != config.image_hw and not getattr(config, "dynamic_img_size", False):
         raise ConfigError(
             f"preprocessing gives images of {spec.crop}, the model takes {config.image_hw}; mend one of them"
@@ -114,7 +116,7 @@ def _read_native(data: Mapping[str, Any]) -> Description:
         name=data["architecture"],
         preprocessing=Preprocessing.from_dict(data["preprocessing"]),
         class_names=read_class_names(data.get("id2label")),
-        **{key: data.get(key) for key in _FACTS},
+        **tuples({key: data.get(key) for key in _FACTS}),
     )
     return Description(config=config, origin=origin, family=spec.family, layout="native")
 

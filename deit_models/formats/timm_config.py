@@ -95,6 +95,7 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
         ),
         class_names=read_class_names(_labels(data, cfg)),
         problem_type=data.get("problem_type"),
+        thresholds=tuples(data).get("thresholds"),
         licence=cfg.get("license"),
     )
     return Description(config=config, origin=origin, family=spec.family, layout="timm", new_heads=new_heads)
@@ -139,6 +140,8 @@ def write_timm_config(
         data["label_names"] = list(origin.class_names)
     if origin.problem_type is not None:  # for this package, as is the next; timm ignores them
         data["problem_type"] = origin.problem_type
+    if origin.thresholds is not None:
+        data["thresholds"] = list(origin.thresholds)
     if nearest != spec:
         logger.warning("timm has no transform like '%s'; from these files it makes '%s'", spec, nearest)
         data["preprocessing"] = spec.to_dict()

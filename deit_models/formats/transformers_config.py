@@ -71,6 +71,7 @@ def read_transformers_config(
         preprocessing=preprocessing or default_preprocessing(name or "", config.image_hw),
         class_names=read_class_names(labels),
         problem_type=data.get("problem_type"),
+        thresholds=tuples(data).get("thresholds"),
     )
     backbone = not any("ForImageClassification" in name for name in data.get("architectures") or ())
     return Description(config=config, origin=origin, family=layouts.family, layout="transformers", backbone=backbone)
@@ -89,6 +90,7 @@ def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyL
         "id2label": write_class_names(names),
         "label2id": {label: index for index, label in enumerate(names)},
         **({} if origin.problem_type is None else {"problem_type": origin.problem_type}),
+        **({} if origin.thresholds is None else {"thresholds": list(origin.thresholds)}),  # which transformers keeps
     }
 
 

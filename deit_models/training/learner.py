@@ -95,11 +95,13 @@ def make_learner(
     preprocessing: Preprocessing,
     teacher: Teacher | TeacherSpec | None = None,
     shard: Shard = "ddp",
+    weights: Tensor | None = None,
+    multi_label: bool = False,
 ) -> Learner:
     """Get a model ready to learn: on its device, in place.
 
     The model is any module that turns (B, 3, H, W) into (B, K) logits; `num_classes` and `preprocessing` are those of
-    the training set, `teacher` is as in `load_teacher`, `shard` as in `spread`.
+    the training set, `teacher` is as in `load_teacher`, `shard` as in `spread`, the others as in `DistillationLoss`.
 
     Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.
@@ -107,7 +109,7 @@ def make_learner(
     if recipe.precision == "auto":
         recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))
         logger.info("precision='auto' is %s on %s", recipe.precision, process.device)
-    _check_fit(model, recipe, num_classes, preprocessing)
+    _check_fit(model, recipe, num_classes, preprocessing, multi_label=multi_label)
     if recipe.batch_size % (process.world * recipe.accumulate):
         raise ConfigError(
             f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
@@ -139,7 +141,13 @@ def make_learner(
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
         average=average,
         mixing=Mixing(recipe, num_classes, own=None if extra is None else extra.mix),
-        loss=DistillationLoss(recipe, teacher=teacher, extra=extra),
+        loss=DistillationLoss(
+            recipe,
+            teacher=teacher,
+            extra=extra,
+            weights=None if weights is None else weights.to(device),
+            multi_label=multi_label,
+        ),
         teacher=teacher,
         # one process alone cannot try parts of a divided model; that is compiled only on request, too
         fitted=not on_gpu or divided,
@@ -174,9 +182,11 @@ def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:
     return (getattr(config, "distilled", False) is True and not taught) or extra_idle
 
 
-def _check_fit(model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing) -> None:
+def _check_fit(
+    model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing, *, multi_label: bool
+) -> None:
     if isinstance(model, ImageClassifier) and model.origin is not None:
-        model.origin.check_single_label("training")
+        model.origin.check_start(multi_label, "training")
     if isinstance(model, ImageClassifier) and model.num_classes != num_classes:
         raise DataError(
             f"the training set has {num_classes} classes, the model {model.num_classes}; build or load it with "

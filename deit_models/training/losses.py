@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -22,49 +23,64 @@ from .teacher import Teacher
 logger = logging.getLogger(__name__)
 
 
-def soft_target_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy with a distribution as target, averaged over the batch: -(1/B) sum_bk y_bk log softmax(z_b)_k.
+def soft_target_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Cross-entropy with a distribution as target, averaged over the batch: -(1/B) sum_bk w_k y_bk log softmax(z_b)_k.
 
-    Shape: logits (B, K) float, targets (B, K) float with rows that sum to 1 -> scalar float32.
+    Shape: logits (B, K) float, targets (B, K) float with rows that sum to 1, weights (K,) -> scalar float32.
     Source: the loss of DeiT's training on mixed and smoothed labels.
     """
-    return F.cross_entropy(logits.float(), targets.float())
+    return F.cross_entropy(logits.float(), targets.float(), weight=weights)
 
 
-def binary_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+def several_labels(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
+    """One yes-or-no question a class, answered by shares from 0 to 1, averaged over all B * K entries.
+
+    Shape: logits (B, K) float, targets (B, K) float, weights (2, K) of yes and of no -> scalar float32.
+    """
+    if weights is None:
+        return F.binary_cross_entropy_with_logits(logits.float(), targets.float())
+    yes, no = weights
+    return F.binary_cross_entropy_with_logits(logits.float(), targets.float(), weight=no, pos_weight=yes / no)
+
+
+def binary_cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """One yes-or-no question a class: every class in the mixture counts as present, averaged over all B * K entries.
 
     Targets above 0 become 1, so that the weights of mixup and CutMix are forgotten; label smoothing must be off.
 
-    Shape: logits (B, K) float, targets (B, K) float -> scalar float32.
+    Shape: logits (B, K) float, targets (B, K) float, weights (2, K) of yes and of no -> scalar float32.
     Source: DeiT III, section 3.3, after Wightman et al., ResNet strikes back, 2021.
     """
-    return F.binary_cross_entropy_with_logits(logits.float(), targets.gt(0).float())
+    return several_labels(logits, targets.gt(0), weights)
 
 
-def soft_distillation(student_logits: Tensor, teacher_logits: Tensor, tau: float) -> Tensor:
+def soft_distillation(
+    student_logits: Tensor, teacher_logits: Tensor, tau: float, images: Tensor | float = 1.0
+) -> Tensor:
     """Divergence of the student's softened distribution from the teacher's, KL(teacher || student).
 
     tau^2 / (B * K) * sum_bk p_bk (log p_bk - log q_bk), p = softmax(teacher / tau), q = softmax(student / tau).
     The authors divide by all B * K entries: this is 1/K of the usual mean over the batch, and alpha has to be read with
     that in mind. No gradient reaches the teacher; a class to which the teacher gives -inf adds nothing.
 
-    Shape: both logits (B, K) float -> scalar float32.
+    Shape: both logits (B, K) float, weights of the `images` (B,) -> scalar float32.
     Source: DeiT, equation 2; the normalisation is the authors' script's.
     """
     with torch.no_grad():
         wanted = (teacher_logits.float() / tau).softmax(dim=-1)
     given = (student_logits.float() / tau).log_softmax(dim=-1)
-    return F.kl_div(given, wanted, reduction="sum") * (tau**2 / student_logits.numel())
+    each = F.kl_div(given, wanted, reduction="none").sum(dim=-1)
+    return (each * images).sum() * (tau**2 / student_logits.numel())
 
 
-def hard_distillation(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+def hard_distillation(student_logits: Tensor, teacher_logits: Tensor, images: Tensor | float = 1.0) -> Tensor:
     """Cross-entropy with the teacher's decision as the label, neither smoothed nor mixed, averaged over the batch.
 
-    Shape: both logits (B, K) float -> scalar float32.
+    Shape: both logits (B, K) float, weights of the `images` (B,) -> scalar float32.
     Source: DeiT, equation 3.
     """
-    return F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1))
+    each = F.cross_entropy(student_logits.float(), teacher_logits.argmax(dim=-1), reduction="none")
+    return (each * images).mean()
 
 
 class ExtraHeads(Protocol):
@@ -97,10 +113,21 @@ class DistillationLoss:
     label_heads="both" lets both heads learn from the labels, each by its own loss. A head without a loss stays
     untrained, as in the authors' code; this is logged once, because evaluation takes the mean of both heads.
 
+    `weights` of the classes, see `ClassCounts.weights`, count in every head's loss; in the teacher's an image has those
+    of its labels. With `multi_label` an image has several labels, see `several_labels`.
+
     Raises: TrainingError: the recipe distils and there is no teacher, or the other way round.
     """
 
-    def __init__(self, recipe: Recipe, *, teacher: Teacher | None, extra: ExtraHeads | None = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        *,
+        teacher: Teacher | None,
+        extra: ExtraHeads | None = None,
+        weights: Tensor | None = None,
+        multi_label: bool = False,
+    ) -> None:
         if recipe.distillation != "none" and teacher is None:
             raise TrainingError(
                 f"distillation={recipe.distillation!r} needs a teacher; pass teacher=..., or distillation='none'"
@@ -109,7 +136,9 @@ class DistillationLoss:
             raise TrainingError("a teacher is given, but distillation='none'; pass distillation='hard' or 'soft'")
         self.recipe = recipe
         self.extra = extra
-        self._base = soft_target_cross_entropy if recipe.loss == "ce" else binary_cross_entropy
+        loss = soft_target_cross_entropy if recipe.loss == "ce" else binary_cross_entropy
+        self.weights = weights
+        self._base = partial(several_labels if multi_label else loss, weights=weights)
         self._warned = False
 
     def __call__(
@@ -144,10 +173,17 @@ class DistillationLoss:
         self._check_shape("teacher's logits", teacher_logits, cls)
         taught = self._taught_head(cls, dist)
         if self.recipe.distillation == "soft":
-            learned = soft_distillation(taught, teacher_logits, self.recipe.tau)
+            learned = soft_distillation(taught, teacher_logits, self.recipe.tau, self._of_images(wanted))
         else:
-            learned = hard_distillation(taught, teacher_logits)
+            learned = hard_distillation(taught, teacher_logits, self._of_images(wanted))
         return (1 - self.recipe.alpha) * base + self.recipe.alpha * learned
+
+    def _of_images(self, targets: Tensor) -> Tensor | float:
+        """The weights of images, (B,), by their labels' shares."""
+        if self.weights is None:
+            return 1.0
+        yes = self.weights if self.weights.ndim == 1 else self.weights[0]
+        return targets @ yes / targets.sum(dim=1)
 
     def _taught_head(self, cls: Tensor, dist: Tensor | None) -> Tensor:
         if self.recipe.distill_on == "class":

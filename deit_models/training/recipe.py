@@ -99,7 +99,15 @@ class Recipe:
     )
     label_smoothing: float = _option(0.1, "mass spread over all classes")
     loss: Literal["ce", "bce"] = _option(
-        "ce", "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive"
+        "ce",
+        "ce: cross-entropy with soft targets; bce: binary, every mixed class a positive; several labels an image: "
+        "always binary, mixed labels by their shares",
+    )
+    class_weights: Literal["none", "balanced"] = _option(
+        "none", "balanced: each class adds as much to the loss, however few its images"
+    )
+    sampling: Literal["all", "balanced"] = _option(
+        "all", "all: each image once an epoch; balanced: each class as often, images of small ones repeatedly"
     )
 
     label_heads: Literal["class", "both"] = _option(

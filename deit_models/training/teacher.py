@@ -237,7 +237,7 @@ def _described(network: Any) -> _Found:
         raise ConfigError(f"{type(network).__name__} is no teacher; expected a name, a module or a callable")
     origin = network.origin if isinstance(network, ImageClassifier) else None
     if origin is not None:
-        origin.check_single_label("a teacher")
+        origin.check_labels(False, "a teacher")
     return (network, None, None) if origin is None else (network, origin.preprocessing.mean, origin.preprocessing.std)
 
 

@@ -1,0 +1,138 @@
+"""Figures for classes that are uneven or several an image: counts, weights, F1, average precision, thresholds."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .data.records import ImageRecords
+from .data.split import labels_of
+
+logger = logging.getLogger(__name__)
+
+UNSURE = 0.5
+"""Threshold of a label where none was chosen."""
+_UNEVEN = 10
+"""Of so many times more images in the largest class than in the smallest, a line tells what helps."""
+
+
+@dataclass(frozen=True, slots=True)
+class ClassCounts:
+    """Training images of each class.
+
+    Attributes:
+        images: of each class, (K,) int64.
+        total: of all images that have a label, or may have several.
+        multi_label: whether an image has several labels.
+    """
+
+    images: Tensor
+    total: int
+    multi_label: bool
+
+    def weights(self, *, binary: bool) -> Tensor:
+        """Weights by which each class adds as much to the loss, however few images it has.
+
+        Shape: (K,) float32, images / (classes * images of the class); `binary`, with a question for each class: (2, K),
+            images / (2 * images) of those with the label and of those without it. Where there are none, 1.
+        Source: scikit-learn's class_weight="balanced", for several labels in one classifier a class.
+        """
+        if not binary:
+            return self._balanced(self.images, int((self.images > 0).sum()))
+        return torch.stack([self._balanced(part, 2) for part in (self.images, self.total - self.images)])
+
+    def _balanced(self, images: Tensor, classes: int) -> Tensor:
+        return torch.where(images > 0, self.total / (classes * images.clamp(min=1)), 1.0).float()
+
+    def describe(self, classes: Sequence[str]) -> str:
+        """The classes with the most and the fewest images, in one line."""
+        most, fewest = int(self.images.argmax()), int(self.images.argmin())
+        ends = (f"{kind} {classes[n]} ({self.images[n]})" for kind, n in (("largest", most), ("smallest", fewest)))
+        return f"{self.total} images, {len(classes)} classes: {', '.join(ends)}"
+
+
+def count_classes(records: ImageRecords, labels: Sequence[Any]) -> ClassCounts:
+    """Count the labels of a set, see `labels_of`; images that cannot be read are left out."""
+    known = [label for label in labels if label != -1]
+    numbers = [number for label in known for number in label] if records.multi_label else known
+    images = torch.bincount(torch.tensor(numbers, dtype=torch.int64), minlength=len(records.classes))
+    return ClassCounts(images, len(known), records.multi_label)
+
+
+def labels_and_counts(records: ImageRecords, *, balanced: bool, wanted: bool) -> tuple[list[Any], ClassCounts | None]:
+    """The label of each training image, and a log line on their numbers, with advice where they are very uneven.
+
+    A set whose labels come with the images is read for it only if the labels are `wanted`; else both are empty.
+    `balanced`: the recipe does something about uneven classes already.
+    """
+    if not (wanted or records.knows_labels):
+        return [], None
+    labels = labels_of(records)
+    counts = count_classes(records, labels)
+    text = counts.describe(records.classes)
+    if not balanced and int(counts.images.max()) >= _UNEVEN * max(int(counts.images.min()), 1):
+        logger.warning("%s; class_weights='balanced' or sampling='balanced' helps the small ones", text)
+    else:
+        logger.info(text)
+    return labels, counts
+
+
+def f1_scores(right: Tensor, labelled: Tensor, predicted: Tensor) -> Tensor:
+    """F1 of each class from numbers of images; NaN for a class that neither occurs nor is predicted.
+
+    Shape: three of (K,) -> (K,) float64.
+    """
+    return 2 * right.double() / (labelled + predicted)
+
+
+def percent(values: Tensor) -> float:
+    """The mean of those values that are numbers, in percent; 0 without any."""
+    known = values[~values.isnan()].double()
+    return 100 * float(known.mean()) if len(known) else 0.0
+
+
+def average_precision(scores: Tensor, truth: Tensor) -> Tensor:
+    """Area under precision over recall, as a sum of steps, of each class; NaN for a class without images.
+
+    Shape: scores (N, K) float, truth (N, K) bool -> (K,) float64.
+    Source: Everingham et al., The PASCAL VOC challenge, 2010, without interpolation, as in scikit-learn.
+    """
+    return torch.tensor([_area(*_cuts(scores[:, k], truth[:, k])) for k in range(scores.shape[1])], dtype=torch.double)
+
+
+def best_thresholds(scores: Tensor, truth: Tensor) -> tuple[float, ...]:
+    """The threshold of each class with the highest F1 on these images, in the middle between two scores.
+
+    Shape: scores (N, K) float from 0 to 1, truth (N, K) bool -> K numbers; UNSURE for a class without images.
+    """
+    return tuple(_threshold(*_cuts(scores[:, k], truth[:, k])) for k in range(scores.shape[1]))
+
+
+def _cuts(scores: Tensor, truth: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The distinct scores of a class, falling; for each, the images from there up, and those of the class among them.
+
+    Shape: (N,) and (N,) -> three of (C,), float64.
+    """
+    scores, order = scores.double().sort(descending=True)
+    ends = torch.cat([scores[1:] != scores[:-1], torch.ones(min(len(scores), 1), dtype=torch.bool)])
+    taken = torch.arange(1, len(scores) + 1, dtype=torch.double)
+    return scores[ends], taken[ends], truth[order].double().cumsum(0)[ends]
+
+
+def _area(_: Tensor, taken: Tensor, right: Tensor) -> float:
+    if not len(right) or not right[-1]:
+        return float("nan")
+    return float((right.diff(prepend=right.new_zeros(1)) * right / taken).sum() / right[-1])
+
+
+def _threshold(scores: Tensor, taken: Tensor, right: Tensor) -> float:
+    if not len(right) or not right[-1]:
+        return UNSURE
+    best = int((2 * right / (taken + right[-1])).argmax())
+    below = float(scores[best + 1]) if best + 1 < len(scores) else 0.0
+    return (float(scores[best]) + below) / 2
