@@ -267,7 +267,7 @@ class Outcomes:
         images, right, predicted = self.by_class(last + 1, thresholds)
         figures: dict[str, Any] = {"macro_f1": percent(f1_scores(right, images, predicted))}
         if self.scores is None:
-            figures["balanced_accuracy"] = percent(right / images)
+            figures["balanced_accuracy"] = percent(right.double() / images)
         else:
             figures["micro_f1"] = percent(f1_scores(*(counts.sum()[None] for counts in (right, images, predicted))))
             figures["map"] = percent(average_precision(self.scores, self.label))
@@ -280,9 +280,7 @@ class Outcomes:
             return self.predicted == self.label
         return self.label.gather(1, self.predicted[:, None])[:, 0]
 
-    def by_class(
-        self, num_classes: int, thresholds: Sequence[float] | None = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    def by_class(self, num_classes: int, thresholds: Sequence[float] | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """For each class the number of its images, of those recognised, and of all that are taken for it; (K,) each."""
         if self.scores is not None:
             chosen = self.scores.double() >= torch.tensor(thresholds or UNSURE, dtype=torch.double)
@@ -353,7 +351,7 @@ class Tally:
         results = torch.cat([share[1] for share in shares if share[1].numel()] or [results], dim=1)
         scored = [share[2] for share in shares if share[2] is not None]
         order = index.argsort()
-        order = order[labels[order].view(len(order), -1).amin(dim=1) >= 0] if len(order) else order
+        order = order[(labels[order] if labels.ndim == 1 else labels[order, 0]) >= 0]
         predicted, probability, in_top5, losses, *right = results[:, order]
         heads = dict(zip(("class", "distillation"), (row.bool() for row in right), strict=True)) if right[1:] else {}
         skipped = len(labels) - len(order)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,14 +11,26 @@ import torch
 from torch import Tensor
 
 from .data.records import ImageRecords
-from .data.split import labels_of
 
 logger = logging.getLogger(__name__)
 
+FIGURES = {
+    **{"map": "mAP", "top1": "top-1", "top5": "top-5"},
+    **{"balanced_accuracy": "balanced accuracy", "macro_f1": "macro F1", "micro_f1": "micro F1"},
+}
+"""Names of the figures of an `Evaluation` that are in percent, for people."""
 UNSURE = 0.5
 """Threshold of a label where none was chosen."""
 _UNEVEN = 10
 """Of so many times more images in the largest class than in the smallest, a line tells what helps."""
+
+
+def choosing_figure(*, several: bool, balanced: bool) -> str:
+    """The figure of validation images that chooses an epoch or a penalty.
+
+    Top-1; for several labels an image mAP; where training is balanced the accuracy that is, too.
+    """
+    return "map" if several else "balanced_accuracy" if balanced else "top1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,30 +68,27 @@ class ClassCounts:
         return f"{self.total} images, {len(classes)} classes: {', '.join(ends)}"
 
 
-def count_classes(records: ImageRecords, labels: Sequence[Any]) -> ClassCounts:
-    """Count the labels of a set, see `labels_of`; images that cannot be read are left out."""
+def count_classes(records: ImageRecords, labels: Sequence[Any], *, balanced: bool) -> ClassCounts:
+    """Count the labels of a set, see `labels_of`; images that cannot be read are left out.
+
+    A log line tells the largest and the smallest class, with advice where they are very uneven, unless the recipe is
+    `balanced` already.
+    """
     known = [label for label in labels if label != -1]
     numbers = [number for label in known for number in label] if records.multi_label else known
     images = torch.bincount(torch.tensor(numbers, dtype=torch.int64), minlength=len(records.classes))
-    return ClassCounts(images, len(known), records.multi_label)
+    counts = ClassCounts(images, len(known), records.multi_label)
+    uneven = int(images.max()) >= _UNEVEN * max(int(images.min()), 1)
+    advice = "; class_weights='balanced' or sampling='balanced' may help the small ones"
+    text = counts.describe(records.classes) + (advice if uneven and not balanced else "")
+    logger.log(logging.WARNING if uneven else logging.INFO, "%s", text)
+    return counts
 
 
-def labels_and_counts(records: ImageRecords, *, balanced: bool, wanted: bool) -> tuple[list[Any], ClassCounts | None]:
-    """The label of each training image, and a log line on their numbers, with advice where they are very uneven.
-
-    A set whose labels come with the images is read for it only if the labels are `wanted`; else both are empty.
-    `balanced`: the recipe does something about uneven classes already.
-    """
-    if not (wanted or records.knows_labels):
-        return [], None
-    labels = labels_of(records)
-    counts = count_classes(records, labels)
-    text = counts.describe(records.classes)
-    if not balanced and int(counts.images.max()) >= _UNEVEN * max(int(counts.images.min()), 1):
-        logger.warning("%s; class_weights='balanced' or sampling='balanced' helps the small ones", text)
-    else:
-        logger.info(text)
-    return labels, counts
+def in_words(figures: Mapping[str, Any]) -> str:
+    """Figures in percent, by their names in FIGURES; those that are not there are left out."""
+    found = ((figures.get(key), name) for key, name in FIGURES.items())
+    return ", ".join(f"{value:.2f} % {name}" for value, name in found if value is not None)
 
 
 def f1_scores(right: Tensor, labelled: Tensor, predicted: Tensor) -> Tensor:

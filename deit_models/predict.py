@@ -19,6 +19,7 @@ from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
 from .images.decoding import ImageSource
 from .images.transforms import to_device, transform_for
+from .metrics import UNSURE
 from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL, own_model
 
@@ -26,7 +27,10 @@ logger = logging.getLogger(__name__)
 
 
 class Classifier:
-    """A model with its own evaluation transform and class names; attributes `model`, `transform` and `labels`."""
+    """A model with its own evaluation transform and class names; attributes `model`, `transform` and `labels`.
+
+    Of a model for several labels an image, `thresholds` has the probability of each from which an image has it.
+    """
 
     def __init__(
         self,
@@ -75,6 +79,7 @@ class Classifier:
         self.transform.fast_pixels = fast_pixels
         self.labels = class_labels(loaded, labels)
         self._scores = scores_of(loaded)
+        self.thresholds = thresholds_of(loaded)
 
     @overload
     def __call__(self, images: str | PathLike[str] | bytes | PIL.Image.Image, *, top_k: int = 5) -> ImageResult: ...
@@ -130,16 +135,23 @@ class Classifier:
             ahead = batches_ahead(_device(self.model))
         launched: deque[tuple[FileBatch, list[TopClasses]]] = deque()
         for batch in batches:
-            launched.append((batch, self._launch(batch.images, top_k)))
+            # any number of classes may lie above their thresholds
+            wanted = top_k if self.thresholds is None else len(self.labels)
+            launched.append((batch, self._launch(batch.images, wanted)))
             if len(launched) > ahead:
-                yield from self._results(*launched.popleft())
+                yield from self._results(*launched.popleft(), top_k)
         for waiting in launched:
-            yield from self._results(*waiting)
+            yield from self._results(*waiting, top_k)
 
-    def _results(self, batch: FileBatch, tops: list[TopClasses]) -> Iterator[ImageResult]:
+    def _results(self, batch: FileBatch, tops: list[TopClasses], top_k: int) -> Iterator[ImageResult]:
         found = iter(self._predictions(tops))
         for source, error in zip(batch.sources, batch.errors, strict=True):
-            yield ImageResult(source, next(found) if error is None else (), error)
+            every = next(found) if error is None else ()
+            if self.thresholds is None or error is not None:
+                yield ImageResult(source, every, error)
+            else:
+                labels = tuple(one.label for one in every if one.probability >= self.thresholds[one.index])
+                yield ImageResult(source, every[:top_k], labels=labels)
 
     def _checked(self, top_k: int) -> int:
         if top_k < 1:
@@ -265,6 +277,13 @@ def scores_of(model: ImageClassifier) -> Callable[[Tensor], Tensor]:
     return lambda logits: logits.float().softmax(dim=-1)
 
 
+def thresholds_of(model: ImageClassifier) -> tuple[float, ...] | None:
+    """The probability of each label from which an image has it; None of a model for one class an image."""
+    if model.origin is None or not model.origin.multi_label:
+        return None
+    return model.origin.thresholds or (UNSURE,) * model.num_classes
+
+
 def top_classes(logits: Tensor, top_k: int, scores: Callable[[Tensor], Tensor]) -> TopClasses:
     """The likeliest classes by logits (B, num_classes); on a GPU without waiting for it."""
     probabilities, numbers = scores(logits).topk(top_k)
@@ -300,8 +319,10 @@ class ImageResult:
         source: the path, or a description such as "image 3", counted from 0 in the list that was given.
         predictions: the likeliest classes, likeliest first; empty if the image could not be decoded.
         error: why it could not be decoded, in one line.
+        labels: of a model for several labels an image those above their thresholds, likeliest first; else None.
     """
 
     source: str
     predictions: tuple[Prediction, ...]
     error: str | None = None
+    labels: tuple[str, ...] | None = None

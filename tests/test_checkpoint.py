@@ -205,8 +205,8 @@ def test_a_problem_type_is_one_of_transformers_and_goes_with_its_heads():
         None,
         None,
     )
-    new.check_single_label("training")
+    new.check_labels(False, "training")
     with pytest.raises(ConfigError, match="for regression, training needs one class"):
-        same.check_single_label("training")
+        same.check_labels(False, "training")
     with pytest.raises(ConfigError, match="problem_type='detection'"):
         replace(origin, problem_type="detection")

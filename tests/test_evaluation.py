@@ -110,7 +110,7 @@ def test_too_many_unreadable_images_stop_it() -> None:
 
 def test_nothing_readable_gives_no_figures() -> None:
     result = evaluate(tiny.model(), tiny.Pictures(2, broken=(0, 1)), workers=0)
-    assert result == Evaluation(top1=0.0, top5=0.0, loss=0.0, images=0, skipped=2)
+    assert result == Evaluation(top1=0.0, top5=0.0, loss=0.0, images=0, skipped=2, balanced_accuracy=0.0)
 
 
 def test_top5_of_three_classes_is_everything() -> None:

@@ -25,6 +25,7 @@ ROWS = [
     ("hub",),
     ("images",),
     ("data",),
+    ("metrics",),
     ("training.recipe", "training.presets"),
     ("augmentation",),
     ("evaluation",),

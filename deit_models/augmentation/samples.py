@@ -148,7 +148,7 @@ def balanced_order(order: Tensor, classes: Tensor, generator: torch.Generator) -
     Shape: two of (N,) int64, of which classes below 0 are left out -> (N,) int64.
     """
     known = order[classes[order] >= 0]
-    _, found, images = classes[known].unique(return_inverse=True, return_counts=True)
+    _, found, images = torch.unique(classes[known], return_inverse=True, return_counts=True)
     grouped, starts = known[found.argsort(stable=True)], images.cumsum(0) - images
     places = torch.arange(len(order))
     turns = torch.randperm(len(images), generator=generator)[places % len(images)]

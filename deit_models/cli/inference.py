@@ -198,7 +198,10 @@ def _as_json(args: argparse.Namespace, published: Mapping[str, Any] | None, resu
 
 
 def _as_text(args: argparse.Namespace, published: Mapping[str, Any] | None, result: Evaluation) -> str:
-    rows = {"top-1": f"{result.top1:.2f} %", "top-5": f"{result.top5:.2f} %"}
+    from ..metrics import FIGURES
+
+    known = ((name, getattr(result, key)) for key, name in FIGURES.items())
+    rows = {name: f"{value:.2f} %" for name, value in known if value is not None}
     if published is not None:
         for name, figure in (("top-1", published["top1"]), ("top-5", published["top5"])):
             rows[name] += "" if figure is None else f"  published: {figure} % ({printable(str(published['dataset']))})"

@@ -179,7 +179,8 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     number = str(row["epoch"] + 1).rjust(len(str(epochs)))
     parts = [f"epoch {number}/{epochs}", f"loss {row['loss']:.4f}"]
     names = {
-        "top1": "top-1", "class_top1": "class head", "distillation_top1": "distillation head", "ema_top1": "averaged",
+        "map": "mAP", "top1": "top-1",
+        "class_top1": "class head", "distillation_top1": "distillation head", "ema_top1": "averaged",
     }  # fmt: skip
     parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if row.get(key) is not None]
     parts += [f"lr {row['lr']:.3g}", f"{row['images_per_second']:.0f} images/s"]

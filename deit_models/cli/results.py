@@ -30,8 +30,9 @@ def write_results(
     """Write results as they come; returns an error for each image that was not classified.
 
     "text": the name of a file, then a line for each prediction, with escapes for control characters; failed files are
-    left out.
-    "jsonl": a line for each image, {"file", "predictions": [{"label", "probability", "index"}]} or {"file", "error"}.
+    left out. Labels above their thresholds, see `ImageResult`, are marked by a star.
+    "jsonl": a line for each image, {"file", "predictions": [{"label", "probability", "index"}]} or {"file", "error"};
+    with "labels" of a model for several labels an image.
     "csv": a line for each prediction, with the columns file, rank (from 1), label, index, probability, error, after a
     line with their names unless `header` is off; an apostrophe stands before text that a spreadsheet would compute.
     Raises: ConfigError: another format.
@@ -116,14 +117,17 @@ def _text(result: ImageResult) -> str:
         return ""
     plain = any(not 0 <= p.probability <= 1 for p in result.predictions)  # values of a regression
     numbers = (f"{p.probability:8.6g}" if plain else f"{100 * p.probability:6.2f} %" for p in result.predictions)
-    lines = (f"  {number}  {printable(p.label)}\n" for number, p in zip(numbers, result.predictions, strict=True))
+    pairs = zip(numbers, result.predictions, strict=True)
+    had = result.labels or ()
+    lines = (f"  {number}  {printable(p.label)}{' *' * (p.label in had)}\n" for number, p in pairs)
     return f"{printable(result.source)}\n{''.join(lines)}"
 
 
 def _record(result: ImageResult) -> dict[str, object]:
     if result.error is not None:
         return {"file": result.source, "error": result.error}
-    return {"file": result.source, "predictions": [prediction._asdict() for prediction in result.predictions]}
+    labels = {} if result.labels is None else {"labels": result.labels}
+    return {"file": result.source, "predictions": [one._asdict() for one in result.predictions], **labels}
 
 
 def _rows(result: ImageResult) -> list[list[object]]:

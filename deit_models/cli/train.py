@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError, DataError
@@ -104,6 +104,8 @@ def _train(
     with join_processes(args.device) as process:
         records = open_data(args, args.data, "train", process)
         val = _validation(args, process, records)
+        if records.multi_label:  # which no teacher is fetched for
+            recipe = recipe.for_several_labels()
         model, start = _student(args, recipe, records)
         say(_plan(args, start, records, val))
         result = (train or train_here)(
@@ -171,8 +173,10 @@ def _plan(args: argparse.Namespace, start: str, records: ImageRecords, val: Imag
 def _train_summary(result: TrainResult) -> str:
     if result.top1 is None or result.best_epoch is None:
         return f"wrote {result.out / 'model'}"
-    best = f", best {result.best_top1:.2f} % after epoch {result.best_epoch + 1}"
-    return f"top-1 {result.top1:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
+    several = result.map is not None
+    name, last, most = ("mAP", result.map, result.best_map) if several else ("top-1", result.top1, result.best_top1)
+    best = f", best {most:.2f} % after epoch {result.best_epoch + 1}"
+    return f"{name} {last:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
 
 
 def add_finetune(commands: Any) -> None:
@@ -223,7 +227,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
         raise ConfigError("--teacher-weights belong to a teacher; name it with --teacher")
     if args.layout != "native" and args.push_to_hub is None:
         raise ConfigError("--layout is of the model that is pushed; name its repository with --push-to-hub")
-    unused = [name for name in recipe_changes(args) if name not in ("img_size", "precision", "seed")]
+    unused = [name for name in recipe_changes(args) if name not in ("img_size", "precision", "seed", "class_weights")]
     if unused and args.mode == "head":
         logger.warning("mode head has no use for --%s", ", --".join(unused).replace("_", "-"))
     start = chosen_model(args)
@@ -273,9 +277,14 @@ def _run_finetune(args: argparse.Namespace) -> int:
         return run_to_end(args, recipe, display, work, kept=kept if args.mode == "head" else None)
 
 
+def _accuracy(figures: Mapping[str, Any]) -> str:
+    """The figure that chose the weights; top-1 goes without its name."""
+    return f"mAP {figures['map']:.2f} %" if "map" in figures else f"{figures['top1']:.2f} %"
+
+
 def _finetune_summary(result: FinetuneResult) -> str:
     figures = [
-        f"{name} {result.metrics[part]['top1']:.2f} % of {result.metrics[part]['images']} images"
+        f"{name} {_accuracy(result.metrics[part])} of {result.metrics[part]['images']} images"
         for part, name in (("val", "validation"), ("test", "test"))
         if part in result.metrics
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..checkpoint import Layout
 from ..config import check_choice, is_finite
@@ -26,6 +27,7 @@ from ..evaluation import collect_outcomes, resolved_precision
 from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
+from ..metrics import best_thresholds, count_classes
 from ..models.layers import ImageClassifier
 from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
@@ -33,7 +35,7 @@ from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer
-from .probe import extract_features, fit_heads, judge, put_heads, refit_heads
+from .probe import Features, extract_features, fit_heads, judge, put_heads, refit_heads
 from .report import Learned, SetOutcomes, write_report
 
 logger = logging.getLogger(__name__)
@@ -110,7 +112,7 @@ def finetune(
             regression on features; each image is read and sent through the backbone exactly once. Images set aside
             choose the penalty, and then the heads are fitted to them, too; the figures are from before that.
         recipe: the settings, a preset's name or a TOML file; default: by the data set's name, or "finetune". Mode
-            "head" uses its `img_size`, `precision` and `seed` only.
+            "head" uses its `img_size`, `precision`, `seed` and `class_weights` only.
         teacher: see `load_teacher`; it needs the new classes, in their order. Without a teacher, both heads of a
             distilled model learn from the labels.
         warm_start: see `adapt_head`.
@@ -159,11 +161,13 @@ def finetune(
             for source in (validation_source(train, val), test)
         )
         recipe = recipe_for(records.name, model, images=len(records), teacher=teacher is not None, recipe=recipe)
+        recipe = recipe.for_several_labels() if records.multi_label else recipe
+        check_mode(mode, ["sampling='balanced' (class_weights='balanced' it has)"] * (recipe.sampling != "all"))
         recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))
         started_from = _description_of(model)
         torch.manual_seed(recipe.seed)
         adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
-        known_origin(model).check_single_label("fine-tuning")
+        known_origin(model).check_start(records.multi_label, "fine-tuning")
         run = _Finetuning(
             model=model,
             mode=mode,
@@ -315,6 +319,9 @@ class _Finetuning:
         scored: SetOutcomes = {"val": (val, score(val))}
         if self.test is not None:
             scored["test"] = (self.test, score(self.test))
+        found = scored["val"][1]
+        if best.origin is not None and found.scores is not None:
+            best.origin = replace(best.origin, thresholds=best_thresholds(found.scores, found.label))
         return Learned(
             best, last=model, train_images=len(train), split=split, scored=scored, details=details, curve=result.log
         )
@@ -327,20 +334,25 @@ class _Finetuning:
         split, train, val = None, features(self.train, folder / "train"), self.val
         every = train
         if val is None:
-            split = self._divide(train.labels.tolist())
+            split = self._divide(train.plain_labels())
             val = parts(self.train, split)[1]
             train, val_features = every.of(split.train), every.of(split.val)
         else:
             val_features = features(val, folder / "val")
         write_text(self.out / RECIPE_NAME, self.recipe.to_toml())
-        fit = fit_heads(train, val_features, num_classes=model.num_classes, device=device)
+        weights = self._class_weights(train)
+        fit = fit_heads(train, val_features, num_classes=model.num_classes, device=device, weights=weights)
         for number, tried in enumerate(fit.tried):
             trackers.add(tried, number)
         scored: SetOutcomes = {"val": (val, judge(fit, val_features, device=device))}
         if split is not None:
             logger.info("the heads are fitted again to all %d images, with penalty %g", len(every.labels), fit.penalty)
-            fit = refit_heads(fit, every, device=device)
+            fit = refit_heads(fit, every, device=device, weights=weights)
         put_heads(model, fit)
+        found = scored["val"][1]
+        if found.scores is not None:
+            chosen = best_thresholds(found.scores, found.label)
+            model.origin = replace(known_origin(model), problem_type="multi_label_classification", thresholds=chosen)
         if self.test is not None:
             scored["test"] = (self.test, judge(fit, features(self.test, folder / "test"), device=device))
         details = {"penalty": fit.penalty, "tried": fit.tried, "fitted_images": len(every.labels)}
@@ -349,7 +361,13 @@ class _Finetuning:
             model.eval(), last=model, train_images=count, split=split, scored=scored, details=details, curve=fit.tried
         )
 
-    def _divide(self, labels: list[int]) -> Split:
+    def _class_weights(self, features: Features) -> Tensor | None:
+        """The weights for the loss of a head, if the recipe wants some; a line counts the images."""
+        balanced = self.recipe.class_weights == "balanced"
+        counts = count_classes(self.train, features.plain_labels(), balanced=balanced)
+        return counts.weights(binary=counts.multi_label) if balanced else None
+
+    def _divide(self, labels: list[Any]) -> Split:
         """Set images aside for validation, and write their names into `out`."""
         split = stratified_split(labels, fraction=self.val_fraction, seed=self.split_seed)
         return keep_split(self.out, self.train, split, write=self.process.is_main)

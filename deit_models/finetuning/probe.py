@@ -21,13 +21,15 @@ from torch.nn import functional as F
 
 from ..data.inputs import eval_batches
 from ..data.loading import DamageCount, explained_worker_failure, workers_beside
-from ..data.records import ImageRecords, SubsetRecords
+from ..data.records import ImageRecords, Label, SubsetRecords, some
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
 from ..files import digest_of_numbers, write_tensors, write_text
 from ..images.transforms import EvalTransform, preprocessing_of
+from ..metrics import choosing_figure
 from ..models.layers import ImageClassifier
+from ..training.losses import several_labels
 from ..training.recipe import Precision
 from ..training.run import Computing
 
@@ -45,7 +47,8 @@ class Features:
 
     Attributes:
         inputs: by the head's name in the model, (N, D) float32.
-        labels: (N,) int64; -1 for images that could not be read, whose features are meaningless.
+        labels: (N,) int64, or (N, K) of 0 and 1 for several an image; -1 for images that could not be read, whose
+            features are meaningless.
     """
 
     inputs: Mapping[str, Tensor]
@@ -58,7 +61,14 @@ class Features:
 
     def readable(self) -> Features:
         """Features of the images that could be read."""
-        return self if (self.labels >= 0).all() else self.of((self.labels >= 0).nonzero().flatten().tolist())
+        found = (self.labels if self.labels.ndim == 1 else self.labels[:, 0]) >= 0
+        return self if found.all() else self.of(found.nonzero().flatten().tolist())
+
+    def plain_labels(self) -> list[Label]:
+        """The labels as a set gives them; -1 where the image could not be read."""
+        if self.labels.ndim == 1:
+            return self.labels.tolist()
+        return [-1 if row.min() < 0 else tuple(row.nonzero().flatten().tolist()) for row in self.labels]
 
 
 @torch.no_grad()
@@ -173,6 +183,8 @@ def _claim(folder: Path, model: ImageClassifier, records: ImageRecords, precisio
         "transform": str(preprocessing_of(model)),
         "precision": precision,
         "shard": _SHARD,
+        # they are in the shards
+        **({"labels": f"several of {some(records.classes)}, {len(records.classes)}"} if records.multi_label else {}),
     }
     path = folder / _IDENTITY_NAME
     if path.exists():
@@ -215,7 +227,7 @@ class LinearFit:
     Attributes:
         weights: (K, D) and (K,) by the head's name, for features that are not standardised.
         penalty: the L2 penalty they were fitted with.
-        tried: validation accuracy in percent and loss of each penalty tried.
+        tried: the choosing figure on the validation images in percent, and their loss, of each penalty tried.
     """
 
     weights: Mapping[str, tuple[Tensor, Tensor]]
@@ -224,15 +236,25 @@ class LinearFit:
 
 
 def fit_heads(
-    train: Features, val: Features, *, num_classes: int, device: torch.device, cells: int = _CELLS
+    train: Features,
+    val: Features,
+    *,
+    num_classes: int,
+    device: torch.device,
+    weights: Tensor | None = None,
+    cells: int = _CELLS,
 ) -> LinearFit:
     """Fit each head by itself to the labels, with the penalty that gives their mean the best validation accuracy.
+
+    Of several labels an image, each is fitted by itself. `weights` are those of `ClassCounts.weights`. Where there are
+    either, another accuracy decides, see `choosing_figure`.
 
     Penalties go from strong to weak, each beginning where the one before ended, and stop after two that improve
     neither accuracy nor loss. Of equal accuracies, the lower loss wins. Unreadable images are left out.
 
-    The objective is mean cross-entropy + penalty / 2 * sum of squared weights, biases free; it is convex, so the
-    minimum depends neither on a seed nor on the order of the images. At most `cells` logits exist at once.
+    The objective is mean cross-entropy (several labels: the sum of the binary ones over the labels) + penalty / 2 * sum
+    of squared weights, biases free; it is convex, so the minimum depends neither on a seed nor on the order of the
+    images. At most `cells` logits exist at once.
 
     Raises: DataError: no image to fit to, or to choose by. TrainingError: the features are not finite.
     """
@@ -241,19 +263,21 @@ def fit_heads(
         raise DataError(f"{len(train.labels)} readable images for training, {len(val.labels)} for validation")
     if not all(torch.isfinite(rows).all() for rows in (*train.inputs.values(), *val.inputs.values())):
         raise TrainingError("no head can be fitted: the backbone gives features that are no numbers")
-    problem = _Regression(train, device, cells)
+    problem = _Regression(train, device, cells, weights)
+    chooser = choosing_figure(several=val.labels.ndim == 2, balanced=weights is not None)
     tried: list[dict[str, float]] = []
     best, best_key, lowest_loss, idle = LinearFit({}, 0.0, tried), (-1.0, 0.0), float("inf"), 0
-    weights = {
+    start = {
         name: (torch.zeros(num_classes, rows.shape[1], device=device), torch.zeros(num_classes, device=device))
         for name, rows in train.inputs.items()
     }
     for penalty in STRENGTHS:
-        weights = problem.solve(weights, penalty)
-        fit = LinearFit(weights, penalty, tried)
+        start = problem.solve(start, penalty)
+        fit = LinearFit(start, penalty, tried)
         outcome = judge(fit, val, device=device, cells=cells).evaluation()
-        tried.append({"penalty": penalty, "top1": round(outcome.top1, 4), "loss": round(outcome.loss, 6)})
-        key = (outcome.top1, -outcome.loss)
+        score = getattr(outcome, chooser)
+        tried.append({"penalty": penalty, chooser: round(score, 4), "loss": round(outcome.loss, 6)})
+        key = (score, -outcome.loss)
         idle = 0 if key > best_key or outcome.loss < lowest_loss else idle + 1
         lowest_loss = min(lowest_loss, outcome.loss)
         if key > best_key:
@@ -263,20 +287,23 @@ def fit_heads(
     return best
 
 
-def refit_heads(fit: LinearFit, features: Features, *, device: torch.device, cells: int = _CELLS) -> LinearFit:
+def refit_heads(
+    fit: LinearFit, features: Features, *, device: torch.device, weights: Tensor | None = None, cells: int = _CELLS
+) -> LinearFit:
     """Fit the heads again, with the penalty of `fit`, to other images: those for training and for validation together.
 
     Validation images have chosen the penalty by then; unreadable images are left out.
     """
-    weights = _Regression(features.readable(), device, cells).solve(fit.weights, fit.penalty)
-    return replace(fit, weights=weights)
+    problem = _Regression(features.readable(), device, cells, weights)
+    return replace(fit, weights=problem.solve(fit.weights, fit.penalty))
 
 
 class _Regression:
     """Logistic regression of the labels on each head's inputs, which are standardised for it."""
 
-    def __init__(self, features: Features, device: torch.device, cells: int) -> None:
+    def __init__(self, features: Features, device: torch.device, cells: int, weights: Tensor | None) -> None:
         self.labels, self.cells = features.labels.to(device), cells
+        self.weights = None if weights is None else weights.to(device)
         self.rows: dict[str, Tensor] = {}
         self.scales: dict[str, tuple[Tensor, Tensor]] = {}
         for name, given in features.inputs.items():
@@ -315,7 +342,7 @@ class _Regression:
             total.backward()  # type: ignore[no-untyped-call]
             value = total.detach()
             for chunk, wanted in pieces:
-                loss = F.cross_entropy(F.linear(chunk, weight, bias), wanted, reduction="sum") / len(rows)
+                loss = self._loss(F.linear(chunk, weight, bias), wanted) / len(rows)
                 loss.backward()  # type: ignore[no-untyped-call]
                 value = value + loss.detach()
             return value
@@ -323,6 +350,12 @@ class _Regression:
         with _one_thread(logits * rows.shape[1] < _SMALL):
             optimizer.step(closure)  # type: ignore[no-untyped-call]
         return weight.detach(), bias.detach()
+
+    def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Of all images together."""
+        if labels.ndim == 1:
+            return F.cross_entropy(logits, labels, weight=self.weights, reduction="sum")
+        return several_labels(logits, labels, self.weights) * logits.numel()
 
 
 @contextmanager

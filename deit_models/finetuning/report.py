@@ -15,9 +15,10 @@ from ..checkpoint import Layout
 from ..data.records import ImageRecords
 from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
-from ..evaluation import Outcomes
+from ..evaluation import Evaluation, Outcomes
 from ..files import atomic_write, csv_line, markdown, write_json, write_text
 from ..formats.layouts import CARD_NAME
+from ..metrics import FIGURES, UNSURE, average_precision, f1_scores, in_words
 from ..models.layers import ImageClassifier
 from ..training.recipe import Recipe
 from ..training.state import find_matplotlib, plot_curves
@@ -67,45 +68,51 @@ def write_report(
     Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
     """
     split, classes = learned.split, learned.scored["val"][0].classes
+    thresholds = None if learned.best.origin is None else learned.best.origin.thresholds
     metrics: dict[str, Any] = {
         **facts,
         "split": None if split is None else {"seed": split.seed, "fraction": split.fraction},
-        **{part: _figures(outcomes, len(classes)) for part, (_, outcomes) in learned.scored.items()},
+        **{part: _figures(outcomes.evaluation(thresholds)) for part, (_, outcomes) in learned.scored.items()},
         **learned.details,
         "seconds": round(seconds, 2),
     }
     _write_models(out, learned, metrics, _card_section(metrics, recipe))
     write_json(out / METRICS_NAME, metrics)
     for part, (_, outcomes) in learned.scored.items():
-        _write_classes(out / f"per_class_{part}.csv", classes, outcomes)
+        _write_classes(out / f"per_class_{part}.csv", classes, outcomes, thresholds)
     if plot:
         records, outcomes = learned.scored.get("test", learned.scored["val"])
         draw_curve(learned.curve, out / "curves.png")
+        if outcomes.scores is not None:
+            logger.warning("several labels an image have no confusion matrix; see per_class_*.csv in %s", out)
+            return metrics
         draw_confusion(outcomes, classes, out / "confusion.png")
         draw_mistakes(outcomes, records, out / "mistakes.png")
     return metrics
 
 
-def _figures(outcomes: Outcomes, num_classes: int) -> dict[str, Any]:
-    """Figures of a set, in percent."""
-    found, (images, right) = outcomes.evaluation(), outcomes.by_class(num_classes)
-    met = images > 0
-    return {
-        "top1": round(found.top1, 4),
-        "top5": round(found.top5, 4),
-        "loss": round(found.loss, 6),
-        "mean_class_accuracy": round(100 * float((right[met] / images[met]).double().mean()), 4) if met.any() else 0.0,
-        "images": found.images,
-        "unreadable": found.skipped,
-    }
+def _figures(found: Evaluation) -> dict[str, Any]:
+    """Figures of a set, in percent but for the loss."""
+    known = ((name, getattr(found, name)) for name in FIGURES)
+    figures: dict[str, Any] = {name: round(value, 4) for name, value in known if value is not None}
+    return figures | {"loss": round(found.loss, 6), "images": found.images, "unreadable": found.skipped}
 
 
-def _write_classes(path: Path, classes: Sequence[str], outcomes: Outcomes) -> None:
-    counts = (column.tolist() for column in outcomes.by_class(len(classes)))
-    lines = [csv_line(("class", "images", "correct", "accuracy"))]
-    for name, images, correct in zip(classes, *counts, strict=True):
-        lines.append(csv_line((name, images, correct, f"{100 * correct / images:.2f}" if images else "")))
-    write_text(path, "".join(lines))
+def _write_classes(path: Path, classes: Sequence[str], outcomes: Outcomes, thresholds: Sequence[float] | None) -> None:
+    """A row for each class; its accuracy is the share of its images that are recognised, which is its recall, too."""
+    images, right, predicted = outcomes.by_class(len(classes), thresholds)
+    columns: dict[str, list[Any]] = {"class": [*classes], "images": images.tolist(), "correct": right.tolist()}
+    columns |= {"accuracy": _percents(right / images), "predicted": predicted.tolist()}
+    columns |= {"precision": _percents(right / predicted), "f1": _percents(f1_scores(right, images, predicted))}
+    if outcomes.scores is not None:
+        columns["average_precision"] = _percents(average_precision(outcomes.scores, outcomes.label))
+        columns["threshold"] = [f"{value:.6g}" for value in thresholds or [UNSURE] * len(classes)]
+    write_text(path, "".join(map(csv_line, [columns, *zip(*columns.values(), strict=True)])))
+
+
+def _percents(values: Tensor) -> list[str]:
+    """Shares in percent, nothing for those that are no numbers."""
+    return ["" if value.isnan() else f"{100 * value:.2f}" for value in values]
 
 
 def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes: str) -> None:
@@ -114,7 +121,7 @@ def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes
         late = f"{notes}\n\nThese are the last weights; the figures are those of the best epoch's."
         _write_layouts(last, out, "model", data=data, notes=late)
     figures = metrics.get("test", metrics["val"])
-    known = {"notes": notes, "top1": round(figures["top1"], 2), "top5": round(figures["top5"], 2)}
+    known = {"notes": notes} | {name: round(figures[name], 2) for name in ("top1", "top5") if "map" not in figures}
     for name in ("best",) if last is not best else ("best", "model"):
         _write_layouts(best, out, name, data=data, **known)
 
@@ -122,7 +129,8 @@ def _write_models(out: Path, learned: Learned, metrics: Mapping[str, Any], notes
 def _write_layouts(model: ImageClassifier, out: Path, name: str, *, data: str, **known: Any) -> None:
     """Write a model in each layout that its family has, trained on `data`, with what is known of its weights."""
     if model.origin is not None:
-        model.origin = model.origin.trained(data, class_names=model.origin.class_names, **known)
+        kept = {name: getattr(model.origin, name) for name in ("class_names", "multi_label", "thresholds")}
+        model.origin = model.origin.trained(data, **kept, **known)
     folders: list[tuple[Layout, Path]] = [("native", out / name), *((peer, out / peer / name) for peer in _PEERS)]
     for layout, folder in folders:
         # save_pretrained would keep the card of an earlier epoch or call, with its figures
@@ -151,8 +159,7 @@ def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
     }
     for part, found in sets.items():
         rows[f"on the {'validation' if part == 'val' else 'test'} images"] = (
-            f"{found['top1']:.2f} % top-1, {found['top5']:.2f} % top-5, {found['mean_class_accuracy']:.2f} % "
-            f"as the mean over classes; {found['images']} images"
+            f"{in_words(found)}; {found['images']} images"
         )
     lines = [f"| {key} | {value} |" for key, value in rows.items()]
     chosen = "The validation images also chose these weights, which flatters their figure."
@@ -161,15 +168,22 @@ def _card_section(metrics: Mapping[str, Any], recipe: Recipe) -> str:
             "The validation images chose the penalty, for a head fitted to the training images: their figures are that "
             f"head's. The head was then fitted again, with that penalty, to all {fitted} images, and has those weights."
         )
+    if "map" in metrics["val"]:
+        chosen += " They chose the threshold of each label, too, by its F1; the thresholds are in config.json."
     return "\n".join(["## Fine-tuning", "", "| | |", "| --- | --- |", *lines, "", chosen])
 
 
 def _settings(metrics: Mapping[str, Any], recipe: Recipe) -> str:
+    balance = ", ".join(
+        f"{name} balanced" for name in ("class_weights", "sampling") if getattr(recipe, name) == "balanced"
+    )
+    balance = f", {balance}" if balance else ""
     if metrics["mode"] == "head":
-        return f"logistic regression on the backbone's features, L2 penalty {metrics['penalty']:g}"
+        return f"logistic regression on the backbone's features, L2 penalty {metrics['penalty']:g}{balance}"
     names = ("epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix", "seed")
     parts = [f"{name} {getattr(recipe, name)}" for name in names]
-    return f"recipe {recipe.preset}: learning rate {recipe.peak_lr:g}, {', '.join(parts)}; the rest in recipe.toml"
+    rest = f"{', '.join(parts)}{balance}; the rest in recipe.toml"
+    return f"recipe {recipe.preset}: learning rate {recipe.peak_lr:g}, {rest}"
 
 
 def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -179,7 +193,9 @@ def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         return
     figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
     panels = figure.subplots(1, 2)
-    for axes, key, label in zip(panels, ("loss", "top1"), ("validation loss", "validation top-1 (%)"), strict=True):
+    name = next(name for name in FIGURES if name in rows[0])
+    accuracy = (name, f"validation {FIGURES[name]} (%)")
+    for axes, (key, label) in zip(panels, (("loss", "validation loss"), accuracy), strict=True):
         axes.plot([row["penalty"] for row in rows], [row[key] for row in rows], marker="o")
         axes.set_xscale("log")
         axes.set_xlabel("L2 penalty")

@@ -7,9 +7,10 @@ written to TOML and read back unchanged.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -18,6 +19,8 @@ from ..config import check_choice, nearest, override
 from ..errors import ConfigError, shown
 from ..files import parse_toml, read_text, toml_lines
 from .presets import PRESETS
+
+logger = logging.getLogger(__name__)
 
 Precision = Literal["auto", "float32", "bf16", "fp16"]
 Compile = Literal["auto", "on", "off"]
@@ -158,6 +161,26 @@ class Recipe:
     def total_epochs(self) -> int:
         """Epochs run: the cosine's and the cool-down's."""
         return self.epochs + self.cooldown_epochs
+
+    @property
+    def balanced(self) -> bool:
+        """Whether classes count alike, however many images they have: in training, and in the choice of weights."""
+        return "balanced" in (self.class_weights, self.sampling)
+
+    def for_several_labels(self) -> Recipe:
+        """The same settings for images with several labels: a binary loss, without smoothing; a line says so.
+
+        Raises: ConfigError: it distils.
+        """
+        if self.distillation != "none":
+            raise ConfigError(
+                f"distillation={self.distillation!r} needs one class for each image, these have several labels; train "
+                "without a teacher, with distillation='none'"
+            )
+        changed = replace(self, loss="bce", label_smoothing=0.0)
+        if changed != self:
+            logger.info("several labels an image: the loss is binary, each label for itself, without smoothing")
+        return changed
 
     def to_toml(self) -> str:
         """All fields as TOML, one line each, in order."""

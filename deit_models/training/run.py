@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -20,12 +20,14 @@ from ..data.datasets import open_images
 from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
-from ..data.records import ImageRecords
+from ..data.records import ImageRecords, always_the_same
+from ..data.split import labels_of, one_class
 from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
 from ..evaluation import Heads, score_each
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
+from ..metrics import FIGURES, best_thresholds, choosing_figure, count_classes
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner
@@ -77,8 +79,10 @@ class TrainResult:
         top1: accuracy of the last weights on the validation images in percent; None without such images.
         best_top1: the best epoch's; None likewise. It is optimistic, because these images selected the epoch: to report
             a figure, take `top1`, or evaluate `best/` on other images.
-        best_epoch: from 0.
+        best_epoch: from 0; the best one by `choosing_figure`.
         log: the rows of log.jsonl, one an epoch.
+        map: mean average precision of the last weights, for several labels an image; None for one.
+        best_map: the best epoch's.
     """
 
     out: Path
@@ -86,6 +90,8 @@ class TrainResult:
     best_top1: float | None
     best_epoch: int | None
     log: list[dict[str, Any]]
+    map: float | None = None
+    best_map: float | None = None
 
 
 def train(
@@ -183,6 +189,12 @@ def run_training(
         val_records = None if val is None else open_images(val, "val", records.classes)
         if recipe.patience and val_records is None:
             raise ConfigError(f"patience={recipe.patience} needs images to evaluate on; pass val=..., or patience=0")
+        check_kinds(records, val_records)
+        recipe = recipe.for_several_labels() if records.multi_label else recipe
+        balanced = recipe.balanced
+        # to read images for a log line would take too long
+        labels = labels_of(records) if balanced or always_the_same(records) else []
+        counts = count_classes(records, labels, balanced=balanced) if labels else None
         preprocessing = preprocessing or preprocessing_of(model)
         if computing.shard == "fsdp" and val_records is not None and len(val_records) < process.world:
             raise DataError(f"{len(val_records)} images to evaluate on, fewer than the {process.world} processes")
@@ -196,8 +208,13 @@ def run_training(
                 preprocessing=preprocessing,
                 teacher=teacher,
                 shard=computing.shard,
+                weights=counts.weights(binary=recipe.loss == "bce")
+                if counts and recipe.class_weights == "balanced"
+                else None,
+                multi_label=records.multi_label,
             ),
             records=records,
+            classes=one_class(labels) if recipe.sampling == "balanced" else None,
             val=val_records,
             out=out,
             preprocessing=preprocessing,
@@ -208,12 +225,23 @@ def run_training(
         ).to_the_end()
 
 
+def check_kinds(records: ImageRecords, *others: ImageRecords | None) -> None:
+    """Raise DataError unless all sets have as many labels an image, one or several, as the first."""
+    for other in others:
+        if other is not None and other.multi_label != records.multi_label:
+            one, several = sorted((records, other), key=lambda each: each.multi_label)
+            raise DataError(
+                f"images of {several.name} have several labels, those of {one.name} one class; bring both into one form"
+            )
+
+
 @dataclass(slots=True, kw_only=True)
 class Run:
     """One call of `run_training`: everything that stays the same from epoch to epoch."""
 
     learner: Learner
     records: ImageRecords
+    classes: list[int] | None
     val: ImageRecords | None
     out: Path
     preprocessing: Preprocessing
@@ -222,6 +250,7 @@ class Run:
     before_epoch: Callable[[int], None] | None = None
     trackers: Trackers | None = None
     val_batches: InputBatches | None = None
+    thresholds: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
     def to_the_end(self) -> TrainResult:
         """Run the epochs after the last saved one, then export the models."""
@@ -235,6 +264,7 @@ class Run:
         if any(given != settings[0] for given in settings):
             raise TrainingError("the processes were started with different settings, models or images")
         progress = load_state(self.out, learner, run=identity) or Progress()
+        self.thresholds = progress.thresholds
         if len(set(process.gather(progress.epoch))) > 1:
             raise TrainingError(f"the processes find different states in {self.out}; all of them must share one folder")
         ended = progress.epoch >= recipe.total_epochs or self._gives_up(progress)
@@ -252,11 +282,21 @@ class Run:
             for prefix, heads in learner.versions().items():
                 self._export("ema" if prefix else "model", heads, last, prefix)
             learner.bare.eval()
-            best = (progress.best_top1, progress.best_epoch) if progress.best_epoch >= 0 else (None, None)
-            result = TrainResult(self.out, last.get("top1"), best[0], best[1], log.rows)
+            result = self._result(progress, log.rows)
             if own is not None:
-                own.end({"top1": result.top1, "best_top1": result.best_top1, "best_epoch": result.best_epoch})
+                names = ("top1", "best_top1", "map", "best_map", "best_epoch")
+                own.end({name: getattr(result, name) for name in names})
         return result
+
+    def _result(self, progress: Progress, rows: list[dict[str, Any]]) -> TrainResult:
+        chooser = choosing_figure(several=self.records.multi_label, balanced=self.learner.recipe.balanced)
+        epoch = progress.best_epoch if progress.best_epoch >= 0 else None
+        last, best = rows[-1] if rows else {}, {} if epoch is None else {chooser: progress.best_top1}
+        best |= next((row for row in rows if row["epoch"] == epoch), {})
+        figures = {f"best_{name}": best.get(name) for name in ("top1", "map")}
+        return TrainResult(
+            out=self.out, top1=last.get("top1"), best_epoch=epoch, log=rows, map=last.get("map"), **figures
+        )
 
     def _loading(self) -> tuple[TrainSampler, InputBatches]:
         """The order of the training images, and their batches."""
@@ -268,6 +308,7 @@ class Run:
             seed=recipe.seed,
             rank=process.rank,
             world=process.world,
+            classes=self.classes,
         )
         batches = training_batches(
             keep_in_memory(self.records, self.computing.cache, workers=self.workers, processes=process.world),
@@ -287,8 +328,9 @@ class Run:
         damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
         for epoch in range(progress.epoch, recipe.total_epochs):
             row = self._one_epoch(epoch, sampler, batches, damage)
-            if row.get("top1", -1.0) > progress.best_top1:
-                progress.best_top1, progress.best_epoch = row["top1"], epoch
+            score = row.get(choosing_figure(several=self.records.multi_label, balanced=recipe.balanced), -1.0)
+            if score > progress.best_top1:
+                progress.best_top1, progress.best_epoch = score, epoch
                 self._export("best", learner.bare, row)
             progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
             log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
@@ -366,8 +408,12 @@ class Run:
         )
         figures = {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
         row: dict[str, Any] = {}
+        for prefix, outcomes in found.items():
+            if outcomes.scores is not None:
+                self.thresholds[prefix] = best_thresholds(outcomes.scores, outcomes.label)
         for prefix, result in figures.items():
-            row |= {f"{prefix}top1": round(result.top1, 4), f"{prefix}top5": round(result.top5, 4)}
+            known = ((name, getattr(result, name)) for name in FIGURES)
+            row |= {f"{prefix}{name}": round(value, 4) for name, value in known if value is not None}
             row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
         plain = figures[""]
         counts = {"val_images": plain.images, "val_unreadable": plain.skipped}
@@ -380,5 +426,6 @@ class Run:
             self.learner.process,
             divided=self.learner.divided,
             records=self.records,
-            accuracy={figure: row.get(prefix + figure) for figure in ("top1", "top5")},
+            accuracy={figure: row.get(prefix + figure) for figure in FIGURES},
+            thresholds=self.thresholds.get(prefix),
         )

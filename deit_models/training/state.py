@@ -35,6 +35,7 @@ from ..distributed import Process
 from ..errors import MissingExtraError, TrainingError, first_line
 from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
+from ..metrics import in_words
 from ..models.layers import ImageClassifier
 from ..trackers import Trackers
 from .learner import Learner
@@ -138,7 +139,9 @@ def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
     figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(1, 2)
-    for axes, key, label in zip(panels, ("loss", "top1"), ("training loss", "validation top-1 (%)"), strict=True):
+    several = any("map" in row for rows in runs.values() for row in rows)
+    accuracy = ("map", "validation mAP (%)") if several else ("top1", "validation top-1 (%)")
+    for axes, (key, label) in zip(panels, (("loss", "training loss"), accuracy), strict=True):
         for name, rows in runs.items():
             points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
             if points:  # a lone point has no line, so few points get markers
@@ -169,20 +172,29 @@ def export_model(
     divided: bool,
     records: ImageRecords,
     accuracy: Mapping[str, float | None],
+    thresholds: tuple[float, ...] | None = None,
 ) -> None:
     """Write a model in training into `folder`; called by every process, written by the first.
 
     `from_pretrained` reads our models back, with the class names and name of `records`, which they were trained on, and
-    their `accuracy`: `top1` and `top5` in percent, where known. Of any other module the state dict is written, as
-    `model.safetensors`. `divided`: each process holds only a part of the parameters.
+    the validation figures in `accuracy`, in percent, where known, see `FIGURES`. `thresholds` are those of several
+    labels. Of any other module the state dict is written, as `model.safetensors`. `divided`: each process holds only a
+    part of the parameters.
 
     Raises: SaveError: no space or no permission.
     """
     state = _whole_state(model, divided=divided)
     if process.is_main:
         if isinstance(model, ImageClassifier) and model.origin is not None:
+            one = {} if records.multi_label else {name: accuracy.get(name) for name in ("top1", "top5")}
+            others = in_words({name: value for name, value in accuracy.items() if name not in one})
             model.origin = model.origin.trained(
-                records.name, class_names=records.classes, top1=accuracy.get("top1"), top5=accuracy.get("top5")
+                records.name,
+                class_names=records.classes,
+                multi_label=records.multi_label,
+                thresholds=thresholds,
+                notes=f"On the validation images: {others}." if others else None,
+                **one,
             )
             # save_pretrained would keep the card of an earlier epoch, with its accuracy
             (folder / CARD_NAME).unlink(missing_ok=True)
@@ -227,15 +239,18 @@ class Progress:
 
     Attributes:
         epoch: the next epoch to run, from 0.
-        best_top1: the best validation accuracy so far in percent; below 0 before the first evaluation.
+        best_top1: the best validation accuracy so far in percent, or another figure, see `choosing_figure`; below 0
+            before the first evaluation.
         best_epoch: the epoch it was reached in; -1 before the first evaluation.
         unreadable: numbers of the training images that could not be read so far.
+        thresholds: of several labels an image, from the last evaluation, by the prefix of the weights' figures.
     """
 
     epoch: int = 0
     best_top1: float = -1.0
     best_epoch: int = -1
     unreadable: list[int] = field(default_factory=list)
+    thresholds: dict[str, tuple[float, ...]] = field(default_factory=dict)
 
 
 def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
@@ -244,7 +259,7 @@ def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
     names = hashlib.sha256("\0".join(classes).encode()).hexdigest()[:8]
     identity = {
         "model": str(model.config) if isinstance(model, ImageClassifier) else type(model).__name__,
-        "data": f"{len(records)} images in {len(classes)} classes ({names})",
+        "data": f"{len(records)} images in {len(classes)} {'labels' if records.multi_label else 'classes'} ({names})",
     }
     if teacher is not None:
         network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)

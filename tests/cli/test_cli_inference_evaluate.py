@@ -79,9 +79,11 @@ def test_text_shows_the_published_figures_beside_the_measured(saved, data, capsy
     title, *lines = out.splitlines()
     assert title == f"{saved} on {data}, val"
     rows = {line[2:22].strip(): line[22:] for line in lines}
+    assert rows.pop("macro F1").endswith(" %")
     assert rows == {
         "top-1": f"{plain['top1']:.2f} %  published: 66.6 % (Fauna)",
         "top-5": "100.00 %  published: 99.9 % (Fauna)",
+        "balanced accuracy": f"{plain['top1']:.2f} %",  # of classes with as many images
         "class head": f"{plain['class']:.2f} % top-1",
         "distillation head": f"{plain['distillation']:.2f} % top-1",
         "loss": f"{plain['loss']:.4f}",

@@ -42,7 +42,7 @@ def test_figures_are_means_over_images_and_over_the_classes_that_have_some(tmp_p
     assert metrics == json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert list(metrics) == [*FACTS, "split", "val", "penalty", "seconds"]
     figures = metrics["val"]
-    assert (figures["top1"], figures["mean_class_accuracy"]) == (80.0, 75.0)
+    assert (figures["top1"], figures["balanced_accuracy"]) == (80.0, 75.0)
     assert (figures["images"], figures["unreadable"], metrics["seconds"]) == (5, 1, 1.23)
 
 
@@ -51,10 +51,10 @@ def test_accuracy_by_class_is_empty_for_a_class_without_images(tmp_path: Path) -
     with (tmp_path / "per_class_val.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.reader(file))
     assert rows == [
-        ["class", "images", "correct", "accuracy"],
-        ["kind 0", "2", "1", "50.00"],
-        ["kind 1", "3", "3", "100.00"],
-        ["kind 2", "0", "0", ""],
+        ["class", "images", "correct", "accuracy", "predicted", "precision", "f1"],
+        ["kind 0", "2", "1", "50.00", "1", "100.00", "66.67"],
+        ["kind 1", "3", "3", "100.00", "4", "75.00", "85.71"],
+        ["kind 2", "0", "0", "", "0", "", ""],
     ]
 
 

@@ -102,7 +102,7 @@ def test_everything_that_is_random_or_kept_is_on(uninterrupted: Path, tmp_path: 
     assert saved.keys() == {"format", "recipe", "parts", "run", "progress", "scaler", "model", "ema_model", "optimizer"}
     assert saved["format"] == 1
     assert saved["run"].keys() == {"model", "data"}
-    assert saved["progress"].keys() == {"epoch", "best_top1", "best_epoch", "unreadable"}
+    assert saved["progress"].keys() == {"epoch", "best_top1", "best_epoch", "unreadable", "thresholds"}
     assert max(difference for _, difference in tiny.differences(saved["model"], saved["ema_model"])) > 1e-4
     lively(tmp_path / "usual", epochs=2)
     usual = tiny.state(tmp_path / "usual")["model"]
