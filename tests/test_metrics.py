@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 import torch
 from small_sets import Pictures
@@ -97,12 +98,14 @@ def test_weights_are_scikit_learns_balanced_ones() -> None:
     counts = count_classes(Pictures(10), labels, balanced=True)
     assert (counts.images.tolist(), counts.total) == ([6, 0, 3], 9)
     first, other, last = counts.weights(binary=False).tolist()
-    expected = weighing.compute_class_weight("balanced", classes=[0, 2], y=labels[:-1])
+    expected = weighing.compute_class_weight("balanced", classes=np.array([0, 2]), y=labels[:-1])
     assert [first, last] == pytest.approx(list(expected))
     assert other == 1
     yes, no = counts.weights(binary=True)
     for number in (0, 2):
-        pair = weighing.compute_class_weight("balanced", classes=[0, 1], y=[label == number for label in labels[:-1]])
+        pair = weighing.compute_class_weight(
+            "balanced", classes=np.array([0, 1]), y=[int(label == number) for label in labels[:-1]]
+        )
         assert [float(no[number]), float(yes[number])] == pytest.approx(list(pair))
 
 
