@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import importlib
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 from .checkpoint import ModelInfo, ModelLike, Preprocessing, load_manifest
@@ -64,6 +65,11 @@ def _import_family(name: str) -> str | None:
     family = load_manifest()[name].family
     importlib.import_module(f".models.{family}", package=__package__)
     return family
+
+
+def write_hub_networks(model: Any, folder: Path) -> None:
+    """`deploy.export.write_hub_networks`, imported at the call: `formats`, which publishes the files, is above it."""
+    importlib.import_module(".deploy.export", package=__package__).write_hub_networks(model, folder)
 
 
 def family_spec(family: str) -> ModelSpec:

@@ -75,14 +75,13 @@ def add_predict(commands: Any) -> None:
 
 def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassifier] | None = None) -> int:
     """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
-    from ..predict import find_images
     from .results import resume_results, write_results, written_name
 
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
     _check_output(args)
-    every = [path for given in args.images for path in (find_images(given) if given.is_dir() else [given])]
+    every = listed_images(args.images)
     resumed = args.resume and args.output.exists()
     done, before = resume_results(args.output, format=args.format) if resumed else ((), [])
     paths = [path for path in every if written_name(str(path)) not in done]
@@ -98,6 +97,13 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
         print(f"deit-models: {len(errors)} of {len(every)} images could not be read:", file=sys.stderr)
         print("\n".join(f"  {printable(error)}" for error in errors), file=sys.stderr)
     return EXIT_FAILED if errors else EXIT_OK
+
+
+def listed_images(given: list[Path]) -> list[Path]:
+    """Files as they are given, and the images of folders."""
+    from ..predict import find_images
+
+    return [path for part in given for path in (find_images(part) if part.is_dir() else [part])]
 
 
 def _check_output(args: argparse.Namespace) -> None:
@@ -213,17 +219,23 @@ def _as_text(args: argparse.Namespace, published: Mapping[str, Any] | None, resu
 
 def add_export(commands: Any) -> None:
     """Add the command `export`."""
-    summary = "write a model as one file for another runtime"
+    summary = "write a model for another runtime: as one file, or as a folder for the browser"
     example = "export deit_small_patch16_224 deit_small.onnx --preprocessing"
     parser = command(commands, "export", summary, example, _run_export)
     parser.add_argument("source", help="a name, a folder, a weights file or a Hub repository")
-    parser.add_argument("file", type=Path, help="what to write: .onnx, .xml (OpenVINO, with a .bin beside it) or .pt2")
-    formats = ["onnx", "openvino", "torch-export"]
+    text = "what to write: .onnx, .xml (OpenVINO, with a .bin beside it), .pt2, or a folder for transformers.js"
+    parser.add_argument("file", type=Path, help=text)
+    formats = ["onnx", "openvino", "torch-export", "transformers.js"]
     parser.add_argument("--format", choices=formats, help="default: by the suffix of the file")
-    text = "include the normalisation: the file takes pixels from 0 to 255, already resized and cropped"
-    parser.add_argument("--preprocessing", action="store_true", help=text)
+    text = "include the normalisation: the file takes pixels from 0 to 255, already resized and cropped; for "
+    text += "transformers.js (there the default) resizing and cropping, too"
+    parser.add_argument("--preprocessing", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "by how much a logit may differ from the model's, default 1e-4"
     parser.add_argument("--tolerance", type=float, default=1e-4, metavar="X", help=text)
+    text = "of transformers.js: images, and folders of them, to judge the quantised network by; default random ones"
+    parser.add_argument("--images", nargs="+", type=Path, metavar="PATH", help=text)
+    text = "of transformers.js: share of them on which the quantised network must decide alike, default 0.9"
+    parser.add_argument("--min-agreement", type=float, metavar="X", help=text)
     add_options(parser, "--token-merging", "--model", *LOADING, "--json")
 
 
@@ -233,14 +245,18 @@ def _run_export(args: argparse.Namespace) -> int:
     from ..hub.load import from_pretrained
 
     kind = args.format or format_of(args.file)  # a wrong name is refused before anything is loaded
+    images = None if args.images is None else listed_images(args.images)
     model = from_pretrained(args.source, model=args.model, **loading(args))
-    options = picked(args, "preprocessing", "tolerance") | {"token_merging": args.token_merging or 0}
-    done = export(model, args.file, format=kind, **options)
+    options = picked(args, "preprocessing", "tolerance", "min_agreement") | {"token_merging": args.token_merging or 0}
+    done = export(model, args.file, format=kind, images=images, **options)
     if args.json:
         print(json.dumps(asdict(done), default=str))
-    else:
-        difference = f"logits differ by at most {done.max_abs_diff:.2g} from the model's ({done.tolerance:g} allowed)"
-        print(f"wrote {done.path} ({done.format}, {done.size_bytes / 1e6:.1f} MB); run and compared: {difference}")
+        return EXIT_OK
+    difference = f"logits differ by at most {done.max_abs_diff:.2g} from the model's ({done.tolerance:g} allowed)"
+    print(f"wrote {done.path} ({done.format}, {done.size_bytes / 1e6:.1f} MB); run and compared: {difference}")
+    if done.agreement is not None:
+        size, judged = f"{done.quantised_bytes / 1e6:.1f} MB", "random images" if images is None else "images"
+        print(f"model_quantized.onnx ({size}) decides as the model on {done.agreement:.1%} of {done.images} {judged}")
     return EXIT_OK
 
 

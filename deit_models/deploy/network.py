@@ -16,9 +16,10 @@ Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461; written from th
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,6 +109,42 @@ class Normalise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.scale + self.shift
+
+
+class TransformLayer(nn.Module):
+    """The evaluation transform inside the network: (B, C, any height, any width) pixels to (B, C, H, W).
+
+    Differs from `EvalTransform`: resized levels are not rounded to whole numbers.
+    """
+
+    def __init__(self, preprocessing: Preprocessing) -> None:
+        """Take a checkpoint's preprocessing. Raises: ConfigError: it cannot be computed in a network."""
+        super().__init__()
+        spec, resize = preprocessing, preprocessing.resize
+        sides = (resize, resize) if isinstance(resize, int) else resize or (0, 0)
+        if spec.interpolation not in ("bilinear", "bicubic") or any(map(operator.lt, sides, spec.crop)):
+            raise ConfigError(f"a network cannot compute '{spec}': it resizes by bilinear or bicubic, and does not pad")
+        self.spec, self.normalise = spec, Normalise(spec)
+
+    def forward(self, x: Tensor) -> Tensor:
+        spec, resize, (height, width) = self.spec, self.spec.resize, x.shape[2:]
+        if isinstance(resize, int):
+            shorter = torch.sym_min(height, width)
+            rows, columns = resize * height // shorter, resize * width // shorter
+        else:
+            rows, columns = cast(tuple[int, int], resize)
+            if spec.fit == "cover":  # the quotients are rounded to the nearest number
+                higher = (2 * height * columns + width) // (2 * width)
+                wider = (2 * width * rows + height) // (2 * height)
+                rows, columns = torch.sym_max(rows, higher), torch.sym_max(columns, wider)
+        size = cast(list[int], [rows, columns])  # symbols, while the network is traced
+        x = F.interpolate(x, size, mode=spec.interpolation, antialias=True).clamp(0, 255)
+        for dim, side, crop in zip((2, 3), (rows, columns), spec.crop, strict=True):
+            rest = side - crop
+            # (r + r // 2 % 2) // 2 is r / 2 rounded to the nearest even number
+            start = (rest if spec.rounding == "down" else rest + rest // 2 % 2) // 2
+            x = x.index_select(dim, torch.arange(crop, device=x.device) + start)  # traced to a fixed size, as no slice
+        return self.normalise(x)
 
 
 def _channels(preprocessing: Preprocessing) -> Tensor:

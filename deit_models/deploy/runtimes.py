@@ -27,6 +27,7 @@ ExportFormatName = Literal["onnx", "openvino", "torch-export"]
 _INPUT = "pixel_values"  # of ONNX and OpenVINO files: transformers.js and Optimum feed it; files are run by position
 METADATA_KEY = "deit_models"
 """Key of our JSON in a file's own metadata."""
+_BATCH = {0: "batch"}
 _MAX_ONNX_BYTES = 2**31 - 2**24  # a protobuf message ends at 2 GiB; the graph needs some of it
 
 
@@ -54,7 +55,7 @@ def format_of(path: Path) -> ExportFormatName:
     names = {kind.suffix: name for name, kind in EXPORT_FORMATS.items()}
     if path.suffix not in names:
         known = ", ".join(f"{suffix} ({name})" for suffix, name in names.items())
-        raise ConfigError(f"{path}: unknown kind of file; expected {known}")
+        raise ConfigError(f"{path}: unknown kind of file; expected {known}, or format='transformers.js' for a folder")
     return names[path.suffix]
 
 
@@ -84,7 +85,13 @@ def _traced(prepared: Prepared, example: Tensor, *, fixed: bool = False) -> torc
         return torch.export.export(prepared, (example,), dynamic_shapes=sizes)
 
 
-def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) -> None:
+def write_onnx(
+    prepared: Prepared, example: Tensor, path: Path, metadata: str, *, free: Mapping[int, str] = _BATCH
+) -> None:
+    """Write a network as an ONNX file; `free` names the dimensions of the input that may have any size.
+
+    Raises: ConfigError: too large for the format. MissingExtraError: a library is not installed.
+    """
     size = sum(parameter.nbytes for parameter in prepared.parameters())
     if size > _MAX_ONNX_BYTES:
         raise ConfigError(f"{size / 1e9:.1f} GB of weights, an ONNX file holds 2.1; use 'openvino' or 'torch-export'")
@@ -99,7 +106,7 @@ def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) 
             verbose=False,
             input_names=[_INPUT],
             output_names=["logits"],
-            dynamic_shapes={"x": {0: torch.export.Dim("batch")}},
+            dynamic_shapes={"x": {dim: torch.export.Dim(name) for dim, name in free.items()}},
         )
         if program is None:
             raise ConfigError("torch gave no ONNX program")
@@ -107,7 +114,8 @@ def _write_onnx(prepared: Prepared, example: Tensor, path: Path, metadata: str) 
         program.save(str(path), external_data=False)
 
 
-def _open_onnx(file: Path | bytes) -> Runner:
+def open_onnx(file: Path | bytes) -> Runner:
+    """A runner for an ONNX file, or its bytes. Raises: MissingExtraError: ONNX Runtime is not installed."""
     with extra_needed("running ONNX"):
         import onnxruntime
     options = onnxruntime.SessionOptions()
@@ -194,7 +202,7 @@ def _read_torch(path: Path) -> str | None:
 
 
 EXPORT_FORMATS: dict[ExportFormatName, ExportFormat] = {
-    "onnx": ExportFormat(".onnx", _write_onnx, _open_onnx, _read_onnx),
+    "onnx": ExportFormat(".onnx", write_onnx, open_onnx, _read_onnx),
     "openvino": ExportFormat(".xml", _write_openvino, _open_openvino, _read_openvino),
     "torch-export": ExportFormat(".pt2", _write_torch, _open_torch, _read_torch),
 }
@@ -457,13 +465,13 @@ class _ONNXRunner:
     def __init__(self, job: Job) -> None:
         """Write the network as ONNX, or take `job.kept`."""
         self._file = job.kept or self._written(job)
-        self._run = _in_pieces(_open_onnx(self._file))
+        self._run = _in_pieces(open_onnx(self._file))
 
     @staticmethod
     def _written(job: Job) -> bytes:
         with TemporaryDirectory() as folder:
             path = Path(folder, "network.onnx")
-            _write_onnx(job.prepared, _first(job.example, 2), path, "")
+            write_onnx(job.prepared, _first(job.example, 2), path, "")
             return path.read_bytes()
 
     def to_bytes(self) -> bytes:

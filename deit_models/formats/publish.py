@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, SaveError, first_line
 from ..files import markdown, write_json, write_tensors, write_text
-from ..registry import meta_model, own_model
+from ..registry import meta_model, own_model, write_hub_networks
 from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
 
 _USE = {
@@ -58,18 +58,27 @@ def push_to_hub(
     layout: Layout = "native",
     token: str | None = None,
     private: bool | None = None,
+    onnx: bool = False,
     commit_message: str = "Upload with deit-models",
 ) -> str:
     """Upload the folder `save_pretrained` writes; the repository is created if need be. Gives its address.
 
-    Raises: ConfigError, SaveError: see `save_pretrained`. FetchError: the Hub refused, or cannot be reached.
+    `onnx` adds onnx/model.onnx and onnx/model_quantized.onnx for transformers.js, beside the layout "transformers".
+
+    Raises: ConfigError, SaveError: see `save_pretrained`; `onnx` with another layout, or a model that transformers.js
+        cannot serve. MissingExtraError, AgreementError: of `onnx`, see `deploy.export`. FetchError: the Hub refused, or
+        cannot be reached.
     """
+    if onnx and layout != "transformers":
+        raise ConfigError(f"onnx=True, layout={layout!r}: transformers.js reads layout='transformers' alone; pass that")
     from huggingface_hub import HfApi
     from huggingface_hub import errors as hub_errors
 
     model, api = own_model(model), HfApi(token=token, library_name="deit_models")
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout=layout)
+        if onnx:
+            write_hub_networks(model, Path(folder))
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
             has_card = api.file_exists(repo.repo_id, CARD_NAME)

@@ -84,9 +84,13 @@ def write_transformers_config(model: ModelLike, origin: Origin, layouts: FamilyL
     """
     if not model.config.num_classes:
         return layouts.write_transformers(model.config)
+    return {**layouts.write_transformers(model.config), **write_labels(model, origin)}
+
+
+def write_labels(model: ModelLike, origin: Origin) -> dict[str, Any]:
+    """Fields of a config.json for the names of the classes, `LABEL_0` and so on if they have none, and the problem."""
     names = origin.class_names or tuple(f"LABEL_{index}" for index in range(model.config.num_classes))
     return {
-        **layouts.write_transformers(model.config),
         "id2label": write_class_names(names),
         "label2id": {label: index for index, label in enumerate(names)},
         **({} if origin.problem_type is None else {"problem_type": origin.problem_type}),

@@ -173,12 +173,18 @@ class ImageClassifier(nn.Module):
         publish.save_pretrained(self, save_directory, layout=layout)
 
     def push_to_hub(
-        self, repo_id: str, *, layout: Layout = "native", token: str | None = None, private: bool | None = None
+        self,
+        repo_id: str,
+        *,
+        layout: Layout = "native",
+        token: str | None = None,
+        private: bool | None = None,
+        onnx: bool = False,
     ) -> str:
         """Upload the folder `save_pretrained` writes; see `formats.publish.push_to_hub`."""
         from ..formats import publish
 
-        return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private)
+        return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private, onnx=onnx)
 
 
 def linear_head(width: int, num_classes: int) -> nn.Module:

@@ -43,9 +43,32 @@ def test_export_as_json(tiny, tmp_path, capsys):
     assert found["max_abs_diff"] <= found["tolerance"] == 1e-4
 
 
+def test_export_for_the_browser_says_how_well_the_quantised_network_agrees(tiny, photos, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+    assert photos
+    options = [
+        "--format",
+        "transformers.js",
+        "--no-preprocessing",
+        "--images",
+        str(tmp_path / "photos"),
+        "--min-agreement",
+        "0",
+    ]
+    assert main(["export", str(tiny), str(tmp_path / "web"), *options]) == 0
+    out, err = capsys.readouterr()
+    assert out.startswith(f"wrote {tmp_path / 'web'} (transformers.js, ")
+    assert "model_quantized.onnx (" in out
+    assert "of 3 images" in out
+    assert err == ""
+    assert json.loads((tmp_path / "web" / "preprocessor_config.json").read_text())["do_normalize"] is True
+
+
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
+        ("tiny", [], "or format='transformers.js' for a folder"),
+        ("tiny.pt2", ["--min-agreement", "0.9"], "images and min_agreement are for format='transformers.js'"),
         ("tiny.pb", [], "tiny.pb: unknown kind of file; expected .onnx (onnx), .xml (openvino), .pt2 (torch-export)"),
         ("tiny.pt2", ["--format", "onnx"], "expected a name that ends in .onnx for format='onnx'"),
         ("tiny.pt2", ["--tolerance=-1"], "from the model's, -1 is allowed; not written"),

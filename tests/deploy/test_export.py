@@ -168,7 +168,11 @@ def test_no_numbers_and_a_fixed_batch_are_refused(answer: Callable[[Tensor], Ten
         ("model.pt", "onnx", r"model\.pt: expected a name that ends in \.onnx for format='onnx'"),
         ("model.onnx", "openvino", r"ends in \.xml"),
         ("model.tflite", None, r"model\.tflite: unknown kind of file; expected \.onnx \(onnx\), \.xml \(openvino\)"),
-        ("model.onnx", "onx", "format='onx'; expected one of onnx, openvino, torch-export; nearest: onnx"),
+        (
+            "model.onnx",
+            "onx",
+            "format='onx'; expected one of onnx, openvino, torch-export, transformers.js; nearest: onnx",
+        ),
     ],
 )
 def test_wrong_format_or_suffix_is_refused(name: str, kind: str | None, message: str, tmp_path: Path) -> None:

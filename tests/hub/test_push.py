@@ -1,11 +1,13 @@
 """push_to_hub to a local Hub and back, and what is refused in one line."""
 
 import pytest
+import torch
 from huggingface_hub import ModelCard
 from tiny_models import CLASSES, LAYOUTS, assert_same_answer, named, published_files, refusal
 from tiny_models import tiny_model as make
 
-from deit_models import FetchError, from_pretrained
+from deit_models import ConfigError, FetchError, create_model, from_pretrained
+from deit_models.deploy.runtimes import open_onnx
 from deit_models.formats import publish
 
 
@@ -96,3 +98,28 @@ def test_card_of_adapted_weights_names_what_they_come_from(hub, tiny, layout):
 def test_pushed_card_names_the_repository(hub, tiny):
     tiny.push_to_hub("tester/named")
     assert "from_pretrained('tester/named')" in hub.files("tester/named")["README.md"].decode()
+
+
+def test_push_with_onnx_adds_the_files_of_transformers_js(hub):
+    pytest.importorskip("onnxruntime", reason="needs the extra [export]")
+    model = from_pretrained("deit_micro_distilled_patch4_32")
+    model.push_to_hub("tester/web", layout="transformers", onnx=True)
+    files = hub.files("tester/web")
+    assert {"onnx/model.onnx", "onnx/model_quantized.onnx", "model.safetensors", "config.json"} <= set(files)
+    x = torch.rand(2, 3, 32, 32)
+    with torch.inference_mode():
+        torch.testing.assert_close(open_onnx(files["onnx/model.onnx"])(x), model(x), atol=1e-4, rtol=0)
+    assert_same_answer(model, from_pretrained("tester/web"))
+
+
+@pytest.mark.parametrize(
+    ("name", "layout", "message"),
+    [
+        ("deit_micro_distilled_patch4_32", "timm", "onnx=True, layout='timm': transformers.js reads"),
+        ("levit_128s", "transformers", "onnx=True: transformers.js has no 'levit'"),
+    ],
+)
+def test_push_with_onnx_of_what_transformers_js_cannot_read_is_refused(hub, name, layout, message):
+    model = create_model(name, num_classes=7)
+    assert message in refusal(ConfigError, lambda: model.push_to_hub("tester/web", layout=layout, onnx=True))
+    assert "tester/web" not in hub.repos
