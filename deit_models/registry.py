@@ -67,7 +67,7 @@ def _import_family(name: str) -> str | None:
     return family
 
 
-def write_hub_networks(model: Any, folder: Path) -> None:
+def add_web_networks(model: Any, folder: Path) -> None:
     """`deploy.export.write_hub_networks`, imported at the call: `formats`, which publishes the files, is above it."""
     importlib.import_module(".deploy.export", package=__package__).write_hub_networks(model, folder)
 

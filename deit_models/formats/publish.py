@@ -14,7 +14,7 @@ from torch import Tensor
 from ..checkpoint import Layout, ModelLike, Origin, load_manifest
 from ..errors import ConfigError, FetchError, SaveError, first_line
 from ..files import markdown, write_json, write_tensors, write_text
-from ..registry import meta_model, own_model, write_hub_networks
+from ..registry import add_web_networks, meta_model, own_model
 from .layouts import CARD_NAME, WEIGHTS_NAMES, known_origin, layouts_of, write_config
 
 _USE = {
@@ -78,7 +78,7 @@ def push_to_hub(
     with TemporaryDirectory() as folder:
         save_pretrained(model, folder, layout=layout)
         if onnx:
-            write_hub_networks(model, Path(folder))
+            add_web_networks(model, Path(folder))
         try:
             repo = api.create_repo(repo_id, private=private, exist_ok=True)
             has_card = api.file_exists(repo.repo_id, CARD_NAME)

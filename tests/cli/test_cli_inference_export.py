@@ -46,15 +46,8 @@ def test_export_as_json(tiny, tmp_path, capsys):
 def test_export_for_the_browser_says_how_well_the_quantised_network_agrees(tiny, photos, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="needs the extra [export]")
     assert photos
-    options = [
-        "--format",
-        "transformers.js",
-        "--no-preprocessing",
-        "--images",
-        str(tmp_path / "photos"),
-        "--min-agreement",
-        "0",
-    ]
+    judged = ["--images", str(tmp_path / "photos"), "--min-agreement", "0"]
+    options = ["--format", "transformers.js", "--no-preprocessing", *judged]
     assert main(["export", str(tiny), str(tmp_path / "web"), *options]) == 0
     out, err = capsys.readouterr()
     assert out.startswith(f"wrote {tmp_path / 'web'} (transformers.js, ")
