@@ -58,8 +58,8 @@ class Classifier:
         Raises: ConfigError: labels that do not fit the classes, a bad batch size, load options for a loaded model;
             and the errors of `from_pretrained`.
         """
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size}; expected 1 or more")
+        if not 1 <= batch_size < 1 << 31:
+            raise ConfigError(f"batch_size={batch_size}; expected 1 or more, as many as memory holds")
         if isinstance(model, (str, PathLike)):
             from .hub.load import from_pretrained
 

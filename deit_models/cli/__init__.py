@@ -26,7 +26,12 @@ _COMMANDS = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 fine, 1 an explained failure, 2 wrong usage (from argparse)."""
     try:
-        args = build_parser().parse_args(argv)
+        given = [*(sys.argv[1:] if argv is None else argv)]
+        parser = build_parser()
+        for text in given:
+            if not text or (text.startswith("--") and text.endswith("=")):  # Path("") would be the current folder
+                parser.error(f"{text[:-1] or 'an argument'} is empty; is a variable of the shell not set?")
+        args = parser.parse_args(given)
         # one process of a run prints the warnings of all
         handler = logging.StreamHandler()
         handler.setFormatter(_OneLine())

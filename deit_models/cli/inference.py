@@ -115,6 +115,8 @@ def _check_output(args: argparse.Namespace) -> None:
         return
     if not file.absolute().parent.is_dir():
         raise ConfigError(f"--output {file}: there is no folder {file.parent}; make it first")
+    if file.is_dir():
+        raise ConfigError(f"--output {file} is a folder; name a file in it")
     # a device or a pipe holds nothing that could be lost
     if file.is_file() and file.stat().st_size and not args.resume and not args.overwrite:
         raise ConfigError(f"--output {file} exists; --resume goes on with it, --overwrite replaces it")

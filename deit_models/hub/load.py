@@ -126,8 +126,10 @@ def load(
         found = path.exists()
     except OSError as error:  # a name of 5,000 characters, a folder that may not be read
         raise UnknownModelError(f"{shown(name)} cannot be looked up here: {error.strerror}") from error
-    if found:
+    if found and name:  # Path("") is the current folder
         return _build(_locate_path(path, model), changes, access)
+    if name in load_manifest():
+        raise ConfigError(f"model={shown(model)} is for a weights file or repository; {name} is a model by itself")
     is_file = path.suffix.lower() in WEIGHTS_SUFFIXES
     if isinstance(source, str) and name.count("/") == 1 and not name.startswith((".", "/", "~")) and not is_file:
         return _build(_locate_repo(name, access, model), changes, access)

@@ -214,6 +214,8 @@ def test_missing_image_is_a_named_failure(tiny, photos, capsys):
     [
         (["--top-k", "0"], "top_k=0; expected 1 to 10"),
         (["--batch-size", "0"], "batch_size=0; expected 1 or more"),
+        (["--batch-size", str(10**20)], "expected 1 or more, as many as memory holds"),
+        (["--output", "."], "--output . is a folder; name a file in it"),
         (["--workers", "-1"], "workers=-1; expected a whole number from 0 to 1024"),
         (["--output", "no/such/folder/labels.csv"], "labels.csv"),
         (["--revision", "main", "--model", "deit_tiny_patch4_32"], "no weights of deit_tiny_patch4_32 are published"),

@@ -65,6 +65,9 @@ def test_version_is_the_packages(capsys):
         (["cache"], "ACTION"),
         (["cache", "clear"], "one of the arguments name --all is required"),
         (["cache", "clear", "deit_tiny_patch16_224", "--all"], "not allowed with"),
+        (["predict", ""], "an argument is empty; is a variable of the shell not set?"),
+        (["predict", "a.jpg", "--model", ""], "an argument is empty"),
+        (["finetune", "photos", "--out="], "--out is empty"),
     ],
     ids=" ".join,
 )

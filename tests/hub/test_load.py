@@ -1075,3 +1075,19 @@ def test_device_and_dtype_that_do_not_exist_are_refused_by_name(tmp_path, option
 @pytest.mark.parametrize("name", ["a" * 5000, "/tmp/" + "b" * 300])
 def test_absurd_names_are_one_line(name):
     refusal(UnknownModelError, lambda: from_pretrained(name, local_files_only=True))
+
+
+def test_empty_name_is_no_model_although_its_path_is_the_current_folder(tmp_path, monkeypatch, model):
+    model.save_pretrained(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    assert from_pretrained(".").config == model.config
+    assert "unknown model ''" in refusal(UnknownModelError, lambda: from_pretrained(""))
+
+
+def test_model_beside_another_models_name_is_refused():
+    reason = (
+        "model='deit_tiny_patch4_32' is for a weights file or repository; deit_micro_distilled_patch4_32 is a model"
+    )
+    assert reason in refusal(
+        ConfigError, lambda: from_pretrained("deit_micro_distilled_patch4_32", model="deit_tiny_patch4_32")
+    )
