@@ -119,6 +119,13 @@ def join_processes(device: str | torch.device | None = None) -> Iterator[Process
         gc.collect()
 
 
+def own_device(device: str | torch.device | None) -> str | torch.device | None:
+    """Under torchrun this process's GPU in the place of "cuda"; any other device as it is."""
+    if str(device) != "cuda" or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    return _device(device, int(os.environ.get("LOCAL_RANK", 0)))
+
+
 def _device(wanted: str | torch.device | None, local_rank: int) -> torch.device:
     """Where this process computes. Raises: ConfigError: more processes than GPUs."""
     try:

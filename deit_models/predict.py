@@ -7,16 +7,21 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
-from typing import Any, NamedTuple, overload
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar, overload
 
 import PIL.Image
 import torch
 from torch import Tensor
 
-from .data.loading import FileBatch, check_workers, file_batches
+from .data.loading import FileBatch, Watch, check_workers, file_batches, plain_watch
 from .data.sources import find_images as find_images
+from .data.sources import image_sources
+from .distributed import own_device
+from .embeddings import EmbeddedFiles, Row, Storage, write_features
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
+from .files import digest_of_numbers
 from .images.decoding import ImageSource
 from .images.transforms import to_device, transform_for
 from .metrics import UNSURE
@@ -24,6 +29,8 @@ from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL, own_model
 
 logger = logging.getLogger(__name__)
+
+Computed = TypeVar("Computed")
 
 
 class Classifier:
@@ -63,21 +70,20 @@ class Classifier:
         if isinstance(model, (str, PathLike)):
             from .hub.load import from_pretrained
 
-            device = _best_device() if device is None else device
+            device = own_device(_best_device() if device is None else device)
             loaded = from_pretrained(model, device=device, dtype=dtype, **load_options)
         elif load_options:
             raise ConfigError(f"{', '.join(load_options)}: only for a model given by name or path, this one is loaded")
         else:
             loaded = model if hasattr(model, "origin") else own_model(model)
             loaded = loaded if device is None and dtype is None else loaded.to(device=device, dtype=dtype)
-        if getattr(loaded, "num_classes", None) == 0:
-            raise ConfigError("this model has num_classes=0 and no head to classify with; its embed(x) gives features")
         self.model = loaded.eval()
         self.batch_size = batch_size
         self.transform = transform_for(loaded)
         self.transform.normalise = not getattr(loaded, "takes_pixels", False)  # `optimize` may put that inside
         self.transform.fast_pixels = fast_pixels
-        self.labels = class_labels(loaded, labels)
+        headless = getattr(loaded, "num_classes", None) == 0 and labels is None
+        self.labels = () if headless else class_labels(loaded, labels)
         self._scores = scores_of(loaded)
         self.thresholds = thresholds_of(loaded)
 
@@ -96,18 +102,32 @@ class Classifier:
                 array (B, H, W, C).
             top_k: how many classes to give for each image; all, if there are fewer.
 
-        Raises: ImageError: an image cannot be decoded; the message says which. ConfigError: top_k below 1.
+        Raises: ImageError: an image cannot be decoded; the message says which. ConfigError: top_k below 1, or a model
+            with num_classes=0.
         """
         top_k = self._checked(top_k)
         if not _is_sequence(images):
             return next(self._classify([self._prepared([("image", images)])], top_k))
+        return list(self._classify(self._batches(images), top_k))
+
+    def embed(self, images: Any) -> Tensor:
+        """The model's embedding of each image, before its head: (N, D) float32 on the CPU.
+
+        `images` is an image, which gives (1, D), or a sequence of them, as in a call.
+        Raises: ImageError: an image cannot be decoded. ConfigError: a model without embeddings, as of `optimize`.
+        """
+        parts = [torch.empty(0, self._width())]
+        for batch in self._batches(images if _is_sequence(images) else [images]):
+            parts += self._in_parts(batch.images, self._embedding)
+        return torch.cat(parts)
+
+    def _batches(self, images: Any) -> Iterator[FileBatch]:
         named = [(f"image {i}", image) for i, image in enumerate(images)]
         size = self.batch_size  # which falls where memory is short
-        chunks = (named[i : i + size] for i in range(0, len(named), size))
-        return list(self._classify(map(self._prepared, chunks), top_k))
+        return map(self._prepared, (named[i : i + size] for i in range(0, len(named), size)))
 
     def classify_files(
-        self, paths: Iterable[str | PathLike[str]], *, top_k: int = 5, workers: int | None = None
+        self, paths: Iterable[str | PathLike[str] | tuple[str, bytes]], *, top_k: int = 5, workers: int | None = None
     ) -> Iterator[ImageResult]:
         """Classify any number of files; yields results in the order of the paths, as they come.
 
@@ -115,7 +135,7 @@ class Classifier:
         a generator will do, and memory holds a few batches however many there are.
 
         Args:
-            paths: image files, see `find_images`.
+            paths: image files, pairs of a name and encoded bytes, or what `image_sources` gives.
             top_k: how many classes to give for each image; all, if there are fewer.
             workers: processes that decode; 0 decodes in this one. By default threads of this one, which take turns with
                 the model, and processes beside a GPU.
@@ -124,10 +144,63 @@ class Classifier:
             died, or a single image is too much for the device's memory.
         """
         top_k = self._checked(top_k)
+        return self._classify(self._file_batches(paths, workers), top_k)
+
+    def embed_files(
+        self,
+        images: Any,
+        output: str | PathLike[str],
+        *,
+        labelled: bool = False,
+        storage: Storage = "float32",
+        resume: bool = False,
+        overwrite: bool = False,
+        workers: int | None = None,
+        watch: Watch = plain_watch,
+    ) -> EmbeddedFiles:
+        """Write the embeddings of any number of images to one file, which `embeddings.load_features` reads.
+
+        Memory holds a few thousand embeddings, however many there are. Under torchrun the processes share the images,
+        and each returns when the file is complete. An image that cannot be decoded gets no row, and is listed.
+
+        Args:
+            images: a folder, image files, a table, a data set: see `image_sources`.
+            output: the file to write, .npz or .parquet.
+            labelled: require labels: a folder is then one of class folders. Labels that are known are kept in any case.
+            storage: type of the numbers in the file, "float32" or "float16".
+            resume: go on with an interrupted run; a complete file is left as it is.
+            overwrite: replace the file, and what an interrupted run has left.
+            workers: processes that decode, as in `classify_files`.
+            watch: wraps the batches of this process, for a progress bar.
+
+        Raises: ConfigError: a wrong option; a file that exists, without `resume` or `overwrite`; a run to resume with
+            other images, weights or settings; a model without embeddings. MissingExtraError: Parquet without pyarrow.
+        """
+        images = image_sources(images, labelled=labelled)
+
+        def embed(sources: Iterable[Any], count: int) -> Iterator[Row]:
+            for batch in watch(self._file_batches(sources, workers), -(-count // self.batch_size)):
+                found = (row for part in self._in_parts(batch.images, self._embedding) for row in part)
+                for source, error in zip(batch.sources, batch.errors, strict=True):
+                    yield Row(source, next(found) if error is None else None, error)
+
+        preprocessing = f"{self.transform}{', fast pixels' * self.transform.fast_pixels}"
+        run = {"model": digest_of_numbers(self.model), "preprocessing": preprocessing, "width": self._width()}
+        return write_features(
+            Path(output),
+            images,
+            embed,
+            run,
+            storage=storage,
+            device=_device(self.model),
+            resume=resume,
+            overwrite=overwrite,
+        )
+
+    def _file_batches(self, paths: Iterable[Any], workers: int | None) -> Iterator[FileBatch]:
         check_workers(workers)
         device, decode = _device(self.model), self.transform.levels
-        batches = file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
-        return self._classify(batches, top_k)
+        return file_batches(paths, decode, batch_size=self.batch_size, workers=workers, device=device)
 
     def _classify(self, batches: Iterable[FileBatch], top_k: int, *, ahead: int | None = None) -> Iterator[ImageResult]:
         """The results of each batch; `ahead` batches are launched before results are read: on a GPU one."""
@@ -154,6 +227,8 @@ class Classifier:
                 yield ImageResult(source, every[:top_k], labels=labels)
 
     def _checked(self, top_k: int) -> int:
+        if not self.labels:
+            raise ConfigError("this model has num_classes=0 and no head to classify with; its embed(x) gives features")
         if top_k < 1:
             raise ConfigError(f"top_k={top_k}; expected 1 to {len(self.labels)}")
         return min(top_k, len(self.labels))
@@ -172,15 +247,30 @@ class Classifier:
 
     def _launch(self, levels: Tensor, top_k: int) -> list[TopClasses]:
         """The likeliest classes of a batch, in as many parts as memory asks for; a GPU may still compute them."""
-        tops: list[TopClasses] = []
+        return self._in_parts(levels, lambda images: top_classes(self.model(images), top_k, self._scores))
+
+    def _embedding(self, images: Tensor) -> Tensor:
+        rows: Tensor = self.model.embed(images)  # type: ignore[operator]  # every family has it
+        return rows.float().cpu()
+
+    def _width(self) -> int:
+        """Numbers of an embedding. Raises: ConfigError: the model gives none."""
+        if not callable(getattr(self.model, "embed", None)):
+            raise ConfigError(f"{type(self.model).__name__} has no embed(x); give a model as it was before `optimize`")
+        spec = self.transform.preprocessing
+        (row,) = self._in_parts(torch.zeros(1, len(spec.mean), *spec.crop, dtype=torch.uint8), self._embedding)
+        return row.shape[1]
+
+    def _in_parts(self, levels: Tensor, compute: Callable[[Tensor], Computed]) -> list[Computed]:
+        """The results of a batch, in as many parts as memory asks for."""
+        done: list[Computed] = []
         start = 0
         while start < len(levels):
             part = levels[start : start + self.batch_size]
             try:
                 with torch.inference_mode():
                     images = self.transform.to_input(to_device(part, _device(self.model)))
-                    logits = self.model(images.to(_dtype(self.model)) if self.transform.normalise else images)
-                    tops.append(top_classes(logits, top_k, self._scores))
+                    done.append(compute(images.to(_dtype(self.model)) if self.transform.normalise else images))
                 start += len(part)
                 continue
             except torch.OutOfMemoryError as error:
@@ -193,7 +283,7 @@ class Classifier:
             self.batch_size = len(part) // 2
             logger.warning("%d images at once do not fit into memory; going on with %d", len(part), self.batch_size)
             torch.cuda.empty_cache()  # does nothing where no GPU is in use
-        return tops
+        return done
 
     def _predictions(self, tops: list[TopClasses]) -> list[tuple[Prediction, ...]]:
         return [tuple(Prediction(self.labels[i], p, i) for p, i in row) for top in tops for row in top.read()]

@@ -28,6 +28,7 @@ ROWS = [
     ("metrics",),
     ("training.recipe", "training.presets"),
     ("augmentation",),
+    ("embeddings",),
     ("evaluation",),
     ("predict",),
     ("training",),

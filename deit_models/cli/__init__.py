@@ -12,12 +12,12 @@ from ..errors import DeitModelsError
 from ..files import printable
 from .arguments import EXIT_FAILED, EXIT_INTERRUPTED, EXIT_OK, process_number
 from .catalogue import add_cache, add_convert, add_info, add_list
-from .inference import add_bench, add_evaluate, add_export, add_predict
+from .inference import add_bench, add_embed, add_evaluate, add_export, add_predict
 from .searching import add_search
 from .train import add_distill, add_finetune, add_train
 
 _COMMANDS = (
-    *(add_list, add_info, add_predict, add_evaluate),
+    *(add_list, add_info, add_predict, add_embed, add_evaluate),
     *(add_finetune, add_train, add_distill, add_search),
     *(add_convert, add_export, add_bench, add_cache),
 )

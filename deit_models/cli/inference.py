@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,9 @@ from .arguments import (
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ..data.sources import ImageSources, Source
+    from ..distributed import Process
+    from ..embeddings import Parts
     from ..evaluation import Evaluation
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
@@ -46,16 +50,8 @@ def add_predict(commands: Any) -> None:
     """Add the command `predict`."""
     example = "predict photos/ --model deit_small_patch16_224 --format csv --output labels.csv"
     parser = command(commands, "predict", "classify images", example, run_predict)
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
-    parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
-    add_options(parser, *LOADING)
+    _add_images(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
-    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
-    text = "decoding processes, 0: decode in this one; default: threads of this one, processes beside a GPU"
-    parser.add_argument("--workers", type=int, metavar="N", help=text)
-    add_options(parser, "--device")
-    text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
-    parser.add_argument("--fast-pixels", action="store_true", help=text)
     text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
     parser.add_argument("--optimize", action="store_true", help=text)
     text = "of --optimize: auto (default) takes bf16 where it is faster and agrees; int8 is fitted to the first images"
@@ -67,7 +63,23 @@ def add_predict(commands: Any) -> None:
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
-    text = "continue an interrupted run: skip the images that the --output file, csv or jsonl, holds already"
+    _add_resume(parser)
+
+
+def _add_images(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
+    parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
+    add_options(parser, *LOADING)
+    parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
+    text = "decoding processes, 0: decode in this one; default: threads of this one, processes beside a GPU"
+    parser.add_argument("--workers", type=int, metavar="N", help=text)
+    add_options(parser, "--device")
+    text = "decode and resize faster, to nearly the same pixels; brings most for photographs of many megapixels"
+    parser.add_argument("--fast-pixels", action="store_true", help=text)
+
+
+def _add_resume(parser: argparse.ArgumentParser) -> None:
+    text = "continue an interrupted run: skip the images whose results are kept already"
     existing = parser.add_mutually_exclusive_group()
     existing.add_argument("--resume", action="store_true", help=text)
     existing.add_argument("--overwrite", action="store_true", help="replace the --output file if there is one")
@@ -75,16 +87,40 @@ def add_predict(commands: Any) -> None:
 
 def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassifier] | None = None) -> int:
     """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
-    from .results import resume_results, write_results, written_name
+    from ..data.sources import image_sources
+    from ..distributed import join_processes
+    from ..embeddings import Parts
 
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
     _check_output(args)
-    every = listed_images(args.images)
+    every = image_sources(args.images)
+    with join_processes(args.device) as process:
+        if process.world > 1 or (args.output and Parts(args.output).folder.exists()):
+            parts, classifier, paths, errors = _begin_parts(args, every, optimize, process)
+        else:
+            parts, errors = None, _predict_alone(args, every, optimize)
+    if parts is not None:
+        errors += _predict_in_parts(args, parts, classifier, paths, process)
+    return _unread(errors, len(every))
+
+
+def _unread(errors: Sequence[str], total: int) -> int:
+    """Print the images that could not be read; gives the exit status."""
+    if errors:
+        print(f"deit-models: {len(errors)} of {total} images could not be read:", file=sys.stderr)
+        print("\n".join(f"  {printable(error)}" for error in errors), file=sys.stderr)
+    return EXIT_FAILED if errors else EXIT_OK
+
+
+def _predict_alone(args: argparse.Namespace, every: ImageSources, optimize: Any) -> list[str]:
+    """Write the results of one process as they come; returns all errors."""
+    from .results import resume_results, write_results, written_name
+
     resumed = args.resume and args.output.exists()
     done, before = resume_results(args.output, format=args.format) if resumed else ((), [])
-    paths = [path for path in every if written_name(str(path)) not in done]
+    paths = every.chosen(lambda name: written_name(name) not in done) if done else every
     results = make_classifier(args, paths, optimize).classify_files(paths, top_k=args.top_k, workers=args.workers)
     header = not resumed or args.output.stat().st_size == 0
     mode = "a" if resumed else "w"
@@ -92,11 +128,93 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
     file = nullcontext(sys.stdout) if args.output is None else args.output.open(mode, encoding="utf-8", newline="")
     with file as stream:
         shown = progress_bar(results, len(paths), unit="image", wanted=len(paths) > 1 and not stream.isatty())
-        errors = before + write_results(shown, stream, format=args.format, header=header)
-    if errors:
-        print(f"deit-models: {len(errors)} of {len(every)} images could not be read:", file=sys.stderr)
-        print("\n".join(f"  {printable(error)}" for error in errors), file=sys.stderr)
-    return EXIT_FAILED if errors else EXIT_OK
+        return before + write_results(shown, stream, format=args.format, header=header)
+
+
+def _begin_parts(
+    args: argparse.Namespace, every: ImageSources, optimize: Any, process: Process
+) -> tuple[Parts, Classifier, ImageSources, list[str]]:
+    """Share the images that have no results yet among the processes; returns the earlier errors, too."""
+    from ..embeddings import Parts, digest_of_names
+    from ..files import digest_of_numbers
+    from .results import resume_results, written_name
+
+    if args.output is None or args.format == "text":
+        raise ConfigError("several processes write to one file: pass --output FILE, and --format jsonl or csv")
+    parts = Parts(args.output)
+    kept = parts.settle(process, resume=args.resume, overwrite=args.overwrite)
+    if kept and process.is_main and not parts.unfinished:
+        resume_results(args.output, format=args.format)  # cuts off a torn image, once
+    process.wait_for_all()
+    done, errors = resume_results(args.output, format=args.format, whole=True) if kept else ((), [])
+    paths = every.chosen(lambda name: written_name(name) not in done) if done else every
+    classifier = make_classifier(args, paths, optimize)
+    run = picked(args, "format", "top_k", "fast_pixels") | {"model": digest_of_numbers(classifier.model)}
+    parts.begin(
+        run | {"images": len(paths), "names": digest_of_names(map(paths.name, range(len(paths))))}, len(paths), process
+    )
+    return parts, classifier, paths, errors if process.is_main else []
+
+
+def _predict_in_parts(
+    args: argparse.Namespace, parts: Parts, classifier: Classifier, paths: ImageSources, process: Process
+) -> list[str]:
+    """Write this process's blocks; the first process joins all of them, and gets all errors."""
+    from .results import join_results, write_results
+
+    mine, total = (paths[i] for block in parts.mine for i in block), sum(map(len, parts.mine))
+    results = classifier.classify_files(mine, top_k=args.top_k, workers=args.workers)
+    results = iter(progress_bar(results, total, unit="image", wanted=total > 1))
+    for block in parts.mine:
+        with parts.new(block) as file, file.open("w", encoding="utf-8", newline="") as stream:
+            parts.note(block, write_results(islice(results, len(block)), stream, format=args.format, header=False))
+
+    def join(path: Path, files: list[Path], _: list[str]) -> None:
+        join_results(path, parts.output, files, format=args.format)
+
+    return parts.finish(process, join)
+
+
+def add_embed(commands: Any) -> None:
+    """Add the command `embed`."""
+    summary = "write the embeddings of images to a file, to compare and to search them"
+    example = "embed photos/ --model deit_small_patch16_224 --output features.npz"
+    parser = command(commands, "embed", summary, example, _run_embed)
+    _add_images(parser)
+    text = "the .npz or .parquet file to write"
+    parser.add_argument("--output", type=Path, metavar="FILE", required=True, help=text)
+    text = "keep labels of folders too, each of which holds a folder of images for each class"
+    parser.add_argument("--labelled", action="store_true", help=text)
+    parser.add_argument("--storage", choices=["float32", "float16"], default="float32", help="default float32")
+    text = "measure retrieval and nearest neighbours, each image against all others; implies --labelled"
+    parser.add_argument("--retrieval", action="store_true", help=text)
+    _add_resume(parser)
+    add_options(parser, "--json")
+
+
+def _run_embed(args: argparse.Namespace) -> int:
+    from ..data.sources import image_sources
+    from ..embeddings import check_features_file, knn_accuracy, load_features, retrieval
+    from ..predict import Classifier
+
+    check_features_file(args.output, kept=args.resume or args.overwrite)
+    images = image_sources(args.images, labelled=args.labelled or args.retrieval)
+    options = picked(args, "device", "batch_size", "fast_pixels")
+    classifier = Classifier(chosen_model(args), **options, **loading(args))
+    options = picked(args, "storage", "resume", "overwrite", "workers")
+    done = classifier.embed_files(images, args.output, watch=watcher("embedding"), **options)
+    if process_number() != 0:
+        return EXIT_OK
+    facts: dict[str, Any] = {"output": str(done.path), "images": done.images, "width": done.width}
+    facts |= {"storage": args.storage, "unreadable": len(done.unreadable)}
+    if args.retrieval:
+        features = load_features(done.path)
+        found = retrieval(features.embeddings, features.labels or ())
+        facts |= {f"recall@{k}": round(percent, 2) for k, percent in found.recall.items()}
+        facts |= {"mAP": round(found.mean_average_precision, 2), "queries": found.queries}
+        facts["k-NN top-1"] = round(knn_accuracy(features.embeddings, features.labels or ()), 2)
+    print(json.dumps(facts) if args.json else "\n".join(f"  {name:<12}{value}" for name, value in facts.items()))
+    return _unread(done.unreadable, len(images))
 
 
 def listed_images(given: list[Path]) -> list[Path]:
@@ -123,7 +241,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def make_classifier(
-    args: argparse.Namespace, paths: list[Path], optimize: Callable[..., ImageClassifier] | None = None
+    args: argparse.Namespace, paths: Sequence[Source], optimize: Callable[..., ImageClassifier] | None = None
 ) -> Classifier:
     """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`."""
     from ..predict import Classifier
@@ -141,14 +259,14 @@ def make_classifier(
     return Classifier(fast, labels=classifier.labels, **options)
 
 
-def _readable(paths: list[Path], decode: Callable[[Path], Tensor]) -> Tensor | None:
+def _readable(images: Sequence[Source], decode: Callable[[Any], Tensor]) -> Tensor | None:
     """Those of the images that can be decoded, as a batch; None if there are none."""
     import torch
 
     found = []
-    for path in paths:
+    for image in images:
         with suppress(ImageError):
-            found.append(decode(path))
+            found.append(decode(image[1] if isinstance(image, tuple) else image))
     return torch.stack(found) if found else None
 
 

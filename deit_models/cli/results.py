@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import os
-from collections.abc import Iterable, Iterator
-from itertools import pairwise, takewhile
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, pairwise, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Literal, TextIO
 
@@ -52,11 +53,22 @@ def write_results(
     return errors
 
 
-def resume_results(path: Path, *, format: Format) -> tuple[set[str], list[str]]:  # noqa: A002
+def join_results(path: Path, kept: Path, parts: Sequence[Path], *, format: Format) -> None:  # noqa: A002
+    """Write one file of results from those in `kept`, if there are any, and from parts without header."""
+    files = [kept] if kept.exists() and kept.stat().st_size else []
+    with path.open("wb") as whole:
+        if format == "csv" and not files:
+            whole.write(csv_line(_COLUMNS).encode())
+        for part in (*files, *parts):
+            with part.open("rb") as stream:
+                shutil.copyfileobj(stream, whole)
+
+
+def resume_results(path: Path, *, format: Format, whole: bool = False) -> tuple[set[str], list[str]]:  # noqa: A002
     """Read the results of an interrupted run, and cut off its last, incomplete image in place.
 
     Returns the names of its files, as `written_name` gives them, and its errors. The last image of a CSV file is always
-    cut off, since the number of its lines is unknown.
+    cut off, since the number of its lines is unknown. Of a `whole` file nothing is.
     Raises: ConfigError: "text", which cannot be read back; a file with other contents. OSError: no such file.
     """
     if format not in ("jsonl", "csv"):
@@ -71,12 +83,13 @@ def resume_results(path: Path, *, format: Format) -> tuple[set[str], list[str]]:
             raise ConfigError(f"{path} holds other things than results as {format}; choose another file")
         stream.seek(0)
         try:
-            for name, error, end in _records(stream) if format == "jsonl" else _groups(stream):  # noqa: B007
+            for name, error, end in _records(stream) if format == "jsonl" else _groups(stream, whole=whole):  # noqa: B007
                 names.add(written_name(name))
                 errors += [error] if error else []
         except (ValueError, KeyError, TypeError, AttributeError, csv.Error) as error:
             raise ConfigError(f"{path} holds other things than results as {format}; choose another file") from error
-    os.truncate(path, end)
+    if not whole:
+        os.truncate(path, end)
     return names, errors
 
 
@@ -91,8 +104,8 @@ def _records(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
         yield row["file"], row.get("error", ""), end
 
 
-def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
-    """File, error and end of the rows, for each image but the last."""
+def _groups(stream: BinaryIO, *, whole: bool) -> Iterator[tuple[str, str, int]]:
+    """File, error and end of the rows, for each image, unless `whole` but the last."""
     read = 0
 
     def lines() -> Iterator[str]:
@@ -105,9 +118,9 @@ def _groups(stream: BinaryIO) -> Iterator[tuple[str, str, int]]:
     rows = csv.reader(lines())
     next(rows, None)  # the header, which was checked
     # a row of another length was torn within quotes
-    whole = takewhile(lambda row: len(row) == len(_COLUMNS), rows)
-    images = ((csv_cell(row[0]), csv_cell(row[-1]), read) for row in whole)
-    for record, (following, *_) in pairwise(images):
+    complete = takewhile(lambda row: len(row) == len(_COLUMNS), rows)
+    images = ((csv_cell(row[0]), csv_cell(row[-1]), read) for row in complete)
+    for record, (following, *_) in pairwise(chain(images, [("", "", 0)] if whole else [])):
         if following != record[0]:
             yield record
 

@@ -260,16 +260,16 @@ class FileBatch(NamedTuple):
 
 
 def file_batches(
-    paths: Iterable[str | PathLike[str]],
-    decode: Callable[[str], Tensor],
+    paths: Iterable[str | PathLike[str] | tuple[str, bytes]],
+    decode: Callable[[Any], Tensor],
     *,
     batch_size: int,
     workers: int | None,
     device: torch.device,
 ) -> Iterator[FileBatch]:
-    """Decode files in batches; paths, any number of them, are drawn as needed.
+    """Decode files in batches; paths, or pairs of a name and encoded bytes, any number of them, are drawn as needed.
 
-    `decode` gives the pixels of a file, all in the same shape, or raises ImageError. `workers` are processes; 0 decodes
+    `decode` gives the pixels of a file or of bytes, all in the same shape, or raises ImageError. `workers` are processes; 0 decodes
     in this one, image by image. None: beside a GPU processes, on a CPU threads that decode a batch and then rest while
     the model computes; to overlap them brought nothing more.
 
@@ -298,20 +298,21 @@ def decoding_workers(batches: int | None, device: torch.device, *, cores: int) -
 
 
 class _Files(Dataset[Any]):
-    """Files by path."""
+    """Files by path, or by name and encoded bytes."""
 
-    def __init__(self, decode: Callable[[str], Tensor]) -> None:
+    def __init__(self, decode: Callable[[Any], Tensor]) -> None:
         self.decode = decode
 
-    def __getitem__(self, path: str | PathLike[str]) -> tuple[str, Tensor | None, str | None]:
-        """The path, its pixels, and the reason if there are none."""
-        source = fspath(path)
+    def __getitem__(self, path: str | PathLike[str] | tuple[str, bytes]) -> tuple[str, Tensor | None, str | None]:
+        """The path or name, its pixels, and the reason if there are none."""
+        source, image = path if isinstance(path, tuple) else (fspath(path), fspath(path))
         try:
-            return source, self.decode(source), None
+            return source, self.decode(image), None
         except ImageError as error:
-            return source, None, " ".join(str(error).split())
+            reason = " ".join(str(error).split())
+            return source, None, f"{source}: {reason}" if isinstance(image, bytes) else reason
 
-    def batch(self, paths: list[str | PathLike[str]], mapped: Callable[..., Iterable[Any]] = map) -> FileBatch:
+    def batch(self, paths: list[Any], mapped: Callable[..., Iterable[Any]] = map) -> FileBatch:
         """The files of a batch, joined; `mapped` may read several at once."""
         sources, pixels, errors = zip(*mapped(self.__getitem__, paths), strict=True)
         found = [image for image in pixels if image is not None]

@@ -5,14 +5,22 @@ from __future__ import annotations
 import logging
 import os
 from bisect import bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate, groupby
 from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, overload
 
 from ..errors import DataError, ImageError
-from .records import IMAGE_SUFFIXES, FileRecords, ImageRecords, list_images, read_class_folders, unread_files
+from .records import (
+    IMAGE_SUFFIXES,
+    FileRecords,
+    ImageRecords,
+    SubsetRecords,
+    list_images,
+    read_class_folders,
+    unread_files,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +64,12 @@ class ImageSources(Sequence[Source]):
             return tuple(records.classes[number] for number in label)
         return records.classes[label] if label >= 0 else None
 
+    def chosen(self, wanted: Callable[[str], bool]) -> ImageSources:
+        """Those whose name is wanted."""
+        return ImageSources(
+            SubsetRecords(part, [i for i in range(len(part)) if wanted(part.describe(i))]) for part in self._parts
+        )
+
     def _place(self, index: int) -> tuple[ImageRecords, int]:
         index = range(len(self))[index]
         part = bisect_right(self._ends, index)
@@ -67,13 +81,15 @@ def image_sources(source: Any, *, labelled: bool = False, recursive: bool = True
 
     Args:
         source: an image file, a folder, which is searched, a form that `open_dataset` or `wrap` accepts, or a list of
-            such. A file that is not there counts as an image that cannot be read.
+            such; the result of this function as it is. A file that is not there counts as an image that cannot be read.
         labelled: whether labels are needed: a folder is then one with a folder of images for each class.
         recursive: search the folders in a folder too.
 
     Raises: ImageError: a folder without images. DataError: a folder that cannot be read; no labels, if they are needed;
         and the errors of `open_dataset`.
     """
+    if isinstance(source, ImageSources):
+        return source
     listed = source if isinstance(source, (list, tuple)) and not _is_pairs(source) else [source]
     parts: list[ImageRecords] = []
     for alone, group in groupby(listed, _is_one_image):
