@@ -8,12 +8,12 @@ import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,6 @@ from .data.sources import ImageSources
 from .distributed import Process, join_processes
 from .errors import ConfigError, DataError, MissingExtraError, first_line, shown
 from .files import atomic_write, read_json, write_json
-
-Storage = Literal["float32", "float16"]
 
 _BLOCK, _BLOCKS_EACH = 1024, 16
 """Images of a block, at most; blocks of a process, where the list is long enough."""
@@ -102,19 +100,21 @@ class Parts:
         present = {path.name for path in self.folder.iterdir()}
         return [start for start in range(0, self._total, self._block) if self._path(start).name not in present]
 
-    def new(self, block: range) -> AbstractContextManager[Path]:
-        """A file to write a block's results to; it counts once complete. Raises: SaveError: no space."""
-        return atomic_write(self._path(block.start))
+    @contextmanager
+    def new(self, block: range, errors: list[str]) -> Iterator[Path]:
+        """A file to write a block's results to; it counts once complete, with the reasons of the block's failures.
 
-    def note(self, block: range, errors: Sequence[str]) -> None:
-        """Keep the reasons of a block's failures; called before its results are complete."""
-        if errors:
-            write_json(self._path(block.start).with_suffix(".errors"), {"errors": list(errors)})
+        Raises: SaveError: no space, no permission.
+        """
+        with atomic_write(self._path(block.start)) as path:
+            yield path
+            if errors:
+                write_json(self._path(block.start).with_suffix(".errors"), {"errors": errors})
 
     def finish(self, process: Process, join: Callable[[Path, list[Path], list[str]], object]) -> list[str]:
-        """Wait for all parts. The first process joins them, in order, as the new output, and removes them.
+        """Wait for all parts; the first process joins them in order as the new output, and removes them.
 
-        `join` writes a file from the parts and from the reasons of all failures, which are returned there.
+        `join` writes a file from the parts and the reasons of all failures, which the first process gets back.
         """
         errors: list[str] = []
         if not process.is_main:
@@ -150,7 +150,7 @@ def digest_of_names(names: Iterable[str]) -> str:
 # Files of features
 
 
-class Features(NamedTuple):
+class Embeddings(NamedTuple):
     """Embeddings of images, as a file holds them.
 
     Attributes:
@@ -166,14 +166,6 @@ class Features(NamedTuple):
     about: Mapping[str, Any]
 
 
-class Row(NamedTuple):
-    """The embedding (D,) of one image, or the reason why there is none."""
-
-    name: str
-    embedding: Tensor | None
-    error: str | None
-
-
 class EmbeddedFiles(NamedTuple):
     """A file of features: its path, rows and columns, and the reason for each image without a row."""
 
@@ -183,47 +175,38 @@ class EmbeddedFiles(NamedTuple):
     unreadable: tuple[str, ...]
 
 
-def check_features_file(output: Path, *, kept: bool) -> None:
-    """Raise an error unless such a file can be written, before anything is loaded; `kept` where it may exist."""
-    if output.suffix not in (".npz", ".parquet"):
-        raise ConfigError(f"{output}: expected a name that ends in .npz or .parquet")
-    if output.suffix == ".parquet":
+def check_features_file(path: Path, storage: str) -> None:
+    """Raise ConfigError for another suffix or storage, MissingExtraError for Parquet without pyarrow."""
+    if path.suffix not in (".npz", ".parquet") or storage not in ("float32", "float16"):
+        raise ConfigError(f"{path}, storage={storage!r}; expected .npz or .parquet, and 'float32' or 'float16'")
+    if path.suffix == ".parquet":
         _parquet()
-    if not output.absolute().parent.is_dir():
-        raise ConfigError(f"{output}: there is no folder {output.parent}; make it first")
-    if output.exists() and output.stat().st_size and not kept:
-        raise ConfigError(f"{output} exists; --resume (resume=True) goes on with it, --overwrite replaces it")
 
 
 def write_features(
     output: Path,
     images: ImageSources,
-    embed: Callable[[Iterable[Any], int], Iterator[Row]],
+    embed: Callable[[Iterable[Any], int], Iterator[tuple[str, Tensor | None, str | None]]],
     run: Mapping[str, Any],
     *,
-    storage: Storage,
     device: torch.device,
     resume: bool,
     overwrite: bool,
 ) -> EmbeddedFiles:
-    """Write a file of features, by all processes; arguments and errors are those of `Classifier.embed_files`.
+    """Write a file of features, by all processes; see `Classifier.embed_files`.
 
-    `embed` gives the rows of some images, of which there are so many; `run` holds the settings that fix a row, with
-    its `width`.
+    `embed` gives of some images, of which there are so many, each one's name, its embedding (D,), and the reason if
+    there is none. `run` holds the settings that fix the rows, with `width` and `storage`.
     """
-    check_features_file(output, kept=resume or overwrite)
-    kind = {"float32": torch.float32, "float16": torch.float16}.get(storage)
-    if kind is None:
-        raise ConfigError(f"storage={storage!r}; expected 'float32' or 'float16'")
-    labelled = any(images.label(i) is not None for i in range(len(images)))
+    numbers, kind = range(len(images)), getattr(torch, run["storage"])
+    labelled = any(images.label(i) is not None for i in numbers)
 
     def label(i: int) -> str:
         known = images.label(i) or ""
         return known if isinstance(known, str) else ";".join(known)
 
-    names = (f"{images.name(i)}\t{label(i) if labelled else None}" for i in range(len(images)))
-    run = {**run, "storage": storage, "images": len(images), "names": digest_of_names(names)}
-    parts = Parts(output)
+    names = digest_of_names(f"{images.name(i)}\t{label(i) if labelled else None}" for i in numbers)
+    run, parts = {**run, "images": len(images), "names": names}, Parts(output)
     with join_processes(device) as process:
         if parts.settle(process, resume=resume, overwrite=overwrite):
             check_same_run(run, _about(output), where=output)
@@ -232,13 +215,13 @@ def write_features(
     rows = embed((images[i] for block in parts.mine for i in block), sum(map(len, parts.mine)))
     for block in parts.mine:
         found = list(zip(block, islice(rows, len(block)), strict=True))
-        known = [(i, row, row.embedding) for i, row in found if row.embedding is not None]
-        vectors = torch.stack([torch.empty(run["width"]), *(vector for *_, vector in known)])[1:]
-        arrays = {"embeddings": vectors.to(kind).numpy(), "paths": _texts(row.name for _, row, _ in known)}
+        known = [(i, name, row) for i, (name, row, _) in found if row is not None]
+        vectors = torch.stack([torch.empty(run["width"]), *(row for *_, row in known)])[1:]
+        arrays = {"embeddings": vectors.to(kind).numpy(), "paths": _texts(name for _, name, _ in known)}
         if labelled:
             arrays["labels"] = _texts(label(i) for i, *_ in known)
-        parts.note(block, [row.error for _, row in found if row.error is not None])
-        with parts.new(block) as path, path.open("wb") as file:
+        errors = [error for _, (*_, error) in found if error is not None]
+        with parts.new(block, errors) as path, path.open("wb") as file:
             np.savez(file, **arrays)
     parts.finish(process, partial(_join, run=run, suffix=output.suffix))
     return _written(output)
@@ -332,7 +315,7 @@ def _about(path: Path) -> dict[str, Any]:
     return about
 
 
-def load_features(path: str | PathLike[str]) -> Features:
+def load_features(path: str | PathLike[str]) -> Embeddings:
     """Read a file that `Classifier.embed_files` or `deit-models embed` wrote.
 
     Raises: DataError: it is no such file. MissingExtraError: Parquet without pyarrow.
@@ -348,41 +331,32 @@ def load_features(path: str | PathLike[str]) -> Features:
         rows = table.column("embedding").combine_chunks().flatten().to_numpy(zero_copy_only=False)
         names = [table.column(name).to_pylist() for name in table.column_names[1:]]
     embeddings = torch.from_numpy(np.array(rows)).reshape(-1, about["width"])
-    return Features(embeddings, tuple(names[0]), tuple(names[1]) if names[1:] else None, about)
+    return Embeddings(embeddings, tuple(names[0]), tuple(names[1]) if names[1:] else None, about)
 
 
 # Retrieval
 
 
-class Neighbours(NamedTuple):
-    """The nearest rows to each query, the nearest first: cosine similarity and number, (Q, k) each."""
-
-    similarity: Tensor
-    indices: Tensor
-
-
-def nearest_neighbours(embeddings: Tensor, queries: Tensor | None = None, *, k: int = 10) -> Neighbours:
-    """The `k` rows of `embeddings` most similar to each query by cosine; all other rows, if there are fewer.
+def nearest_neighbours(embeddings: Tensor, queries: Tensor | None = None, *, k: int = 10) -> tuple[Tensor, Tensor]:
+    """Cosine similarities and numbers of the `k` rows most similar to each query, the most similar first; (Q, k) each.
 
     Args:
         embeddings: (N, D), of any floating-point type.
-        queries: (Q, D); default: each row, compared with the others.
-        k: how many to find.
+        queries: (Q, D); default: each row, compared with all others.
+        k: how many to find; all, if there are fewer.
 
-    Beside the embeddings and a float32 copy, memory does not grow with their number. Rows of equal similarity come in
-    no particular order.
-
-    Raises: ConfigError: k below 1; other shapes than these; no other rows.
+    Beside the embeddings in float32, memory does not grow with their number. Raises: ConfigError: k below 1, wrong
+    shapes, nothing to find.
     """
     found = len(embeddings) - (queries is None)
     if k < 1 or found < 1:
         raise ConfigError(f"k={k}, {len(embeddings)} embeddings; expected 1 or more, and others to find")
     tops = [chunk.topk(min(k, found)) for _, chunk in _similarities(embeddings, queries)]
-    return Neighbours(torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops]))
+    return torch.cat([top.values for top in tops]), torch.cat([top.indices for top in tops])
 
 
-def _similarities(embeddings: Tensor, queries: Tensor | None) -> Iterator[tuple[int, Tensor]]:
-    """The number of the first query of a chunk, and cosines (chunk, N); -inf of a row and itself without `queries`."""
+def _similarities(embeddings: Tensor, queries: Tensor | None) -> Iterator[tuple[range, Tensor]]:
+    """Some queries and their cosines (chunk, N); without `queries` -inf for each row and itself."""
     asked = embeddings if queries is None else queries
     if embeddings.ndim != 2 or asked.ndim != 2 or embeddings.shape[1] != asked.shape[1]:
         raise ConfigError(f"shapes {tuple(embeddings.shape)} and {tuple(asked.shape)}; expected (N, D) and (Q, D)")
@@ -390,9 +364,10 @@ def _similarities(embeddings: Tensor, queries: Tensor | None) -> Iterator[tuple[
     size = max(_SIMILARITIES // max(len(rows), 1), 1)
     for start in range(0, len(asked), size):
         chunk = F.normalize(asked[start : start + size].float(), dim=1) @ rows.T
+        numbers = range(start, start + len(chunk))
         if queries is None:
-            chunk[torch.arange(len(chunk)), torch.arange(start, start + len(chunk))] = -torch.inf
-        yield start, chunk
+            chunk[range(len(chunk)), numbers] = -torch.inf
+        yield numbers, chunk
 
 
 class Retrieval(NamedTuple):
@@ -400,80 +375,68 @@ class Retrieval(NamedTuple):
 
     Attributes:
         recall: for each k the percent of queries with an image of their class among the k nearest.
-        mean_average_precision: the mean over queries, in percent, of the average precision over the whole ranking: the
-            precision at the place of each other image of the class, averaged over those images.
-        queries: images with another of their class; only these are asked for.
-        alone: images without, which are left out as queries and stay among the images to find.
+        mean_average_precision: in percent, the mean over queries of the average precision of the whole ranking: of the
+            precision at the place of each other image of the query's class.
+        queries: images with another of their class. Images without are found, but not asked for.
     """
 
     recall: dict[int, float]
     mean_average_precision: float
     queries: int
-    alone: int
 
 
 def retrieval(embeddings: Tensor, labels: Sequence[Any], *, ks: Sequence[int] = (1, 5, 10)) -> Retrieval:
-    """Score embeddings (N, D) by retrieval of images of the same class, by cosine; see `Retrieval`.
+    """Score embeddings (N, D) by retrieval of images of the same class, by cosine; of equals, the first comes first.
 
-    Images of equal similarity are ranked by their number. Source: recall@k as in El-Nouby et al., Training Vision
-    Transformers for Image Retrieval, 2021, which builds on DeiT.
-
+    Source: recall@k as in Training Vision Transformers for Image Retrieval, El-Nouby et al. 2021, which builds on DeiT.
     Raises: ConfigError: a label is missing, k below 1. DataError: no class with two images.
     """
-    numbers = _label_numbers(labels, embeddings)
+    numbers = _label_numbers(labels, len(embeddings))
+    others = torch.bincount(numbers)[numbers] - 1
     if not ks or min(ks) < 1:
         raise ConfigError(f"ks={tuple(ks)}; expected numbers of neighbours, 1 or more")
-    others = torch.bincount(numbers)[numbers] - 1
     if not (others > 0).any():
-        raise DataError(f"{len(numbers)} images and no two of one class: nothing can be retrieved")
+        raise DataError(f"{len(numbers)} images, no two of one class: there is nothing to retrieve")
     firsts, precisions = [], []
-    for start, chunk in _similarities(embeddings, None):
-        order = chunk.argsort(dim=1, descending=True, stable=True)[:, :-1]  # the query itself comes last
-        hits = numbers[order] == numbers[start : start + len(chunk), None]
-        wanted = others[start : start + len(chunk)]
-        precision = hits.cumsum(1) / torch.arange(1, hits.shape[1] + 1, device=hits.device)
-        asked = wanted > 0
-        precisions.append(((precision * hits).sum(1) / wanted)[asked])
-        firsts.append(hits.float().argmax(1)[asked] + 1)  # the place of the first hit
-    first, precision = torch.cat(firsts), torch.cat(precisions)
+    for asked, chunk in _similarities(embeddings, None):
+        order = chunk.argsort(dim=1, descending=True, stable=True)[:, :-1].cpu()  # the query itself comes last
+        hits = numbers[order] == numbers[asked, None]
+        precision = hits.cumsum(1) / torch.arange(1, len(numbers))
+        firsts.append(hits.float().argmax(1) + 1)
+        precisions.append((precision * hits).sum(1) / others[asked])
+    first, precision = torch.cat(firsts)[others > 0], torch.cat(precisions)[others > 0]
     recall = {k: 100 * float((first <= k).double().mean()) for k in ks}
-    return Retrieval(recall, 100 * float(precision.double().mean()), len(first), len(numbers) - len(first))
+    return Retrieval(recall, 100 * float(precision.double().mean()), len(first))
 
 
 def knn_accuracy(
     embeddings: Tensor,
     labels: Sequence[Any],
     queries: Tensor | None = None,
-    query_labels: Sequence[Any] | None = None,
+    query_labels: Sequence[Any] = (),
     *,
     k: int = 20,
     temperature: float = 0.07,
 ) -> float:
-    """Percent of queries whose class wins the vote of their `k` nearest neighbours by cosine.
+    """Percent of queries whose class wins the vote of their `k` nearest neighbours, exp(cosine / temperature) each.
 
-    A neighbour's vote weighs exp(similarity / temperature). Without queries each image is classified by all others.
-    Source: DINO, Caron et al. 2021, section 4.1, with its k and temperature.
-
-    Raises: ConfigError: a label is missing, queries without labels or labels without queries, k below 1, a temperature
-        of 0 or below.
+    Without queries each image is classified by all others. Source: DINO, Caron et al. 2021, its k and temperature.
+    Raises: ConfigError: a label is missing, a temperature of 0 or below, see also `nearest_neighbours`.
     """
-    if (queries is None) != (query_labels is None) or temperature <= 0:
-        raise ConfigError(f"temperature={temperature}; expected above 0, and queries and query_labels together")
-    found = nearest_neighbours(embeddings, queries, k=k)
-    both = [*labels, *(query_labels or ())]
-    numbers = _label_numbers(both, embeddings if queries is None else torch.cat([embeddings[:, :1], queries[:, :1]]))
-    classes = int(numbers.max()) + 1
-    votes = torch.zeros(len(found.indices), classes)
-    weights = ((found.similarity - 1) / temperature).exp()  # divided by the largest: the same winner, no overflow
-    votes.scatter_add_(1, numbers[: len(embeddings)][found.indices.cpu()], weights.cpu())
-    truth = numbers if queries is None else numbers[len(embeddings) :]
-    return 100 * float((votes.argmax(1) == truth).double().mean())
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature}; expected above 0")
+    similarity, found = nearest_neighbours(embeddings, queries, k=k)
+    total = len(embeddings) + (0 if queries is None else len(queries))
+    numbers = _label_numbers([*labels, *query_labels], total)
+    weights = ((similarity - 1) / temperature).exp()  # as 1 is the largest cosine: the same winner, no overflow
+    votes = torch.zeros(len(found), int(numbers.max()) + 1).scatter_add_(1, numbers[found.cpu()], weights.cpu())
+    return 100 * float((votes.argmax(1) == numbers[-len(found) :]).double().mean())
 
 
-def _label_numbers(labels: Sequence[Any], embeddings: Tensor) -> Tensor:
-    """Labels of any kind as numbers from 0, (N,) int64. Raises: ConfigError: there are not as many as embeddings."""
-    if len(labels) != len(embeddings):
-        raise ConfigError(f"{len(labels)} labels of {len(embeddings)} embeddings; expected one for each")
-    values = labels.tolist() if isinstance(labels, Tensor) else labels
+def _label_numbers(labels: Sequence[Any], count: int) -> Tensor:
+    """Labels of any kind as numbers from 0, (N,) int64. Raises: ConfigError: there are not so many."""
+    if len(labels) != count:
+        raise ConfigError(f"{len(labels)} labels of {count} embeddings; expected one for each")
     seen: dict[Any, int] = {}
+    values = (label.item() if hasattr(label, "item") else label for label in labels)
     return torch.tensor([seen.setdefault(label, len(seen)) for label in values], dtype=torch.int64)

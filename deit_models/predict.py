@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import PIL.Image
 import torch
@@ -18,7 +18,7 @@ from .data.loading import FileBatch, Watch, check_workers, file_batches, plain_w
 from .data.sources import find_images as find_images
 from .data.sources import image_sources
 from .distributed import own_device
-from .embeddings import EmbeddedFiles, Row, Storage, write_features
+from .embeddings import EmbeddedFiles, check_features_file, write_features
 from .errors import ConfigError, DeitModelsError, ImageError
 from .evaluation import class_labels, eval_mode
 from .files import digest_of_numbers
@@ -152,7 +152,7 @@ class Classifier:
         output: str | PathLike[str],
         *,
         labelled: bool = False,
-        storage: Storage = "float32",
+        storage: Literal["float32", "float16"] = "float32",
         resume: bool = False,
         overwrite: bool = False,
         workers: int | None = None,
@@ -176,26 +176,20 @@ class Classifier:
         Raises: ConfigError: a wrong option; a file that exists, without `resume` or `overwrite`; a run to resume with
             other images, weights or settings; a model without embeddings. MissingExtraError: Parquet without pyarrow.
         """
+        check_features_file(Path(output), storage)
         images = image_sources(images, labelled=labelled)
 
-        def embed(sources: Iterable[Any], count: int) -> Iterator[Row]:
+        def embed(sources: Iterable[Any], count: int) -> Iterator[tuple[str, Tensor | None, str | None]]:
             for batch in watch(self._file_batches(sources, workers), -(-count // self.batch_size)):
                 found = (row for part in self._in_parts(batch.images, self._embedding) for row in part)
                 for source, error in zip(batch.sources, batch.errors, strict=True):
-                    yield Row(source, next(found) if error is None else None, error)
+                    yield source, next(found) if error is None else None, error
 
         preprocessing = f"{self.transform}{', fast pixels' * self.transform.fast_pixels}"
-        run = {"model": digest_of_numbers(self.model), "preprocessing": preprocessing, "width": self._width()}
-        return write_features(
-            Path(output),
-            images,
-            embed,
-            run,
-            storage=storage,
-            device=_device(self.model),
-            resume=resume,
-            overwrite=overwrite,
-        )
+        run: dict[str, Any] = {"model": digest_of_numbers(self.model), "preprocessing": preprocessing}
+        run |= {"width": self._width(), "storage": storage}
+        device = _device(self.model)
+        return write_features(Path(output), images, embed, run, device=device, resume=resume, overwrite=overwrite)
 
     def _file_batches(self, paths: Iterable[Any], workers: int | None) -> Iterator[FileBatch]:
         check_workers(workers)

@@ -149,10 +149,9 @@ def _begin_parts(
     done, errors = resume_results(args.output, format=args.format, whole=True) if kept else ((), [])
     paths = every.chosen(lambda name: written_name(name) not in done) if done else every
     classifier = make_classifier(args, paths, optimize)
-    run = picked(args, "format", "top_k", "fast_pixels") | {"model": digest_of_numbers(classifier.model)}
-    parts.begin(
-        run | {"images": len(paths), "names": digest_of_names(map(paths.name, range(len(paths))))}, len(paths), process
-    )
+    names = digest_of_names(map(paths.name, range(len(paths))))
+    run = {"model": digest_of_numbers(classifier.model), "images": len(paths), "names": names}
+    parts.begin(picked(args, "format", "top_k", "fast_pixels") | run, len(paths), process)
     return parts, classifier, paths, errors if process.is_main else []
 
 
@@ -166,8 +165,9 @@ def _predict_in_parts(
     results = classifier.classify_files(mine, top_k=args.top_k, workers=args.workers)
     results = iter(progress_bar(results, total, unit="image", wanted=total > 1))
     for block in parts.mine:
-        with parts.new(block) as file, file.open("w", encoding="utf-8", newline="") as stream:
-            parts.note(block, write_results(islice(results, len(block)), stream, format=args.format, header=False))
+        errors: list[str] = []
+        with parts.new(block, errors) as file, file.open("w", encoding="utf-8", newline="") as stream:
+            errors += write_results(islice(results, len(block)), stream, format=args.format, header=False)
 
     def join(path: Path, files: list[Path], _: list[str]) -> None:
         join_results(path, parts.output, files, format=args.format)
@@ -197,7 +197,8 @@ def _run_embed(args: argparse.Namespace) -> int:
     from ..embeddings import check_features_file, knn_accuracy, load_features, retrieval
     from ..predict import Classifier
 
-    check_features_file(args.output, kept=args.resume or args.overwrite)
+    check_features_file(args.output, args.storage)
+    _check_output(args)
     images = image_sources(args.images, labelled=args.labelled or args.retrieval)
     options = picked(args, "device", "batch_size", "fast_pixels")
     classifier = Classifier(chosen_model(args), **options, **loading(args))

@@ -269,9 +269,9 @@ def file_batches(
 ) -> Iterator[FileBatch]:
     """Decode files in batches; paths, or pairs of a name and encoded bytes, any number of them, are drawn as needed.
 
-    `decode` gives the pixels of a file or of bytes, all in the same shape, or raises ImageError. `workers` are processes; 0 decodes
-    in this one, image by image. None: beside a GPU processes, on a CPU threads that decode a batch and then rest while
-    the model computes; to overlap them brought nothing more.
+    `decode` gives the pixels of a file or of bytes, all in the same shape, or raises ImageError. `workers` are
+    processes; 0 decodes in this one, image by image. None: beside a GPU processes, on a CPU threads that decode a batch
+    and then rest while the model computes; to overlap them brought nothing more.
 
     Raises: TrainingError: a loading process died.
     """
