@@ -57,6 +57,19 @@ class Counted(ArrayRecords):
         return super().__getitem__(index)
 
 
+class Mixed(ArrayRecords):
+    """Images with several labels, each a colour that is stronger in a third of the rows; the fourth label is none."""
+
+    def __init__(self, count: int, *, seed: int = 0) -> None:
+        draw = np.random.default_rng(seed)
+        chosen = draw.random((count, 3)) < (0.5, 0.4, 0.25)
+        images = draw.integers(0, 135, (count, 16, 16, 3), dtype=np.uint8)
+        for colour in range(3):
+            images[:, 5 * colour : 5 * colour + 5, :, colour] += (120 * chosen[:, None, None, colour]).astype(np.uint8)
+        labels = [tuple(int(number) for number in np.flatnonzero(row)) for row in chosen]
+        super().__init__("mixed", images, labels, ("red", "green", "blue", "grey"))
+
+
 class Unlabelled(torch.utils.data.Dataset):
     """A Dataset that tells its labels with the images only."""
 

@@ -41,6 +41,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     worker.replicated(folder)
     worker.replicated_adaptively(folder)
+    worker.several(folder)
     return folder
 
 
@@ -88,6 +89,17 @@ def test_two_processes_train_the_weights_of_one(shared: tuple[Path, list[dict[st
         assert figures(result["replicated"]) == [pytest.approx(row, abs=1e-4) for row in rows]
     assert figures(read_log(folder / "ddp" / "log.jsonl")) == figures(results[0]["replicated"])
     assert (rows[-1]["val_images"], rows[-1]["val_unreadable"]) == (12, 1)
+
+
+def test_two_processes_learn_several_labels_in_a_balanced_order_as_one(
+    shared: tuple[Path, list[dict[str, Any]]], alone: Path
+) -> None:
+    folder, results = shared
+    rows = figures(read_log(alone / "several" / "log.jsonl"))
+    assert (rows[-1]["val_images"], rows[-1]["val_unreadable"]) == (12, 1)
+    for result in results:
+        assert figures(result["several"]) == [pytest.approx(row, abs=1e-3) for row in rows]
+    near(weights(folder / "several"), weights(alone / "several"), WEIGHT_TOLERANCE)
 
 
 def test_divided_parameters_train_as_copies_do_also_after_an_interruption(

@@ -71,6 +71,17 @@ class Pictures(ArrayRecords):
         return ((images - mean) / std).float()
 
 
+class Several(Pictures):
+    """Noise with several labels an image, or none."""
+
+    def __init__(self, count: int, *, classes: int = 3, seed: int = 0, broken: Iterable[int] = ()) -> None:
+        super().__init__(count, classes=classes, seed=seed, broken=broken)
+        rows = torch.rand(count, classes, generator=torch.Generator().manual_seed(seed)) < 0.4
+        labels = [tuple(row.nonzero().flatten().tolist()) for row in rows]
+        ArrayRecords.__init__(self, "noise", self.levels.numpy(), labels, self.classes)
+        self.labels = rows.float()
+
+
 def learner(network: nn.Module, settings: Recipe, *, teacher: Any = None, process: Process = ALONE) -> Learner:
     return make_learner(network, settings, num_classes=3, process=process, preprocessing=PREPROCESSING, teacher=teacher)
 

@@ -104,8 +104,7 @@ def _train(
     with join_processes(args.device) as process:
         records = open_data(args, args.data, "train", process)
         val = _validation(args, process, records)
-        if records.multi_label:  # which no teacher is fetched for
-            recipe = recipe.for_several_labels()
+        recipe = recipe.for_several_labels() if records.multi_label else recipe  # before a teacher is fetched
         model, start = _student(args, recipe, records)
         say(_plan(args, start, records, val))
         result = (train or train_here)(
@@ -244,6 +243,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
             recipe=None if args.recipe is None else chosen_recipe(args),
             **recipe_changes(args),
         )
+        recipe = recipe.for_several_labels() if records.multi_label else recipe
         display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
 
         def work() -> None:

@@ -291,6 +291,11 @@ class _WrappedRecords(ImageRecords):
             return super().label(index)
         return as_label(self._labels[index], self._numbers, self.describe(index), self.multi_label)
 
+    @property
+    def knows_labels(self) -> bool:
+        inner = self._inner(0)[0]
+        return inner.knows_labels if isinstance(inner, ImageRecords) else self._labels is not None
+
     @cached_property
     def _labels(self) -> Sequence[Any] | None:
         return _known_labels(self._dataset)

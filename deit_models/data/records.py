@@ -125,6 +125,11 @@ class ImageRecords(Dataset[tuple[Any, Label]]):
         """The label alone; subclasses give it without reading the image where they can."""
         return self[index][1]
 
+    @property
+    def knows_labels(self) -> bool:
+        """Whether `label` reads no image."""
+        return type(self).label is not ImageRecords.label
+
     def source(self, index: int) -> Path | tuple[str, bytes]:
         """An image before it is decoded: its file, or a name and encoded bytes."""
         image, buffer = self[index][0], io.BytesIO()
@@ -274,6 +279,10 @@ class SubsetRecords(ImageRecords):
 
     def label(self, index: int) -> Label:
         return self._renumbered(self._records.label(self._indices[index]))
+
+    @property
+    def knows_labels(self) -> bool:
+        return self._records.knows_labels
 
     def _renumbered(self, label: Label) -> Label:
         if isinstance(label, tuple):

@@ -31,7 +31,7 @@ from ..metrics import best_thresholds, count_classes
 from ..models.layers import ImageClassifier
 from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
-from ..training.run import RECIPE_NAME, Computing, run_training
+from ..training.run import RECIPE_NAME, Computing, check_kinds, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer
@@ -161,6 +161,7 @@ def finetune(
             for source in (validation_source(train, val), test)
         )
         recipe = recipe_for(records.name, model, images=len(records), teacher=teacher is not None, recipe=recipe)
+        check_kinds(records, val, test)
         recipe = recipe.for_several_labels() if records.multi_label else recipe
         check_mode(mode, ["sampling='balanced' (class_weights='balanced' it has)"] * (recipe.sampling != "all"))
         recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))

@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data.inputs import eval_batches
-from ..data.loading import DamageCount, explained_worker_failure, workers_beside
-from ..data.records import ImageRecords, Label, SubsetRecords, some
+from ..data.loading import DamageCount, explained_worker_failure, target_of, workers_beside
+from ..data.records import ImageRecords, Label, SubsetRecords
+from ..data.split import labels_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
 from ..evaluation import Outcomes, Tally, autocast
@@ -121,8 +122,12 @@ def extract_features(
             shards[start] = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             write_tensors(files[start], shards[start])
     columns = {name: torch.cat([shards[start][name] for start in files]) for name in shards[0]}
+    labels = columns["labels"]
+    if records.knows_labels:  # someone may have corrected labels since
+        labels = torch.stack([torch.as_tensor(target_of(label, records)) for label in labels_of(records)])
+        labels[columns["failures"] >= 0] = -1
     # a head that works in training only got no input
-    return Features({name: columns[name] for name in heads if name in columns}, columns["labels"])
+    return Features({name: columns[name] for name in heads if name in columns}, labels)
 
 
 @contextmanager
@@ -183,8 +188,7 @@ def _claim(folder: Path, model: ImageClassifier, records: ImageRecords, precisio
         "transform": str(preprocessing_of(model)),
         "precision": precision,
         "shard": _SHARD,
-        # they are in the shards
-        **({"labels": f"several of {some(records.classes)}, {len(records.classes)}"} if records.multi_label else {}),
+        **({"labels": "several"} if records.multi_label else {}),
     }
     path = folder / _IDENTITY_NAME
     if path.exists():

@@ -62,6 +62,8 @@ def split_images(
     Raises: DataError: see `open_dataset`. TrainingError: `out` holds another split.
     """
     records = open_images(data, "train")
+    if records.multi_label:
+        raise DataError(f"images of {records.name} have several labels; a search needs one class for each image")
     split = stratified_split(labels_of(records), fraction=fraction, seed=seed)
     split = keep_split(Path(out), records, split)
     return parts(records, split)

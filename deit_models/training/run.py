@@ -20,7 +20,7 @@ from ..data.datasets import open_images
 from ..data.inputs import InputBatches, eval_batches
 from ..data.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
 from ..data.memory import Cache, keep_in_memory, keeps_pixels
-from ..data.records import ImageRecords, always_the_same
+from ..data.records import ImageRecords
 from ..data.split import labels_of, one_class
 from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
@@ -193,7 +193,7 @@ def run_training(
         recipe = recipe.for_several_labels() if records.multi_label else recipe
         balanced = recipe.balanced
         # to read images for a log line would take too long
-        labels = labels_of(records) if balanced or always_the_same(records) else []
+        labels = labels_of(records) if balanced or records.knows_labels else []
         counts = count_classes(records, labels, balanced=balanced) if labels else None
         preprocessing = preprocessing or preprocessing_of(model)
         if computing.shard == "fsdp" and val_records is not None and len(val_records) < process.world:

@@ -306,3 +306,41 @@ def test_error_of_a_transform_is_no_damaged_image() -> None:
 
     with pytest.raises(ImageError, match="a mistake in the transform"):
         TrainingSamples(Pictures(3), broken)[0, 0]
+
+
+# Balanced sampling
+
+UNEVEN = [0] * 70 + [1] * 20 + [2] * 9 + [-1]
+"""The class of each image; that of the last is not known."""
+
+
+def balanced(epoch: int = 0, **options: int) -> list[int]:
+    sampler = TrainSampler(len(UNEVEN), classes=UNEVEN, **{"batch_size": 10, "seed": 5, **options})
+    sampler.set_epoch(epoch)
+    return [index for index, _ in sampler]
+
+
+def test_classes_take_turns_however_many_images_they_have() -> None:
+    drawn = balanced()
+    assert len(drawn) == 100
+    per_class = Counter(UNEVEN[index] for index in drawn)
+    assert sorted(per_class) == [0, 1, 2]
+    assert sorted(per_class.values()) == [33, 33, 34]
+    times = Counter(drawn)
+    for label in (0, 1, 2):  # no image a second time before each of its class was drawn
+        members = [times[index] for index, own in enumerate(UNEVEN) if own == label]
+        assert max(members) - min(members) <= 1
+
+
+def test_balanced_order_is_that_of_seed_and_epoch_alone() -> None:
+    assert balanced() == balanced()
+    assert balanced() != balanced(epoch=1)
+    assert balanced() != balanced(seed=6)
+    first, second = balanced(rank=0, world=2), balanced(rank=1, world=2)
+    assert [index for pair in zip(first, second, strict=True) for index in pair] == balanced()
+
+
+def test_repeats_and_balance_go_together() -> None:
+    drawn = balanced(repeats=2)
+    assert drawn[::2] == drawn[1::2]
+    assert drawn[::2] == balanced()[:50]

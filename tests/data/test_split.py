@@ -8,7 +8,7 @@ from coloured import Counted, Unlabelled, save_folders
 
 from deit_models.data.datasets import open_dataset, wrap
 from deit_models.data.records import SubsetRecords
-from deit_models.data.split import keep_split, labels_of, parts, stratified_split
+from deit_models.data.split import keep_split, labels_of, one_class, parts, stratified_split
 from deit_models.errors import ConfigError, DataError, TrainingError
 
 
@@ -146,3 +146,18 @@ def test_images_that_were_added_are_for_training(fewer, tmp_path, caplog):
         f"{tmp_path / 'split.json'}: {len(records) - len(first)} images were added since; they are for training"
     ]
     assert keep_split(tmp_path, records, fresh, write=False) == more
+
+
+def test_image_with_several_labels_counts_for_the_rarest() -> None:
+    labels = [(0, 1), (0,), (0, 2), (1, 2), (), -1, (0, 1)]
+    assert one_class(labels) == [1, 0, 2, 2, 3, -1, 1]
+    assert one_class([2, 0, -1]) == [2, 0, -1]
+
+
+def test_split_of_several_labels_takes_its_share_of_each() -> None:
+    labels = [(number % 2, 2) if number % 4 else () for number in range(80)]
+    split = stratified_split(labels, fraction=0.25, seed=0)
+    assert split == stratified_split(labels, fraction=0.25, seed=0)
+    held = Counter(labels[index] for index in split.val)
+    whole = Counter(labels)
+    assert held == {label: round(count / 4) for label, count in whole.items()}

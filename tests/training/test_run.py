@@ -15,6 +15,7 @@ from torch import nn
 
 import deit_models
 from deit_models.augmentation.samples import TrainSampler
+from deit_models.data.records import ArrayRecords
 from deit_models.distributed import has_bf16
 from deit_models.errors import ConfigError, DataError, MissingExtraError, SaveError, TrainingError
 from deit_models.evaluation import evaluate
@@ -492,3 +493,83 @@ def test_second_run_in_the_same_folder_ends_the_first(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"another run writes into"):
         run(tmp_path, epochs=4, on_epoch=start_another)
     assert [row["epoch"] for row in read_log(tmp_path / "log.jsonl")] == [0, 1, 2, 3]
+
+
+# ---- uneven classes and several labels
+
+
+def test_several_labels_are_learned_by_a_binary_loss_and_the_best_map_is_kept(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    val = tiny.Several(12, seed=1)
+    result = run(tmp_path, train=tiny.Several(24), val=val, label_smoothing=0.1, ema_decay=0.5)
+    assert "several labels an image: the loss is binary, each label for itself, without smoothing" in caplog.messages
+    assert any(text.startswith("24 images, 3 classes: largest kind") for text in caplog.messages)
+    kept = read_recipe(tmp_path / "recipe.toml")
+    assert (kept.loss, kept.label_smoothing) == ("bce", 0.0)
+    assert result.best_map == max(row["map"] for row in result.log)
+    assert result.log[result.best_epoch]["map"] == result.best_map
+    assert (result.map, "balanced_accuracy" in result.log[-1]) == (result.log[-1]["map"], False)
+    for name in ("best", "model", "ema"):
+        loaded = deit_models.from_pretrained(tmp_path / name)
+        assert (loaded.origin.problem_type, loaded.origin.top1) == ("multi_label_classification", None)
+        assert len(loaded.origin.thresholds) == 3
+        found = evaluate(loaded, val, workers=0, device="cpu")
+        if name == "best":
+            assert found.map == pytest.approx(result.best_map, abs=1e-3)
+            assert found.macro_f1 >= result.log[result.best_epoch]["macro_f1"]  # without the thresholds
+            assert f"{found.map:.2f} % mAP" in (tmp_path / name / "README.md").read_text(encoding="utf-8")
+    finished = run(tmp_path, train=tiny.Several(24), val=val, label_smoothing=0.1, ema_decay=0.5)
+    assert finished == result  # and the thresholds are there again
+    assert deit_models.from_pretrained(tmp_path / "model").origin.thresholds is not None
+
+
+@pytest.mark.parametrize("cache", ["none", "ram"])
+def test_several_labels_come_from_memory_as_from_files(cache: str, tmp_path: Path) -> None:
+    paths = sorted(fill(tmp_path / "photos").rglob("*.png"))
+    files = [(str(path), ["a", "b"] if number % 2 else []) for number, path in enumerate(paths)]
+    options = {"train": files * 4, "val": files, "epochs": 2, "cache": cache, "mixup": 0.8}
+    found = run(tmp_path / "run", tiny.model(num_classes=2), **options).log
+    other = run(tmp_path / "other", tiny.model(num_classes=2), **{**options, "cache": "auto"}).log
+    assert [row["loss"] for row in found] == [row["loss"] for row in other]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"recipe": tiny.recipe(distillation="hard"), "teacher": tiny.model()}, "distillation='hard' needs one class"),
+        ({"val": tiny.Pictures(9)}, "images of noise have several labels, those of noise one class"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    given = {"recipe": tiny.recipe(), "train": tiny.Several(9), "workers": 0, "device": "cpu", **options}
+    with pytest.raises((ConfigError, DataError), match=re.escape(message)):
+        train(tiny.model(), out=tmp_path / "out", **given)
+    assert not (tmp_path / "out").exists()
+
+
+class Uneven(tiny.Pictures):
+    """Twenty dark pictures, and two light ones: brightness is the class."""
+
+    def __init__(self, seed: int = 0, most: int = 20) -> None:
+        super().__init__(most + 2, classes=2, seed=seed)
+        labels = [0] * most + [1] * 2
+        levels = self.levels.numpy() // 4 + 140 * (torch.tensor(labels).numpy() > 0)[:, None, None, None]
+        ArrayRecords.__init__(self, "uneven", levels.astype("uint8"), labels, ("dark", "light"))
+
+
+@pytest.mark.parametrize("way", ["class_weights", "sampling"])
+def test_balanced_training_recognises_the_small_class_sooner(
+    way: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def trained(out: Path, **changes: Any) -> TrainResult:
+        settings = tiny.recipe(epochs=8, warmup_epochs=0, lr=1e-3, seed=3, **changes)
+        pictures = {"train": Uneven(), "val": Uneven(seed=1, most=2)}
+        return train(tiny.model(num_classes=2), recipe=settings, out=out, workers=0, device="cpu", **pictures)
+
+    plain, balanced = trained(tmp_path / "plain"), trained(tmp_path / "balanced", **{way: "balanced"})
+    advice = "22 images, 2 classes: largest dark (20), smallest light (2); class_weights='balanced' or"
+    assert sum(text.startswith(advice) for text in caplog.messages) == 1
+    scores = [sum(row["balanced_accuracy"] for row in result.log) for result in (balanced, plain)]
+    assert scores[0] > scores[1]

@@ -45,6 +45,7 @@ def lively(
     stop_after: int | None = None,
     build: Callable[..., ImageClassifier] = distilled,
     watch: Watch = plain_watch,
+    pictures: type[tiny.Pictures] = tiny.Pictures,
     **changes: Any,
 ) -> TrainResult:
     def stop(row: dict[str, Any]) -> None:
@@ -55,8 +56,8 @@ def lively(
         # whoever goes on knows nothing of the first start: other weights, other random numbers
         build(seed=77 if out.exists() else 0),
         recipe=tiny.recipe(tiny.LIVELY, **{"epochs": 4, "warmup_epochs": 1, "seed": 9, **changes}),
-        train=tiny.Pictures(24, broken=(5,)),
-        val=tiny.Pictures(9, seed=1),
+        train=pictures(24, broken=(5,)),
+        val=pictures(9, seed=1),
         out=out,
         workers=workers,
         device="cpu",
@@ -110,6 +111,19 @@ def test_everything_that_is_random_or_kept_is_on(uninterrupted: Path, tmp_path: 
         lively(tmp_path / name, epochs=2, **{name: change, **({"cutmix": 0.0} if name == "mixup" else {})})
         weights = tiny.state(tmp_path / name)["model"]
         assert max(difference for _, difference in tiny.differences(weights, usual)) > 1e-6, name
+
+
+@pytest.mark.parametrize("pictures", [tiny.Pictures, tiny.Several])
+def test_balanced_run_goes_on_as_if_it_had_not_stopped(pictures: type[tiny.Pictures], tmp_path: Path) -> None:
+    balance = {"pictures": pictures, "class_weights": "balanced", "sampling": "balanced", "epochs": 3}
+    lively(tmp_path / "alone", **balance)
+    for epoch in range(3):
+        with pytest.raises(StoppedError):
+            lively(tmp_path / "run", stop_after=epoch, workers=epoch % 2, **balance)
+    lively(tmp_path / "run", **balance)
+    same_run(tmp_path / "alone", tmp_path / "run")
+    with pytest.raises(TrainingError, match=r"sampling='balanced' \(now 'all'\)"):
+        lively(tmp_path / "run", **{**balance, "sampling": "all"})
 
 
 @pytest.mark.parametrize("workers", [1, 2])

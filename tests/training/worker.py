@@ -332,7 +332,8 @@ def gradients(_: Path) -> dict[str, dict[str, Tensor]]:
 
 def small_run(out: Path, **options: Any) -> list[dict[str, Any]]:
     """Two epochs with an average and gradient clipping, nothing drawn but the order."""
-    changes = {key: options.pop(key) for key in list(options) if key in {*tiny.LIVELY, "clip_mode", "min_lr"}}
+    own = {*tiny.LIVELY, "clip_mode", "min_lr", "class_weights", "sampling"}
+    changes = {key: options.pop(key) for key in list(options) if key in own}
     settings = {"epochs": 2, "ema_decay": 0.5, "clip_grad": 1.0, "label_smoothing": 0.1, **changes}
     seed = options.pop("model_seed", 0)
     return train(
@@ -377,6 +378,13 @@ def divided(folder: Path) -> list[dict[str, Any]]:
 
 def divided_adaptively(folder: Path) -> list[dict[str, Any]]:
     return small_run(folder / "fsdp agc", shard="fsdp", clip_grad=0.01, clip_mode="agc")
+
+
+def several(folder: Path) -> list[dict[str, Any]]:
+    """Several labels an image, balanced in both ways."""
+    balanced = {"label_smoothing": 0.0, "class_weights": "balanced", "sampling": "balanced"}
+    pictures = {"train": tiny.Several(26), "val": tiny.Several(13, seed=1, broken=(4,))}
+    return small_run(folder / "several", epochs=1, warmup_epochs=0, **pictures, **balanced)
 
 
 def replicated_adaptively(folder: Path) -> list[dict[str, Any]]:
@@ -475,6 +483,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
     for work in (
         gradients,
         replicated,
+        several,
         divided,
         replicated_adaptively,
         divided_adaptively,
