@@ -197,3 +197,14 @@ class TestAgainstTimm:
                 assert mix is not None
                 drawn.append(mix.share)
             assert kolmogorov(torch.tensor(drawn), torch.tensor(expected)) < 0.042 + slack
+
+
+def test_several_labels_are_mixed_as_the_pixels_are() -> None:
+    labels = torch.tensor([[1.0, 1.0, 0.0], [0.0, 0.0, 0.0], [0.0, 1.0, 1.0], [1.0, 0.0, 0.0]])
+    mixing = Mixing(Recipe(label_smoothing=0.1, cutmix=0.0, mixup=0.8), 3)
+    torch.manual_seed(0)
+    images, targets = mixing(labels[:, :, None, None].expand(4, 3, 8, 8).clone(), labels)
+    assert torch.allclose(images[:, :, 0, 0], targets)  # each pixel has the label for its colour
+    assert not torch.equal(targets, labels)
+    with pytest.raises(DataError, match=r"labels of shape \(4, 2\)"):
+        mixing(images, labels[:, :2])

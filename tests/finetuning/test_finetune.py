@@ -11,11 +11,11 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from coloured import CLASSES, Counted, atom, pixels, recipe, save_folders
+from coloured import CLASSES, Counted, Mixed, atom, pixels, recipe, save_folders
 from tracing import modules_run
 
 import deit_models
-from deit_models.data.datasets import DATASETS
+from deit_models.data.datasets import DATASETS, wrap
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.finetune import PRESET_OF, recipe_for
 from deit_models.training.presets import PRESETS
@@ -463,3 +463,94 @@ class Many(Counted):
 
     def label(self, index):
         return index % len(self.classes)
+
+
+# Several labels an image
+
+
+@pytest.fixture
+def mixed(tmp_path):
+    sets = {"train": Mixed(120), "val": Mixed(60, seed=1), "test": Mixed(60, seed=2)}
+    settings = {"epochs": 8, "lr": 0.01}
+    return {
+        mode: finetune(tmp_path / mode, model=atom(distilled=True), mode=mode, settings=settings, **sets)
+        for mode in MODES
+    }
+
+
+def test_several_labels_are_learned_and_their_thresholds_travel(mixed, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    for mode, result in mixed.items():
+        figures = result.metrics["test"]
+        assert figures["map"] > 85, mode
+        assert "balanced_accuracy" not in figures
+        origin = result.model.origin
+        assert (origin.problem_type, origin.top1) == ("multi_label_classification", None)
+        assert origin.thresholds[3] == 0.5  # of a label that no image has
+        out = tmp_path / mode
+        scored = deit_models.evaluate(deit_models.from_pretrained(out / "timm" / "best"), Mixed(60, seed=2), workers=0)
+        assert scored.macro_f1 == pytest.approx(figures["macro_f1"], abs=0.01)
+        with (out / "per_class_test.csv").open(encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [row["class"] for row in rows] == ["red", "green", "blue", "grey"]
+        assert [float(row["threshold"]) for row in rows] == pytest.approx(origin.thresholds, rel=1e-4)
+        assert (rows[3]["average_precision"], rows[3]["images"]) == ("", "0")
+        card = (out / "best" / "README.md").read_text(encoding="utf-8")
+        assert f"{figures['map']:.2f} % mAP" in card
+        assert "They chose the threshold of each label" in card
+        # transformers gives the same probabilities, and keeps the thresholds
+        image = Mixed(60, seed=2)[0][0]
+        theirs = transformers.pipeline("image-classification", str(out / "transformers" / "best"))
+        assert theirs.model.config.problem_type == "multi_label_classification"
+        assert theirs.model.config.thresholds == pytest.approx(origin.thresholds)
+        expected = {row["label"]: row["score"] for row in theirs(image, function_to_apply="sigmoid", top_k=4)}
+        again = deit_models.from_pretrained(out / "transformers" / "best")
+        found = deit_models.Classifier(again)(image, top_k=4)
+        assert {one.label: one.probability for one in found.predictions} == pytest.approx(expected, abs=1e-4)
+        limits = dict(zip(again.origin.class_names, again.origin.thresholds, strict=True))
+        assert found.labels == tuple(one.label for one in found.predictions if one.probability >= limits[one.label])
+        assert len(deit_models.Classifier(again)(image, top_k=1).predictions) == 1
+        assert deit_models.Classifier(again)(image, top_k=1).labels == found.labels
+
+
+def test_pictures_of_several_labels_are_curves_alone(tmp_path, caplog):
+    pytest.importorskip("matplotlib")
+    for mode in MODES:
+        finetune(tmp_path / mode, mode=mode, train=Mixed(40), plot=True)
+        assert {path.name for path in (tmp_path / mode).glob("*.png")} == {"curves.png"}
+        assert (
+            f"several labels an image have no confusion matrix; see per_class_*.csv in {tmp_path / mode}" in caplog.text
+        )
+
+
+def test_labels_of_another_kind_are_refused_before_anything_is_written(tmp_path):
+    single = wrap(Counted(9, classes=4), Mixed(1).classes)
+    for options, text in (
+        ({"val": single}, "images of mixed have several labels, those of counted one class"),
+        ({"settings": {"sampling": "balanced"}, "mode": "head"}, "without sampling='balanced'"),
+        ({"settings": {"distillation": "soft"}, "teacher": atom(num_classes=4)}, "needs one class for each image"),
+    ):
+        with pytest.raises((ConfigError, DataError), match=re.escape(text)):
+            finetune(tmp_path / "out", train=Mixed(30), **options)
+    several = deit_models.finetune(atom(), train=Mixed(30), out=tmp_path / "a", mode="head", recipe=recipe(), workers=0)
+    with pytest.raises(ConfigError, match="evaluation needs one class"):
+        deit_models.evaluate(several.model, Counted(9, classes=4), ignore_class_names=True, workers=0)
+    with pytest.raises(ConfigError, match="one class for each image, evaluation needs several labels"):
+        deit_models.evaluate(atom(num_classes=4), Mixed(9), workers=0)
+
+
+def test_multi_label_model_can_be_trained_further_and_re_made_for_one_class(tmp_path):
+    first = deit_models.finetune(atom(), train=Mixed(40), out=tmp_path / "a", mode="head", recipe=recipe(), workers=0)
+    second = finetune(tmp_path / "b", model=tmp_path / "a" / "best", train=Mixed(40, seed=3))
+    assert second.model.origin.multi_label
+    deit_models.adapt_head(first.model, img_size=32)
+    assert first.model.origin.thresholds is not None
+    third = finetune(tmp_path / "c", model=first.model, train=Counted(30))
+    assert (third.model.origin.problem_type, third.model.origin.thresholds) == (None, None)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_class_weights_are_noted_in_the_card(tmp_path, mode, caplog):
+    finetune(tmp_path / "out", mode=mode, train=Counted(30), settings={"class_weights": "balanced"})
+    assert "class_weights balanced" in (tmp_path / "out" / "best" / "README.md").read_text(encoding="utf-8")
+    assert "may help" not in caplog.text

@@ -4,16 +4,17 @@ import json
 
 import pytest
 import torch
-from coloured import Counted, Unlabelled, atom, recipe, save_folders
+from coloured import Counted, Mixed, Unlabelled, atom, recipe, save_folders
 from torch.nn import functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
 
 import deit_models
-from deit_models.data.datasets import open_dataset
+from deit_models.data.datasets import open_dataset, wrap
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge, refit_heads
 from deit_models.images.transforms import transform_for
+from deit_models.metrics import count_classes
 from deit_models.models.deit import PatchEmbed
 from deit_models.training.run import Computing
 
@@ -323,3 +324,63 @@ def test_metrics_tell_what_was_tried(tmp_path):
     assert metrics["penalty"] in [row["penalty"] for row in metrics["tried"]]
     assert metrics["val"]["images"] == 12
     assert metrics["train_images"] == 48
+
+
+# Uneven classes and several labels
+
+
+def sklearn_logits(features: torch.Tensor, labels: torch.Tensor, penalty: float, rows: torch.Tensor) -> torch.Tensor:
+    """Logits of scikit-learn's logistic regression with balanced classes, on standardised features."""
+    linear = pytest.importorskip("sklearn.linear_model")
+    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    options = {"class_weight": "balanced", "C": 1 / (penalty * len(labels)), "tol": 1e-8, "max_iter": 10_000}
+    fit = linear.LogisticRegression(**options).fit(((features - mean) / std).numpy(), labels.numpy())
+    return torch.tensor(fit.decision_function(((rows - mean) / std).numpy()))
+
+
+def test_balanced_head_is_scikit_learns() -> None:
+    train, val = noise(200, classes=3, seed=0), noise(60, classes=3, seed=1)
+    uneven = train.of([index for index in range(200) if train.labels[index] or index % 10 == 0])
+    counts = count_classes(Counted(3), uneven.labels.tolist(), balanced=True)
+    fit = fit_heads(uneven, val, num_classes=3, device=torch.device("cpu"), weights=counts.weights(binary=False))
+    weight, bias = fit.weights["head"]
+    found = F.linear(val.inputs["head"], weight, bias)
+    expected = sklearn_logits(uneven.inputs["head"], uneven.labels, fit.penalty, val.inputs["head"])
+    apart = (found - found.mean(dim=1, keepdim=True)).double() - (expected - expected.mean(dim=1, keepdim=True))
+    assert apart.abs().max() < 0.02
+    assert {*fit.tried[0]} == {"penalty", "balanced_accuracy", "loss"}
+
+
+def test_labels_of_several_are_fitted_each_by_itself() -> None:
+    train, val = (noise(200, classes=3, seed=seed) for seed in (0, 1))
+    train, val = (Features(each.inputs, many_hot(each.labels)) for each in (train, val))
+    device = torch.device("cpu")
+    counts = count_classes(Mixed(3), train.plain_labels(), balanced=True)
+    fit = fit_heads(train, val, num_classes=4, device=device, weights=counts.weights(binary=True))
+    found = F.linear(val.inputs["head"], *fit.weights["head"]).double()
+    for number in range(3):
+        expected = sklearn_logits(train.inputs["head"], train.labels[:, number], fit.penalty, val.inputs["head"])
+        assert (found[:, number] - expected).abs().max() < 0.02
+    assert (found[:, 3] < -1).all()  # no image has the last label
+    assert {*fit.tried[0]} == {"penalty", "map", "loss"}
+    unread = Features(train.inputs, torch.cat([torch.full((1, 4), -1.0), train.labels[1:]]))
+    assert len(unread.readable().labels) == 199
+    assert unread.plain_labels()[0] == -1
+
+
+def many_hot(labels: torch.Tensor) -> torch.Tensor:
+    """Each class and, of class 2, class 0 too; (N, 4)."""
+    rows = F.one_hot(labels, 4).float()
+    rows[labels == 2, 0] = 1
+    return rows
+
+
+def test_corrected_labels_are_learned_from_the_features_that_are_there(tmp_path, passes) -> None:
+    paths = sorted(save_folders(tmp_path / "photos").rglob("*.png"))
+    before = [(str(path), "bug") for path in paths[:-6]] + [(str(path), "cow") for path in paths[-6:]]
+    after = [(str(path), "cow" if path.parent.name == "cow" else "bug") for path in reversed(paths)][::-1]
+    after[0] = (after[0][0], "cow")
+    for pairs in (before, after):
+        found = extract(atom(num_classes=2), wrap(pairs), tmp_path / "features")
+    assert len(passes) == 1
+    assert found.labels.tolist() == [label == "cow" for _, label in after]

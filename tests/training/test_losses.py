@@ -19,6 +19,7 @@ from deit_models.training.losses import (
     WithLoss,
     binary_cross_entropy,
     hard_distillation,
+    several_labels,
     soft_distillation,
     soft_target_cross_entropy,
 )
@@ -360,3 +361,60 @@ def test_model_with_loss_follows_its_problem_type(problem: str | None, classes: 
     else:
         expected = binary_by_hand(rows, [[value > 0 for value in want] for want in wanted])
     assert loss == pytest.approx(expected, rel=1e-5)
+
+
+# Weights of classes, and several labels
+
+WEIGHTS = [0.5, 2.0, 1.25]
+YES_AND_NO = [[4.0, 0.5, 2.0], [0.6, 3.0, 0.8]]
+
+
+def entry(logit: float, target: float, yes: float, no: float) -> float:
+    """Binary cross-entropy of one class."""
+    chance = 1 / (1 + math.exp(-logit))
+    return -yes * target * math.log(chance) - no * (1 - target) * math.log(1 - chance)
+
+
+def test_weighted_cross_entropy_counts_each_class_by_its_weight() -> None:
+    found = soft_target_cross_entropy(torch.tensor(STUDENT), torch.tensor(TARGETS), torch.tensor(WEIGHTS))
+    rows = zip(STUDENT, TARGETS, strict=True)
+    expected = [
+        -w * y * math.log(p) for logits, row in rows for w, y, p in zip(WEIGHTS, row, softmax(logits), strict=True)
+    ]
+    assert float(found) == pytest.approx(sum(expected) / 2, rel=1e-6)
+
+
+@pytest.mark.parametrize("loss", [several_labels, binary_cross_entropy])
+def test_binary_loss_weighs_yes_and_no(loss: object) -> None:
+    found = loss(torch.tensor(STUDENT), torch.tensor(TARGETS), torch.tensor(YES_AND_NO))  # type: ignore[operator]
+    expected = [
+        entry(logit, target if loss is several_labels else float(target > 0), yes, no)
+        for logits, row in zip(STUDENT, TARGETS, strict=True)
+        for logit, target, yes, no in zip(logits, row, *YES_AND_NO, strict=True)
+    ]
+    assert float(found) == pytest.approx(sum(expected) / 6, rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["hard", "soft"])
+def test_images_count_for_the_teacher_by_the_weights_of_their_labels(kind: str) -> None:
+    heads = (torch.tensor(STUDENT), torch.tensor(DIST))
+    settings = Recipe(distillation=kind, alpha=1.0, tau=TAU)  # type: ignore[arg-type]
+    loss = DistillationLoss(settings, teacher=lambda x: x, weights=torch.tensor(WEIGHTS))  # type: ignore[arg-type]
+    found = loss(heads, torch.tensor(TARGETS), torch.tensor(TEACHER))
+    expected = 0.0
+    for image in range(2):
+        alone = DistillationLoss(settings, teacher=lambda x: x)  # type: ignore[arg-type]
+        part = alone(
+            tuple(head[image : image + 1] for head in heads),
+            torch.tensor(TARGETS[image : image + 1]),
+            torch.tensor(TEACHER[image : image + 1]),
+        )
+        expected += float(part) * sum(w * y for w, y in zip(WEIGHTS, TARGETS[image], strict=True)) / 2
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
+def test_several_labels_keep_their_shares_in_the_loss_of_a_recipe() -> None:
+    settings = Recipe(loss="bce", label_smoothing=0.0)
+    loss = DistillationLoss(settings, teacher=None, multi_label=True)
+    found = loss(torch.tensor(STUDENT), torch.tensor(TARGETS))
+    assert torch.equal(found, F.binary_cross_entropy_with_logits(torch.tensor(STUDENT), torch.tensor(TARGETS)))
