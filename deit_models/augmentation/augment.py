@@ -300,8 +300,6 @@ def _changes(recipe: Recipe, preprocessing: Preprocessing) -> list[_Change]:
         return jitter
     if recipe.augment == "3-augment":
         return [ThreeAugment(), *jitter]
-    if not recipe.augment.startswith("rand-"):
-        raise ConfigError(f"augment={recipe.augment!r}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
     fill = tuple(max(0, min(255, round(255 * value))) for value in preprocessing.for_channels(3).mean)
     return [RandAugment.parse(recipe.augment, interpolations=_INTERPOLATIONS[recipe.interpolation], fill=fill)]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike, fspath
@@ -197,15 +198,20 @@ def _checked(name: str, value: Any, kind: Any) -> Any:
         check_choice(name, value, kind)
     elif type(value) is not kind:
         raise ConfigError(f"{name}={value!r} is not of type {kind.__name__}")
+    if name == "augment" and not _AUGMENT.fullmatch(value):
+        raise ConfigError(f"augment={shown(value)}; expected none, 3-augment or for example rand-m9-mstd0.5-inc1")
     for names, fits, expected in _RANGES:
         if name in names and not fits(value):
             raise ConfigError(f"{name}={value!r}; expected {expected}")
     return value
 
 
+_AUGMENT = re.compile(r"none|3-augment|rand(-[a-z]+[0-9.]+)+")
+"""The parts of RandAugment are checked where they are read, in `RandAugment.parse`."""
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "accumulate", "repeats", "eval_every", "save_every"), lambda v: v >= 1, "1 or more"),
     (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience"), lambda v: v >= 0, "0 or more"),
+    (("epochs", "cooldown_epochs", "batch_size", "repeats", "img_size"), lambda v: v < 2**31, "less than 2**31"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),

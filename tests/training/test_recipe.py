@@ -187,6 +187,9 @@ def test_keyword_mends_what_the_file_has_wrong(tmp_path):
     [
         ("epochs = ", "not TOML: Invalid value"),
         ("epochs = -3", "epochs=-3; expected 1 or more"),
+        (f"batch_size = {2**40}", "expected less than 2**31"),
+        ('augment = "randaugment"', "augment='randaugment'; expected none, 3-augment or"),
+        ('augment = ""', "augment=''; expected none"),
         ("epoch = 3", "unknown option 'epoch' for Recipe; nearest: epochs"),
         ("name = 'mine'\npreset = 'deit_300e'", "unknown option 'name'"),
         ("preset = 'deit_300'", "unknown recipe 'deit_300'; nearest: deit_300e"),
