@@ -5,6 +5,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,17 @@ def test_few_tests_exchange_parts_of_the_package() -> None:
     assert not [
         path for path in TESTS.rglob("*.py") if re.search(r"^from unittest.mock|^import mock", path.read_text())
     ]
+
+
+def test_no_test_is_skipped_for_a_module_that_its_package_never_had() -> None:
+    names = {
+        name
+        for path in TESTS.rglob("*.py")
+        for name in re.findall(r"importorskip\(\s*\"([\w.]+)\"", path.read_text(encoding="utf-8"))
+    }
+    installed = {name for name in names if find_spec(name.partition(".")[0])}
+    assert "timm.data.transforms" in names
+    assert {name for name in installed if find_spec(name) is None} == set()
 
 
 def test_lazy_names_of_the_package_lead_somewhere() -> None:

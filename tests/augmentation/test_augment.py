@@ -272,7 +272,7 @@ def test_color_jitter_is_torchvisions() -> None:
 
 @pytest.mark.parametrize(("width", "height"), [(500, 375), (60, 200), (300, 40)])
 def test_crop_boxes_follow_timms_law(width: int, height: int) -> None:
-    transforms = pytest.importorskip("timm.images.transforms", reason="timm is not installed")
+    transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
     image = Image.new("RGB", (width, height))
     random.seed(0)
     crop, count, rng = build().crop, 4000, random.Random(1)
@@ -287,7 +287,7 @@ def test_crop_boxes_follow_timms_law(width: int, height: int) -> None:
 
 @pytest.mark.parametrize("size", [(1000, 10), (10, 1000)])
 def test_image_no_box_fits_gives_timms_centre(size: tuple[int, int]) -> None:
-    transforms = pytest.importorskip("timm.images.transforms", reason="timm is not installed")
+    transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
     image = Image.new("RGB", size)
     expected = transforms.RandomResizedCropAndInterpolation.get_params(image, (0.9, 1.0), (3 / 4, 4 / 3))
     drawn = build(crop_scale=0.9).crop.draw(*size[::-1], random.Random(0))  # type: ignore[attr-defined]
@@ -297,7 +297,7 @@ def test_image_no_box_fits_gives_timms_centre(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 @pytest.mark.parametrize("box", [(3, 5, 40, 50), (0, 0, 47, 61), (10, 7, 20, 33), (1, 30, 45, 12)])
 def test_crop_with_pillow_is_timms_picture(box: tuple[int, int, int, int], interpolation: str) -> None:
-    transforms = pytest.importorskip("timm.images.transforms", reason="timm is not installed")
+    transforms = pytest.importorskip("timm.data.transforms", reason="timm is not installed")
 
     class Theirs(transforms.RandomResizedCropAndInterpolation):
         @staticmethod
