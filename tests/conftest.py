@@ -4,6 +4,7 @@ import os
 import socket
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
@@ -13,6 +14,10 @@ from deit_models.checkpoint import load_manifest
 
 # Models in tests are small, and two threads that share their cores with other work wait for each other: one is faster.
 torch.set_num_threads(1)
+
+# Where the library of Hugging Face keeps copies of Parquet files; it is read when that is imported.
+COPIES = TemporaryDirectory(prefix="datasets")
+os.environ["HF_DATASETS_CACHE"] = COPIES.name
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
 from ..trackers import TrackerName
 
+from ..errors import ConfigError
+
 if TYPE_CHECKING:
     from ..data.loading import Watch
     from ..data.records import ImageRecords
@@ -138,9 +140,27 @@ def chosen_model(args: argparse.Namespace) -> str:
 
 def add_data(parser: argparse.ArgumentParser, text: str) -> None:
     """Add the argument for labelled images and its options; `open_data` reads them."""
-    parser.add_argument("data", help=text)
+    parser.add_argument("data", help=f"{text}; a table or data set of Hugging Face (hf:OWNER/NAME), see docs/data.md")
     parser.add_argument("--root", type=Path, help="where a data set known by name lies, default data")
     parser.add_argument("--download", action="store_true", help="fetch a data set known by name if it is not there")
+    add_columns(parser)
+
+
+def add_columns(parser: argparse.ArgumentParser) -> None:
+    """Add the options for the columns of tables; `columns` reads them."""
+    text = "folder that the files of a table are relative to, default the table's"
+    parser.add_argument("--images", dest="image_folder", type=Path, metavar="FOLDER", help=text)
+    text = "a table's column of images; default: known by its name or type"
+    parser.add_argument("--image-column", metavar="NAME", help=text)
+    text = "its column of labels, or one of 0 and 1 for each class; default: known by its name or type"
+    parser.add_argument("--label-column", nargs="+", metavar="NAME", help=text)
+    text = "what stands between the names of several classes in the column of labels, such as '|'"
+    parser.add_argument("--label-separator", metavar="TEXT", help=text)
+
+
+def columns(args: argparse.Namespace) -> dict[str, Any]:
+    """The options of `add_columns`, as keywords of `open_dataset` and `image_sources`."""
+    return {"images": args.image_folder, **picked(args, "image_column", "label_column", "label_separator")}
 
 
 def open_data(
@@ -154,15 +174,25 @@ def open_data(
 ) -> ImageRecords:
     """Open one split of labelled images, the same in every process; one process of each machine downloads.
 
-    The options of `add_data` apply to `args.data` and to every data set known by name. Other arguments and errors: see
-    `open_dataset`.
+    The options of `add_data` apply to `args.data`, to every data set known by name, and to every table. Other arguments
+    and errors: see `open_dataset`. Raises: ConfigError: --offline, and a data set on the Hub.
     """
+    from ..data.classes import HUB
     from ..data.datasets import DATASETS, open_dataset
+    from ..data.tables import is_table
 
+    on_hub = source.startswith(HUB)
+    if on_hub and getattr(args, "offline", False) and not os.environ.get("HF_HUB_OFFLINE"):
+        raise ConfigError(
+            f"--offline is for the model; {source} is read offline with HF_HUB_OFFLINE=1 in the environment"
+        )
     fetched = source == args.data or source.partition(":")[0] in DATASETS
-    with first_downloads(process, wanted=fetched and args.download) as download:
-        root = args.root if fetched else None
-        return open_dataset(source, split, root=root, download=download, classes=classes, own_folder=own_folder)
+    chosen = columns(args) if source == args.data or is_table(source) else {}
+    with first_downloads(process, wanted=(fetched and args.download) or on_hub) as first:
+        root, download = args.root if fetched else None, fetched and args.download and first
+        return open_dataset(
+            source, split, root=root, download=download, classes=classes, own_folder=own_folder, **chosen
+        )
 
 
 @contextmanager

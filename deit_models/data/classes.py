@@ -1,15 +1,17 @@
-"""Data sets of others as ours: class names and labels in every form, items that are pairs or dicts."""
+"""Data sets of others as ours: class names and labels in every form, items that are pairs or dicts, Arrow files."""
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
-from itertools import chain
+from itertools import chain, repeat
 from operator import index as whole_number
 from os import PathLike, fspath
+from pathlib import Path
 from typing import Any
 
 import PIL.Image
@@ -19,9 +21,9 @@ from torch.utils.data import ConcatDataset, DataLoader, IterableDataset, Subset,
 from torchvision.datasets import DatasetFolder
 
 from ..config import nearest
-from ..errors import DataError, ImageError, shown
-from ..images.decoding import load_item
-from .records import FileRecords, ImageRecords, Label, some
+from ..errors import DataError, ImageError, MissingExtraError, shown
+from ..images.decoding import load_image, load_item
+from .records import FileRecords, ImageRecords, Label, Labels, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "target", "cls")
@@ -54,6 +56,7 @@ def wrap(
 
     Raises: DataError: no length, as of streams; no images, no class names, a DataLoader.
     """
+    dataset = _undecoded(dataset) if is_set(dataset) else dataset
     several = _has_several(dataset) if multi_label is None else multi_label
     same = isinstance(dataset, ImageRecords) and several == dataset.multi_label
     if same and (classes is None or _plain_names(classes) == dataset.classes):
@@ -82,7 +85,7 @@ def _check_form(dataset: Any, name: str) -> None:
     if isinstance(dataset, Mapping):
         raise DataError(f"a dict of {some([*map(str, dataset)])}; pass one of its data sets, such as data['train']")
     if hasattr(dataset, "iloc"):
-        raise DataError(f"a {name} is no data set; pass pairs: list(zip(table['path'], table['label']))")
+        raise DataError(f"a {name} is no data set of items; pass it to open_dataset, train, finetune or evaluate")
     length = None
     if hasattr(dataset, "__getitem__") and not isinstance(dataset, IterableDataset):
         with suppress(TypeError, NotImplementedError):
@@ -326,3 +329,143 @@ def _plain_image(image: Any) -> Any:
     if len(shape) == 2:
         return image[None]
     return image.permute(2, 0, 1) if len(shape) == 3 and shape[0] > 4 and shape[2] in (1, 3, 4) else image
+
+
+# Data sets of Hugging Face
+
+HUB, SAVED = "hf:", ("dataset_dict.json", "state.json")
+"""Beginning of the name of a data set on the Hub; files in the folder of one that was saved."""
+
+
+def is_set(source: Any) -> bool:
+    """Whether it is a data set of Hugging Face, or several by split; not one with a transform of the user's own."""
+    theirs = type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "column_names")
+    return theirs and getattr(source, "format", {}).get("type") != "custom"
+
+
+def read_set(source: Any, form: str, options: Mapping[str, str]) -> Any:
+    """A `Dataset`, or a mapping of such from the names of its splits.
+
+    Args:
+        source: such an object; "hf:" and a name on the Hub; a folder or Parquet file.
+        form: "set", "hub", "saved" (a folder) or "parquet" (a folder or file).
+        options: keywords of `datasets.load_dataset`, of a set on the Hub.
+
+    Raises: DataError: it cannot be read, or is a stream. MissingExtraError: datasets is not installed.
+    """
+    try:
+        import datasets as library
+    except ImportError as error:
+        raise MissingExtraError(
+            "Parquet files and data sets of Hugging Face are read by datasets; pip install 'deit-models[data]'"
+        ) from error
+    try:
+        if form == "set":
+            found = source
+        elif form == "hub":
+            found = library.load_dataset(source.removeprefix(HUB), **options)
+        elif form == "saved":
+            found = library.load_from_disk(source)
+        else:
+            files = {"path": source} if os.path.isdir(source) else {"path": "parquet", "data_files": source}
+            found = library.load_dataset(**files, **({} if os.path.isdir(source) else {"split": "train"}))
+    except (OSError, ValueError, RuntimeError, library.exceptions.DatasetsError) as error:
+        raise DataError(f"{source}: {' '.join(str(error).split())}") from error
+    if any(
+        isinstance(one, library.IterableDataset) for one in (found.values() if isinstance(found, dict) else [found])
+    ):
+        raise DataError(
+            f"{type(found).__name__} is a stream without items by number; load it without streaming=True, or keep a "
+            "part: Dataset.from_list(list(stream.take(10_000)), features=stream.features)"
+        )
+    return found
+
+
+def _undecoded(data: Any) -> Any:
+    """The same set with images in encoded bytes."""
+    from datasets import Image
+
+    for column, feature in getattr(data, "features", {}).items():
+        data = data.cast_column(column, Image(decode=False)) if isinstance(feature, Image) else data
+    return data
+
+
+def joined_sets(parts: Sequence[Any], name: str) -> Any:
+    """Several data sets as one. Raises: DataError: they have different columns."""
+    from datasets import concatenate_datasets
+
+    try:
+        return parts[0] if len(parts) == 1 else concatenate_datasets([*parts])
+    except ValueError as error:
+        raise DataError(f"{name}: its splits have different columns; name one of them, split=NAME") from error
+
+
+def rows_of_set(data: Any, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    """Values of some columns row by row, as they are stored."""
+    if not columns:
+        yield from repeat((), len(data))
+        return
+    for batch in data.with_format("arrow").select_columns([*dict.fromkeys(columns)]).iter(1000):
+        yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
+
+
+def kind_of_feature(data: Any, column: str) -> str:
+    """Type of a column: "Image" of encoded images, "ClassLabel" of numbers with names, perhaps in lists, or ""."""
+    feature = None if data is None else data.features[column]
+    encoded = isinstance(feature, Mapping) or getattr(feature, "dtype", "") in ("binary", "large_binary")
+    if encoded or type(feature).__name__ == "Image":
+        return "Image"
+    return "" if names_of_feature(data, column) is None else "ClassLabel"
+
+
+def names_of_feature(data: Any, column: str) -> list[str] | None:
+    """Names of the classes of a column; None: they are not known."""
+    feature = None if data is None else data.features[column]
+    return getattr(getattr(feature, "feature", feature), "names", None)
+
+
+class ArrowRecords(ImageRecords):
+    """Images of a data set of Hugging Face, read row by row from its Arrow files and decoded by `load_image`."""
+
+    always_the_same = True
+
+    def __init__(
+        self, name: str, data: Any, column: str, rows: Sequence[int], labels: Iterable[Label], classes: Iterable[str]
+    ) -> None:
+        """Note the rows and their labels; no image is read."""
+        self.name, self._column, self._rows = name, column, rows
+        self._labels = Labels(labels)
+        self.multi_label, self.classes = self._labels.multi, tuple(classes)
+        self._data = data.select_columns([column]).with_format("arrow")  # in which images stay encoded
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
+        try:
+            return load_image(self._stored(index).as_py()), self._labels[index]
+        except ImageError as error:
+            raise ImageError(f"{self.describe(index)}: {error}") from error
+
+    def _stored(self, index: int) -> Any:
+        """Encoded bytes, or a path where the set has no more, as a value of Arrow."""
+        value: Any = self._data[self._rows[index]][self._column][0]
+        if hasattr(value, "keys") and value.is_valid:
+            value = value["bytes"] if value["bytes"].is_valid else value["path"]
+        if not value.is_valid:
+            raise ImageError("this row has none")
+        return value
+
+    def label(self, index: int) -> Label:
+        return self._labels[index]
+
+    def source(self, index: int) -> Path | tuple[str, bytes]:
+        try:
+            encoded = self._stored(index).as_py()
+        except ImageError:
+            encoded = b""
+        return Path(encoded) if isinstance(encoded, str) else (self.describe(index), encoded)
+
+    def key(self, index: int) -> str:
+        """Its row and the number of its bytes, which are not read."""
+        return f"{self._rows[index]} ({self._stored(index).as_buffer().size} bytes)"

@@ -35,6 +35,7 @@ from .records import (
     split_of,
     subfolders,
 )
+from .tables import Columns, has_split, is_table, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -42,20 +43,14 @@ SplitName = Literal["train", "val"]
 
 _BY_NAME = {"cifar-10-b": "cifar10", "cifar-100": "cifar100", "flowers-102": "flowers102", "ILSVRC2012_": "imagenet"}
 """Beginnings of the names of files and folders that a data set known by name consists of."""
-_TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".xlsx")
 _ANNOTATIONS = "val_annotations.txt"
 _NO_CLASS_FOLDERS = ("no class folders", "no images in class folder", "only one class", "look like splits")
 _DEEPEST, _PLACES = 5, 200
 
 
 def open_images(data: Any, split: SplitName, classes: tuple[str, ...] | None = None) -> ImageRecords:
-    """Images in a form that `open_dataset` or `wrap` accepts; with `classes`, numbered as those are."""
-    if isinstance(data, (str, PathLike)):
-        return open_dataset(data, split, classes=classes, own_folder=True)
-    records = wrap(data, otherwise=classes)
-    if split == "train" and len(records.classes) < 2:
-        raise DataError(f"{records.name}: {len(records.classes)} class; a classifier needs two or more")
-    return _numbered_as(records, classes)
+    """Images in a form that `open_dataset` accepts; with `classes`, numbered as those are."""
+    return open_dataset(data, split, classes=classes, own_folder=True)
 
 
 def _numbered_as(records: ImageRecords, classes: Sequence[str] | None) -> ImageRecords:
@@ -67,13 +62,17 @@ def _numbered_as(records: ImageRecords, classes: Sequence[str] | None) -> ImageR
 
 
 def open_dataset(
-    source: str | os.PathLike[str],
+    source: Any,
     split: SplitName,
     *,
     root: str | os.PathLike[str] | None = None,
     download: bool = False,
     classes: Sequence[str] | None = None,
     own_folder: bool = False,
+    images: str | os.PathLike[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
 ) -> ImageRecords:
     """The training or the validation images of a data set.
 
@@ -82,12 +81,18 @@ def open_dataset(
             valid_set/), each with one folder of images a class, or one that holds nothing but such a folder; class
             folders themselves, which are a training set; or a name: cifar10, cifar100, flowers102, stanford_cars,
             imagenet, inaturalist-2018, -2019 or -2021. A colon asks for coarser classes: "inaturalist-2018:genus". A
-            name wins over a folder of the same name in the working directory, which is "./cifar10".
+            name wins over a folder of the same name in the working directory, which is "./cifar10". Or a table (CSV,
+            TSV, JSONL, Parquet, a DataFrame), a data set of Hugging Face (an object, a folder that it was saved in or
+            with its Parquet files, "hf:owner/name"), see docs/data.md; or what `wrap` accepts.
         split: "train" or "val".
         root: where a named data set lies, "data" by default; not for folders.
         download: fetch a named data set that is not there: cifar10, cifar100, flowers102 and inaturalist-2021 can be.
         classes: the training set's class names, which this set must have too; their order numbers the classes.
-        own_folder: the folder was named for this split, so class folders right in it are accepted for "val" too.
+        own_folder: the source was named for this split, so one without splits is accepted for "val" too.
+        images: the folder that the files of a table are relative to; default: the table's.
+        image_column: the table's column of files or images; default: known by its name or type.
+        label_column: the column of labels, or a column of 0 and 1 for each class; default: known by its name or type.
+        label_separator: between the names of several classes in a cell; an image then has several labels, or none.
 
     Raises:
         DataError: no such folder or name, another layout, a class without images, fewer than two classes, classes other
@@ -97,24 +102,40 @@ def open_dataset(
     """
     if split not in SPLIT_FOLDERS:
         raise ConfigError(f"split={split!r}; expected 'train' or 'val'")
+    columns = Columns.of(images, image_column, label_column, label_separator)
+    if columns != Columns() and not is_table(source):
+        raise ConfigError(
+            "images and columns to choose (--images, --image-column, ...) belong to tables and data sets "
+            "of Hugging Face"
+        )
     if _is_named(source):
         where = Path("data" if root is None else root).expanduser()
         return _open_named(_Wanted(str(source), split, where, download, str(source).partition(":")[2]), classes)
     if root is not None or download:
         raise ConfigError(f"root and download belong to the data sets known by name ({', '.join(DATASETS)})")
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        raise DataError(_not_there(source, folder))
-    return _open_folder(folder, split, classes=classes, own_folder=own_folder)
+    if is_table(source):
+        found = open_table(source, split, columns, first=classes is None, own=own_folder)
+    elif isinstance(source, (str, PathLike)):
+        folder = Path(source).expanduser()
+        if not folder.is_dir():
+            raise DataError(_not_there(source, folder))
+        return _open_folder(folder, split, classes=classes, own_folder=own_folder)
+    else:
+        found = wrap(source, otherwise=classes)
+    if split == "train" and len(found.classes) < 2:
+        raise DataError(f"{found.name}: only one class, {some(found.classes)}; a classifier needs two or more")
+    return _numbered_as(found, classes)
 
 
-def has_validation(source: str | os.PathLike[str]) -> bool:
-    """Whether `open_dataset(source, "val")` has a set to open: a name, or a folder with one of the folders for it."""
-    folder = Path(source).expanduser()
-    return _is_named(source) or (folder.is_dir() and "val" in _split_folders(_unwrapped(folder)))
+def has_validation(source: Any) -> bool:
+    """Whether `open_dataset(source, "val")` has a set to open: a name, or a source with a split for it."""
+    if _is_named(source) or is_table(source):
+        return _is_named(source) or has_split(source, "val")
+    folder = Path(source).expanduser() if isinstance(source, (str, PathLike)) else None
+    return folder is not None and folder.is_dir() and "val" in _split_folders(_unwrapped(folder))
 
 
-def _is_named(source: str | os.PathLike[str]) -> bool:
+def _is_named(source: Any) -> bool:
     return isinstance(source, str) and source.partition(":")[0] in DATASETS
 
 
@@ -311,7 +332,7 @@ def _not_there(source: str | os.PathLike[str], folder: Path) -> str:
         return f"{folder}: not a folder; expected one with train/ and val/, or with a folder of images for each class"
     if not isinstance(source, str) or os.path.dirname(source):
         return f"{folder}: no such folder"
-    return f"{source}: neither a folder nor a data set known by name{nearest(source, DATASETS)}"
+    return f"{source}: neither a folder, a table nor a data set known by name{nearest(source, DATASETS)}"
 
 
 def _split_folders(folder: Path) -> dict[str, str]:
@@ -359,7 +380,7 @@ def _unwrapped(folder: Path) -> Path:
     return place if _split_folders(place) else folder
 
 
-def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | None, own_folder: bool) -> FileRecords:
+def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | None, own_folder: bool) -> ImageRecords:
     name, folder = folder.resolve().name, _unwrapped(folder)
     if present := _split_folders(folder):
         if split in present:
@@ -376,13 +397,15 @@ def _open_folder(folder: Path, split: SplitName, *, classes: Sequence[str] | Non
     return _read_folder(folder, name, classes, fewest=1 + (split == "train"))
 
 
-def _read_folder(folder: Path, name: str, classes: Sequence[str] | None, *, fewest: int) -> FileRecords:
+def _read_folder(folder: Path, name: str, classes: Sequence[str] | None, *, fewest: int) -> ImageRecords:
     """Class folders, or images with Tiny ImageNet's list of their classes; errors come with a remedy.
 
     A folder that holds but one of its own name, as archives of train/train/, or one called images, stands for that.
     """
     if (folder / _ANNOTATIONS).is_file():
         return _read_annotations(folder, name, classes)
+    if is_table(folder):
+        return _numbered_as(open_table(folder, None, Columns(), first=classes is None), classes)
     inner = subfolders(folder)
     if len(inner) == 1 and inner[0].lower() in (folder.name.lower(), "images") and subfolders(folder / inner[0]):
         folder /= inner[0]
@@ -414,12 +437,9 @@ def _hint(folder: Path) -> str:
         if known := next((name for start, name in _BY_NAME.items() if path.name.startswith(start)), None):
             return f"{path.name} is opened by name: {known}, with root={str(path.parent)!r} (--root)"
     if images := list_images(folder, recursive=False)[0]:
-        tables = [path.name for path in (*names, *folder.parent.iterdir()) if path.suffix.lower() in _TABLES]
-        listed = f" ({some(tables)} is not read)" if tables else ""
-        return (
-            f"{len(images)} images lie right in it: move each into its class's folder{listed}, or pass "
-            "deit_models.wrap([(path, class), ...])"
-        )
+        tables = [path for path in (*names, *folder.parent.iterdir()) if path.is_file() and is_table(path)]
+        listed = f"name their table: {tables[0]}, with --images {folder}" if tables else "name a table of their classes"
+        return f"{len(images)} images lie right in it: {listed}, or move each into its class's folder"
     waiting = [folder]
     for place in islice(waiting, _PLACES):
         inner = [place / name for name in subfolders(place)]

@@ -147,12 +147,13 @@ class ImageRecords(Dataset[tuple[Any, Label]]):
 class FileRecords(ImageRecords):
     """Images in files, decoded by `load_image` when they are read."""
 
+    always_the_same = True
+
     def __init__(
         self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[Label], classes: Iterable[str]
     ) -> None:
         """Note the files, relative to root, and their labels; no file is opened."""
         self.name = name
-        self.classes = tuple(classes)
         self._root = os.fspath(root)
         # Three blocks of memory instead of a million objects: workers that fork would copy those as soon as they count
         # a reference to them, and workers that spawn would unpickle them one by one
@@ -161,7 +162,8 @@ class FileRecords(ImageRecords):
             names += os.fsencode(file)
             self._ends.append(len(names))
         self._names = bytes(names)
-        self._labels = Labels(labels)
+        self._labels = Labels(labels)  # drawn after the files, and the classes after the labels
+        self.classes = tuple(classes)
         self.multi_label = self._labels.multi
 
     def __len__(self) -> int:
@@ -186,6 +188,8 @@ class FileRecords(ImageRecords):
 
 class ArrayRecords(ImageRecords):
     """Images in memory: an (N, H, W, 3) uint8 array."""
+
+    always_the_same = True
 
     def __init__(self, name: str, images: Any, labels: Iterable[Label], classes: Iterable[str]) -> None:
         self.name = name
@@ -212,6 +216,8 @@ class CachedRecords(ImageRecords):
         labels: (N,) int64, or (N, len(classes)) of 0 and 1; without meaning where the image cannot be read.
         broken: images that cannot be read, by index, and why.
     """
+
+    always_the_same = True
 
     def __init__(self, records: ImageRecords, images: Tensor, labels: Tensor, broken: Mapping[int, str]) -> None:
         self.name, self.classes, self.multi_label = records.name, records.classes, records.multi_label
@@ -303,7 +309,7 @@ def always_the_same(records: ImageRecords) -> bool:
     """Whether an image is the same each time it is read, as in our own sets; other sets and subclasses may draw."""
     if type(records) is SubsetRecords:
         return always_the_same(records._records)
-    return type(records) in (FileRecords, ArrayRecords, CachedRecords)
+    return bool(vars(type(records)).get("always_the_same", False))
 
 
 def subfolders(folder: str | Path) -> list[str]:

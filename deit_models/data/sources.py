@@ -11,7 +11,7 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Any, overload
 
-from ..errors import DataError, ImageError
+from ..errors import ConfigError, DataError, ImageError
 from .records import (
     IMAGE_SUFFIXES,
     FileRecords,
@@ -21,6 +21,7 @@ from .records import (
     read_class_folders,
     unread_files,
 )
+from .tables import Columns, is_table, open_table
 
 logger = logging.getLogger(__name__)
 
@@ -76,14 +77,27 @@ class ImageSources(Sequence[Source]):
         return self._parts[part], index - (self._ends[part - 1] if part else 0)
 
 
-def image_sources(source: Any, *, labelled: bool = False, recursive: bool = True) -> ImageSources:
-    """The images of any source, in a fixed order.
+def image_sources(
+    source: Any,
+    *,
+    labelled: bool = False,
+    recursive: bool = True,
+    images: str | PathLike[str] | None = None,
+    image_column: str | None = None,
+    label_column: str | Sequence[str] | None = None,
+    label_separator: str | None = None,
+) -> ImageSources:
+    """The images of any source, of all its splits, in a fixed order.
 
     Args:
-        source: an image file, a folder, which is searched, a form that `open_dataset` or `wrap` accepts, or a list of
-            such; the result of this function as it is. A file that is not there counts as an image that cannot be read.
+        source: an image file, a folder, which is searched, another form that `open_dataset` accepts, or a list of such;
+            the result of this function as it is. A file that is not there counts as an image that cannot be read.
         labelled: whether labels are needed: a folder is then one with a folder of images for each class.
         recursive: search the folders in a folder too.
+        images: these four: see `open_dataset`.
+        image_column: of a table.
+        label_column: of a table.
+        label_separator: of a table.
 
     Raises: ImageError: a folder without images. DataError: a folder that cannot be read; no labels, if they are needed;
         and the errors of `open_dataset`.
@@ -91,6 +105,11 @@ def image_sources(source: Any, *, labelled: bool = False, recursive: bool = True
     if isinstance(source, ImageSources):
         return source
     listed = source if isinstance(source, (list, tuple)) and not _is_pairs(source) else [source]
+    columns = Columns.of(images, image_column, label_column, label_separator)
+    if columns != Columns() and not any(map(is_table, listed)):
+        raise ConfigError(
+            "columns to choose (--images, --image-column, ...) belong to tables and data sets of Hugging Face"
+        )
     parts: list[ImageRecords] = []
     for alone, group in groupby(listed, _is_one_image):
         some = [*group]
@@ -99,7 +118,7 @@ def image_sources(source: Any, *, labelled: bool = False, recursive: bool = True
         if alone:
             parts.append(_unlabelled("", map(fspath, some)))
         else:
-            parts += [_opened(one, labelled=labelled, recursive=recursive) for one in some]
+            parts += [_opened(one, columns, labelled=labelled, recursive=recursive) for one in some]
     return ImageSources(parts)
 
 
@@ -108,10 +127,12 @@ def _is_pairs(source: Sequence[Any]) -> bool:
 
 
 def _is_one_image(source: Any) -> bool:
-    return isinstance(source, (str, PathLike)) and not os.path.isdir(source)
+    return isinstance(source, (str, PathLike)) and not os.path.isdir(source) and not is_table(source)
 
 
-def _opened(source: Any, *, labelled: bool, recursive: bool) -> ImageRecords:
+def _opened(source: Any, columns: Columns, *, labelled: bool, recursive: bool) -> ImageRecords:
+    if is_table(source):
+        return open_table(source, None, columns, labelled=labelled)
     if isinstance(source, (str, PathLike)):
         folder = Path(source)
         return read_class_folders(folder, fewest=1) if labelled else _folder(folder, recursive=recursive)

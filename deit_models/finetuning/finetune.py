@@ -212,8 +212,8 @@ def _open_model(model: ImageClassifier | str | PathLike[str], mode: str) -> Imag
 
 
 def validation_source(train: Any, val: Any) -> Any:
-    """Source of the validation images: `val`, else `train` if that is a name or folder with some, else None."""
-    if val is None and isinstance(train, (str, PathLike)) and has_validation(train):
+    """Source of the validation images: `val`, else `train` if that has a split for it, else None."""
+    if val is None and has_validation(train):
         return train
     return val
 

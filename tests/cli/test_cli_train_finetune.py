@@ -174,7 +174,7 @@ def test_plot_that_cannot_be_drawn_is_said_before_anything(pictures, start, tmp_
     [
         (["--mode", "heads"], "mode='heads'; expected 'full', 'head', or 'last-N'"),
         (["--recipe", "finetun"], "unknown recipe 'finetun'; nearest: finetune"),
-        (["--val-data", "nowhere"], "nowhere: neither a folder nor a data set known by name"),
+        (["--val-data", "nowhere"], "nowhere: neither a folder, a table nor a data set known by name"),
     ],
 )
 def test_mistakes_are_one_line(pictures, start, tmp_path, capsys, change, message):

@@ -358,7 +358,7 @@ class Endless(Dataset[Any]):
         (Endless(), None, "Endless has no length and items by index"),
         (DataLoader(Items([(IMAGE, 0)])), None, r"DataLoader gives batches; pass its data set \(loader.dataset\)"),
         ({"train": [], "test": []}, None, r"a dict of train, test; pass one of its data sets, such as data\['train'\]"),
-        (SimpleNamespace(iloc=0), ["a", "b"], r"is no data set; pass pairs: list\(zip\("),
+        (SimpleNamespace(iloc=0), ["a", "b"], "is no data set of items; pass it to open_dataset"),
         (Items([0], class_to_idx={"a": 1, "b": 2}), None, "classes numbered 1, 2; expected 0 to 1"),
         (
             ConcatDataset([Items([0], classes=["a", "b"]), Items([0], classes=["a", "c"])]),

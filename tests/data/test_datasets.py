@@ -262,10 +262,7 @@ def test_splits_within_each_folder_are_no_images_of_one_class(
 def test_images_without_class_folders_are_explained(tmp_path: Path) -> None:
     for name in ("train", "test", "sample"):
         write_image(tmp_path / name / "0.png")
-    (tmp_path / "labels.csv").touch()
-    with pytest.raises(
-        DataError, match=r"1 images lie right in it: .*\(labels.csv is not read\), or pass deit_models.wrap"
-    ):
+    with pytest.raises(DataError, match="1 images lie right in it: name a table of their classes, or move each into"):
         open_dataset(tmp_path, "train")
 
 
@@ -402,7 +399,9 @@ def test_folder_that_may_not_be_read_is_named(public_folder: Path) -> None:
 
 def test_unknown_name_and_misplaced_options_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(DataError, match="cifar-10: neither a folder nor a data set known by name; nearest: cifar10"):
+    with pytest.raises(
+        DataError, match="cifar-10: neither a folder, a table nor a data set known by name; nearest: cifar10"
+    ):
         open_dataset("cifar-10", "train")
     with pytest.raises(ConfigError, match="split='test'; expected 'train' or 'val'"):
         open_dataset(fill(tmp_path), "test")  # type: ignore[arg-type]
@@ -428,5 +427,5 @@ def test_one_class_is_enough_to_evaluate_and_too_few_to_train(tmp_path: Path, la
         open_images(tmp_path, "train")
     pairs = [(PIL.Image.new("RGB", (2, 2)), "cat")]
     assert open_images(pairs, "val").classes == ("cat",)
-    with pytest.raises(DataError, match="list: 1 class; a classifier needs two or more"):
+    with pytest.raises(DataError, match="list: only one class, cat; a classifier needs two or more"):
         open_images(pairs, "train")
