@@ -10,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO, get_args
 
-from ..trackers import TrackerName
-
 from ..errors import ConfigError
+from ..trackers import TrackerName
 
 if TYPE_CHECKING:
     from ..data.loading import Watch

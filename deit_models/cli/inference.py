@@ -18,10 +18,12 @@ from .arguments import (
     EXIT_FAILED,
     EXIT_OK,
     LOADING,
+    add_columns,
     add_data,
     add_options,
     at_least,
     chosen_model,
+    columns,
     command,
     device,
     loading,
@@ -67,7 +69,9 @@ def add_predict(commands: Any) -> None:
 
 
 def _add_images(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("images", nargs="+", type=Path, help="image files, and folders that are searched for them")
+    text = "image files, folders that are searched for them, tables and data sets of Hugging Face, see docs/data.md"
+    parser.add_argument("images", nargs="+", type=Path, help=text)
+    add_columns(parser)
     parser.add_argument("--model", help="a name, a folder or a Hub repository; default: what comes with the package")
     add_options(parser, *LOADING)
     parser.add_argument("--batch-size", type=int, default=32, metavar="N", help="images at once, default 32")
@@ -95,7 +99,7 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
     _check_output(args)
-    every = image_sources(args.images)
+    every = image_sources(args.images, **columns(args))
     with join_processes(args.device) as process:
         if process.world > 1 or (args.output and Parts(args.output).folder.exists()):
             parts, classifier, paths, errors = _begin_parts(args, every, optimize, process)
@@ -199,7 +203,7 @@ def _run_embed(args: argparse.Namespace) -> int:
 
     check_features_file(args.output, args.storage)
     _check_output(args)
-    images = image_sources(args.images, labelled=args.labelled or args.retrieval)
+    images = image_sources(args.images, labelled=args.labelled or args.retrieval, **columns(args))
     options = picked(args, "device", "batch_size", "fast_pixels")
     classifier = Classifier(chosen_model(args), **options, **loading(args))
     options = picked(args, "storage", "resume", "overwrite", "workers")
