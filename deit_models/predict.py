@@ -177,6 +177,7 @@ class Classifier:
             other images, weights or settings; a model without embeddings. MissingExtraError: Parquet without pyarrow.
         """
         check_features_file(Path(output), storage)
+        check_workers(workers)
         images = image_sources(images, labelled=labelled)
 
         def embed(sources: Iterable[Any], count: int) -> Iterator[tuple[str, Tensor | None, str | None]]:
