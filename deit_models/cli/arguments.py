@@ -177,8 +177,8 @@ def open_data(
     and errors: see `open_dataset`. Raises: ConfigError: --offline, and a data set on the Hub.
     """
     from ..data.classes import HUB
+    from ..data.columns import is_table
     from ..data.datasets import DATASETS, open_dataset
-    from ..data.tables import is_table
 
     on_hub = source.startswith(HUB)
     if on_hub and getattr(args, "offline", False) and not os.environ.get("HF_HUB_OFFLINE"):

@@ -37,7 +37,7 @@ from .arguments import (
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..data.sources import ImageSources, Source
+    from ..data.sources import ImageSources, Undecoded
     from ..distributed import Process
     from ..embeddings import Parts
     from ..evaluation import Evaluation
@@ -246,7 +246,7 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def make_classifier(
-    args: argparse.Namespace, paths: Sequence[Source], optimize: Callable[..., ImageClassifier] | None = None
+    args: argparse.Namespace, paths: Sequence[Undecoded], optimize: Callable[..., ImageClassifier] | None = None
 ) -> Classifier:
     """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`."""
     from ..predict import Classifier
@@ -264,7 +264,7 @@ def make_classifier(
     return Classifier(fast, labels=classifier.labels, **options)
 
 
-def _readable(images: Sequence[Source], decode: Callable[[Any], Tensor]) -> Tensor | None:
+def _readable(images: Sequence[Undecoded], decode: Callable[[Any], Tensor]) -> Tensor | None:
     """Those of the images that can be decoded, as a batch; None if there are none."""
     import torch
 

@@ -23,7 +23,7 @@ from torchvision.datasets import DatasetFolder
 from ..config import nearest
 from ..errors import DataError, ImageError, MissingExtraError, shown
 from ..images.decoding import load_image, load_item
-from .records import FileRecords, ImageRecords, Label, Labels, some
+from .records import FileRecords, ImageRecords, Label, LabelledRecords, some
 
 _IMAGE_KEYS = ("image", "img", "pixel_values")
 _LABEL_KEYS = ("label", "labels", "target", "cls")
@@ -338,7 +338,7 @@ HUB, SAVED = "hf:", ("dataset_dict.json", "state.json")
 
 
 def is_set(source: Any) -> bool:
-    """Whether it is a data set of Hugging Face, or several by split; not one with a transform of the user's own."""
+    """Whether an object is a data set of Hugging Face, or several by split, without a transform of the user's own."""
     theirs = type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "column_names")
     return theirs and getattr(source, "format", {}).get("type") != "custom"
 
@@ -424,7 +424,7 @@ def names_of_feature(data: Any, column: str) -> list[str] | None:
     return getattr(getattr(feature, "feature", feature), "names", None)
 
 
-class ArrowRecords(ImageRecords):
+class ArrowRecords(LabelledRecords):
     """Images of a data set of Hugging Face, read row by row from its Arrow files and decoded by `load_image`."""
 
     always_the_same = True
@@ -433,13 +433,9 @@ class ArrowRecords(ImageRecords):
         self, name: str, data: Any, column: str, rows: Sequence[int], labels: Iterable[Label], classes: Iterable[str]
     ) -> None:
         """Note the rows and their labels; no image is read."""
-        self.name, self._column, self._rows = name, column, rows
-        self._labels = Labels(labels)
-        self.multi_label, self.classes = self._labels.multi, tuple(classes)
+        super().__init__(name, labels, classes)
+        self._column, self._rows = column, rows
         self._data = data.select_columns([column]).with_format("arrow")  # in which images stay encoded
-
-    def __len__(self) -> int:
-        return len(self._rows)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         try:
@@ -455,9 +451,6 @@ class ArrowRecords(ImageRecords):
         if not value.is_valid:
             raise ImageError("this row has none")
         return value
-
-    def label(self, index: int) -> Label:
-        return self._labels[index]
 
     def source(self, index: int) -> Path | tuple[str, bytes]:
         try:

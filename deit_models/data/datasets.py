@@ -21,6 +21,7 @@ from ..config import nearest
 from ..errors import ConfigError, DataError, MissingExtraError, first_line
 from ..files import read_text
 from .classes import wrap
+from .columns import Columns, has_split, is_table, open_table
 from .records import (
     SPLIT_FOLDER,
     SPLIT_FOLDERS,
@@ -35,7 +36,6 @@ from .records import (
     split_of,
     subfolders,
 )
-from .tables import Columns, has_split, is_table, open_table
 
 logger = logging.getLogger(__name__)
 

@@ -134,9 +134,7 @@ class ImageRecords(Dataset[tuple[Any, Label]]):
         """An image before it is decoded: its file, or a name and encoded bytes."""
         image, buffer = self[index][0], io.BytesIO()
         if isinstance(image, Tensor):
-            raise DataError(
-                f"{self.describe(index)}: {len(image)} channels, which no image file holds; expected 1 or 3"
-            )
+            raise DataError(f"{self.describe(index)}: {len(image)} channels, which no image file holds")
         image.save(buffer, "PNG", compress_level=1)
         return self.describe(index), buffer.getvalue()
 
@@ -144,7 +142,22 @@ class ImageRecords(Dataset[tuple[Any, Label]]):
         return f"{type(self).__name__}({self.name}, {len(self)} images, {len(self.classes)} classes)"
 
 
-class FileRecords(ImageRecords):
+class LabelledRecords(ImageRecords):
+    """Images whose labels are in memory; a subclass gives `__getitem__`."""
+
+    def __init__(self, name: str, labels: Iterable[Label], classes: Iterable[str]) -> None:
+        """Note the labels; the classes are drawn after them."""
+        self.name, self._labels, self.classes = name, Labels(labels), tuple(classes)
+        self.multi_label = self._labels.multi
+
+    def __len__(self) -> int:
+        return len(self._labels)
+
+    def label(self, index: int) -> Label:
+        return self._labels[index]
+
+
+class FileRecords(LabelledRecords):
     """Images in files, decoded by `load_image` when they are read."""
 
     always_the_same = True
@@ -152,8 +165,7 @@ class FileRecords(ImageRecords):
     def __init__(
         self, name: str, root: str | Path, files: Iterable[str], labels: Iterable[Label], classes: Iterable[str]
     ) -> None:
-        """Note the files, relative to root, and their labels; no file is opened."""
-        self.name = name
+        """Note the files, relative to root, then their labels; no file is opened."""
         self._root = os.fspath(root)
         # Three blocks of memory instead of a million objects: workers that fork would copy those as soon as they count
         # a reference to them, and workers that spawn would unpickle them one by one
@@ -162,18 +174,10 @@ class FileRecords(ImageRecords):
             names += os.fsencode(file)
             self._ends.append(len(names))
         self._names = bytes(names)
-        self._labels = Labels(labels)  # drawn after the files, and the classes after the labels
-        self.classes = tuple(classes)
-        self.multi_label = self._labels.multi
-
-    def __len__(self) -> int:
-        return len(self._labels)
+        super().__init__(name, labels, classes)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         return load_image(self.describe(index)), self._labels[index]
-
-    def label(self, index: int) -> Label:
-        return self._labels[index]
 
     def source(self, index: int) -> Path | tuple[str, bytes]:
         return Path(self.describe(index))
@@ -186,26 +190,17 @@ class FileRecords(ImageRecords):
         return os.fsdecode(self._names[self._ends[index] : self._ends[index + 1]])
 
 
-class ArrayRecords(ImageRecords):
+class ArrayRecords(LabelledRecords):
     """Images in memory: an (N, H, W, 3) uint8 array."""
 
     always_the_same = True
 
     def __init__(self, name: str, images: Any, labels: Iterable[Label], classes: Iterable[str]) -> None:
-        self.name = name
-        self.classes = tuple(classes)
+        super().__init__(name, labels, classes)
         self._images = images
-        self._labels = Labels(labels)
-        self.multi_label = self._labels.multi
-
-    def __len__(self) -> int:
-        return len(self._labels)
 
     def __getitem__(self, index: int) -> tuple[PIL.Image.Image, Label]:
         return PIL.Image.fromarray(self._images[index]), self._labels[index]
-
-    def label(self, index: int) -> Label:
-        return self._labels[index]
 
 
 class CachedRecords(ImageRecords):
@@ -275,6 +270,7 @@ class SubsetRecords(ImageRecords):
         self._indices = array("q", indices)
         wanted = {name: number for number, name in enumerate(self.classes)}
         self._numbers = {number: wanted[name] for number, name in enumerate(records.classes) if name in wanted}
+        self._numbers[-1] = -1  # unknown
 
     def __len__(self) -> int:
         return len(self._indices)

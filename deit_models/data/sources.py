@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import ConfigError, DataError, ImageError
+from .columns import Columns, is_table, open_table
 from .records import (
     IMAGE_SUFFIXES,
     FileRecords,
@@ -21,15 +22,14 @@ from .records import (
     read_class_folders,
     unread_files,
 )
-from .tables import Columns, is_table, open_table
 
 logger = logging.getLogger(__name__)
 
-Source = Path | tuple[str, bytes]
+Undecoded = Path | tuple[str, bytes]
 """An image: its file, or a name and encoded bytes."""
 
 
-class ImageSources(Sequence[Source]):
+class ImageSources(Sequence[Undecoded]):
     """Images in order, each read when it is asked for; small on their way to other processes."""
 
     def __init__(self, parts: Iterable[ImageRecords]) -> None:
@@ -40,11 +40,11 @@ class ImageSources(Sequence[Source]):
         return self._ends[-1] if self._ends else 0
 
     @overload
-    def __getitem__(self, index: int) -> Source: ...
+    def __getitem__(self, index: int) -> Undecoded: ...
     @overload
-    def __getitem__(self, index: slice) -> list[Source]: ...
+    def __getitem__(self, index: slice) -> list[Undecoded]: ...
 
-    def __getitem__(self, index: int | slice) -> Source | list[Source]:
+    def __getitem__(self, index: int | slice) -> Undecoded | list[Undecoded]:
         if isinstance(index, slice):
             return [self[number] for number in range(len(self))[index]]
         records, inner = self._place(index)

@@ -226,7 +226,7 @@ def _values(table: _Table, column: str) -> list[str]:
 
 
 def _parts(names: Collection[str], split: str | None, wanted: str | None, name: str) -> list[str]:
-    """Which of a source's own splits to read: the one that is wanted, or stands for `split`, or all of them."""
+    """The splits of a source to read: the one that is wanted, or stands for `split`, or all of them."""
     if wanted == "all" or (split is None and wanted is None):
         return [*names]
     found = [name for name in names if name == wanted] if wanted else _alike(names, split or "")
@@ -401,8 +401,8 @@ def _file_records(table: _Table, columns: Columns, rows: Iterator[tuple[int, str
     folder = table.root if columns.images is None else Path(columns.images).expanduser()
     files = _completed((file for _, file in rows), folder, table.name)
     records = FileRecords(table.name, folder, files, coder.labels(), coder.classes())
-    probes = {len(records) * number // _PROBES for number in range(_PROBES)} if len(records) else set()
-    if probes and not any(os.path.exists(records.describe(index)) for index in probes):
+    probes = {len(records) * number // _PROBES for number in range(_PROBES)}
+    if not any(os.path.exists(records.describe(index)) for index in probes):
         file = records.key(0)
         inner = [one for one in (subfolders(folder) if folder.is_dir() else ()) if (folder / one / file).exists()]
         found = f" (it is in {inner[0]})" if inner else ""
@@ -453,8 +453,9 @@ def _read(place: _Place) -> Any:
 
 def _table_of(place: _Place, data: Any) -> _Table:
     path = Path(place.source) if place.form in ("saved", "parquet") else Path()
-    root = path if path.is_dir() else path.parent
-    return _Table(place.name, root, data.column_names, partial(rows_of_set, data), data)
+    return _Table(
+        place.name, path if path.is_dir() else path.parent, data.column_names, partial(rows_of_set, data), data
+    )
 
 
 @contextmanager
