@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from ..predict import Classifier
 
 _JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares logits on, and that int8 ranges are fitted to
+_MANY = 300  # with fewer images, no network is worth an optimised form
 _TUNING = ("precision", "min_agreement", "token_merging")
 
 
@@ -54,8 +55,9 @@ def add_predict(commands: Any) -> None:
     parser = command(commands, "predict", "classify images", example, run_predict)
     _add_images(parser)
     parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes to show for each image, default 5")
-    text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while"
-    parser.add_argument("--optimize", action="store_true", help=text)
+    text = "compute with the fastest backend that agrees with the model; found the first time, which takes a while. By "
+    text += "default, in float32 alone, for many images where the speed of the first ones shows that it pays"
+    parser.add_argument("--optimize", action=argparse.BooleanOptionalAction, default=None, help=text)
     text = "of --optimize: auto (default) takes bf16 where it is faster and agrees; int8 is fitted to the first images"
     parser.add_argument("--precision", choices=["auto", "float32", "bf16", "int8"], help=text)
     text = "of --optimize: share of the first images that must keep their class, default 0.99"
@@ -152,7 +154,7 @@ def _begin_parts(
     process.wait_for_all()
     done, errors = resume_results(args.output, format=args.format, whole=True) if kept else ((), [])
     paths = every.chosen(lambda name: written_name(name) not in done) if done else every
-    classifier = make_classifier(args, paths, optimize)
+    classifier = make_classifier(args, paths, optimize, alone=False)
     names = digest_of_names(map(paths.name, range(len(paths))))
     run = {"model": digest_of_numbers(classifier.model), "images": len(paths), "names": names}
     parts.begin(picked(args, "format", "top_k", "fast_pixels") | run, len(paths), process)
@@ -222,13 +224,6 @@ def _run_embed(args: argparse.Namespace) -> int:
     return _unread(done.unreadable, len(images))
 
 
-def listed_images(given: list[Path]) -> list[Path]:
-    """Files as they are given, and the images of folders."""
-    from ..predict import find_images
-
-    return [path for part in given for path in (find_images(part) if part.is_dir() else [part])]
-
-
 def _check_output(args: argparse.Namespace) -> None:
     """Raise ConfigError unless the results may be written to `--output`, before anything is loaded."""
     file = args.output
@@ -246,13 +241,24 @@ def _check_output(args: argparse.Namespace) -> None:
 
 
 def make_classifier(
-    args: argparse.Namespace, paths: Sequence[Undecoded], optimize: Callable[..., ImageClassifier] | None = None
+    args: argparse.Namespace,
+    paths: Sequence[Undecoded],
+    optimize: Callable[..., ImageClassifier] | None = None,
+    *,
+    alone: bool = True,
 ) -> Classifier:
-    """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`."""
+    """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`.
+
+    In a process that works `alone`, it optimises itself where that pays.
+    """
     from ..predict import Classifier
 
     options = picked(args, "batch_size", "fast_pixels")
     classifier = Classifier(chosen_model(args), device=args.device, **options, **loading(args))
+    if args.optimize is None and alone and len(paths) > _MANY:
+        from ..deploy.adaptive import AdaptiveClassifier
+
+        classifier.model = AdaptiveClassifier(classifier.model, images=len(paths), cache_dir=args.cache_dir)
     if not args.optimize:
         return classifier
     from ..deploy.optimize import optimize as optimize_here
@@ -365,12 +371,13 @@ def add_export(commands: Any) -> None:
 
 
 def _run_export(args: argparse.Namespace) -> int:
+    from ..data.sources import image_sources
     from ..deploy.export import export
     from ..deploy.runtimes import format_of
     from ..hub.load import from_pretrained
 
     kind = args.format or format_of(args.file)  # a wrong name is refused before anything is loaded
-    images = None if args.images is None else listed_images(args.images)
+    images = None if args.images is None else image_sources(args.images)
     model = from_pretrained(args.source, model=args.model, **loading(args))
     options = picked(args, "preprocessing", "tolerance", "min_agreement") | {"token_merging": args.token_merging or 0}
     done = export(model, args.file, format=kind, images=images, **options)

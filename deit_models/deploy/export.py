@@ -328,7 +328,8 @@ def _judged(
         yield from torch.split(images.cpu().float(), 1)
         return
     transform = EvalTransform(known_origin(model).preprocessing)
-    for image in images:
+    for named in images:
+        image = named[1] if isinstance(named, tuple) else named  # of `image_sources`: a name and the bytes
         yield (transform(image) if inside is None else pil_to_tensor(load_image(image)).float())[None]
 
 

@@ -57,6 +57,14 @@ class KeptNetwork(NamedTuple):
     agreement: list[Any]
 
 
+def has_network(key: str, access: Access) -> bool:
+    """Whether there is a network in the cache."""
+    try:
+        return (assets_dir("deploy", access) / f"{key}.network").exists()
+    except SaveError:
+        return False
+
+
 def kept_network(key: str, access: Access) -> KeptNetwork | None:
     """A network from the cache; None if there is none.
 

@@ -24,7 +24,7 @@ from ..images.transforms import EvalTransform
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
 from .hardware import Runner, call_times, exact_float32, quiet
-from .kept import decision_key, keep, keep_network, kept_network, recall
+from .kept import decision_key, has_network, keep, keep_network, kept_network, recall
 from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
 
@@ -37,6 +37,8 @@ _CLOSE = 1.25
 """Candidates that take at most this much longer than the fastest are timed in a second round."""
 _FOLDED = 1.5
 """Folding and pieces that fit the caches make torch itself at most this much faster than the model."""
+_PART = 8
+"""Images that the reference computes at once."""
 _FEW = 4
 """Images on which a kept network is compared again."""
 _DEFAULT_BATCH = {"throughput": 32, "latency": 1}
@@ -175,6 +177,19 @@ def optimize(
     return search.best(candidates, Access(cache_dir=cache_dir))
 
 
+def is_kept(
+    model: ImageClassifier,
+    *,
+    sample: int,
+    precision: InferencePrecision,
+    backend: BackendName,
+    cache_dir: str | os.PathLike[str] | None = None,
+) -> bool:
+    """Whether the compiled network that `optimize` makes with these options is in the cache, so that it need not be."""
+    search = _Search(model, sample, None, goal="throughput", pixels=False, min_agreement=0.99, merging=0)
+    return search.is_kept(Way(backend, precision), Access(cache_dir=cache_dir))
+
+
 def _check(precision: str, goal: str, backend: str, min_agreement: float, calibration: object) -> None:
     for name, value, known in (
         ("precision", precision, ("auto", "float32", "bf16", "int8")),
@@ -246,18 +261,18 @@ class _Search:
             that was asked for, or torch itself fails.
         """
         merging = self._merging_agreement()
-        question = {
-            "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
-            "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
-        }  # fmt: skip
-        key = decision_key(question, self.device)
-        timings = recall(key, Timing, access) if len(candidates) > 1 else []
-        if not timings and len(candidates) > 1:
-            timings = self._measure(candidates)
-            keep(key, timings, access)
-        order = [Way(timing.backend, timing.precision) for timing in timings] or candidates
-        found = self._restored(order[0], question, access)
+        question = self._question(candidates)
+        key, several = decision_key(question, self.device), len(candidates) > 1
+        timings = recall(key, Timing, access) if several else []
+        first = Way(timings[0].backend, timings[0].precision) if timings else candidates[0]
+        found = self._restored(first, question, access) if timings or not several else None
         restored = found is not None
+        if several and found is None and not (timings and (self._try(first) or not self.disagreements)):
+            # also where the winner of other weights disagrees with these: what it surpassed was left out, not timed
+            known, timings = timings, self._measure(candidates)
+            if not known:
+                keep(key, timings, access)
+        order = [Way(timing.backend, timing.precision) for timing in timings] or candidates
         found = found or next(filter(None, map(self._try, order)), None)
         asked_for_less = all(way.precision != "float32" for way in candidates)
         if found is None and not (asked_for_less and self.disagreements):
@@ -274,6 +289,16 @@ class _Search:
             timings=tuple(timings), token_merging=self.plan, merging_agreement=merging,
         )  # fmt: skip
         return OptimizedClassifier(self.model, found.run, choice, device=self.device, pixels=self.pixels)
+
+    def is_kept(self, way: Way, access: Access) -> bool:
+        """Whether the compiled network of an only candidate is in the cache."""
+        return has_network(self._network_key(way, self._question([way])), access)
+
+    def _question(self, candidates: list[Way]) -> dict[str, Any]:
+        return {
+            "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
+            "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
+        }  # fmt: skip
 
     def _merging_agreement(self) -> Agreement | None:
         """Compare the merged network with the model; None without merging. Raises: AgreementError: it disagrees."""
@@ -302,7 +327,7 @@ class _Search:
             elif (trial := self._try(way)) is not None:
                 times[way] = self.timer(trial.run, self.example, warm_up=0, give_up=_CLOSE * best)
         best = min(map(self._batch_seconds, times.values()), default=math.inf)
-        close = [way for way, taken in times.items() if self._batch_seconds(taken) <= _CLOSE * best]
+        close = [way for way, taken in times.items() if min(taken) <= _CLOSE * best]  # one call may have been disturbed
         for way in close if len(close) > 1 else ():
             if (trial := self.tried[way]) is not None:
                 times[way] += self.timer(trial.run, self.example)
@@ -370,13 +395,18 @@ class _Search:
 
     @cached_property
     def _expected(self) -> tuple[Tensor, float]:
-        """Reference logits, and the seconds of a batch: the model without folds, in exact float32, tokens merged."""
+        """Reference logits, and the least seconds of a batch: the model without folds, in exact float32, tokens merged.
+
+        The seconds are those of the fastest part of the images: the first call is slow, and others may be disturbed.
+        """
+        size, parts, fastest = min(len(self.example), _PART), [], math.inf
         with self.exact(self.device), torch.no_grad():
             network = prepare(self.model, pixels=self.pixels, fold=False, plan=self.plan)
-            began = time.perf_counter()
-            logits = self._logits(network, self.judges).cpu()
-            seconds = time.perf_counter() - began
-        return logits.to(self.device), seconds * len(self.example) / len(self.judges)
+            for images in torch.split(self.judges, size):
+                began = time.perf_counter()
+                parts.append(network(images).cpu())
+                fastest = min(fastest, (time.perf_counter() - began) / len(images))
+        return torch.cat(parts).to(self.device), fastest * len(self.example)
 
     def _logits(self, run: Runner, images: Tensor) -> Tensor:
         return torch.cat([run(batch) for batch in torch.split(images, len(self.example))])

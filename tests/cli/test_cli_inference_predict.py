@@ -5,6 +5,7 @@ import json
 import os
 import select
 import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import deit_models
 from deit_models import predict
 from deit_models.cli import build_parser, main
 from deit_models.cli.inference import make_classifier, run_predict
+from deit_models.deploy.adaptive import AdaptiveClassifier
 
 
 def expected(tiny: Path, photo: Path) -> list[str]:
@@ -139,6 +141,26 @@ def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, 
     for a, b in zip(plain[1:], fast[1:], strict=True):
         assert [p["label"] for p in a["predictions"]] == [p["label"] for p in b["predictions"]]
         assert a["predictions"][0]["probability"] == pytest.approx(b["predictions"][0]["probability"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("images", "option", "adaptive"), [(301, [], True), (300, [], False), (301, ["--no-optimize"], False)]
+)
+def test_many_images_are_optimised_by_themselves_unless_that_is_refused(tiny, images, option, adaptive):
+    args = build_parser().parse_args(["predict", "photos", "--model", str(tiny), "--device", "cpu", *option])
+    classifier = make_classifier(args, [Path("photo.jpg")] * images)
+    assert isinstance(classifier.model, AdaptiveClassifier) == adaptive
+    assert getattr(classifier.model, "images", images) == images
+
+
+def test_few_images_do_not_even_import_what_optimises(tiny, photos):
+    code = "import sys; from deit_models.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
+    command = [sys.executable, "-c", code, "predict", str(photos), "--model", str(tiny), "--workers", "0"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(deit_models.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    loaded = done.stderr.splitlines()[-1].split()
+    assert "deit_models.predict" in loaded
+    assert [name for name in loaded if name.startswith("deit_models.deploy")] == []
 
 
 def test_how_to_optimize_is_passed_on(tiny, photos, capsys):

@@ -195,6 +195,28 @@ def test_a_kept_choice_that_no_longer_works_falls_back_to_the_next(
     assert caplog.messages == ["openvino in float32 is not used: no compiler here"]
 
 
+def test_choice_of_other_weights_that_fails_here_is_measured_anew(tmp_path: Path) -> None:
+    """Beside bf16, float32 of the same backend is left out; where bf16 disagrees, it may be the fastest."""
+    disagrees = False
+
+    def build_bf16(job: Job) -> hardware.Runner:
+        wrong = disagrees and job.precision == "bf16"
+        return (lambda images: -EAGER.build(job)(images)) if wrong else EAGER.build(job)
+
+    backends = {
+        "openvino": Backend(build_bf16, ("bf16", "float32"), prefers_bf16=True),
+        "eager": Backend(EAGER.build, ("float32",), reach=1e9),
+    }
+    options = {"native_bf16": True, "min_agreement": 0.5}
+    times = itertools.cycle([0.001, 0.009])  # of openvino, then of torch itself
+    timer: dict[str, object] = {"timer": lambda *_, **__: [next(times)]}
+    first = search(tmp_path, backends, **options, **timer)
+    assert [(t.backend, t.precision) for t in first.choice.timings] == [("openvino", "bf16"), ("eager", "float32")]
+    disagrees = True
+    again = search(tmp_path, backends, **options, **timer)
+    assert (again.choice.backend, again.choice.precision) == ("openvino", "float32")
+
+
 def test_backends_that_cannot_win_are_not_built(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     seconds = {"openvino": 0.010, "eager": 0.012, "onnxruntime": 0.001, "inductor": 0.001}
     built: dict[hardware.Runner, str] = {}
