@@ -195,11 +195,10 @@ class DeiT(VisionTransformer):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Tokens after the last LayerNorm, prefix tokens first: (B, C, H, W) -> (B, P + N, D)."""
-        return self.norm(self.blocks(self.patch_drop(self.forward_tokens(x))))
+        return self.norm(self.run_blocks(self.patch_drop(self.forward_tokens(x))))
 
-    def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads in any mode; x is (B, C, H, W)."""
-        features = self.forward_features(x)
+    def classify(self, features: Tensor) -> HeadLogits:
+        """Logits of both heads in any mode from the result of `forward_features`."""
         dist = None if self.head_dist is None else self.head_dist(features[:, 1])
         return HeadLogits(self.head(features[:, 0]), dist)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import FrozenInstanceError, fields, replace
 from os import PathLike
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,6 +16,7 @@ from ..checkpoint import Layout
 from ..config import MOST, check_fields, override
 from ..errors import ConfigError, first_line, shown
 from ..registry import meta_model
+from .features import LayerFeatures, is_symbolic
 
 if TYPE_CHECKING:
     from ..checkpoint import Origin
@@ -30,13 +31,6 @@ class HeadLogits(NamedTuple):
 
     cls: Tensor
     dist: Tensor | None
-
-
-class LayerTokens(NamedTuple):
-    """Tokens after one block: `prefix` (B, P, D) in the model's order, `patches` as a feature map (B, D, h, w)."""
-
-    prefix: Tensor
-    patches: Tensor
 
 
 class ImageSize:
@@ -84,7 +78,7 @@ def float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
-class ImageClassifier(nn.Module):
+class ImageClassifier(LayerFeatures):
     """Base of every model family: holds the config and the origin of the weights, and saves the model.
 
     `config` is the family's frozen dataclass. `origin` holds the name of the registered model and the facts that belong
@@ -95,6 +89,8 @@ class ImageClassifier(nn.Module):
     """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
     head_names: ClassVar[tuple[str, ...]]
     """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
+    global_pool: ClassVar[str] = "token"
+    """timm's name for `pool`."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -150,9 +146,26 @@ class ImageClassifier(nn.Module):
                 f"Pass img_size=... when building or loading it"
             )
 
+    def pool(self, features: Tensor) -> Tensor:
+        """One vector an image from the result of `forward_features`, (B, P + N, D) -> (B, D).
+
+        It is the class token; in distilled models the mean of both tokens, as in timm; in LeViT, which has neither, the
+        mean of all.
+        """
+        prefix = self.num_prefix_tokens
+        return (features[:, :prefix] if prefix else features).mean(dim=1)
+
+    def classify(self, features: Tensor) -> HeadLogits:
+        """Logits of each head in any mode from the result of `forward_features`."""
+        raise NotImplementedError(f"{type(self).__name__} does not define classify")
+
+    def embed(self, x: Tensor) -> Tensor:
+        """One vector an image, (B, C, H, W) -> (B, D), see `pool`."""
+        return self.pool(self.forward_features(x))
+
     def forward_heads(self, x: Tensor) -> HeadLogits:
         """Logits of each head in any mode; x is (B, C, H, W)."""
-        raise NotImplementedError(f"{type(self).__name__} does not define forward_heads")
+        return self.classify(self.forward_features(x))
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         """Classify x, (B, C, H, W) -> (B, num_classes).
@@ -161,10 +174,46 @@ class ImageClassifier(nn.Module):
         eval mode. The DeiT paper adds softmax outputs; the authors' code averages logits, and the published accuracies
         come from the code.
         """
-        cls, dist = self.forward_heads(x)
+        return self._joined(self.forward_heads(x))
+
+    def _joined(self, logits: HeadLogits) -> Tensor | tuple[Tensor, Tensor]:
+        cls, dist = logits
         if dist is None:
             return cls
         return (cls, dist) if self.training else (cls + dist) / 2
+
+    # timm's surface, beside that of `LayerFeatures`
+
+    def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """From the result of `forward_features` to that of `forward`; with `pre_logits` to that of `embed`."""
+        return self.pool(features) if pre_logits else self._joined(self.classify(features))
+
+    def get_classifier(self) -> Any:
+        """The head, or a tuple of the heads."""
+        heads = tuple(head for name in self.head_names if (head := getattr(self, name)) is not None)
+        return heads if len(heads) > 1 else heads[0]
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Put fresh heads for other classes in place of the heads; with 0 classes the model gives features.
+
+        What `origin` says of the old classes goes. `adapt_head` takes names and keeps rows, too.
+
+        Raises: ConfigError: no such number, or another pooling than the family's.
+        """
+        if global_pool not in (None, self.global_pool):
+            raise ConfigError(f"global_pool={shown(global_pool)}; a {type(self).__name__} has {self.global_pool!r}")
+        before, some = self.num_classes, next(self.parameters())
+        fresh = meta_model(type(self), override(self.config, {"num_classes": num_classes}))
+        fresh.reset_heads()
+        self.config = fresh.config
+        for name in self.head_names:
+            head = getattr(fresh, name)
+            setattr(self, name, head and head.to(device=some.device, dtype=some.dtype).train(self.training))
+        if self.origin is not None:
+            # with as many logits as before, the old data set would give them its names
+            dataset = None if num_classes == before else self.origin.dataset
+            size = self.config.image_hw
+            self.origin = self.origin.adapted(size, class_names=None, dataset=dataset, new_heads=True)
 
     def save_pretrained(self, save_directory: str | PathLike[str], *, layout: Layout = "native") -> None:
         """Write config.json, model.safetensors and a model card; see `formats.publish.save_pretrained`."""
@@ -244,11 +293,6 @@ def described(
     return replace(config, img_size=side * step)
 
 
-def is_symbolic(x: object) -> bool:
-    """Whether `torch.fx` records the call: x has no shape then, and the graph is made for the model's own size."""
-    return isinstance(x, torch.fx.Proxy)
-
-
 @torch.fx.wrap  # one node in a graph of torch.fx, which cannot follow a number of dimensions
 def drop_samples(x: Tensor, rate: float) -> Tensor:
     """Set samples of x, (B, ...), to zero with probability `rate`; the others are scaled by 1 / (1 - rate)."""
@@ -292,17 +336,6 @@ def patch_grid(image_hw: tuple[int, int], patch_size: int, *, name: str = "patch
                 f"img_size={side} is not a multiple of {name}={patch_size}; use {below} or {below + patch_size}"
             )
     return image_hw[0] // patch_size, image_hw[1] // patch_size
-
-
-def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[int]:
-    """Indices from 0 to count - 1: the last `layers` ones, or those listed (negative ones count from the end).
-
-    Raises: ConfigError: an index that does not exist; `what` is the plural of the things counted.
-    """
-    lowest, indices = (0, range(count - layers, count)) if isinstance(layers, int) else (-count, layers)
-    if not indices or not all(lowest <= i < count for i in indices):
-        raise ConfigError(f"layers={layers}; this model has {what} 0 to {count - 1}")
-    return [i % count for i in indices]
 
 
 def init_vit_weights(model: nn.Module) -> None:

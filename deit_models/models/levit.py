@@ -14,7 +14,7 @@ Parameters have the authors' names. Reading order: config, layers with BatchNorm
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import ClassVar, cast
@@ -27,13 +27,12 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval, fuse_linear_bn_eval
 from ..config import check_rates, check_sizes, check_total
 from ..errors import ConfigError
 from ..registry import register_model
+from .features import FeatureLevel
 from .layers import (
     DropPath,
     HeadLogits,
     ImageClassifier,
     ImageSize,
-    LayerTokens,
-    chosen_layers,
     described,
     fit_channels,
     init_vit_weights,
@@ -298,6 +297,7 @@ class LeViT(ImageClassifier):
 
     family: ClassVar[str] = "levit"
     head_names: ClassVar[tuple[str, ...]] = ("head", "head_dist")
+    global_pool: ClassVar[str] = "avg"
 
     def __init__(self, config: LeViTConfig) -> None:
         super().__init__(config)
@@ -347,37 +347,19 @@ class LeViT(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All positions after the last stage: (B, C, H, W) -> (B, N, D), row by row."""
-        return self.blocks(self.forward_tokens(x))
+        return self.run_blocks(self.forward_tokens(x))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """One vector an image, (B, D): the mean over all positions."""
-        return self.forward_features(x).mean(dim=1)
+    def classify(self, features: Tensor) -> HeadLogits:
+        """Logits of both heads in any mode from the result of `forward_features`."""
+        pooled = self.pool(features)
+        return HeadLogits(self.head(pooled), None if self.head_dist is None else self.head_dist(pooled))
 
-    def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads in any mode; x is (B, C, H, W)."""
-        features = self.embed(x)
-        return HeadLogits(self.head(features), None if self.head_dist is None else self.head_dist(features))
-
-    def get_intermediate_layers(self, x: Tensor, layers: int | Sequence[int] = 1) -> list[LayerTokens]:
-        """The map after chosen stages; `prefix` is empty, since there are no other tokens.
-
-        Args:
-            x: images, (B, C, H, W).
-            layers: how many of the last stages, or the stages' indices (negative ones count from the end).
-
-        Raises: ConfigError: a stage that does not exist.
-        """
-        wanted = chosen_layers(layers, len(self.config.depth), "stages")
-        tokens, maps = self.forward_tokens(x), []
-        for layer in self.blocks:
-            if isinstance(layer, ShrinkAttention):
-                maps.append(tokens)
-            tokens = layer(tokens)
-        maps.append(tokens)
-        return [
-            LayerTokens(maps[i][:, :0], maps[i].transpose(1, 2).reshape(x.shape[0], -1, *self.config.grids[i]))
-            for i in wanted
-        ]
+    @property
+    def feature_levels(self) -> list[FeatureLevel]:
+        """One after each stage; there is no final norm."""
+        ends = [number - 1 for number, layer in enumerate(self.blocks) if isinstance(layer, ShrinkAttention)]
+        stages = zip([*ends, len(self.blocks) - 1], self.config.embed_dim, strict=True)
+        return [FeatureLevel(end, width, PATCH_SIZE << i, has_norm=False) for i, (end, width) in enumerate(stages)]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Probabilities of every attention in order, (B, heads, queries, keys) each; each row sums to 1."""

@@ -299,15 +299,14 @@ class T2TViT(VisionTransformer):
         """Image to the first block's input: (B, C, H, W) -> (B, 1 + N, D). Raises: ConfigError: see `input_grid`."""
         positions = self.positions(self.input_grid(x))
         cls_token = self.cls_token.expand(x.shape[0], -1, -1)
-        return self.pos_drop(torch.cat([cls_token, self.tokens_to_token(x)], dim=1) + positions)
+        return self.pos_drop(torch.cat([cls_token, self.run_layer(self.tokens_to_token, x)], dim=1) + positions)
 
-    def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits in any mode; x is (B, C, H, W). There is no distillation head.
+    def classify(self, features: Tensor) -> HeadLogits:
+        """Logits from the result of `forward_features`. There is no distillation head.
 
         With a token head: the class token's logits, and half of the largest over the patches. Source: Jiang et al., All
         tokens matter: token labeling for training better vision transformers, 2021; the authors' evaluation.
         """
-        features = self.forward_features(x)
         logits = self.head(features[:, 0])
         if self.aux_head is not None:
             logits = logits + 0.5 * self.aux_head(features[:, 1:]).amax(dim=1)

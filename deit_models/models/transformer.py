@@ -5,24 +5,16 @@ Reading order: attention, MLP, block, and `VisionTransformer`: the model from it
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Iterable, Mapping
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .layers import (
-    DropPath,
-    ImageClassifier,
-    LayerTokens,
-    chosen_layers,
-    described,
-    is_symbolic,
-    patch_grid,
-    resize_pos_embed,
-)
+from .features import FeatureLevel, is_symbolic
+from .layers import DropPath, ImageClassifier, described, patch_grid, resize_pos_embed
 
 
 class Attention(nn.Module):
@@ -138,19 +130,15 @@ def drop_path_rates(rate: float, depth: int, *, uniform: bool = False) -> list[f
 class VisionTransformer(ImageClassifier):
     """Base of models that are tokens, blocks, a LayerNorm and linear heads: the part behind the tokens.
 
-    A family defines `forward_tokens` and `forward_heads`, and registers `pos_embed` (1, positions, D), `pos_drop`,
+    A family defines `forward_tokens` and `classify`, and registers `pos_embed` (1, positions, D), `pos_drop`,
     `blocks`, `norm` and `head`. Its config has `in_chans`, `image_hw`, `patch_size`, `grid`, `depth`,
     `num_prefix_tokens`, `num_prefix_positions` and `dynamic_img_size`.
     """
 
+    level_name: ClassVar[str] = "blocks"
     pos_embed: Tensor
     pos_drop: nn.Dropout
-    blocks: nn.Sequential
     norm: nn.LayerNorm
-
-    def forward_tokens(self, x: Tensor) -> Tensor:
-        """Image to the first block's input: (B, C, H, W) -> (B, P + N, D). Raises: ConfigError: see `input_grid`."""
-        raise NotImplementedError(f"{type(self).__name__} does not define forward_tokens")
 
     def input_grid(self, x: Tensor) -> tuple[int, int]:
         """The (h, w) in patches of a batch of images. Raises: ConfigError: the model does not take them."""
@@ -178,33 +166,16 @@ class VisionTransformer(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens after the last LayerNorm: (B, C, H, W) -> (B, P + N, D); prefix tokens first, then patches."""
-        return self.norm(self.blocks(self.forward_tokens(x)))
+        return self.norm(self.run_blocks(self.forward_tokens(x)))
 
-    def embed(self, x: Tensor) -> Tensor:
-        """One vector an image, (B, D): the class token; in distilled models the mean of both tokens, as in timm."""
-        return self.forward_features(x)[:, : self.config.num_prefix_tokens].mean(dim=1)
+    @property
+    def feature_levels(self) -> list[FeatureLevel]:
+        """One after each block."""
+        return [FeatureLevel(i, self.config.embed_dim, self.config.patch_size) for i in range(self.config.depth)]
 
-    def get_intermediate_layers(
-        self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
-    ) -> list[LayerTokens]:
-        """Tokens after chosen blocks, for dense tasks and probes.
-
-        Args:
-            x: images, (B, C, H, W).
-            layers: how many of the last blocks, or the blocks' indices (negative ones count from the end).
-            norm: apply the final LayerNorm to each, as DINO does.
-
-        Raises: ConfigError: a block that does not exist.
-        """
-        wanted = chosen_layers(layers, self.config.depth, "blocks")
-        grid, prefix = self.input_grid(x), self.config.num_prefix_tokens
-        tokens, collected = self.forward_tokens(x), {}
-        for i, block in enumerate(self.blocks):
-            tokens = block(tokens)
-            if i in wanted:
-                out = self.norm(tokens) if norm else tokens
-                collected[i] = LayerTokens(out[:, :prefix], out[:, prefix:].transpose(1, 2).unflatten(2, grid))
-        return [collected[i] for i in wanted]
+    def level_grid(self, x: Tensor, _level: int) -> tuple[int, int]:
+        """The (h, w) of images x in patches."""
+        return self.input_grid(x)
 
     def attention_maps(self, x: Tensor) -> Tensor:
         """Attention probabilities of every block: (B, C, H, W) -> (depth, B, heads, P + N, P + N)."""

@@ -23,12 +23,11 @@ from torch.nn import functional as F
 from ..config import check_fields, check_positive, check_rates, check_sizes, check_total
 from ..errors import ConfigError, shown
 from ..registry import register_model
+from .features import FeatureLevel
 from .layers import (
     HeadLogits,
     ImageClassifier,
     ImageSize,
-    LayerTokens,
-    chosen_layers,
     described,
     fit_channels,
     init_vit_weights,
@@ -369,22 +368,18 @@ class ViTResNAS(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's tokens after the last LayerNorm: (B, C, H, W) -> (B, P + N, D); prefix tokens first."""
-        return self.norm(self.blocks(self.forward_tokens(x)))
-
-    def embed(self, x: Tensor) -> Tensor:
-        """One vector an image, (B, D): the class token; in distilled models the mean of both tokens."""
-        return self.forward_features(x)[:, : self.config.num_prefix_tokens].mean(dim=1)
-
-    def forward_heads(self, x: Tensor) -> HeadLogits:
-        """Logits of both heads in any mode; x is (B, C, H, W)."""
-        return HeadLogits(*self.classify(self.forward_features(x))[:2])
+        return self.norm(self.run_blocks(self.forward_tokens(x)))
 
     def forward_training(self, x: Tensor) -> PatchLogits:
         """Logits of the heads, and in training mode of the patch head; x is (B, C, H, W)."""
-        return self.classify(self.forward_features(x))
+        return self.all_logits(self.forward_features(x))
 
-    def classify(self, features: Tensor) -> PatchLogits:
-        """Logits of the heads from the result of `forward_features`."""
+    def classify(self, features: Tensor) -> HeadLogits:
+        """Logits of both heads in any mode from the result of `forward_features`."""
+        return HeadLogits(*self.all_logits(features)[:2])
+
+    def all_logits(self, features: Tensor) -> PatchLogits:
+        """Logits of the heads, and in training mode of the patch head, from the result of `forward_features`."""
         prefix, head = self.config.num_prefix_tokens, self.patch_head if self.training else None
         dist = None if self.dst_head is None else self.dst_head(features[:, 1])
         return PatchLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
@@ -395,28 +390,15 @@ class ViTResNAS(ImageClassifier):
             return None
         return PatchTraining(self.config.grids[-1], mix_mode=mix_mode, mixup=mixup, cutmix=cutmix)
 
-    def get_intermediate_layers(
-        self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
-    ) -> list[LayerTokens]:
-        """Tokens after chosen stages, whose maps shrink from stage to stage.
-
-        Args:
-            x: images, (B, C, H, W).
-            layers: how many of the last stages, or the stages' indices (negative ones count from the end).
-            norm: apply the final LayerNorm to the last stage; the others have none.
-
-        Raises: ConfigError: a stage that does not exist.
-        """
-        wanted = chosen_layers(layers, len(self.config.stages), "stages")
-        tokens, ends = self.forward_tokens(x), []
-        for layer in self.blocks:
-            if isinstance(layer, SpatialReduction):
-                ends.append(tokens)
-            tokens = layer(tokens)
-        ends.append(self.norm(tokens) if norm else tokens)
-        prefix, grids = self.config.num_prefix_tokens, self.config.grids
-        maps = [end[:, prefix:].mT.reshape(end.shape[0], -1, *grid) for end, grid in zip(ends, grids, strict=True)]
-        return [LayerTokens(ends[i][:, :prefix], maps[i]) for i in wanted]
+    @property
+    def feature_levels(self) -> list[FeatureLevel]:
+        """One after each stage; the final norm is the last one's."""
+        config, last = self.config, len(self.blocks) - 1
+        ends = [number - 1 for number, layer in enumerate(self.blocks) if isinstance(layer, SpatialReduction)]
+        return [
+            FeatureLevel(end, stage.embed_dim, config.patch_size << i, has_norm=end == last)
+            for i, (end, stage) in enumerate(zip([*ends, last], config.stages, strict=True))
+        ]
 
     def attention_maps(self, x: Tensor) -> list[Tensor]:
         """Attention probabilities of every block in order, (B, heads, P + N, P + N) each; each row sums to 1."""

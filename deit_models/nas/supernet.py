@@ -158,7 +158,7 @@ class SuperNetwork(ImageClassifier):
                     _channels(next(counts), (1, 0) if place in choices.removable else (1,)),
                 )
                 tokens = _run_block(cast(Block, next(layers)), tokens, masks)
-        return self.net.classify(_normed(self.net.norm, tokens, width))
+        return self.net.all_logits(_normed(self.net.norm, tokens, width))
 
     def set_drop_rates(self, **rates: float) -> None:
         """Change dropout and stochastic depth of the network inside."""

@@ -118,6 +118,8 @@ def make_learner(
     extra = extra_heads_of(model, recipe)
     if isinstance(model, ImageClassifier):
         _set_drop_rates(model, recipe)
+    if recipe.grad_checkpointing:
+        _store_less(model)
     device = process.device
     bare = Heads(model.to(device)) if extra is None else AllHeads(model.to(device))
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
@@ -171,6 +173,16 @@ def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
     if hasattr(model.config, "patch_drop_rate"):
         rates["patch_drop_rate"] = recipe.patch_drop_rate
     model.set_drop_rates(**rates)
+
+
+def _store_less(model: nn.Module) -> None:
+    switch = getattr(model, "set_grad_checkpointing", None)
+    if switch is None:
+        raise ConfigError(
+            f"grad_checkpointing=True: a {type(model).__name__} has no set_grad_checkpointing, which models of this "
+            f"package and timm's have; leave it off"
+        )
+    switch(True)
 
 
 def _has_idle_head(model: nn.Module, recipe: Recipe) -> bool:

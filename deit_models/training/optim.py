@@ -50,7 +50,7 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 def layer_count(model: ImageClassifier) -> int:
     """Number of the last layer, see `layer_of_parameter`: the number of blocks and one."""
-    return len(cast(nn.Sequential, model.blocks)) + 1
+    return len(model.blocks) + 1
 
 
 def layer_of_parameter(model: ImageClassifier, name: str) -> int:

@@ -131,6 +131,9 @@ class Recipe:
         "auto",
         "auto: bf16 where the device computes in it, else float32; bf16 and fp16 use autocast, fp16 scales the loss",
     )
+    grad_checkpointing: bool = _option(
+        False, "store less for the backward pass, and compute it again there: less memory, more time"
+    )
     compile: Compile = _option(
         "auto",
         "torch.compile the model; auto: on a GPU, if the run is long enough to gain by it; true is on, false is off",

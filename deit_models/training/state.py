@@ -214,7 +214,7 @@ def _rebuilt(model: ImageClassifier, state: dict[str, Any]) -> ImageClassifier:
 
 
 _FORMAT = 1
-_MAY_CHANGE = {"eval_every", "save_every", "compile", "precision", "accumulate"}
+_MAY_CHANGE = {"eval_every", "save_every", "compile", "grad_checkpointing", "precision", "accumulate"}
 """Recipe fields that change the last weights of a run by no more than rounding; and `accumulate`, which a machine with
 less memory may need, although it decides which images are mixed with each other."""
 

@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 from deit_models import ConfigError, create_model, registry
-from deit_models.models.layers import DropPath, chosen_layers, init_vit_weights, patch_grid, resize_pos_embed
+from deit_models.models.features import chosen_layers
+from deit_models.models.layers import DropPath, init_vit_weights, patch_grid, resize_pos_embed
 
 
 def test_drop_path_drops_whole_samples_and_keeps_the_mean() -> None:

@@ -71,9 +71,9 @@ def test_logits_and_features_are_the_authors(golden: tuple[dict[str, Any], ViTRe
 def test_patch_head_says_what_the_authors_says(golden: tuple[dict[str, Any], ViTResNAS]) -> None:
     recorded, model = golden
     features = model.forward_features(reference.inputs(224))
-    assert model.classify(features).patches is None
+    assert model.all_logits(features).patches is None
     model.train()
-    patches = model.classify(features).patches
+    patches = model.all_logits(features).patches
     model.eval()
     assert patches is not None
     outputs = recorded["outputs"]
