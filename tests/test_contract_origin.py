@@ -64,6 +64,14 @@ def adapted(**options: object) -> Callable[[ImageClassifier, Path], str]:
     return lambda old, out: saved(deit_models.adapt_head(old, **options), out)
 
 
+def reset(num_classes: int) -> Callable[[ImageClassifier, Path], str]:
+    def change(model: ImageClassifier, folder: Path) -> str:
+        model.reset_classifier(num_classes)
+        return saved(model, folder)
+
+    return change
+
+
 def loaded(**options: object) -> Callable[[ImageClassifier, Path], str]:
     def change(old: ImageClassifier, out: Path) -> str:
         old.save_pretrained(out / "start")
@@ -102,6 +110,8 @@ def distilled(old: ImageClassifier, out: Path) -> str:
         pytest.param(adapted(num_classes=3), id="adapt to the same number"),
         pytest.param(adapted(class_names=CLASSES), id="adapt to names"),
         pytest.param(adapted(class_names=CLASSES, img_size=32), id="adapt to names and a size"),
+        pytest.param(reset(5), id="reset the classifier"),
+        pytest.param(reset(3), id="reset the classifier to the same number"),
         pytest.param(loaded(num_classes=5), id="load with other classes"),
         pytest.param(loaded(num_classes=5, img_size=32), id="load with other classes and another size"),
         *(pytest.param(finetuned(mode), id=f"finetune {mode}") for mode in ("head", "last-0", "last-1", "full")),

@@ -9,7 +9,6 @@ from typing import Any, ClassVar, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _NormBase
 from torch.utils.checkpoint import checkpoint
 
 from ..config import check_choice
@@ -64,15 +63,16 @@ def recomputed(layer: nn.Module, x: Tensor) -> Tensor:
 
 @contextmanager
 def _without_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """BatchNorms in training mode count no batch inside the `with` block."""
-    norms = [module for module in modules if isinstance(module, _NormBase) and module.track_running_stats]
+    """BatchNorms keep their running statistics inside the `with` block."""
+    norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class LayerFeatures(nn.Module):
