@@ -178,8 +178,9 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     """A row of the log as a line; epochs count from 1."""
     number = str(row["epoch"] + 1).rjust(len(str(epochs)))
     parts = [f"epoch {number}/{epochs}", f"loss {row['loss']:.4f}"]
-    names = {
-        "map": "mAP", "top1": "top-1",
+    several = {"map": "mAP", "ema_map": "averaged"}
+    names = several if "map" in row else {
+        "top1": "top-1",
         "class_top1": "class head", "distillation_top1": "distillation head", "ema_top1": "averaged",
     }  # fmt: skip
     parts += [f"{name} {row[key]:.2f} %" for key, name in names.items() if row.get(key) is not None]
