@@ -206,20 +206,17 @@ class Origin:
         """Whether the logits stand for several labels at once."""
         return self.problem_type == "multi_label_classification"
 
-    def check_labels(self, several: bool, work: str) -> None:
-        """Raise ConfigError where the logits stand for other labels than an image's one class, or its `several`."""
-        if self.problem_type == "regression" or self.multi_label != several:
+    def check_labels(self, several: bool, work: str, *, begins: bool = False) -> None:
+        """Raise ConfigError where the logits stand for other labels than an image's one class, or its `several`.
+
+        `begins`: the weights are a start, and those for one class may learn several.
+        """
+        if self.problem_type == "regression" or (self.multi_label != several and not (begins and several)):
             kind = self.problem_type or "one class for each image"
-            needed = "several labels" if several else "one class"
             raise ConfigError(
-                f"the model is for {kind}, {work} needs {needed} for each image; "
+                f"the model is for {kind}, {work} needs {'several labels' if several else 'one class'} for each image; "
                 f"adapt_head(model, num_classes=N) makes new heads"
             )
-
-    def check_start(self, several: bool, work: str) -> None:
-        """As `check_labels`, for weights to begin with: those for one class an image may learn several."""
-        if not several or self.problem_type is not None:
-            self.check_labels(several, work)
 
     def unknown(self) -> Origin:
         """Other weights of the same model, of which nothing is known.

@@ -322,16 +322,14 @@ class Tally:
         target = to_device(labels, mean.device).clamp(min=0)
         likeliest = mean.topk(min(5, mean.shape[1]), dim=1).indices
         if labels.ndim == 1:
-            scores = mean.softmax(dim=1)
-            losses = F.cross_entropy(mean, target, reduction="none")
+            scores, losses = mean.softmax(dim=1), F.cross_entropy(mean, target, reduction="none")
         else:
             scores = mean.sigmoid()
             losses = F.binary_cross_entropy_with_logits(mean, target, reduction="none").mean(dim=1)
             self._scores.append(scores)
 
         def met(classes: Tensor) -> Tensor:  # (B, n): whether one of them is a label
-            found = classes == target[:, None] if labels.ndim == 1 else target.gather(1, classes) > 0
-            return found.any(dim=1)
+            return (classes == target[:, None] if labels.ndim == 1 else target.gather(1, classes) > 0).any(dim=1)
 
         tops = (logits.argmax(dim=1, keepdim=True) for logits in heads)
         rows = [likeliest[:, 0], scores.amax(dim=1), met(likeliest), losses, *map(met, tops)]
@@ -344,24 +342,19 @@ class Tally:
         if self._labels:
             labels, results = torch.cat(self._labels).cpu(), torch.cat(self._results, dim=1).cpu()
             scores = torch.cat(self._scores).cpu() if self._scores else None
-        found = (labels, results, scores)
-        shares = [found] if process is None else process.gather(found)
-        index = torch.cat([torch.arange(len(share[0])) * len(shares) + rank for rank, share in enumerate(shares)])
-        labels = torch.cat([share[0] for share in shares])
-        results = torch.cat([share[1] for share in shares if share[1].numel()] or [results], dim=1)
-        scored = [share[2] for share in shares if share[2] is not None]
+        shares = [(labels, results, scores)] if process is None else process.gather((labels, results, scores))
+        index = torch.cat([torch.arange(len(share)) * len(shares) + rank for rank, (share, *_) in enumerate(shares)])
+        labels = torch.cat([share for share, *_ in shares])
+        results = torch.cat([share for _, share, _ in shares if share.numel()] or [results], dim=1)
+        scored = [share for *_, share in shares if share is not None]
         order = index.argsort()
         order = order[(labels[order] if labels.ndim == 1 else labels[order, 0]) >= 0]
         predicted, probability, in_top5, losses, *right = results[:, order]
         heads = dict(zip(("class", "distillation"), (row.bool() for row in right), strict=True)) if right[1:] else {}
         skipped = len(labels) - len(order)
         index, label = index[order], labels[order]
-        return Outcomes(
-            *(index, label.bool() if scored else label, predicted.long(), probability, in_top5.bool(), losses),
-            heads=heads,
-            skipped=skipped,
-            scores=torch.cat(scored)[order] if scored else None,
-        )
+        label, scores = (label.bool(), torch.cat(scored)[order]) if scored else (label, None)
+        return Outcomes(index, label, predicted.long(), probability, in_top5.bool(), losses, heads, skipped, scores)
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:

@@ -48,10 +48,10 @@ class ClassCounts:
     multi_label: bool
 
     def weights(self, *, binary: bool) -> Tensor:
-        """Weights by which each class adds as much to the loss, however few images it has.
+        """Weights by which each class adds as much to the loss, however few images it has; 1 where it has none.
 
-        Shape: (K,) float32, images / (classes * images of the class); `binary`, with a question for each class: (2, K),
-            images / (2 * images) of those with the label and of those without it. Where there are none, 1.
+        Shape: (K,), images / (classes * images of the class); `binary`, with a question for each class: (2, K), the
+            same of the images with it and of those without.
         Source: scikit-learn's class_weight="balanced", for several labels in one classifier a class.
         """
         if not binary:
@@ -60,12 +60,6 @@ class ClassCounts:
 
     def _balanced(self, images: Tensor, classes: int) -> Tensor:
         return torch.where(images > 0, self.total / (classes * images.clamp(min=1)), 1.0).float()
-
-    def describe(self, classes: Sequence[str]) -> str:
-        """The classes with the most and the fewest images, in one line."""
-        most, fewest = int(self.images.argmax()), int(self.images.argmin())
-        ends = (f"{kind} {classes[n]} ({self.images[n]})" for kind, n in (("largest", most), ("smallest", fewest)))
-        return f"{self.total} images, {len(classes)} classes: {', '.join(ends)}"
 
 
 def count_classes(records: ImageRecords, labels: Sequence[Any], *, balanced: bool) -> ClassCounts:
@@ -77,12 +71,14 @@ def count_classes(records: ImageRecords, labels: Sequence[Any], *, balanced: boo
     known = [label for label in labels if label != -1]
     numbers = [number for label in known for number in label] if records.multi_label else known
     images = torch.bincount(torch.tensor(numbers, dtype=torch.int64), minlength=len(records.classes))
-    counts = ClassCounts(images, len(known), records.multi_label)
     uneven = int(images.max()) >= _UNEVEN * max(int(images.min()), 1)
     advice = "; class_weights='balanced' or sampling='balanced' may help the small ones"
-    text = counts.describe(records.classes) + (advice if uneven and not balanced else "")
-    logger.log(logging.WARNING if uneven else logging.INFO, "%s", text)
-    return counts
+    most, least = (f"{records.classes[int(place)]} ({images[place]})" for place in (images.argmax(), images.argmin()))
+    logger.log(
+        *(logging.WARNING if uneven else logging.INFO, "%d images, %d classes: largest %s, smallest %s%s"),
+        *(len(known), len(records.classes), most, least, advice if uneven and not balanced else ""),
+    )
+    return ClassCounts(images, len(known), records.multi_label)
 
 
 def in_words(figures: Mapping[str, Any]) -> str:

@@ -34,10 +34,7 @@ Computed = TypeVar("Computed")
 
 
 class Classifier:
-    """A model with its own evaluation transform and class names; attributes `model`, `transform` and `labels`.
-
-    Of a model for several labels an image, `thresholds` has the probability of each from which an image has it.
-    """
+    """A model with its own transform and class names; attributes `model`, `transform`, `labels` and `thresholds`."""
 
     def __init__(
         self,
@@ -203,8 +200,7 @@ class Classifier:
             ahead = batches_ahead(_device(self.model))
         launched: deque[tuple[FileBatch, list[TopClasses]]] = deque()
         for batch in batches:
-            # any number of classes may lie above their thresholds
-            wanted = top_k if self.thresholds is None else len(self.labels)
+            wanted = top_k if self.thresholds is None else len(self.labels)  # any number may lie above thresholds
             launched.append((batch, self._launch(batch.images, wanted)))
             if len(launched) > ahead:
                 yield from self._results(*launched.popleft(), top_k)
@@ -215,11 +211,9 @@ class Classifier:
         found = iter(self._predictions(tops))
         for source, error in zip(batch.sources, batch.errors, strict=True):
             every = next(found) if error is None else ()
-            if self.thresholds is None or error is not None:
-                yield ImageResult(source, every, error)
-            else:
-                labels = tuple(one.label for one in every if one.probability >= self.thresholds[one.index])
-                yield ImageResult(source, every[:top_k], labels=labels)
+            limits = self.thresholds
+            labels = None if limits is None else tuple(p.label for p in every if p.probability >= limits[p.index])
+            yield ImageResult(source, every[:top_k], error, labels)
 
     def _checked(self, top_k: int) -> int:
         if not self.labels:

@@ -226,7 +226,11 @@ def _run_finetune(args: argparse.Namespace) -> int:
         raise ConfigError("--teacher-weights belong to a teacher; name it with --teacher")
     if args.layout != "native" and args.push_to_hub is None:
         raise ConfigError("--layout is of the model that is pushed; name its repository with --push-to-hub")
-    unused = [name for name in recipe_changes(args) if name not in ("img_size", "precision", "seed", "class_weights", "sampling")]
+    unused = [
+        name
+        for name in recipe_changes(args)
+        if name not in ("img_size", "precision", "seed", "class_weights", "sampling")
+    ]
     if unused and args.mode == "head":
         logger.warning("mode head has no use for --%s", ", --".join(unused).replace("_", "-"))
     start = chosen_model(args)

@@ -168,7 +168,7 @@ def finetune(
         started_from = _description_of(model)
         torch.manual_seed(recipe.seed)
         adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
-        known_origin(model).check_start(records.multi_label, "fine-tuning")
+        known_origin(model).check_labels(records.multi_label, "fine-tuning", begins=True)
         run = _Finetuning(
             model=model,
             mode=mode,

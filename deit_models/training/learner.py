@@ -198,7 +198,7 @@ def _check_fit(
     model: nn.Module, recipe: Recipe, num_classes: int, preprocessing: Preprocessing, *, multi_label: bool
 ) -> None:
     if isinstance(model, ImageClassifier) and model.origin is not None:
-        model.origin.check_start(multi_label, "training")
+        model.origin.check_labels(multi_label, "training", begins=True)
     if isinstance(model, ImageClassifier) and model.num_classes != num_classes:
         raise DataError(
             f"the training set has {num_classes} classes, the model {model.num_classes}; build or load it with "

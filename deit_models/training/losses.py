@@ -180,10 +180,8 @@ class DistillationLoss:
 
     def _of_images(self, targets: Tensor) -> Tensor | float:
         """The weights of images, (B,), by their labels' shares."""
-        if self.weights is None:
-            return 1.0
-        yes = self.weights if self.weights.ndim == 1 else self.weights[0]
-        return targets @ yes / targets.sum(dim=1)
+        weights = self.weights if self.weights is None or self.weights.ndim == 1 else self.weights[0]
+        return 1.0 if weights is None else targets @ weights / targets.sum(dim=1)
 
     def _taught_head(self, cls: Tensor, dist: Tensor | None) -> Tensor:
         if self.recipe.distill_on == "class":

@@ -408,10 +408,9 @@ class Run:
         )
         figures = {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
         row: dict[str, Any] = {}
-        for prefix, outcomes in found.items():
-            if outcomes.scores is not None:
-                self.thresholds[prefix] = best_thresholds(outcomes.scores, outcomes.label)
         for prefix, result in figures.items():
+            if (scores := found[prefix].scores) is not None:
+                self.thresholds[prefix] = best_thresholds(scores, found[prefix].label)
             known = ((name, getattr(result, name)) for name in FIGURES)
             row |= {f"{prefix}{name}": round(value, 4) for name, value in known if value is not None}
             row |= {f"{prefix}{name}_top1": round(top1, 4) for name, top1 in result.heads.items()}
