@@ -154,6 +154,19 @@ def test_transfer_example_goes_from_five_classes_to_five(run: Callable[..., str]
     assert new == tuple(f"class {i}" for i in range(5, 10))
 
 
+def test_labels_example_compares_ways_on_uneven_classes_and_on_mosaics(
+    run: Callable[..., str], tiny_cifar: Path, tmp_path: Path
+) -> None:
+    options = [tiny_cifar, "--seeds", 0, "--modes", "head", "--out"]
+    uneven = run("uneven_and_several_labels.py", "uneven", *options, tmp_path / "uneven", "--largest", 24)
+    rows = [line.split(" | ")[0] for line in uneven.splitlines() if line.startswith("| head")]
+    assert rows == ["| head, without", "| head, class_weights"]
+    small = ["--images", 20, "--size", 32]
+    several = run("uneven_and_several_labels.py", "several", *options, tmp_path / "several", *small)
+    assert "| way | map | macro_f1 | micro_f1 | seconds |" in several
+    assert (tmp_path / "several" / "table.md").exists()
+
+
 def test_photos_and_cifar_examples_fine_tune_folders(run: Callable[..., str], tiny_cifar: Path, tmp_path: Path) -> None:
     lines = run("finetune_photos.py", tiny_cifar / "train", "--out", tmp_path / "photos").splitlines()
     assert lines[0].endswith("of 10 images that were set aside; by class:")
