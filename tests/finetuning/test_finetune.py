@@ -114,8 +114,8 @@ def test_head_mode_runs_functions_of_few_modules(photos, tmp_path):
     passed = modules_run(lambda: act(model, out=tmp_path / "out"))
     assert {"finetuning.finetune", "finetuning.probe", "finetuning.report", "models.deit"} <= passed
     assert not passed & {"training.engine", "training.learner", "training.losses", "training.teacher", "hub.load"}
-    # nine for the data, six that write three layouts, four of fine-tuning, three of the model, two of training
-    assert len(passed) <= 30, sorted(passed)
+    # ten for the data, six that write three layouts, four of fine-tuning, three of the model, two of training
+    assert len(passed) <= 31, sorted(passed)
 
 
 # Settings
