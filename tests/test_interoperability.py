@@ -64,8 +64,8 @@ def loss_of(output: Tensor | tuple[Tensor, Tensor], labels: Tensor) -> Tensor:
     return torch.stack([F.cross_entropy(head, labels) for head in heads]).mean()
 
 
-def rows() -> list[dict[str, Tensor]]:
-    return [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, LABELS, strict=True)]
+def rows(labels: Tensor = LABELS) -> list[dict[str, Tensor]]:
+    return [{"pixel_values": image, "labels": label} for image, label in zip(IMAGES, labels, strict=True)]
 
 
 @torch.no_grad()
@@ -105,6 +105,29 @@ def test_trainer_of_transformers_trains_and_saves(model: ImageClassifier, tmp_pa
     assert_loads(tmp_path / "end", model)
     assert_loads(tmp_path / "run" / "checkpoint-2", model)
     assert_saved_as_it_answers(trainer.model.model, tmp_path / "whole")
+
+
+def test_trainer_of_transformers_learns_several_labels(tmp_path: Path) -> None:
+    transformers = peer("transformers")
+    peer("accelerate")
+    torch.manual_seed(0)
+    model = create_model("deit_micro_distilled_patch4_32", num_classes=3, embed_dim=16, depth=1, num_heads=2)
+    model.origin = replace(model.origin, class_names=("cat", "dog", "bird"), problem_type="multi_label_classification")
+    labels = torch.randint(0, 2, (8, 3)).float()
+    images = [{"pixel_values": torch.randn(3, 32, 32), "labels": row} for row in labels]
+    settings = transformers.TrainingArguments(
+        str(tmp_path / "run"), num_train_epochs=2, per_device_train_batch_size=4, use_cpu=True, report_to="none",
+        disable_tqdm=True, learning_rate=1e-2,
+    )  # fmt: skip
+    trainer = transformers.Trainer(WithLoss(model), settings, train_dataset=images, eval_dataset=images)
+    trainer.train()
+    pixels = torch.stack([row["pixel_values"] for row in images])
+    expected = [F.binary_cross_entropy_with_logits(head, labels) for head in model.eval().forward_heads(pixels)]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.stack(expected).mean().item(), rel=1e-4)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = from_pretrained(tmp_path / "saved")
+    assert torch.equal(loaded(pixels), model(pixels))
+    assert loaded.origin.problem_type == "multi_label_classification"
 
 
 def test_lightning_trains_and_its_checkpoint_loads(model: ImageClassifier, tmp_path: Path) -> None:
@@ -168,6 +191,91 @@ def test_peft_trains_adapters_that_merge(model: ImageClassifier, targets: str, t
     merged = adapted.merge_and_unload()
     torch.testing.assert_close(merged(IMAGES), expected, atol=1e-5, rtol=0)
     assert_saved_as_it_answers(merged, tmp_path / "merged")
+
+
+ATTENTION = {
+    "deit": ["qkv"],
+    "t2t_vit": ["qkv", "kqv"],
+    # of LeViT's layers with a BatchNorm the linear layer inside, which is called c
+    "levit": r"blocks\..*\.(qkv|q\.1|kv)\.c",
+    "vit_resnas": ["qkv"],
+}
+
+
+def test_peft_trains_adapters_of_attention_and_heads(name: str, model: ImageClassifier, tmp_path: Path) -> None:
+    """As the documentation says it for each family, in training mode, with running statistics of BatchNorms."""
+    peft = peer("peft")
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d):  # random weights begin with branches that are zero
+            nn.init.ones_(module.weight)
+    heads = [key for key in model.head_names if getattr(model, key) is not None and key != "patch_head"]
+    config = peft.LoraConfig(r=2, target_modules=ATTENTION[SHAPES[name]], modules_to_save=heads)
+    adapted = peft.get_peft_model(model, config).train()
+    learned = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(learned, lr=0.01)
+    before = {key: parameter.detach().clone() for key, parameter in adapted.named_parameters() if "lora_B" in key}
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss_of(adapted(IMAGES), LABELS).backward()
+        optimizer.step()
+    assert before
+    assert all(not torch.equal(p, before[key]) for key, p in adapted.named_parameters() if key in before)
+    expected = adapted.eval()(IMAGES)
+    merged = adapted.merge_and_unload()
+    torch.testing.assert_close(merged(IMAGES), expected, atol=1e-5, rtol=1e-5)
+    assert_saved_as_it_answers(merged, tmp_path)
+
+
+def test_peft_says_which_layers_of_levit_it_does_not_know() -> None:
+    peft = peer("peft")
+    model = create_model("levit_128s", num_classes=5, img_size=112, **TINY["levit"])
+    with pytest.raises(ValueError, match=r"Target module LinearNorm"):
+        peft.get_peft_model(model, peft.LoraConfig(target_modules=["qkv"]))
+
+
+# timm's surface, beside its own tests of models, which run through `timm_registry`
+
+IN_TIMM = {key: family for key, family in SHAPES.items() if family in ("deit", "levit")}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", IN_TIMM)
+def test_features_heads_and_maps_are_timms(name: str, model: ImageClassifier, tmp_path: Path) -> None:
+    timm = peer("timm")
+    model.save_pretrained(tmp_path, layout="timm")
+    theirs = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    for entry, other in zip(model.feature_info, theirs.feature_info, strict=True):
+        assert (entry["num_chs"], entry["reduction"]) == (other["num_chs"], other["reduction"])
+    assert (model.num_features, model.head_hidden_size) == (theirs.num_features, theirs.head_hidden_size)
+    features = model.forward_features(IMAGES)
+    for pre_logits in (False, True):
+        expected = theirs.forward_head(theirs.forward_features(IMAGES), pre_logits=pre_logits)
+        torch.testing.assert_close(model.forward_head(features, pre_logits=pre_logits), expected, atol=1e-4, rtol=1e-4)
+    formats = ["NCHW", "NLC"] if IN_TIMM[name] == "deit" else ["NCHW"]
+    count = len(model.feature_info)
+    for options in (
+        {"output_fmt": formats[-1], "stop_early": True, "indices": [0]},
+        {"indices": 1, "norm": IN_TIMM[name] == "deit"},
+        {"indices": [count - 1, 0], "stop_early": True},
+        {},
+    ):
+        ours, other = (m.forward_intermediates(IMAGES, **options) for m in (model, theirs))
+        torch.testing.assert_close(ours[0], other[0], atol=1e-4, rtol=1e-4)
+        assert len(ours[1]) == len(other[1])
+        for own, their in zip(ours[1], other[1], strict=True):
+            torch.testing.assert_close(own, their, atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_timm_extracts_features_of_every_family() -> None:
+    timm = peer("timm")
+    names = peer("timm_registry")
+    for name in ("deit_tiny_distilled_patch16_224", "t2t_vit_7", "levit_128s", "vit_resnas_tiny"):
+        sizes = {"img_size": 112, **TINY[SHAPES[name]]}
+        features = timm.create_model(names.PREFIX + name, features_only=True, out_indices=2, **sizes).eval()
+        maps, channels = features(IMAGES[:2]), features.feature_info.channels()
+        assert [map_.shape[1] for map_ in maps] == channels
+        assert [map_.shape[2] for map_ in maps] == [-(-112 // step) for step in features.feature_info.reduction()]
 
 
 # Explanations
