@@ -178,6 +178,45 @@ def test_photos_and_cifar_examples_fine_tune_folders(run: Callable[..., str], ti
     assert 'optimizer = "sgd"' in recipe
 
 
+def test_similar_photos_are_drawn_and_embedded_once(run: Callable[..., str], tiny_cifar: Path, tmp_path: Path) -> None:
+    sheet, features = tmp_path / "similar.png", tmp_path / "similar.npz"
+    options = [tiny_cifar / "train", "--out", sheet, "--queries", 4, "--count", 5]
+    printed = run("find_similar.py", *options)
+    assert "4 queries; 20 of 20 photos found lie in the query's folder" in printed  # they differ in brightness
+    with Image.open(sheet) as picture:
+        assert picture.size == (6 * 112 + 8, 4 * 112 + 8)
+        frames = [[picture.getpixel((10 + 112 * x, 10 + 112 * y)) for x in range(6)] for y in range(4)]
+    assert {row[0] for row in frames} == {(65, 105, 225)}, "the queries are framed"
+    assert {colour for row in frames for colour in row[1:]} == {(255, 255, 255)}, "none of another class"
+    before = features.stat().st_mtime_ns
+    assert run("find_similar.py", *options) == printed
+    assert features.stat().st_mtime_ns == before
+    run("find_similar.py", tiny_cifar / "test", *options[1:])
+    assert features.stat().st_mtime_ns != before, "other photos"
+
+
+@pytest.mark.slow
+def test_ray_example_classifies_every_photo(tiny_cifar: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="Ray is no dependency of tests: pip install 'ray[data]'")
+    from pyarrow import parquet
+
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment["RAY_worker_niceness"] = "0"  # Ray's actors would wait for all other processes of a busy machine
+    command = [sys.executable, ROOT / "examples" / "ray_batches.py", tiny_cifar / "test", "--out", tmp_path / "out"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True, env=environment, timeout=600)
+    assert done.returncode == 0, done.stderr
+    assert "16 images" in done.stdout
+    table = parquet.read_table(tmp_path / "out").to_pydict()
+    paths = sorted((tiny_cifar / "test").rglob("*.jpg"))
+    assert sorted(table["path"]) == [str(path) for path in paths]
+    classifier = deit_models.Classifier()
+    expected = {result.source: result.predictions[0] for result in classifier([str(path) for path in paths], top_k=1)}
+    embeddings = dict(zip(map(str, paths), classifier.embed(paths), strict=True))
+    for path, label, embedding in zip(table["path"], table["label"], table["embedding"], strict=True):
+        assert label == expected[path].label
+        torch.testing.assert_close(torch.tensor(embedding), embeddings[path], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("rank", ["kingdom", "genus", "name"])
 def test_inaturalist_example_reads_the_competitions_format(run: Callable[..., str], tmp_path: Path, rank: str) -> None:
     taxa = [
