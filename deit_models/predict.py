@@ -239,7 +239,7 @@ class Classifier:
         return self._in_parts(levels, lambda images: top_classes(self.model(images), top_k, self._scores))
 
     def _embedding(self, images: Tensor) -> Tensor:
-        rows: Tensor = self.model.embed(images)  # type: ignore[operator]  # every family has it
+        rows: Tensor = self.model.embed(images)
         return rows.float().cpu()
 
     def _width(self) -> int:
