@@ -8,6 +8,12 @@ sides are timed in turns, and medians over the rounds are compared. A side that 
 the bf16 sides where the processor would only imitate bf16. The choice of `optimize` is made before, in another process,
 as on any second call. The agreement of bf16 and int8 is not measured here, because predictions of random weights mean
 nothing: see accuracy.py. `--write` writes the tables after every cell, and the picture beside it at the end.
+
+    python benchmarks/inference.py --choices [--models deit_tiny_patch16_224] [--batches 1 8 32] [--seconds 1]
+
+compares the choice of `optimize` with that of trying everything: the first call without a cache and that of a second
+process are timed, then each backend and precision runs in a process of its own, and those within 10 % of the fastest
+again, in turns, for medians. No peer is needed.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -30,7 +37,9 @@ from loading import machine
 from torch import Tensor
 
 import deit_models
+from deit_models.deploy.bench import bench
 from deit_models.deploy.hardware import call_times
+from deit_models.deploy.runtimes import BACKENDS
 from deit_models.distributed import has_bf16
 
 OURS, OURS_INT8 = "deit-models", "deit-models int8"
@@ -128,9 +137,13 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
 
 
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
-    """Result of `optimize`, chosen before: see `measure`."""
+    """Result of `optimize`, chosen before: see `measure`. The seconds of the call go into `took`."""
     options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
-    return deit_models.optimize(deit_models.create_model(name), backend=os.environ[BACKEND], **options)
+    model = deit_models.create_model(name)
+    began = time.perf_counter()
+    fast = deit_models.optimize(model, backend=os.environ[BACKEND], **options)
+    took.append(time.perf_counter() - began)
+    return fast
 
 
 def optimized_int8(name: str, images: Tensor, folder: Path) -> Run:
@@ -152,6 +165,7 @@ SIDES = {
     OPENVINO_INT8: Side(in_openvino_int8, "nncf"),
     OURS_INT8: Side(optimized_int8, "nncf"),
 }
+took: list[float] = []
 PEAK = "peak"
 BACKEND = "OPTIMIZE_BACKEND"
 
@@ -163,16 +177,22 @@ def serve(side: str, name: str, batch_size: int, folder: Path, out: IO[str]) -> 
         images, unit = torch.randn(2048, 2048).to(kind), 2 * 2048**3
         run: Run = lambda x: x @ x  # noqa: E731
     else:
-        images, unit = torch.randn(batch_size, 3, 224, 224), batch_size
+        images, unit = torch.randn(batch_size, 3, *image_hw(name)), batch_size
         run = SIDES[side].build(name, images, folder)
     with torch.inference_mode():
         call_times(run, images, seconds=0.0, warm_up=2)
         choice = getattr(run, "choice", None)
-        ready = {"ready": side, "choice": f"{choice.backend} {choice.precision}" if choice else None}
+        ready = {"ready": side, "choice": f"{choice.backend} {choice.precision}" if choice else None, "took": took}
         print(json.dumps(ready), file=out, flush=True)
         for line in sys.stdin:
             times = call_times(run, images, seconds=float(line))
             print(json.dumps({"rate": unit / statistics.median(times)}), file=out, flush=True)
+
+
+def image_hw(name: str) -> tuple[int, int]:
+    """Height and width of a model's input."""
+    found: tuple[int, int] = deit_models.create_model(name, device="meta").config.image_hw
+    return found
 
 
 class Child:
@@ -182,7 +202,8 @@ class Child:
         self.command = [sys.executable, __file__, "--child", side, name, str(batch_size), str(folder)]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(self.command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-        self.choice = self._answer()["choice"]
+        ready = self._answer()
+        self.choice, self.took = ready["choice"], sum(ready["took"])
 
     def rate(self, seconds: float) -> float:
         """Images/s, or FLOP/s of the peak, now."""
@@ -281,6 +302,70 @@ def report(cells: list[Cell], sides: list[str], args: argparse.Namespace) -> str
     return "\n".join(lines) + "\n"
 
 
+class Choice(NamedTuple):
+    """Choice of `optimize` for a model and a batch size, seconds of both calls, and rates of all ways to compute."""
+
+    model: str
+    batch_size: int
+    chosen: str
+    first: float
+    second: float
+    rates: dict[str, list[float]]
+
+    def line(self) -> str:
+        """A row of the table."""
+        rates = {way: statistics.median(found) for way, found in self.rates.items()}
+        best = max(rates, key=lambda way: rates[way])
+        pairs = zip(self.rates[self.chosen], self.rates[best], strict=False)
+        ratio = statistics.median(ours / theirs for ours, theirs in pairs)
+        others = ", ".join(f"{way} {rate:.1f}" for way, rate in sorted(rates.items(), key=lambda item: -item[1]))
+        return (
+            f"| `{self.model}` | {self.batch_size} | {self.first:.1f} | {self.second:.1f} | {self.chosen} | {best} "
+            f"| {ratio:.2f} | {others} |"
+        )
+
+
+def measure_choice(name: str, batch_size: int, args: argparse.Namespace) -> Choice:
+    """Both calls of `optimize`, and every way to compute: each once, the fastest ones in `--rounds` turns."""
+    with tempfile.TemporaryDirectory() as folder:
+        children = []
+        for _ in range(2):
+            children.append(Child(OURS, name, batch_size, Path(folder)))
+            children[-1].close()
+    chosen, rates = children[0].choice, dict[str, list[float]]()
+
+    def run(*ways: str) -> None:
+        for way in ways or (None,):
+            backends, precision = (list(BACKENDS), None) if way is None else ([way.split()[0]], way.split()[1])
+            options: dict[str, Any] = {"precision": precision, "seconds": args.seconds}
+            for found in bench(name, batch_sizes=[batch_size], backends=backends, **options):
+                if found.error is None:
+                    way = f"{found.backend} {found.precision}"
+                    rates.setdefault(way, []).append(found.images_per_second)
+
+    run()
+    best = max(found[0] for found in rates.values())
+    close = [way for way, found in rates.items() if way == chosen or found[0] >= 0.9 * best]
+    for _ in range(args.rounds - 1 if len(close) > 1 else 0):
+        run(*close)
+    return Choice(name, batch_size, chosen, children[0].took, children[1].took, rates)
+
+
+def report_choices(choices: list[Choice], args: argparse.Namespace) -> str:
+    """The table as Markdown."""
+    lines = [
+        "# Choices of `optimize`",
+        "",
+        f"{machine(('torch', 'openvino', 'onnxruntime'))}, {torch.backends.cpu.get_cpu_capability()}. Seconds of the "
+        "first call and of one in a second process; images/s of every way to compute, one process each, "
+        f"{args.seconds:g} s, medians of {args.rounds} rounds for those within 10 % of the fastest.",
+        "",
+        "| model | batch | first call (s) | second process (s) | chosen | fastest of all | chosen to fastest | all |",
+        "| --- | ---: | ---: | ---: | --- | --- | ---: | --- |",
+    ]
+    return "\n".join([*lines, *(choice.line() for choice in choices)]) + "\n"
+
+
 def row(cell: Cell, *figures: str) -> str:
     """A line of a table."""
     return f"| `{cell.model}` | {cell.batch_size} | {' | '.join(figures)} |"
@@ -309,7 +394,9 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     models = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
-    parser.add_argument("--models", nargs="+", default=models, help="default: %(default)s")
+    shipped = "deit_micro_distilled_patch4_32"
+    parser.add_argument("--models", nargs="+", help=f"default: {' '.join(models)}; for --choices {shipped} too")
+    parser.add_argument("--choices", action="store_true", help="compare what `optimize` chooses with everything")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="default: %(default)s")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all that are installed")
     parser.add_argument("--backend", default="auto", help="what `optimize` may choose from; one by name is quicker")
@@ -324,12 +411,21 @@ def main() -> None:
         serve(side, name, int(batch_size), Path(folder), answers)
         return
     os.environ[BACKEND] = args.backend  # the sides inherit it
+    if args.choices:
+        choices: list[Choice] = []
+        for name in args.models or [shipped, *models]:
+            for batch_size in args.batches:
+                choices.append(measure_choice(name, batch_size, args))
+                print(report_choices(choices, args), flush=True)
+                if args.write:
+                    args.write.write_text(report_choices(choices, args), encoding="utf-8")
+        return
     native = has_bf16(torch.device("cpu"))
     sides = args.sides or [
         name for name, side in SIDES.items() if importlib.util.find_spec(side.package) and (native or not side.bf16)
     ]
     cells: list[Cell] = []
-    for name in args.models:
+    for name in args.models or models:
         for batch_size in args.batches:
             cells.append(measure(name, batch_size, sides, args))
             text = report(cells, sides, args)
