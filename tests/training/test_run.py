@@ -502,7 +502,7 @@ def test_several_labels_are_learned_by_a_binary_loss_and_the_best_map_is_kept(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO)
-    val = tiny.Several(12, seed=1)
+    val = tiny.Several(12, seed=4)  # by top-1 the first epoch would be the best
     result = run(tmp_path, train=tiny.Several(24), val=val, label_smoothing=0.1, ema_decay=0.5)
     assert "several labels an image: the loss is binary, each label for itself, without smoothing" in caplog.messages
     assert any(text.startswith("24 images, 3 classes: largest kind") for text in caplog.messages)
