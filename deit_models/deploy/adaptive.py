@@ -45,15 +45,9 @@ class AdaptiveClassifier(ImageClassifier):
         make: Callable[..., ImageClassifier] = optimize,
         kept: Callable[..., bool] = is_kept,
     ) -> None:
-        """Take a model for inference.
+        """Take a model on its device, and the number of images to classify in all.
 
-        Args:
-            model: in float32 (others go on as they are), on the device to stay on.
-            images: how many are to be classified in all.
-            cache_dir: of the optimised network, see `optimize`.
-            clock: seconds.
-            make: makes the optimised network, called like `optimize`.
-            kept: whether it is in the cache, called likewise.
+        `cache_dir` is that of `optimize`. `clock`, `make` and `kept`, like `is_kept`, may be replaced.
         """
         super().__init__(model.config)
         self.origin, self.model, self.network = model.origin, model, model
@@ -87,21 +81,17 @@ class AdaptiveClassifier(ImageClassifier):
                 logger.warning("the optimised network is not faster here; going on with the model")
                 self.network = self.model
             return
-        cpu = x.device.type == "cpu"
-        if not cpu and seconds < _BUSY * (self._clock() - self._starts[1]):
+        cpu, saved = x.device.type == "cpu", left / rate * (1 - 1 / _GAIN)
+        backend = "openvino" if cpu and importlib.util.find_spec("openvino") else "eager"
+        self._options |= {"sample": len(x), "backend": backend}
+        waits = not cpu and seconds < _BUSY * (self._clock() - self._starts[1])
+        least, cost = (fixed + meanwhile / rate for fixed, meanwhile in (_KEPT_COST, _COST))
+        if waits or saved <= least:
             return
-        self._options |= {"sample": len(x)}
-        self._options["backend"] = "openvino" if cpu and importlib.util.find_spec("openvino") else "eager"
-        saved = left / rate * (1 - 1 / _GAIN)
-        if saved <= _KEPT_COST[0] + _KEPT_COST[1] / rate:
-            return
-        fixed, meanwhile = _KEPT_COST if self._kept(self.model, **self._options) else _COST
-        cost = fixed + meanwhile / rate
+        cost = least if self._kept(self.model, **self._options) else cost
         if saved > cost:
-            about = f"about {left / rate:.0f} s at {rate:.0f} images/s"
-            logger.warning(
-                "%d images to come, %s: optimising the network, about %.0f s (--no-optimize: not)", left, about, cost
-            )
+            about = f"{left} images to come, about {left / rate:.0f} s at {rate:.0f} images/s"
+            logger.warning("%s: optimising the network, about %.0f s (--no-optimize: not)", about, cost)
             self._replace(x, rate)
 
     def _replace(self, x: Tensor, rate: float) -> None:

@@ -41,20 +41,16 @@ _WEB_TYPES = ("deit", "vit")
 """Values of `model_type` that its image classification knows; it runs the ONNX file, whatever the type."""
 _SIDES = {2: "height", 3: "width"}
 _CHECKED_BATCHES = (1, 3)  # the network was traced with 2
-_JUDGES = 64
+_JUDGES, _ONE_LABEL = 64, "single_label_classification"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Exported:
     """A written file that gives the model's logits. An OpenVINO file has its weights beside `path`, as `.bin`.
 
-    Attributes:
-        path: the file, or the folder for transformers.js.
-        size_bytes: of all files.
-        max_abs_diff: the largest difference of a logit to the model's over the compared images.
-        tolerance: the allowed difference.
-        quantised_bytes: of model_quantized.onnx; 0 if there is none.
-        agreement: share of `images` images for which the quantised network decides as the model does.
+    `size_bytes` counts all files; `max_abs_diff` is the largest difference of a logit to the model's over the compared
+    images, `tolerance` the allowed one. For transformers.js, `path` is the folder, `quantised_bytes` is the size of
+    model_quantized.onnx, and `agreement` the share of `images` images for which that decides as the model does.
     """
 
     path: Path
@@ -115,7 +111,8 @@ def export(
     plan = merging_plan(model, token_merging)
     if format == WEB_FORMAT:
         given = MIN_AGREEMENT if min_agreement is None else min_agreement
-        return _write_web(model, path, preprocessing, plan=plan, tolerance=tolerance, images=images, least=given)
+        options: dict[str, Any] = {"plan": plan, "tolerance": tolerance, "images": images, "least": given}
+        return _write_web(model, path, preprocessing, **options)
     if images is not None or min_agreement is not None:
         raise ConfigError(f"images and min_agreement are for format={WEB_FORMAT!r}, which quantises; leave them out")
     kind = EXPORT_FORMATS[cast(ExportFormatName, format)]
@@ -189,20 +186,24 @@ def _difference(
 # transformers.js
 
 
-def _write_web(
-    model: ImageClassifier, path: Path, preprocessing: bool | None, *, tolerance: float, **options: Any
-) -> Exported:
+def _write_web(model: ImageClassifier, path: Path, inside: bool | None, **options: Any) -> Exported:
     """Write a folder for transformers.js. Raises: see `export`."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; expected a folder to write to")
-    config, inside = _web_config(model), _transform_inside(model, preprocessing)
+    config, transform = _web_config(model), None
     processor = write_processor(known_origin(model).preprocessing)
+    try:
+        transform = TransformLayer(known_origin(model).preprocessing) if inside is not False else None
+    except ConfigError as error:
+        if inside:
+            raise
+        logger.warning("transformers.js will resize by its own filters: %s", error)
     # in node, filters other than lanczos skip pixels of large images; a browser has its own filter in any case
     steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    processor |= {"resample": 1} if inside is None else dict.fromkeys(steps, False)
+    processor |= dict.fromkeys(steps, False) if transform else {"resample": 1}
     with atomic_write(path / CONFIG_NAME) as temporary, TemporaryDirectory(dir=path, prefix=".") as made:
         folder = Path(made)
-        figures = _write_networks(model, folder / "onnx", inside, tolerance=tolerance, **options)
+        figures = _write_networks(model, folder / "onnx", transform, **options)
         write_json(folder / PROCESSOR_NAME, processor)
         files = [file for file in folder.rglob("*") if file.is_file()]
         for file in files:
@@ -210,15 +211,11 @@ def _write_web(
                 os.replace(file, place)
         temporary.write_text(json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8")
     size_bytes = sum((path / file.relative_to(folder)).stat().st_size for file in (*files, folder / CONFIG_NAME))
-    return Exported(path=path, format=WEB_FORMAT, size_bytes=size_bytes, tolerance=tolerance, **figures)
+    return Exported(path=path, format=WEB_FORMAT, size_bytes=size_bytes, **figures)
 
 
 def write_hub_networks(model: ImageClassifier, folder: Path) -> None:
-    """Write onnx/ for transformers.js into a folder that `save_pretrained` wrote in the layout of transformers.
-
-    Raises: ConfigError: transformers.js does not know the type of the model. MissingExtraError, AgreementError: see
-        `export`.
-    """
+    """Write onnx/ for transformers.js into a folder in the layout of transformers. Raises: see `push_to_hub`."""
     kind = write_transformers_config(model, known_origin(model), layouts_of(model.family))["model_type"]
     if kind not in _WEB_TYPES:
         raise ConfigError(f"onnx=True: {WEB_FORMAT} has no {kind!r}; upload what export(format={WEB_FORMAT!r}) writes")
@@ -227,7 +224,7 @@ def write_hub_networks(model: ImageClassifier, folder: Path) -> None:
 
 
 def _web_config(model: ImageClassifier) -> dict[str, Any]:
-    """The config.json, that of another type if transformers.js does not know the model's own.
+    """The config.json, of type "vit" if transformers.js does not know the model's own.
 
     Raises: ConfigError: a model that is no classifier of RGB images.
     """
@@ -235,38 +232,23 @@ def _web_config(model: ImageClassifier) -> dict[str, Any]:
     if problem == "regression" or not model.num_classes or model.config.in_chans != 3:
         given = f"num_classes={model.num_classes}, in_chans={model.config.in_chans}, problem_type={problem!r}"
         raise ConfigError(f"{given}; transformers.js gives probabilities of classes for RGB images; use format='onnx'")
-    if problem != "single_label_classification":
+    if problem != _ONE_LABEL:
         logger.warning(
             "the pipeline of transformers.js takes a softmax, which is wrong for problem_type=%r; take the sigmoid of "
             "the logits of AutoModelForImageClassification instead, see docs/deployment.md",
             problem,
         )
-    config: dict[str, Any] = {}
     with suppress(ConfigError):  # transformers itself has no such model
         config = write_transformers_config(model, origin, layouts_of(model.family))
-    if config.get("model_type") in _WEB_TYPES:
-        return config
-    kind = {"architectures": ["ViTForImageClassification"], "model_type": "vit"}
-    return {**kind, "deit_models_architecture": origin.name, **write_labels(model, origin)}
+        if config["model_type"] in _WEB_TYPES:
+            return config
+    return {"architectures": ["ViTForImageClassification"], "model_type": "vit", **write_labels(model, origin)}
 
 
 def _problem(model: ImageClassifier) -> str:
     """The `problem_type` of a model; a single logit is a label that applies or not."""
-    kinds = ("single_label_classification", "multi_label_classification")
-    return (model.origin and model.origin.problem_type) or kinds[model.num_classes == 1]
-
-
-def _transform_inside(model: ImageClassifier, wanted: bool | None) -> TransformLayer | None:
-    """The transform as a layer; None if it is not wanted, or not demanded and impossible. Raises: ConfigError."""
-    if wanted is False:
-        return None
-    try:
-        return TransformLayer(known_origin(model).preprocessing)
-    except ConfigError as error:
-        if wanted:
-            raise
-        logger.warning("transformers.js will resize by its own filters: %s", error)
-        return None
+    default = _ONE_LABEL if model.num_classes > 1 else "multi_label_classification"
+    return known_origin(model).problem_type or default
 
 
 @torch.no_grad()
@@ -282,22 +264,22 @@ def _write_networks(
 ) -> dict[str, Any]:
     """Write model.onnx and model_quantized.onnx, compared with the model; gives the figures of `Exported`."""
     folder.mkdir(parents=True)
-    exact, quantised = folder / "model.onnx", folder / "model_quantized.onnx"
+    exact, quantised, pixels = folder / "model.onnx", folder / "model_quantized.onnx", inside is not None
     network, reference = (prepare(model, fold=fold, plan=plan).cpu() for fold in (True, False))
-    sizes, free = [model.config.image_hw] * 3, {0: "batch"}
+    (height, width), free = model.config.image_hw, {0: "batch"}
+    sizes = [(height, width)] * 3
     if inside is not None:
         network, reference = (Prepared(nn.Sequential(inside, part), torch.float32) for part in (network, reference))
-        height, width = model.config.image_hw
         sizes, free = [(height + 13, 2 * width + 1), (2 * height + 7, width - 3), (height, width)], {**free, **_SIDES}
-    batches = [_smooth(model, n, size, pixels=inside is not None) for n, size in zip((2, 1, 3), sizes, strict=True)]
-    metadata = _metadata(model, pixels=inside is not None, plan=plan)
-    write_onnx(network, batches[0], exact, metadata, free=free)
-    pairs = [(batch, batch) for batch in batches[1:]]
-    difference = _difference(exact, open_onnx(exact), reference, pairs, tolerance)
+    batches = [
+        nn.functional.interpolate(random_images(model, count, pixels=pixels).float(), size, mode="bilinear")
+        for count, size in zip((2, *_CHECKED_BATCHES), sizes, strict=True)
+    ]
+    write_onnx(network, batches[0], exact, _metadata(model, pixels=pixels, plan=plan), free=free)
+    difference = _difference(exact, open_onnx(exact), reference, [(x, x) for x in batches[1:]], tolerance)
     _quantise(exact, quantised)
-    several, run = _problem(model) != "single_label_classification", open_onnx(quantised)
-    same = []
-    for image in _judged(model, images, inside):
+    several, run, same = _problem(model) != _ONE_LABEL, open_onnx(quantised), []
+    for image in _judged(model, images, pixels=pixels):
         ours, theirs = (part(image) > 0 if several else part(image).argmax(1) for part in (reference, run))
         same.append((ours == theirs).double().mean())
     if not same:
@@ -308,29 +290,20 @@ def _write_networks(
             f"{quantised.name}: {agreement:.1%} agree on {len(same)} images, min_agreement={least:g} is asked for; "
             "judge by images= of yours, or ask for less"
         )
-    small = quantised.stat().st_size
-    return {"max_abs_diff": difference, "quantised_bytes": small, "agreement": agreement, "images": len(same)}
+    figures = {"max_abs_diff": difference, "tolerance": tolerance, "agreement": agreement, "images": len(same)}
+    return figures | {"quantised_bytes": quantised.stat().st_size}
 
 
-def _smooth(model: ImageClassifier, count: int, size: tuple[int, int], *, pixels: bool) -> Tensor:
-    """Random images of a size, as floats: pixels from 0 to 255, or normalised."""
-    images = random_images(model, count, pixels=pixels).float()
-    return nn.functional.interpolate(images, size, mode="bilinear") if pixels else images
-
-
-def _judged(
-    model: ImageClassifier, images: Tensor | Sequence[Any] | None, inside: TransformLayer | None
-) -> Iterator[Tensor]:
+def _judged(model: ImageClassifier, images: Tensor | Sequence[Any] | None, *, pixels: bool) -> Iterator[Tensor]:
     """Images as the network takes them, one by one, (1, C, H, W). Raises: ImageError: one cannot be decoded."""
-    if images is None:
-        images = _smooth(model, _JUDGES, model.config.image_hw, pixels=inside is not None)
+    images = random_images(model, _JUDGES, pixels=pixels) if images is None else images
     if isinstance(images, Tensor):
         yield from torch.split(images.cpu().float(), 1)
         return
     transform = EvalTransform(known_origin(model).preprocessing)
     for named in images:
         image = named[1] if isinstance(named, tuple) else named  # of `image_sources`: a name and the bytes
-        yield (transform(image) if inside is None else pil_to_tensor(load_image(image)).float())[None]
+        yield (pil_to_tensor(load_image(image)).float() if pixels else transform(image))[None]
 
 
 def _quantise(file: Path, smaller: Path) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from itertools import accumulate
 from pathlib import Path
@@ -59,10 +60,9 @@ class KeptNetwork(NamedTuple):
 
 def has_network(key: str, access: Access) -> bool:
     """Whether there is a network in the cache."""
-    try:
+    with suppress(SaveError):
         return (assets_dir("deploy", access) / f"{key}.network").exists()
-    except SaveError:
-        return False
+    return False
 
 
 def kept_network(key: str, access: Access) -> KeptNetwork | None:

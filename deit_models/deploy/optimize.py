@@ -185,9 +185,10 @@ def is_kept(
     backend: BackendName,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> bool:
-    """Whether the compiled network that `optimize` makes with these options is in the cache, so that it need not be."""
+    """Whether the compiled network that `optimize` makes with these options is in the cache."""
     search = _Search(model, sample, None, goal="throughput", pixels=False, min_agreement=0.99, merging=0)
-    return search.is_kept(Way(backend, precision), Access(cache_dir=cache_dir))
+    way = Way(backend, precision)
+    return has_network(search.network_key(way, search.question([way])), Access(cache_dir=cache_dir))
 
 
 def _check(precision: str, goal: str, backend: str, min_agreement: float, calibration: object) -> None:
@@ -261,7 +262,7 @@ class _Search:
             that was asked for, or torch itself fails.
         """
         merging = self._merging_agreement()
-        question = self._question(candidates)
+        question = self.question(candidates)
         key, several = decision_key(question, self.device), len(candidates) > 1
         timings = recall(key, Timing, access) if several else []
         first = Way(timings[0].backend, timings[0].precision) if timings else candidates[0]
@@ -282,7 +283,7 @@ class _Search:
             raise AgreementError("; ".join(self.disagreements) or nothing)
         if not restored and self.backends[found.way.backend].keeps:
             network = cast(KeepableRunner, found.run).to_bytes()
-            keep_network(self._network_key(found.way, question), network, found.agreement, access)
+            keep_network(self.network_key(found.way, question), network, found.agreement, access)
         timings = timings or [Timing(backend=found.way.backend, precision=found.way.precision)]
         choice = Choice(
             backend=found.way.backend, precision=found.way.precision, agreement=found.agreement,
@@ -290,11 +291,8 @@ class _Search:
         )  # fmt: skip
         return OptimizedClassifier(self.model, found.run, choice, device=self.device, pixels=self.pixels)
 
-    def is_kept(self, way: Way, access: Access) -> bool:
-        """Whether the compiled network of an only candidate is in the cache."""
-        return has_network(self._network_key(way, self._question([way])), access)
-
-    def _question(self, candidates: list[Way]) -> dict[str, Any]:
+    def question(self, candidates: list[Way]) -> dict[str, Any]:
+        """All that the timings of the candidates depend on, besides the machine."""
         return {
             "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
             "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,
@@ -415,7 +413,7 @@ class _Search:
         expected, _ = self._expected
         return _agreement(self._logits(run, self.judges), expected)
 
-    def _network_key(self, way: Way, question: dict[str, Any]) -> str:
+    def network_key(self, way: Way, question: dict[str, Any]) -> str:
         """Key of a compiled network: it depends on the weights and the calibration images, too."""
         return decision_key({**question, "way": way, "tensors": self._digest}, self.device)
 
@@ -429,7 +427,7 @@ class _Search:
         """The kept network of a way; None if there is none, or after one log line if it does not fit."""
         backend, few = self.backends[way.backend], self.judges[:_FEW]
         try:
-            kept = kept_network(self._network_key(way, question), access) if backend.keeps else None
+            kept = kept_network(self.network_key(way, question), access) if backend.keeps else None
             if kept is None:
                 return None
             agreement = Agreement(*kept.agreement)
