@@ -156,8 +156,10 @@ def _begin_parts(
     paths = every.chosen(lambda name: written_name(name) not in done) if done else every
     classifier = make_classifier(args, paths, optimize, alone=False)
     names = digest_of_names(map(paths.name, range(len(paths))))
-    run = {"model": digest_of_numbers(classifier.model), "images": len(paths), "names": names}
-    parts.begin(picked(args, "format", "top_k", "fast_pixels") | run, len(paths), process)
+    run = picked(args, "format", "top_k", "fast_pixels", "precision", "token_merging")
+    # an optimised network may hold no numbers of its own, so that its model's name stands beside them
+    run |= {"optimize": bool(args.optimize), "model": str(args.model), "weights": digest_of_numbers(classifier.model)}
+    parts.begin(run | {"images": len(paths), "names": names}, len(paths), process)
     return parts, classifier, paths, errors if process.is_main else []
 
 
