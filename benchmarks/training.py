@@ -6,6 +6,11 @@ Both sides train the same architecture on the same ready-made batches (data_pipe
 bfloat16 autocast, mixup and CutMix with smoothed labels, AdamW, averaged weights. Each measurement is a process of its
 own, the sides take turns, medians are compared. The matrix peak is measured too, by one large product; a training step
 counts three times the forward pass's two operations per MAC.
+
+    python benchmarks/training.py --memory [--write benchmarks/results/training_memory.md]
+
+What a forward pass in training keeps for the backward pass, with and without gradient checkpointing, beside timm where
+it has the model: bytes of different storages, without the weights', a count that does not depend on the machine.
 """
 
 from __future__ import annotations
@@ -26,6 +31,9 @@ SIDES = ("deit-models", "timm")
 CASES = {"deit_micro_patch4_32": 128, "deit_tiny_patch16_224": 32, "deit_small_patch16_224": 16}
 """Models and their batch sizes on a CPU."""
 WARMUP = 3
+
+STORED = ("deit_tiny_patch16_224", "deit_small_patch16_224", "t2t_vit_14", "levit_192", "vit_resnas_tiny")
+"""Models of the table of memory; timm has no T2T-ViT and no ViT-ResNAS."""
 
 Batches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 
@@ -162,6 +170,53 @@ def report(rates: dict[str, dict[str, float]], args: argparse.Namespace) -> str:
     return "\n".join(lines) + "\n"
 
 
+def stored_mib(model: torch.nn.Module, images: torch.Tensor) -> float:
+    """MiB for each image that a forward pass keeps for the backward pass."""
+    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no other tensor gets their place
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        model(images)
+    return sum(storage.nbytes() for storage in kept.values()) / len(images) / 2**20
+
+
+def memory(args: argparse.Namespace) -> str:
+    """A Markdown table of stored bytes."""
+    import timm
+
+    import deit_models
+
+    size = args.batch_size or 2
+    lines = [
+        "# Gradient checkpointing",
+        "",
+        f"float32, {size} images of 224 pixels, training mode. MiB are what a forward pass keeps for the backward pass, "
+        "for each image. Command: `python benchmarks/training.py --memory`.",
+        "",
+        "| model | deit-models, off | on | ratio | timm, off | on |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name in STORED:
+        sides = [deit_models.create_model(name)]
+        sides += [timm.create_model(name)] if timm.is_model(name) else []
+        images = torch.randn(size, 3, 224, 224)
+        found = []
+        for model in sides:
+            for on in (False, True):
+                model.train().set_grad_checkpointing(on)
+                found.append(stored_mib(model, images))
+        timms = " | ".join([f"{value:.1f}" for value in found[2:]] or ["-", "-"])
+        lines.append(f"| `{name}` | {found[0]:.1f} | {found[1]:.1f} | {found[0] / found[1]:.1f} | {timms} |")
+        print(lines[-1], flush=True)
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -169,6 +224,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--batch-size", type=int, help="default: by model, for a CPU")
     parser.add_argument("--compile", action="store_true", help="torch.compile on both sides")
+    parser.add_argument("--memory", action="store_true", help="the table of gradient checkpointing")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--write", type=Path, help="also write the table there")
@@ -176,6 +232,11 @@ def main() -> None:
     args = parser.parse_args()
     if args.child:
         child(*args.child, args)
+        return
+    if args.memory:
+        table = memory(args)
+        if args.write:
+            args.write.write_text(table, encoding="utf-8")
         return
     rates: dict[str, dict[str, float]] = {}
     for name in args.models:
