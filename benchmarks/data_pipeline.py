@@ -11,7 +11,8 @@ timm gets torchvision's RandomCrop in the place of its first transform, as the D
 its prefetcher, its scripts' default, which sends bytes to the main process and normalises and erases there.
 
 By default deit-models runs "in memory": small images are decoded once, before the clock starts; "from files" decodes
-each time, as timm does; "cut where the model is" needs no loading process: the main process does everything.
+each time, as timm does, "from Arrow files" the same from a saved data set of Hugging Face; "cut where the model is"
+needs no loading process: the main process does everything.
 
 Each side has a process of its own and one loading process, each with one thread; it reads one epoch to warm up and as
 many as take two seconds of CPU time for the clock; the sides take turns, and ratios are taken within a round. The
@@ -36,8 +37,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-SMALL = ("deit-models, in memory", "deit-models, from files", "timm")
-PEERS = {32: SMALL, 64: SMALL, 224: ("deit-models, from files", "timm")}
+ARROW = "deit-models, from Arrow files"
+SMALL = ("deit-models, in memory", "deit-models, from files", ARROW, "timm")
+PEERS = {32: SMALL, 64: SMALL, 224: ("deit-models, from files", ARROW, "timm")}
 THERE = "deit-models, cut where the model is"
 AUGMENTS = ("none", "rand-m9-mstd0.5-inc1")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp"}
@@ -47,7 +49,10 @@ ENOUGH_S = 2.0
 
 
 def lay_out(photos: Path, images: int, size: int, folder: Path) -> None:
-    """A train/ folder of `images` files of each photo's class: links, or small squares of them saved as JPEG."""
+    """A train/ folder of `images` files of each photo's class: links, or small squares of them saved as JPEG.
+
+    The same files are written into Arrow files beside it.
+    """
     from PIL import Image
 
     files = sorted(path.resolve() for path in photos.iterdir() if path.suffix.lower() in SUFFIXES)
@@ -66,6 +71,18 @@ def lay_out(photos: Path, images: int, size: int, folder: Path) -> None:
         side = dice.randint(min(photo.size) // 2, min(photo.size))
         left, top = dice.randint(0, photo.width - side), dice.randint(0, photo.height - side)
         photo.resize((size, size), box=(left, top, left + side, top + side)).save(target, quality=90)
+    save_set(folder)
+
+
+def save_set(folder: Path) -> None:
+    """The images of train/ as a data set of Hugging Face, saved in the folder set, with the same encoded bytes."""
+    from datasets import ClassLabel, Dataset, Features, Image
+
+    files = sorted(folder.glob("train/*/*"))
+    features = Features({"image": Image(), "label": ClassLabel(names=sorted({file.parent.name for file in files}))})
+    images = [{"bytes": file.read_bytes(), "path": None} for file in files]
+    columns = {"image": images, "label": [file.parent.name for file in files]}
+    Dataset.from_dict(columns, features=features).save_to_disk(folder / "set")
 
 
 def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -> Any:
@@ -81,7 +98,7 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     from deit_models.data.memory import keep_in_memory
     from deit_models.training.recipe import Recipe
 
-    records = open_dataset(folder, "train")
+    records = open_dataset(Path(folder, "set") if peer == ARROW else Path(folder, "train"), "train")
     if not peer.endswith("files"):
         records = keep_in_memory(records, "ram", workers=1)
     preprocessing = Preprocessing(resize=size, crop=(size, size))

@@ -1,13 +1,14 @@
-"""Opening a data set of a million files: deit-models beside torchvision and timm, from class folders and from a table.
+"""Opening a data set of a million files: deit-models beside torchvision and timm, from class folders and from tables.
 
     python benchmarks/opening.py [--files 1000000] [--classes 1000] [--rounds 5] [--folder PLACE]
                                  [--write benchmarks/results/opening.md]
 
 The files are empty: none is read. Each side opens them in a process of its own, from a warm directory cache; the sides
-take turns, and the medians are compared. "open" is the opening call alone; the table is a list of pairs of a path and a
-class's name, which is there before the clock starts and is passed to `wrap`. "memory" is the growth of the process's
-peak, "split" the time to set a tenth of the images aside by class, which the others leave to the user, and "to a
-worker" the bytes that a loading process gets where processes are spawned. --folder keeps the files for another time.
+take turns, and the medians are compared. "open" is the opening call alone; the CSV file has a path and a class's name
+in each line, the pairs are a list of the same, which is there before the clock starts and is passed to `wrap`.
+"memory" is the growth of the process's peak, "split" the time to set a tenth of the images aside by class, which the
+others leave to the user, and "to a worker" the bytes that a loading process gets where processes are spawned.
+--folder keeps the files for another time.
 """
 
 from __future__ import annotations
@@ -26,12 +27,12 @@ from typing import Any
 
 from loading import machine, peak_mb
 
-FOLDERS, TABLE = "deit-models, class folders", "deit-models, table"
-SIDES = (FOLDERS, TABLE, "torchvision ImageFolder", "timm ImageDataset")
+FOLDERS, TABLE, LINES = "deit-models, class folders", "deit-models, pairs", "deit-models, CSV"
+SIDES = (FOLDERS, TABLE, LINES, "torchvision ImageFolder", "timm ImageDataset")
 
 
 def lay_out(files: int, classes: int, folder: Path) -> None:
-    """Empty files in class folders, unless they are there."""
+    """Empty files in class folders, and a table of them beside, unless they are there."""
     for number in range(classes):
         place = folder / f"n{number:08}"
         if place.is_dir():
@@ -39,6 +40,16 @@ def lay_out(files: int, classes: int, folder: Path) -> None:
         place.mkdir(parents=True)
         for image in range(number, files, classes):
             (place / f"{place.name}_{image}.JPEG").touch()
+    if not table_of(folder).exists():
+        with table_of(folder).open("w", encoding="utf-8") as table:
+            table.write("path,label\n")
+            for place in sorted(folder.iterdir()):
+                table.writelines(f"{place.name}/{entry.name},{place.name}\n" for entry in os.scandir(place))
+
+
+def table_of(folder: Path) -> Path:
+    """The CSV file of a folder, beside it."""
+    return folder.with_suffix(".csv")
 
 
 def child(side: str, folder: str) -> None:
@@ -55,13 +66,14 @@ def child(side: str, folder: str) -> None:
     openers: dict[str, Any] = {
         FOLDERS: lambda: open_dataset(folder, "train"),
         TABLE: lambda: wrap(table),
-        SIDES[2]: lambda: ImageFolder(folder),
-        SIDES[3]: lambda: timm.data.ImageDataset(folder),
+        LINES: lambda: open_dataset(table_of(Path(folder)), "train", images=folder),
+        SIDES[3]: lambda: ImageFolder(folder),
+        SIDES[4]: lambda: timm.data.ImageDataset(folder),
     }
     before, start = peak_mb(), time.perf_counter()
     found = openers[side]()
     row = {"open_s": time.perf_counter() - start, "memory_mb": peak_mb() - before, "images": len(found)}
-    if side in (FOLDERS, TABLE):
+    if side in (FOLDERS, TABLE, LINES):
         start = time.perf_counter()
         stratified_split(labels_of(found), fraction=0.1, seed=0)
         row["split_s"] = time.perf_counter() - start
@@ -96,7 +108,7 @@ def report(rows: dict[str, list[dict[str, float]]], args: argparse.Namespace) ->
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for side, found in rows.items():
-        ratio = statistics.median(a["open_s"] / b["open_s"] for a, b in zip(found, rows[SIDES[2]], strict=True))
+        ratio = statistics.median(a["open_s"] / b["open_s"] for a, b in zip(found, rows[SIDES[3]], strict=True))
         medians = {key: statistics.median(row[key] for row in found) for key in found[0]}
         split = f"{medians['split_s']:.1f}" if "split_s" in medians else ""
         lines.append(
@@ -120,7 +132,8 @@ def main() -> None:
         child(*args.child)
         return
     with tempfile.TemporaryDirectory() as temporary:
-        folder = args.folder or Path(temporary)
+        folder = args.folder or Path(temporary, "images")
+        folder.mkdir(exist_ok=True)
         lay_out(args.files, args.classes, folder)
         table = report(measure(args, folder), args)
     print(table)

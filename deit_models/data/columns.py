@@ -72,13 +72,7 @@ class Columns(NamedTuple):
     separator: str | None = None
 
     @classmethod
-    def of(
-        cls,
-        images: str | PathLike[str] | None,
-        image_column: str | None,
-        label_column: str | Sequence[str] | None,
-        label_separator: str | None,
-    ) -> Columns:
+    def of(cls, images: Any, image_column: str | None, label_column: Any, label_separator: str | None) -> Columns:
         """From the keywords of `open_dataset`. Raises: ConfigError: an empty separator."""
         if label_separator == "":
             raise ConfigError("label_separator=''; expected the text between two names, such as '|'")
