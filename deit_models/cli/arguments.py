@@ -181,7 +181,7 @@ def open_data(
     from ..data.datasets import DATASETS, open_dataset
 
     on_hub = source.startswith(HUB)
-    if on_hub and getattr(args, "offline", False) and not os.environ.get("HF_HUB_OFFLINE"):
+    if on_hub and getattr(args, "offline", False) and os.environ.get("HF_HUB_OFFLINE", "0") in ("", "0"):
         raise ConfigError(
             f"--offline is for the model; {source} is read offline with HF_HUB_OFFLINE=1 in the environment"
         )

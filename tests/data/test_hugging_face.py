@@ -274,3 +274,12 @@ def test_a_set_that_cannot_be_reached_is_one_line() -> None:
     assert re.fullmatch(r"deit-models: hf:owner/name: .*Offline.*\n", done.stderr)
     with pytest.raises(ConfigError, match="no option 'config'; expected name or revision or split"):
         open_dataset("hf:owner/name,config=x", "train")
+
+
+def test_offline_is_refused_for_a_set_on_the_hub_unless_its_library_is_told() -> None:
+    arguments = ["evaluate", "deit_micro_distilled_patch4_32", "hf:owner/name", "--offline"]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "0"}
+    command = [sys.executable, "-m", "deit_models", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "hf:owner/name is read offline with HF_HUB_OFFLINE=1" in done.stderr
