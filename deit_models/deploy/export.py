@@ -111,6 +111,8 @@ def export(
     plan = merging_plan(model, token_merging)
     if format == WEB_FORMAT:
         given = MIN_AGREEMENT if min_agreement is None else min_agreement
+        if not 0 <= given <= 1:
+            raise ConfigError(f"min_agreement={given}; expected a share from 0 to 1")
         options: dict[str, Any] = {"plan": plan, "tolerance": tolerance, "images": images, "least": given}
         return _write_web(model, path, preprocessing, **options)
     if images is not None or min_agreement is not None:
@@ -190,17 +192,17 @@ def _write_web(model: ImageClassifier, path: Path, inside: bool | None, **option
     """Write a folder for transformers.js. Raises: see `export`."""
     if path.exists() and not path.is_dir():
         raise ConfigError(f"{path} is a file; expected a folder to write to")
-    config, transform = _web_config(model), None
-    processor = write_processor(known_origin(model).preprocessing)
+    config, spec, transform = _web_config(model), known_origin(model).preprocessing, None
     try:
-        transform = TransformLayer(known_origin(model).preprocessing) if inside is not False else None
+        transform = TransformLayer(spec) if inside is not False else None
     except ConfigError as error:
         if inside:
             raise
         logger.warning("transformers.js will resize by its own filters: %s", error)
     # in node, filters other than lanczos skip pixels of large images; a browser has its own filter in any case
-    steps = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
-    processor |= dict.fromkeys(steps, False) if transform else {"resample": 1}
+    steps = dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), False)
+    kind = {"image_processor_type": "DeiTImageProcessor"}
+    processor = {**kind, **steps} if transform else {**write_processor(spec), "resample": 1}
     with atomic_write(path / CONFIG_NAME) as temporary, TemporaryDirectory(dir=path, prefix=".") as made:
         folder = Path(made)
         figures = _write_networks(model, folder / "onnx", transform, **options)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 import deit_models
 from deit_models import AgreementError, ConfigError
+from deit_models.deploy import export as exporting
 from deit_models.deploy.export import Exported
 from deit_models.deploy.network import TransformLayer
 from deit_models.deploy.runtimes import open_exported, read_metadata
@@ -117,6 +118,16 @@ def test_transform_that_no_network_computes_is_left_to_transformers_js(
     write(model, tmp_path / "web")
     assert "will resize by its own filters" in caplog.text
     assert read(tmp_path / "web", "preprocessor_config.json")["do_resize"] is False
+
+
+def test_transform_that_transformers_js_lacks_is_computed_by_the_network_or_refused(tmp_path: Path) -> None:
+    model = build("one block")
+    spec = replace(model.origin.preprocessing, resize=(70, 64), fit="cover")
+    model.origin = replace(model.origin, preprocessing=spec)
+    with pytest.raises(ConfigError, match="transformers has no transform like 'resize to cover 70x64"):
+        write(model, tmp_path / "web", preprocessing=False)
+    assert not (tmp_path / "web").exists()
+    assert write(model, tmp_path / "web").max_abs_diff <= 1e-4
 
 
 def test_images_of_ours_judge_the_quantised_network(tmp_path: Path) -> None:
@@ -240,7 +251,7 @@ def test_model_that_the_pipeline_cannot_serve_is_refused(model: Any, message: st
 def test_quantised_network_that_disagrees_is_refused_and_nothing_is_left(tmp_path: Path) -> None:
     x = torch.randn(50, 3, 64, 64)
     with pytest.raises(AgreementError, match=r"agree on 50 images, min_agreement=1\.01 is asked for"):
-        write(build("one block"), tmp_path, preprocessing=False, images=x, min_agreement=1.01)
+        exporting._write_web(build("one block"), tmp_path, False, images=x, least=1.01)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -251,6 +262,8 @@ def test_wrong_options_are_refused(tmp_path: Path) -> None:
         deit_models.export(model, file, format="transformers.js")
     with pytest.raises(ConfigError, match=r"images and min_agreement are for format='transformers\.js'"):
         deit_models.export(model, tmp_path / "m.pt2", images=[file])
+    with pytest.raises(ConfigError, match=r"min_agreement=90; expected a share from 0 to 1"):
+        deit_models.export(model, tmp_path / "web", format="transformers.js", min_agreement=90)
     with pytest.raises(ConfigError, match="images is empty"):
         write(model, tmp_path / "web", images=[], preprocessing=False)
 
