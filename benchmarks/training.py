@@ -196,7 +196,7 @@ def memory(args: argparse.Namespace) -> str:
     lines = [
         "# Gradient checkpointing",
         "",
-        f"float32, {size} images of 224 pixels, training mode. MiB are what a forward pass keeps for the backward pass, "
+        f"float32, {size} images of 224 pixels, training mode. MiB are what a forward pass keeps for the backward pass "
         "for each image. Command: `python benchmarks/training.py --memory`.",
         "",
         "| model | deit-models, off | on | ratio | timm, off | on |",

@@ -122,10 +122,12 @@ def forward_backward(learner: Learner, batch: Batch, *, exchange: bool, heads: n
     # DDP exchanges gradients in the last backward pass of a step only; other modules have no such mode
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(heads, "no_sync", nullcontext)
     with nullcontext() if exchange else no_sync():
-        with autocast(device, recipe.precision), attention_for_training(device, images, recipe.precision):
-            output = _training_pass(heads, images)
-        loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
-        learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        # around the backward pass too: gradient checkpointing computes attention there again
+        with attention_for_training(device, images, recipe.precision):
+            with autocast(device, recipe.precision):
+                output = _training_pass(heads, images)
+            loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
+            learner.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
     return loss.detach()
 
 

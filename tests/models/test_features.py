@@ -136,11 +136,12 @@ def test_compiled_step_has_the_same_gradients(name: str) -> None:
         torch.testing.assert_close(buffer, other)
 
 
-def test_recipe_switches_it_on_and_trains_to_the_same_weights(tmp_path: Path) -> None:
+@pytest.mark.parametrize("precision", ["float32", "bf16"])
+def test_recipe_switches_it_on_and_trains_to_the_same_weights(precision: str, tmp_path: Path) -> None:
     results = []
     for on in (False, True):
         model = tiny.model(distilled=True)
-        recipe = tiny.recipe(tiny.LIVELY, epochs=2, grad_checkpointing=on, label_heads="both")
+        recipe = tiny.recipe(tiny.LIVELY, epochs=2, grad_checkpointing=on, precision=precision)
         out = tmp_path / str(on)
         deit_models.train(model, recipe=recipe, train=tiny.Pictures(24), out=out, workers=0, device="cpu")
         assert model.grad_checkpointing is on

@@ -332,7 +332,7 @@ def gradients(_: Path) -> dict[str, dict[str, Tensor]]:
 
 def small_run(out: Path, **options: Any) -> list[dict[str, Any]]:
     """Two epochs with an average and gradient clipping, nothing drawn but the order."""
-    own = {*tiny.LIVELY, "clip_mode", "min_lr", "class_weights", "sampling"}
+    own = {*tiny.LIVELY, "clip_mode", "min_lr", "class_weights", "sampling", "grad_checkpointing"}
     changes = {key: options.pop(key) for key in list(options) if key in own}
     settings = {"epochs": 2, "ema_decay": 0.5, "clip_grad": 1.0, "label_smoothing": 0.1, **changes}
     seed = options.pop("model_seed", 0)
@@ -377,7 +377,7 @@ def divided(folder: Path) -> list[dict[str, Any]]:
 
 
 def divided_adaptively(folder: Path) -> list[dict[str, Any]]:
-    return small_run(folder / "fsdp agc", shard="fsdp", clip_grad=0.01, clip_mode="agc")
+    return small_run(folder / "fsdp agc", shard="fsdp", clip_grad=0.01, clip_mode="agc", grad_checkpointing=True)
 
 
 def several(folder: Path) -> list[dict[str, Any]]:
@@ -388,7 +388,8 @@ def several(folder: Path) -> list[dict[str, Any]]:
 
 
 def replicated_adaptively(folder: Path) -> list[dict[str, Any]]:
-    return small_run(folder / "ddp agc", clip_grad=0.01, clip_mode="agc")
+    several_processes = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return small_run(folder / "ddp agc", clip_grad=0.01, clip_mode="agc", grad_checkpointing=several_processes)
 
 
 def first_weights(_: Path) -> dict[str, dict[str, Tensor]]:
