@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from deit_models.embeddings import load_features
+from deit_models.scoring.embeddings import load_features
 
 ORIGINALS = 100
 

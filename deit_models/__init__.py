@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from .data.classes import wrap
     from .deploy.export import export
     from .deploy.optimize import optimize
-    from .evaluation import evaluate
     from .finetuning.adapt import adapt_head
     from .finetuning.finetune import finetune
     from .formats.publish import push_to_hub, save_pretrained
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
     from .images.transforms import transform_for
     from .models import create_model
     from .predict import Classifier, attention_maps
+    from .scoring.evaluation import evaluate
     from .training.losses import WithLoss
     from .training.recipe import recipe_named
     from .training.run import train
@@ -85,7 +85,7 @@ _LAZY = {
     "adapt_head": ".finetuning.adapt",
     "attention_maps": ".predict",
     "create_model": ".models",
-    "evaluate": ".evaluation",
+    "evaluate": ".scoring.evaluation",
     "export": ".deploy.export",
     "finetune": ".finetuning.finetune",
     "from_pretrained": ".hub.load",

@@ -18,15 +18,15 @@ from .data.loading import FileBatch, Watch, check_workers, file_batches, plain_w
 from .data.sources import find_images as find_images
 from .data.sources import image_sources
 from .distributed import own_device
-from .embeddings import EmbeddedFiles, check_features_file, write_features
 from .errors import ConfigError, DeitModelsError, ImageError
-from .evaluation import class_labels, eval_mode
 from .files import digest_of_numbers
 from .images.decoding import ImageSource
 from .images.transforms import to_device, transform_for
-from .metrics import UNSURE
 from .models.layers import ImageClassifier
 from .registry import DEFAULT_MODEL, own_model
+from .scoring.embeddings import EmbeddedFiles, check_features_file, write_features
+from .scoring.evaluation import class_labels, eval_mode
+from .scoring.metrics import UNSURE
 
 logger = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import torch
 from PIL import Image, ImageDraw
 
 from deit_models import Classifier, ConfigError
-from deit_models.embeddings import load_features, nearest_neighbours
 from deit_models.images.decoding import load_image
 from deit_models.registry import DEFAULT_MODEL
+from deit_models.scoring.embeddings import load_features, nearest_neighbours
 
 SIDE, GAP = 96, 8
 

@@ -39,10 +39,10 @@ if TYPE_CHECKING:
 
     from ..data.sources import ImageSources, Undecoded
     from ..distributed import Process
-    from ..embeddings import Parts
-    from ..evaluation import Evaluation
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
+    from ..scoring.embeddings import Parts
+    from ..scoring.evaluation import Evaluation
 
 _JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares logits on, and that int8 ranges are fitted to
 _MANY = 300  # with fewer images, no network is worth an optimised form
@@ -95,7 +95,7 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
     """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
     from ..data.sources import image_sources
     from ..distributed import join_processes
-    from ..embeddings import Parts
+    from ..scoring.embeddings import Parts
 
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
@@ -141,8 +141,8 @@ def _begin_parts(
     args: argparse.Namespace, every: ImageSources, optimize: Any, process: Process
 ) -> tuple[Parts, Classifier, ImageSources, list[str]]:
     """Share the images that have no results yet among the processes; returns the earlier errors, too."""
-    from ..embeddings import Parts, digest_of_names
     from ..files import digest_of_numbers
+    from ..scoring.embeddings import Parts, digest_of_names
     from .results import resume_results, written_name
 
     if args.output is None or args.format == "text":
@@ -202,8 +202,8 @@ def add_embed(commands: Any) -> None:
 
 def _run_embed(args: argparse.Namespace) -> int:
     from ..data.sources import image_sources
-    from ..embeddings import check_features_file, knn_accuracy, load_features, retrieval
     from ..predict import Classifier
+    from ..scoring.embeddings import check_features_file, knn_accuracy, load_features, retrieval
 
     check_features_file(args.output, args.storage)
     _check_output(args)
@@ -304,9 +304,9 @@ def add_evaluate(commands: Any) -> None:
 
 def _run_evaluate(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
-    from ..evaluation import evaluate
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
+    from ..scoring.evaluation import evaluate
 
     model = from_pretrained(args.source, model=args.model, **loading(args))
     options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")
@@ -337,7 +337,7 @@ def _as_json(args: argparse.Namespace, published: Mapping[str, Any] | None, resu
 
 
 def _as_text(args: argparse.Namespace, published: Mapping[str, Any] | None, result: Evaluation) -> str:
-    from ..metrics import FIGURES
+    from ..scoring.metrics import FIGURES
 
     known = ((name, getattr(result, key)) for key, name in FIGURES.items())
     rows = {name: f"{value:.2f} %" for name, value in known if value is not None}

@@ -138,10 +138,10 @@ def _student(args: argparse.Namespace, recipe: Recipe, records: ImageRecords) ->
     """The model to train, and its start in words. Random weights come from the recipe's seed."""
     import torch
 
-    from ..evaluation import match_classes
     from ..hub.load import from_pretrained
     from ..models import create_model
     from ..registry import list_models
+    from ..scoring.evaluation import match_classes
 
     changes: dict[str, Any] = {"num_classes": len(records.classes)}
     if recipe.img_size:

@@ -18,7 +18,6 @@ from torchvision.transforms.v2.functional import pil_to_tensor
 
 from ..config import nearest
 from ..errors import AgreementError, ConfigError
-from ..evaluation import class_labels
 from ..files import atomic_write, write_json
 from ..formats.layouts import CONFIG_NAME, PROCESSOR_NAME, known_origin, layouts_of
 from ..formats.transformers_config import write_labels, write_processor, write_transformers_config
@@ -26,6 +25,7 @@ from ..images.decoding import load_image
 from ..images.transforms import EvalTransform
 from ..models.layers import ImageClassifier
 from ..registry import own_model
+from ..scoring.evaluation import class_labels
 from .hardware import Runner
 from .network import Prepared, TokenMerging, TransformLayer, merging_plan, prepare, random_images
 from .runtimes import EXPORT_FORMATS, ExportFormat, ExportFormatName, extra_needed, format_of, open_onnx, write_onnx

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from ..config import override
 from ..errors import ConfigError, shown
-from ..evaluation import class_names_of
 from ..formats.layouts import known_origin
 from ..models.layers import ImageClassifier
 from ..registry import meta_model, own_model
+from ..scoring.evaluation import class_names_of
 from ..training.optim import layer_count, layer_of_parameter
 
 

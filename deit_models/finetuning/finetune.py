@@ -23,12 +23,12 @@ from ..data.records import ImageRecords
 from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, shown
-from ..evaluation import collect_outcomes, resolved_precision
 from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
-from ..metrics import best_thresholds, count_classes
 from ..models.layers import ImageClassifier
+from ..scoring.evaluation import collect_outcomes, resolved_precision
+from ..scoring.metrics import best_thresholds, count_classes
 from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, check_kinds, run_training

@@ -25,11 +25,11 @@ from ..data.records import ImageRecords, Label, SubsetRecords
 from ..data.split import labels_of
 from ..distributed import Process
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluation import Outcomes, Tally, autocast
 from ..files import digest_of_numbers, write_tensors, write_text
 from ..images.transforms import EvalTransform, preprocessing_of
-from ..metrics import choosing_figure
 from ..models.layers import ImageClassifier
+from ..scoring.evaluation import Outcomes, Tally, autocast
+from ..scoring.metrics import choosing_figure
 from ..training.losses import several_labels
 from ..training.recipe import Precision
 from ..training.run import Computing

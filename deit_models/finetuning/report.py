@@ -15,11 +15,11 @@ from ..checkpoint import Layout
 from ..data.records import ImageRecords
 from ..data.split import SPLIT_NAME, Split
 from ..errors import ConfigError, ImageError
-from ..evaluation import Evaluation, Outcomes
 from ..files import atomic_write, csv_line, markdown, write_json, write_text
 from ..formats.layouts import CARD_NAME
-from ..metrics import FIGURES, UNSURE, average_precision, f1_scores, in_words
 from ..models.layers import ImageClassifier
+from ..scoring.evaluation import Evaluation, Outcomes
+from ..scoring.metrics import FIGURES, UNSURE, average_precision, f1_scores, in_words
 from ..training.recipe import Recipe
 from ..training.state import find_matplotlib, plot_curves
 

@@ -18,13 +18,13 @@ from ..data.records import ImageRecords
 from ..data.split import keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, TrainingError
-from ..evaluation import Heads, resolved_precision, score
 from ..files import digest_of_numbers, read_text, toml_lines, write_text
 from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
 from ..images.transforms import EvalTransform
 from ..models.vit_resnas import ViTResNAS
 from ..registry import default_preprocessing
+from ..scoring.evaluation import Heads, resolved_precision, score
 from ..training.recipe import Precision, Recipe
 from ..training.run import Computing, TrainResult, run_training
 from ..training.state import export_model

@@ -20,7 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..data.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import ConfigError, TrainingError, first_line
-from ..evaluation import autocast
+from ..scoring.evaluation import autocast
 from .learner import Learner
 from .optim import clip_gradients, learning_rate, set_learning_rate
 from .recipe import Precision

@@ -15,8 +15,8 @@ from ..augmentation.mixing import Mixing
 from ..checkpoint import Preprocessing
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
-from ..evaluation import Heads, resolved_precision
 from ..models.layers import ImageClassifier
+from ..scoring.evaluation import Heads, resolved_precision
 from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
 from .optim import WeightAverage, make_optimizer
 from .recipe import Recipe

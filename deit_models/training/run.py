@@ -24,10 +24,10 @@ from ..data.records import ImageRecords
 from ..data.split import labels_of, one_class
 from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
-from ..evaluation import Heads, score_each
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
-from ..metrics import FIGURES, best_thresholds, choosing_figure, count_classes
+from ..scoring.evaluation import Heads, score_each
+from ..scoring.metrics import FIGURES, best_thresholds, choosing_figure, count_classes
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner

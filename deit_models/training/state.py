@@ -35,8 +35,8 @@ from ..distributed import Process
 from ..errors import MissingExtraError, TrainingError, first_line
 from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
-from ..metrics import in_words
 from ..models.layers import ImageClassifier
+from ..scoring.metrics import in_words
 from ..trackers import Trackers
 from .learner import Learner
 from .recipe import Recipe, recipe_from_toml

@@ -18,7 +18,7 @@ from torchvision.datasets import ImageFolder
 import deit_models
 from deit_models.cli import main
 from deit_models.data.sources import image_sources
-from deit_models.embeddings import load_features
+from deit_models.scoring.embeddings import load_features
 
 pytestmark = [
     pytest.mark.usefixtures("atoms"),

@@ -15,7 +15,7 @@ from deit_models.cli import build_parser, main
 from deit_models.cli.inference import _begin_parts, _predict_in_parts
 from deit_models.data.sources import image_sources
 from deit_models.distributed import join_processes
-from deit_models.embeddings import load_features, retrieval
+from deit_models.scoring.embeddings import load_features, retrieval
 
 ROOT = Path(deit_models.__file__).parents[1]
 

@@ -8,8 +8,8 @@ from coloured import atom
 
 import deit_models
 from deit_models.errors import ConfigError
-from deit_models.evaluation import class_labels, class_names_of
 from deit_models.finetuning.adapt import first_trained_layer, only_from_layer
+from deit_models.scoring.evaluation import class_labels, class_names_of
 
 PETS = ("Pug", "tiger_cat", "ibex")
 

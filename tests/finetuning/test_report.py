@@ -12,9 +12,9 @@ import torch
 from coloured import CLASSES, Counted, atom, recipe, save_folders
 
 import deit_models
-from deit_models.evaluation import Outcomes, Tally
 from deit_models.finetuning.report import Learned, draw_confusion, draw_curve, draw_mistakes, write_report
 from deit_models.models.layers import ImageClassifier
+from deit_models.scoring.evaluation import Outcomes, Tally
 
 FACTS = {"started_from": "a|b", "mode": "head", "recipe": "finetune", "data": "pets", "classes": 3, "train_images": 7}
 

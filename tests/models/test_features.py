@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models import ConfigError, create_model, from_pretrained
-from deit_models.evaluation import Heads
 from deit_models.models.layers import ImageClassifier
+from deit_models.scoring.evaluation import Heads
 from deit_models.training.optim import layer_count, layer_of_parameter
 
 SHAPES = {

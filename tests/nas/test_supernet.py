@@ -10,11 +10,11 @@ from torch._dynamo.testing import CompileCounter
 from torch.nn import functional as F
 
 from deit_models import ConfigError
-from deit_models.evaluation import Heads
 from deit_models.models.vit_resnas import ViTResNAS
 from deit_models.nas.settings import Sampling
 from deit_models.nas.space import SPACES, SearchSpace
 from deit_models.nas.supernet import SuperNetwork, _normed, extract, reorder_channels
+from deit_models.scoring.evaluation import Heads
 
 
 @pytest.fixture(params=["toy", "distilled", "small32"])

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from deit_models.augmentation.mixing import Mix, Mixing
 from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.errors import TrainingError
-from deit_models.evaluation import evaluate
+from deit_models.scoring.evaluation import evaluate
 from deit_models.training import engine
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner

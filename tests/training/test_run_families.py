@@ -8,8 +8,8 @@ import tiny
 import torch
 
 import deit_models
-from deit_models.evaluation import evaluate
 from deit_models.models.layers import ImageClassifier
+from deit_models.scoring.evaluation import evaluate
 from deit_models.training.run import train
 
 SHAPES: dict[str, dict[str, Any]] = {

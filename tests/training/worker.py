@@ -27,8 +27,8 @@ from torch import Tensor, nn
 from deit_models.data.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
-from deit_models.evaluation import evaluate
 from deit_models.images.transforms import EvalTransform
+from deit_models.scoring.evaluation import evaluate
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner
 from deit_models.training.run import train

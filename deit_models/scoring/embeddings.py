@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .data.sources import ImageSources
-from .distributed import Process, join_processes
-from .errors import ConfigError, DataError, MissingExtraError, first_line, shown
-from .files import atomic_write, read_json, write_json
+from ..data.sources import ImageSources
+from ..distributed import Process, join_processes
+from ..errors import ConfigError, DataError, MissingExtraError, first_line, shown
+from ..files import atomic_write, read_json, write_json
 
 _BLOCK, _BLOCKS_EACH = 1024, 16
 """Images of a block, at most; blocks of a process, where the list is long enough."""

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .data.records import ImageRecords
+from ..data.records import ImageRecords
 
 logger = logging.getLogger(__name__)
 

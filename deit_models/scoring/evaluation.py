@@ -13,19 +13,19 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import weights_dir
-from .data.datasets import open_images
-from .data.inputs import eval_batches
-from .data.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
-from .data.records import ImageRecords, SubsetRecords, some
-from .distributed import Process, has_bf16, join_processes
-from .errors import ConfigError, DataError
-from .files import read_text
-from .images.transforms import EvalTransform, preprocessing_of, to_device
+from ..checkpoint import weights_dir
+from ..data.datasets import open_images
+from ..data.inputs import eval_batches
+from ..data.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
+from ..data.records import ImageRecords, SubsetRecords, some
+from ..distributed import Process, has_bf16, join_processes
+from ..errors import ConfigError, DataError
+from ..files import read_text
+from ..images.transforms import EvalTransform, preprocessing_of, to_device
+from ..models.layers import HeadLogits, ImageClassifier
+from ..registry import own_model
+from ..training.recipe import Precision
 from .metrics import UNSURE, average_precision, f1_scores, percent
-from .models.layers import HeadLogits, ImageClassifier
-from .registry import own_model
-from .training.recipe import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ import torch
 from small_sets import Pictures
 
 from deit_models.data.records import ArrayRecords
-from deit_models.evaluation import Tally
-from deit_models.metrics import average_precision, best_thresholds, count_classes, f1_scores, percent
+from deit_models.scoring.evaluation import Tally
+from deit_models.scoring.metrics import average_precision, best_thresholds, count_classes, f1_scores, percent
 
 CLASSES = 5
 

@@ -20,7 +20,9 @@ from deit_models.data.inputs import eval_batches
 from deit_models.data.loading import DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords, ImageRecords
 from deit_models.errors import ConfigError, DataError, TrainingError
-from deit_models.evaluation import (
+from deit_models.images.transforms import EvalTransform
+from deit_models.models.layers import ImageClassifier
+from deit_models.scoring.evaluation import (
     Evaluation,
     Heads,
     Match,
@@ -30,8 +32,6 @@ from deit_models.evaluation import (
     score,
     score_each,
 )
-from deit_models.images.transforms import EvalTransform
-from deit_models.models.layers import ImageClassifier
 
 evaluate = partial(evaluation.evaluate, device="cpu")
 

@@ -16,9 +16,9 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from deit_models.distributed import Process
-from deit_models.embeddings import Parts, knn_accuracy, load_features, nearest_neighbours, retrieval
 from deit_models.errors import ConfigError, DataError, ImageError
 from deit_models.predict import Classifier
+from deit_models.scoring.embeddings import Parts, knn_accuracy, load_features, nearest_neighbours, retrieval
 
 ALONE = Process(0, 1, torch.device("cpu"))
 

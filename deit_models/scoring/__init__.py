@@ -1,0 +1,1 @@
+"""Figures: models scored on labelled images, metrics, embeddings."""
