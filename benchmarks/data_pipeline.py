@@ -92,10 +92,10 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     from deit_models.augmentation.augment import TrainTransform
     from deit_models.augmentation.levels import TrainInput
     from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
+    from deit_models.batches.inputs import InputBatches
+    from deit_models.batches.memory import keep_in_memory
     from deit_models.checkpoint import Preprocessing
     from deit_models.data.datasets import open_dataset
-    from deit_models.data.inputs import InputBatches
-    from deit_models.data.memory import keep_in_memory
     from deit_models.training.recipe import Recipe
 
     records = open_dataset(Path(folder, "set") if peer == ARROW else Path(folder, "train"), "train")

@@ -24,8 +24,8 @@ import torch
 from loading import machine
 
 import deit_models
+from deit_models.batches.inputs import EvalSamples
 from deit_models.data.datasets import open_dataset
-from deit_models.data.inputs import EvalSamples
 from deit_models.data.records import ArrayRecords, ImageRecords
 from deit_models.data.split import labels_of, parts, stratified_split
 

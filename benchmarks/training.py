@@ -41,7 +41,7 @@ Batches = list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
 def ours(name: str, device: torch.device, batch_size: int, compiled: bool) -> Callable[[Batches], None]:
     """One call trains on the given batches with the package's own loop."""
     import deit_models
-    from deit_models.data.loading import DamageCount
+    from deit_models.batches.loading import DamageCount
     from deit_models.data.records import ArrayRecords
     from deit_models.distributed import Process
     from deit_models.images.transforms import transform_for

@@ -14,7 +14,7 @@ import PIL.Image
 import torch
 from torch import Tensor
 
-from .data.loading import FileBatch, Watch, check_workers, file_batches, plain_watch
+from .batches.loading import FileBatch, Watch, check_workers, file_batches, plain_watch
 from .data.sources import find_images as find_images
 from .data.sources import image_sources
 from .distributed import own_device

@@ -18,8 +18,8 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models import ConfigError, create_model, from_pretrained, list_models, model_info
+from deit_models.batches.loading import DamageCount
 from deit_models.config import override
-from deit_models.data.loading import DamageCount
 from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
 from deit_models.formats.layouts import FAMILIES

@@ -17,7 +17,7 @@ from tracing import modules_run
 
 import deit_models
 from deit_models import predict
-from deit_models.data.loading import file_batches
+from deit_models.batches.loading import file_batches
 from deit_models.errors import ConfigError, DeitModelsError, ImageError
 from deit_models.images.transforms import transform_for
 from deit_models.models.deit import DeiT

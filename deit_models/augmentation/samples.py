@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler, default_collate, get_worker_info
 
-from ..data.inputs import InputBatches, Transform, check_shard
-from ..data.loading import FINE, target_of
-from ..data.memory import images_on
+from ..batches.inputs import InputBatches, Transform, check_shard
+from ..batches.loading import FINE, target_of
+from ..batches.memory import images_on
 from ..data.records import CachedRecords, ImageRecords, always_the_same
 from ..errors import ConfigError, DataError, ImageError
 from .augment import TrainTransform, sample_rng

@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..trackers import TrackerName
 
 if TYPE_CHECKING:
-    from ..data.loading import Watch
+    from ..batches.loading import Watch
     from ..data.records import ImageRecords
     from ..distributed import Process
 

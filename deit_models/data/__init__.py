@@ -1,1 +1,1 @@
-"""Labelled images: data sets, splits, loading."""
+"""Labelled images of any form: folders, tables, data sets, splits."""

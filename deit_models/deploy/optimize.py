@@ -292,7 +292,7 @@ class _Search:
         return OptimizedClassifier(self.model, found.run, choice, device=self.device, pixels=self.pixels)
 
     def question(self, candidates: list[Way]) -> dict[str, Any]:
-        """All that the timings of the candidates depend on, besides the machine."""
+        """Facts that the timings of the candidates depend on, besides the machine."""
         return {
             "model": type(self.model).__name__, "config": repr(self.model.config), "batch": tuple(self.example.shape),
             "goal": self.goal, "candidates": candidates, "pixels": self.pixels, "token_merging": self.plan,

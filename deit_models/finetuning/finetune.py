@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batches.loading import Watch, plain_watch, workers_beside
+from ..batches.memory import Cache
 from ..checkpoint import Layout
 from ..config import check_choice, is_finite
 from ..data.datasets import has_validation, open_images
-from ..data.loading import Watch, plain_watch, workers_beside
-from ..data.memory import Cache
 from ..data.records import ImageRecords
 from ..data.split import Split, keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes

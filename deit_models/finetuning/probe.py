@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..data.inputs import eval_batches
-from ..data.loading import DamageCount, explained_worker_failure, target_of, workers_beside
+from ..batches.inputs import eval_batches
+from ..batches.loading import DamageCount, explained_worker_failure, target_of, workers_beside
 from ..data.records import ImageRecords, Label, SubsetRecords
 from ..data.split import labels_of
 from ..distributed import Process

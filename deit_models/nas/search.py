@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from ..batches.inputs import eval_batches
+from ..batches.loading import DamageCount, explained_worker_failure, workers_beside
 from ..checkpoint import Origin, Preprocessing
 from ..data.datasets import open_images
-from ..data.inputs import eval_batches
-from ..data.loading import DamageCount, explained_worker_failure, workers_beside
 from ..data.records import ImageRecords
 from ..data.split import keep_split, labels_of, parts, stratified_split
 from ..distributed import Process, join_processes

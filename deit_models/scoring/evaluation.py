@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..batches.inputs import eval_batches
+from ..batches.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from ..checkpoint import weights_dir
 from ..data.datasets import open_images
-from ..data.inputs import eval_batches
-from ..data.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
 from ..data.records import ImageRecords, SubsetRecords, some
 from ..distributed import Process, has_bf16, join_processes
 from ..errors import ConfigError, DataError

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..data.loading import Batch, DamageCount, Watch, plain_watch
+from ..batches.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import ConfigError, TrainingError, first_line
 from ..scoring.evaluation import autocast
 from .learner import Learner

@@ -14,12 +14,12 @@ from torch import nn
 
 from ..augmentation.augment import TrainTransform
 from ..augmentation.samples import TrainSampler, sample_seed, training_batches
+from ..batches.inputs import InputBatches, eval_batches
+from ..batches.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
+from ..batches.memory import Cache, keep_in_memory, keeps_pixels
 from ..checkpoint import Preprocessing
 from ..config import check_choice, is_finite
 from ..data.datasets import open_images
-from ..data.inputs import InputBatches, eval_batches
-from ..data.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
-from ..data.memory import Cache, keep_in_memory, keeps_pixels
 from ..data.records import ImageRecords
 from ..data.split import labels_of, one_class
 from ..distributed import Process, Shard, join_processes

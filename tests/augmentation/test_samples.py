@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from deit_models.augmentation.samples import TrainingSamples, TrainSampler, sample_seed, sample_seeds
+from deit_models.batches.inputs import ShardSampler
 from deit_models.data.datasets import open_dataset
-from deit_models.data.inputs import ShardSampler
 from deit_models.errors import ConfigError, DataError, ImageError
 
 

@@ -16,10 +16,10 @@ import pytest
 import torch
 from small_sets import write_image
 
+from deit_models.batches.loading import make_loader
+from deit_models.batches.memory import keep_in_memory
 from deit_models.data.classes import wrap
 from deit_models.data.datasets import has_validation, open_dataset, open_images
-from deit_models.data.loading import make_loader
-from deit_models.data.memory import keep_in_memory
 from deit_models.data.records import SubsetRecords, always_the_same
 from deit_models.data.sources import image_sources
 from deit_models.errors import ConfigError, DataError, ImageError

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from deit_models import ConfigError, DataError, create_model
 from deit_models.augmentation.mixing import Mixing
-from deit_models.data.loading import DamageCount
+from deit_models.batches.loading import DamageCount
 from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
 from deit_models.models.vit_resnas import PatchLogits, PatchTraining

@@ -16,8 +16,8 @@ from torch.utils.data import Dataset, SequentialSampler
 
 import deit_models
 from deit_models import evaluation
-from deit_models.data.inputs import eval_batches
-from deit_models.data.loading import DamageCount, explained_worker_failure, make_loader
+from deit_models.batches.inputs import eval_batches
+from deit_models.batches.loading import DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords, ImageRecords
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.images.transforms import EvalTransform

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from deit_models.augmentation.mixing import Mix, Mixing
-from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.batches.loading import FINE, Batch, DamageCount
 from deit_models.errors import TrainingError
 from deit_models.scoring.evaluation import evaluate
 from deit_models.training import engine

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounter
 
-from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.batches.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process
 from deit_models.errors import TrainingError
 from deit_models.training.engine import EpochLoss, fit_into_memory, pays, train_epoch

@@ -13,7 +13,7 @@ from nas.toy import supernet, toy_space
 from torch import nn
 
 import deit_models
-from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.batches.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner

@@ -11,7 +11,7 @@ from fake_gpu import GPU, fake_gpu
 from torch import Tensor, nn
 
 from deit_models import adapt_head
-from deit_models.data.loading import DamageCount
+from deit_models.batches.loading import DamageCount
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.training.engine import train_epoch

@@ -19,7 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from deit_models import create_model
-from deit_models.data.loading import Watch, plain_watch
+from deit_models.batches.loading import Watch, plain_watch
 from deit_models.errors import MissingExtraError, SaveError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training.learner import Learner

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deit_models.data.loading import FINE, Batch, DamageCount
+from deit_models.batches.loading import FINE, Batch, DamageCount
 from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
 from deit_models.images.transforms import EvalTransform

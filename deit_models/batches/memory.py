@@ -15,9 +15,9 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as TF
 
 from ..checkpoint import Preprocessing
+from ..data.records import CachedRecords, ImageRecords, always_the_same
 from ..errors import ConfigError, DataError, ImageError
 from .loading import make_loader, target_of
-from .records import CachedRecords, ImageRecords, always_the_same
 
 logger = logging.getLogger(__name__)
 

@@ -17,11 +17,11 @@ from torchvision.transforms.v2 import functional as TF
 from deit_models.augmentation.augment import TrainTransform
 from deit_models.augmentation.levels import Levels
 from deit_models.augmentation.samples import TrainingSamples, TrainSampler, training_batches
+from deit_models.batches.inputs import InputBatches
+from deit_models.batches.loading import explained_worker_failure
+from deit_models.batches.memory import free_memory, images_on, keep_in_memory
 from deit_models.checkpoint import Preprocessing
 from deit_models.data.datasets import open_dataset, wrap
-from deit_models.data.inputs import InputBatches
-from deit_models.data.loading import explained_worker_failure
-from deit_models.data.memory import free_memory, images_on, keep_in_memory
 from deit_models.data.records import ArrayRecords, CachedRecords, FileRecords, ImageRecords, SubsetRecords
 from deit_models.errors import ConfigError, DataError
 from deit_models.training.recipe import Recipe

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as TF
 
-from deit_models.data.inputs import EvalSamples, InputBatches, ShardSampler
+from deit_models.batches.inputs import EvalSamples, InputBatches, ShardSampler
 from deit_models.errors import ConfigError
 
 CPU = torch.device("cpu")

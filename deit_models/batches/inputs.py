@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
+from ..data.records import ImageRecords
 from ..distributed import Process
 from ..errors import ConfigError, ImageError
 from ..images.transforms import EvalInput, EvalTransform, to_device
 from .loading import FINE, Batch, each, make_loader, target_of
-from .records import ImageRecords
 
 _PART_BYTES, _PART_IMAGES = 8 << 20, 256
 """Upper bounds of a part, which a worker makes at once; with small parts an epoch begins soon."""

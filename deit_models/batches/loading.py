@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate, get_worker_info
 
+from ..data.records import ImageRecords, Label
 from ..distributed import Process
 from ..errors import ConfigError, DataError, DeitModelsError, ImageError, TrainingError, first_line, shown
-from .records import ImageRecords, Label
 
 logger = logging.getLogger(__name__)
 

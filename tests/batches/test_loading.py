@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 import deit_models
-from deit_models.data.loading import DamageCount, decoding_workers, file_batches, make_loader
+from deit_models.batches.loading import DamageCount, decoding_workers, file_batches, make_loader
 from deit_models.errors import DataError, ImageError, TrainingError
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_who_decodes_follows_from_the_device(device: str, batches: int | None, p
 def test_few_images_are_not_worth_a_process_that_imports_everything_anew(method: str) -> None:
     code = (
         "import multiprocessing, torch\n"
-        "from deit_models.data.loading import cpu_cores, workers_beside\n"
+        "from deit_models.batches.loading import cpu_cores, workers_beside\n"
         "usual = min(1, cpu_cores() - 1)\n"
         "few = lambda given=None: workers_beside(torch.device('cpu'), given, images=600)\n"
         "default = few()\n"
@@ -153,7 +153,7 @@ def test_too_many_failures_come_with_a_reason(reason: str) -> None:
 
 SCRIPT = """
 import multiprocessing, sys, torch
-from deit_models.data.loading import explained_worker_failure, make_loader
+from deit_models.batches.loading import explained_worker_failure, make_loader
 from deit_models.errors import DeitModelsError
 
 multiprocessing.set_start_method(sys.argv[1], force=True)
