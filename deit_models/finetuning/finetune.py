@@ -28,10 +28,10 @@ from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
 from ..scoring.evaluation import collect_outcomes, resolved_precision
-from ..scoring.metrics import best_thresholds, count_classes
+from ..scoring.metrics import best_thresholds, check_kinds, count_classes
 from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
-from ..training.run import RECIPE_NAME, Computing, check_kinds, run_training
+from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer

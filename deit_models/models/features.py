@@ -1,15 +1,12 @@
-"""Features of a model's layers: maps after blocks or stages, gradient checkpointing, and timm's names for both."""
+"""Features of a model's layers: maps after blocks or stages, and timm's names for them."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Collection, Sequence
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple, cast
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..config import check_choice
 from ..errors import ConfigError
@@ -34,11 +31,6 @@ class FeatureLevel(NamedTuple):
     has_norm: bool = True
 
 
-def is_symbolic(x: object) -> bool:
-    """Whether `torch.fx` records the call: x has no shape then, and the graph is made for the model's own size."""
-    return isinstance(x, torch.fx.Proxy)
-
-
 def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[int]:
     """Indices from 0 to count - 1: the last `layers` ones, or those listed (negative ones count from the end).
 
@@ -50,31 +42,6 @@ def chosen_layers(layers: int | Sequence[int], count: int, what: str) -> list[in
     return [i % count for i in indices]
 
 
-def recomputed(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), of which x alone is stored; the backward pass computes the rest again, with the same random numbers.
-
-    Source: Chen et al., Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
-    """
-    if torch.compiler.is_compiling():  # the compiler repeats no change of statistics
-        return cast(Tensor, checkpoint(layer, x, use_reentrant=False))
-    contexts = nullcontext(), _without_statistics(layer.modules())
-    return cast(Tensor, checkpoint(layer, x, use_reentrant=False, context_fn=lambda: contexts))
-
-
-@contextmanager
-def _without_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """BatchNorms keep their running statistics inside the `with` block."""
-    norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before, strict=True):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
 class LayerFeatures(nn.Module):
     """Base of `ImageClassifier`: a model that is tokens, `blocks` in a row and what follows them."""
 
@@ -83,7 +50,6 @@ class LayerFeatures(nn.Module):
     """The `feature_levels` in plain words."""
     config: Any
     blocks: nn.Sequential
-    grad_checkpointing = False
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Image to the input of `blocks`, (B, C, H, W) -> (B, P + N, D)."""
@@ -93,29 +59,9 @@ class LayerFeatures(nn.Module):
         """Image to the tokens that are classified, (B, C, H, W) -> (B, P + N, D)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_features")
 
-    # Gradient checkpointing
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """In passes with gradients, store the input of each layer of `blocks` alone, and compute the rest again.
-
-        It takes less memory and more time; gradients and BatchNorm statistics stay the same.
-        """
-        self.grad_checkpointing = enable
-
     def run_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x), perhaps with gradient checkpointing."""
-        return recomputed(layer, x) if self._recomputes(x) else layer(x)
-
-    def run_blocks(self, tokens: Tensor) -> Tensor:
-        """All of `blocks`, perhaps with gradient checkpointing."""
-        if not self._recomputes(tokens):
-            return self.blocks(tokens)
-        for layer in self.blocks:
-            tokens = recomputed(layer, tokens)
-        return tokens
-
-    def _recomputes(self, x: Tensor) -> bool:
-        return self.grad_checkpointing and torch.is_grad_enabled() and not is_symbolic(x)
+        raise NotImplementedError(f"{type(self).__name__} does not define run_layer")
 
     # Features of layers
 

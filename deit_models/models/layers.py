@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import FrozenInstanceError, fields, replace
 from os import PathLike
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from ..checkpoint import Layout
 from ..config import MOST, check_fields, override
 from ..errors import ConfigError, first_line, shown
 from ..registry import meta_model
-from .features import LayerFeatures, is_symbolic
+from .features import LayerFeatures
 
 if TYPE_CHECKING:
     from ..checkpoint import Origin
@@ -78,6 +80,36 @@ def float_type(dtype: torch.dtype | str | None) -> torch.dtype | None:
     return named
 
 
+def is_symbolic(x: object) -> bool:
+    """Whether `torch.fx` records the call: x has no shape then, and the graph is made for the model's own size."""
+    return isinstance(x, torch.fx.Proxy)
+
+
+def recomputed(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), of which x alone is stored; the backward pass computes the rest again, with the same random numbers.
+
+    Source: Chen et al., Training deep nets with sublinear memory cost, 2016, arXiv:1604.06174.
+    """
+    if torch.compiler.is_compiling():  # the compiler repeats no change of statistics
+        return cast(Tensor, checkpoint(layer, x, use_reentrant=False))
+    contexts = nullcontext(), _without_statistics(layer.modules())
+    return cast(Tensor, checkpoint(layer, x, use_reentrant=False, context_fn=lambda: contexts))
+
+
+@contextmanager
+def _without_statistics(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """BatchNorms keep their running statistics inside the `with` block."""
+    norms = [module for module in modules if isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d, nn.SyncBatchNorm))]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
 class ImageClassifier(LayerFeatures):
     """Base of every model family: holds the config and the origin of the weights, and saves the model.
 
@@ -91,6 +123,8 @@ class ImageClassifier(LayerFeatures):
     """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
     global_pool: ClassVar[str] = "token"
     """timm's name for `pool`."""
+
+    grad_checkpointing = False
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -134,6 +168,28 @@ class ImageClassifier(LayerFeatures):
             # of nn.Dropout; of DropPath and PatchDropout; not of parts that were exchanged for others
             for field in {"p", "rate"} & vars(wanted).keys() & vars(own.get(name, self)).keys():
                 setattr(own[name], field, getattr(wanted, field))
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """In passes with gradients, store the input of each layer of `blocks` alone, and compute the rest again.
+
+        It takes less memory and more time; gradients and BatchNorm statistics stay the same.
+        """
+        self.grad_checkpointing = enable
+
+    def run_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """layer(x), perhaps with gradient checkpointing."""
+        return recomputed(layer, x) if self._recomputes(x) else layer(x)
+
+    def run_blocks(self, tokens: Tensor) -> Tensor:
+        """All of `blocks`, perhaps with gradient checkpointing."""
+        if not self._recomputes(tokens):
+            return self.blocks(tokens)
+        for layer in self.blocks:
+            tokens = recomputed(layer, tokens)
+        return tokens
+
+    def _recomputes(self, x: Tensor) -> bool:
+        return self.grad_checkpointing and torch.is_grad_enabled() and not is_symbolic(x)
 
     def check_input(self, x: Tensor) -> None:
         """Raise ConfigError unless x is a batch of images of the config's channels and size, (B, C, H, W)."""

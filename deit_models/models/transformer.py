@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import ConfigError
-from .features import FeatureLevel, is_symbolic
-from .layers import DropPath, ImageClassifier, described, patch_grid, resize_pos_embed
+from .features import FeatureLevel
+from .layers import DropPath, ImageClassifier, described, is_symbolic, patch_grid, resize_pos_embed
 
 
 class Attention(nn.Module):

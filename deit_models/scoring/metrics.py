@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..data.records import ImageRecords
+from ..errors import DataError
 
 logger = logging.getLogger(__name__)
 
@@ -141,3 +142,13 @@ def _threshold(scores: Tensor, taken: Tensor, right: Tensor) -> float:
     best = int((2 * right / (taken + right[-1])).argmax())
     below = float(scores[best + 1]) if best + 1 < len(scores) else 0.0
     return (float(scores[best]) + below) / 2
+
+
+def check_kinds(records: ImageRecords, *others: ImageRecords | None) -> None:
+    """Raise DataError unless all sets have as many labels an image, one or several, as the first."""
+    for other in others:
+        if other is not None and other.multi_label != records.multi_label:
+            one, several = sorted((records, other), key=lambda each: each.multi_label)
+            raise DataError(
+                f"images of {several.name} have several labels, those of {one.name} one class; bring both into one form"
+            )

@@ -116,9 +116,8 @@ def forward_backward(
 ) -> Tensor:
     """Add the gradients of one part of a step; gives the part's share of the step's loss, detached.
 
-    The images of the batch are mixed in place. `exchange`: the processes exchange gradients, which they must in the
-    last part of a step. `first`: those of the step before are removed. `heads`: the module to call, by default the
-    learner's.
+    The batch's images are mixed in place. `exchange`: the processes exchange gradients, in the last part of a step.
+    `first`: those of the step before are removed. `heads`: the module to call, by default the learner's.
     """
     recipe, device = learner.recipe, learner.process.device
     heads = learner.heads if heads is None else heads
@@ -181,8 +180,8 @@ def _apply_gradients(learner: Learner) -> None:
         clip_gradients(learner.bare, learner.recipe)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
-    # On a CPU the next backward pass begins by removing them: till then they lie above the freed activations, whose
-    # pages the C library would else give back and fetch anew at every step, in a tenth of a small model's time.
+    # On a CPU they go before the next backward pass: till then they lie above the freed activations, whose pages the
+    # C library would else give back and fetch anew at every step, in a tenth of a small model's time.
     if learner.process.device.type != "cpu":
         learner.optimizer.zero_grad(set_to_none=True)
     if learner.average is not None:

@@ -27,7 +27,7 @@ from ..errors import ConfigError, DataError, TrainingError, shown
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..scoring.evaluation import Heads, score_each
-from ..scoring.metrics import FIGURES, best_thresholds, choosing_figure, count_classes
+from ..scoring.metrics import FIGURES, best_thresholds, check_kinds, choosing_figure, count_classes
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner
@@ -223,16 +223,6 @@ def run_training(
             before_epoch=before_epoch,
             trackers=trackers,
         ).to_the_end()
-
-
-def check_kinds(records: ImageRecords, *others: ImageRecords | None) -> None:
-    """Raise DataError unless all sets have as many labels an image, one or several, as the first."""
-    for other in others:
-        if other is not None and other.multi_label != records.multi_label:
-            one, several = sorted((records, other), key=lambda each: each.multi_label)
-            raise DataError(
-                f"images of {several.name} have several labels, those of {one.name} one class; bring both into one form"
-            )
 
 
 @dataclass(slots=True, kw_only=True)

@@ -19,6 +19,7 @@ OTHER = {
     "color_jitter": 0.0, "erase": 0.0, "repeats": 1, "mixup": 0.0, "cutmix": 0.0, "mix_prob": 0.5, "mix_switch": 0.25,
     "label_smoothing": 0.0, "loss": "bce", "distillation": "soft", "distill_on": "class", "alpha": 0.1, "tau": 3.0,
     "precision": "fp16", "compile": "on", "seed": 9, "eval_every": 5, "save_every": 3, "patience": 4,
+    "class_weights": "balanced", "sampling": "balanced", "grad_checkpointing": True,
     "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch",
 }  # fmt: skip
 """Another value of each field than the default."""

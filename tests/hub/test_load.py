@@ -986,7 +986,10 @@ def test_saved_backbone_is_a_backbone(tmp_path, layout, name):
     x = torch.rand(2, 3, 32, 32)
     torch.testing.assert_close(loaded(x), model.embed(x))
     assert from_pretrained(tmp_path / "body", num_classes=3)(x).shape == (2, 3)
-    assert "num_classes=0" in refusal(ConfigError, lambda: deit_models.Classifier(tmp_path / "body"))
+    classify = deit_models.Classifier(tmp_path / "body")
+    assert classify.embed(torch.zeros(1, 32, 32, 3, dtype=torch.uint8).numpy()).shape == (1, model.num_features)
+    image = torch.zeros(32, 32, 3, dtype=torch.uint8).numpy()
+    assert "num_classes=0" in refusal(ConfigError, lambda: classify(image))
 
 
 def test_folder_that_lost_the_head_it_promises_is_refused_unless_a_new_one_is_asked_for(folder):

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, SequentialSampler
 
 import deit_models
-from deit_models import evaluation
 from deit_models.batches.inputs import eval_batches
 from deit_models.batches.loading import DamageCount, explained_worker_failure, make_loader
 from deit_models.data.records import ArrayRecords, ImageRecords
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.images.transforms import EvalTransform
 from deit_models.models.layers import ImageClassifier
+from deit_models.scoring import evaluation
 from deit_models.scoring.evaluation import (
     Evaluation,
     Heads,

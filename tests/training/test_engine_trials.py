@@ -127,6 +127,7 @@ def memory_run(out: Path, *, most: int, stop_after: int | None = None, **changes
     return Run(
         learner=learner,
         records=tiny.Pictures(16),
+        classes=None,
         val=None,
         out=out,
         preprocessing=tiny.PREPROCESSING,

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -252,6 +253,7 @@ def test_tensorboard_has_each_epoch_once_also_after_an_interruption(tmp_path: Pa
 
     with pytest.raises(StoppedError):
         run(tmp_path, val=tiny.Pictures(9), tensorboard=True, on_epoch=stop)
+    time.sleep(1.1)  # TensorBoard orders event files by the second in their names
     result = run(tmp_path, val=tiny.Pictures(9), tensorboard=True)
     board = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard"))
     board.Reload()
