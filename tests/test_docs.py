@@ -25,7 +25,7 @@ from deit_models.training.recipe import Recipe
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*.md")}
 DOCS |= {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in ROOT.glob("*/*.md")}
-_PAGES = ("loading", "finetuning", "training", "deployment", "search", "labels", "scale")
+_PAGES = ("data", "loading", "finetuning", "training", "deployment", "search", "labels", "scale")
 GUIDES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))
 NOTEBOOKS = [json.loads(path.read_bytes()) for path in (ROOT / "examples").glob("*.ipynb")]
 MAX_README_LINES = 120
