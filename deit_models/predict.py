@@ -244,11 +244,11 @@ class Classifier:
 
     def _width(self) -> int:
         """Numbers of an embedding. Raises: ConfigError: the model gives none."""
-        if not callable(getattr(self.model, "embed", None)):
-            raise ConfigError(f"{type(self.model).__name__} has no embed(x); give a model as it was before `optimize`")
-        spec = self.transform.preprocessing
-        (row,) = self._in_parts(torch.zeros(1, len(spec.mean), *spec.crop, dtype=torch.uint8), self._embedding)
-        return row.shape[1]
+        try:
+            return self.model.num_features
+        except NotImplementedError as error:
+            name = type(self.model).__name__
+            raise ConfigError(f"{name} has no embed(x); give a model as it was before `optimize`") from error
 
     def _in_parts(self, levels: Tensor, compute: Callable[[Tensor], Computed]) -> list[Computed]:
         """The results of a batch, in as many parts as memory asks for."""

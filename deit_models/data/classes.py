@@ -70,7 +70,7 @@ def wrap(
         raise DataError(
             f"{name} does not say its classes; pass wrap(dataset, classes=[...]), or their number for '0', '1', ..."
         )
-    rows = _pairs(dataset)
+    rows = pairs_of(dataset)
     if rows is None or not all(isinstance(image, (str, PathLike)) for image, _ in rows):
         return _WrappedRecords(name, dataset, found, several)
     numbers = {label: number for number, label in enumerate(found)}
@@ -137,7 +137,7 @@ def _has_several(dataset: Any) -> bool:
         return known
     if isinstance(dataset, (Subset, ConcatDataset)):
         return any(map(_has_several, getattr(dataset, "datasets", [getattr(dataset, "dataset", None)])))
-    pairs = _pairs(dataset)
+    pairs = pairs_of(dataset)
     return bool(pairs) and all(_is_names(label) for _, label in pairs or ()) and any(label for _, label in pairs or ())
 
 
@@ -172,7 +172,7 @@ def _key(row: Mapping[str, Any], features: Mapping[str, Any], known: Sequence[st
     return next((key for key in known if key in row), alike[0] if len(alike) == 1 else None)
 
 
-def _pairs(dataset: Any) -> Sequence[Any] | None:
+def pairs_of(dataset: Any) -> Sequence[Any] | None:
     """A list of pairs as it is; None: another data set."""
     listed = isinstance(dataset, (list, tuple))
     return dataset if listed and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in dataset) else None
@@ -180,7 +180,7 @@ def _pairs(dataset: Any) -> Sequence[Any] | None:
 
 def _known_labels(dataset: Any) -> Sequence[Any] | None:
     """Labels that are there without the images, in any form; None if there are none."""
-    if (pairs := _pairs(dataset)) is not None:
+    if (pairs := pairs_of(dataset)) is not None:
         return [label for _, label in pairs]
     if isinstance(dataset, Subset):
         inner = _known_labels(dataset.dataset)

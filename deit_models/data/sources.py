@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any, overload
 
 from ..errors import ConfigError, DataError, ImageError
+from .classes import pairs_of
 from .columns import Columns, is_table, open_table
+from .datasets import open_images
 from .records import (
     IMAGE_SUFFIXES,
     FileRecords,
@@ -104,7 +106,7 @@ def image_sources(
     """
     if isinstance(source, ImageSources):
         return source
-    listed = source if isinstance(source, (list, tuple)) and not _is_pairs(source) else [source]
+    listed = source if isinstance(source, (list, tuple)) and not pairs_of(source) else [source]
     columns = Columns.of(images, image_column, label_column, label_separator)
     if columns != Columns() and not any(map(is_table, listed)):
         raise ConfigError(
@@ -122,10 +124,6 @@ def image_sources(
     return ImageSources(parts)
 
 
-def _is_pairs(source: Sequence[Any]) -> bool:
-    return bool(source) and all(isinstance(row, (list, tuple)) and len(row) == 2 for row in source)
-
-
 def _is_one_image(source: Any) -> bool:
     return isinstance(source, (str, PathLike)) and not os.path.isdir(source) and not is_table(source)
 
@@ -136,8 +134,6 @@ def _opened(source: Any, columns: Columns, *, labelled: bool, recursive: bool) -
     if isinstance(source, (str, PathLike)):
         folder = Path(source)
         return read_class_folders(folder, fewest=1) if labelled else _folder(folder, recursive=recursive)
-    from .datasets import open_images  # which imports torchvision's data sets
-
     return open_images(source, "val")
 
 

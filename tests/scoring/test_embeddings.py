@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from tiny_models import tiny_model
 
+from deit_models import create_model, optimize
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, ImageError
 from deit_models.predict import Classifier
@@ -358,3 +359,16 @@ def test_settings_stand_in_the_file(classifier: Classifier, classes: Path, tmp_p
     about = load_features(tmp_path / "x.npz").about
     assert (about["images"], about["width"], about["storage"], len(about["unreadable"])) == (21, 16, "float32", 1)
     assert json.dumps(dict(about))
+
+
+def test_optimised_model_has_no_embeddings_and_says_so() -> None:
+    classify = Classifier(optimize(tiny_model("deit_micro_patch4_32"), sample=1, backend="eager", precision="float32"))
+    with pytest.raises(ConfigError, match="has no embed"):
+        classify.embed(np.zeros((32, 32, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("name", ["deit_micro_distilled_patch4_32", "levit_128s", "vit_res_micro_patch4_32"])
+def test_no_image_gives_as_many_columns_as_one(name: str) -> None:
+    classify = Classifier(create_model(name))
+    image = np.zeros((32, 32, 3), dtype=np.uint8)
+    assert classify.embed([]).shape == (0, classify.embed(image).shape[1])
