@@ -46,6 +46,7 @@ class LayerFeatures(nn.Module):
     """Base of `ImageClassifier`: a model that is tokens, `blocks` in a row and what follows them."""
 
     head_names: ClassVar[tuple[str, ...]]
+    """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
     level_name: ClassVar[str] = "stages"
     """The `feature_levels` in plain words."""
     config: Any

@@ -119,8 +119,6 @@ class ImageClassifier(LayerFeatures):
 
     family: ClassVar[str]
     """Name of the file under `models/`; tensor-name tables and configs are kept by family."""
-    head_names: ClassVar[tuple[str, ...]]
-    """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
     global_pool: ClassVar[str] = "token"
     """timm's name for `pool`."""
 
