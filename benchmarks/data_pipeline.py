@@ -109,7 +109,9 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     if peer == THERE:
         return training_batches(records, transform, sampler, batch_size=batch, workers=1, device=cpu)
     samples, to_input = TrainingSamples(records, transform), TrainInput(preprocessing, cpu)
-    return InputBatches(samples, sampler, to_input, batch_size=batch, workers=1, device=cpu, size=(size, size))
+    return InputBatches(
+        samples, sampler, to_input, batch_size=batch, workers=1, device=cpu, size=(size, size), keep_workers=True
+    )
 
 
 def timm_loader(folder: str, size: int, augment: str, batch: int) -> Any:
@@ -161,6 +163,8 @@ def child(peer: str, folder: str, size: int, augment: str, batch: int) -> None:
         pass
     inner = getattr(loader, "loader", loader)  # timm's prefetcher and our batches wrap a DataLoader
     workers = [worker.pid for worker in getattr(inner._iterator, "_workers", ())]
+    if not workers and peer != THERE:
+        raise SystemExit(f"{peer}: its loading process ended after the first epoch, so that it cannot be timed")
     count, start, before = 0, time.perf_counter(), busy(workers)
     while sum(busy(workers)) - sum(before) < ENOUGH_S:
         for images, *_ in loader:

@@ -20,7 +20,6 @@ from ..config import nearest
 from ..errors import AgreementError, ConfigError, IntegrityError, first_line
 from ..files import digest_of_tensors
 from ..hub.fetch import Access
-from ..images.transforms import EvalTransform
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
 from .hardware import Runner, call_times, exact_float32, quiet
@@ -455,5 +454,7 @@ def _as_batch(model: ImageClassifier, images: Tensor | Sequence[Any], *, pixels:
         return images.cpu()
     if model.origin is None:
         raise ConfigError("this model does not know its transform; pass calibration as a batch of tensors")
+    from ..images.transforms import EvalTransform  # with torchvision, whose import takes more than a second
+
     transform = EvalTransform(model.origin.preprocessing, normalise=not pixels)
     return torch.stack([transform(image) for image in images])
