@@ -7,13 +7,14 @@ import re
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 
 import deit_models
-from deit_models.checkpoint import load_manifest
+from deit_models.checkpoint import ModelInfo, load_manifest
 from deit_models.cli import build_parser
 from deit_models.data.datasets import DATASETS
 from deit_models.deploy.runtimes import BACKENDS, EXPORT_FORMATS
@@ -50,7 +51,19 @@ SNIPPETS = [
 ]
 
 
-def model_table(names: Iterable[str]) -> str:
+def published(checkpoint: ModelInfo) -> str:
+    """Links to the places of publication: `timm`, `facebook`, `authors`; a second place of one owner has a number."""
+    places = [(s.repo.partition("/")[0], f"https://huggingface.co/{s.repo}") for s in checkpoint.sources if s.repo]
+    places += [("authors", s.url) for s in checkpoint.sources if s.url]
+    seen: Counter[str] = Counter()
+    links = []
+    for owner, address in places:
+        seen[owner] += 1
+        links.append(f"[{owner}{f' {seen[owner]}' * (seen[owner] > 1)}]({address})")
+    return ": " * bool(links) + ", ".join(links)
+
+
+def model_table(names: Iterable[str], *, links: bool) -> str:
     lines = [
         "| name | parameters | MACs | input | top-1 | top-5 | weights |",
         "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
@@ -59,6 +72,7 @@ def model_table(names: Iterable[str]) -> str:
     for c in map(manifest.__getitem__, names):
         accuracy = ["" if value is None else f"{value:.1f}" for value in (c.top1, c.top5)]
         data = "shipped, " * any(s.file for s in c.sources) + (c.dataset or "") if c.sources else "none"
+        data += published(c) * links
         row = [f"`{c.name}`", f"{c.params / 1e6:.1f} M", f"{c.macs / 1e9:.2f} G", str(c.input_size), *accuracy, data]
         lines.append("| " + " | ".join(row) + " |")
     return "\n".join(lines) + "\n"
@@ -68,7 +82,7 @@ def model_table(names: Iterable[str]) -> str:
 def test_table_of_models_equals_the_manifest(
     document: str, names: tuple[str, ...] | None, request: pytest.FixtureRequest
 ) -> None:
-    table, path = model_table(names or load_manifest()), ROOT / document
+    table, path = model_table(names or load_manifest(), links=names is None), ROOT / document
     if request.config.getoption("--update-docs"):
         path.write_text(TABLE.sub(lambda m: m[1] + table + m[3], DOCS[document]), encoding="utf-8")
     match = TABLE.search(path.read_text(encoding="utf-8"))

@@ -254,13 +254,11 @@ def test_inaturalist_example_reads_the_competitions_format(run: Callable[..., st
     assert deit_models.from_pretrained(tmp_path / "out" / "best").origin.class_names == classes
 
 
-def test_photo_example_names_classes_of_the_demo_photograph_offline() -> None:
-    pytest.importorskip("skimage")
+def test_photo_example_prints_what_the_start_page_shows_offline() -> None:
     lines = run_as_a_user("classify_photo.py").splitlines()
-    assert lines[0].endswith("Chelsea the cat")
-    labels = {line.split()[1] for line in lines[1:]}
-    assert len(labels) == 3
-    assert labels <= set(deit_models.model_info("deit_micro_patch4_32").class_names)
+    assert Path(lines[0]) == ROOT / "examples" / "cat.jpg"
+    assert "\n".join(["examples/cat.jpg", *lines[1:]]) in (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
+    assert lines[1].split()[1] == "cat"
 
 
 def test_photo_example_takes_files(run: Callable[..., str], tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def test_runtime_needs_five_projects_and_a_backport(config):
         ("export", {"nncf", "onnx", "onnxruntime", "onnxscript", "openvino"}),
         ("notebook", {"ipykernel"}),
         ("test", {"pytest", "timm", "transformers", "hypothesis"}),
+        ("docs", {"mkdocs-material", "mkdocstrings"}),
         ("dev", {"ruff", "mypy", "build", "pre-commit"}),
     ],
 )
@@ -161,7 +162,7 @@ def test_source_distribution_is_the_checkout(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("tests/**/*.py", "tests/**/*.json", "examples/*.py", "deit_models/**/*.py", "weights/*", "*.md")
+        for pattern in ("tests/**/*.py", "tests/**/*.json", "examples/*.*", "deit_models/**/*.py", "weights/*", "*.md")
         for path in ROOT.glob(pattern)
     }
     assert expected <= names
