@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .models import create_model
     from .predict import Classifier, attention_maps
     from .scoring.evaluation import evaluate
+    from .show.heat_maps import heat_maps
     from .training.losses import WithLoss
     from .training.recipe import recipe_named
     from .training.run import train
@@ -66,6 +67,7 @@ __all__ = [
     "export",
     "finetune",
     "from_pretrained",
+    "heat_maps",
     "list_models",
     "model_info",
     "optimize",
@@ -89,6 +91,7 @@ _LAZY = {
     "export": ".deploy.export",
     "finetune": ".finetuning.finetune",
     "from_pretrained": ".hub.load",
+    "heat_maps": ".show.heat_maps",
     "optimize": ".deploy.optimize",
     "push_to_hub": ".formats.publish",
     "recipe_named": ".training.recipe",

@@ -154,7 +154,7 @@ def test_private_names_stay_in_their_module() -> None:
 
 def test_package_is_within_its_budget() -> None:
     lines = sum(len(source.splitlines()) for source in SOURCES.values())
-    assert len(FILES) <= 100
+    assert len(FILES) <= 110
     assert lines <= 25_000  # the aim is 15,500
 
 

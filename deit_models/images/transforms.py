@@ -164,6 +164,23 @@ def _resized_to(spec: Preprocessing, resize: int | tuple[int, int], height: floa
     return [round(height / ratio), round(width / ratio)]
 
 
+def seen_box(spec: Preprocessing, height: int, width: int) -> tuple[float, float, float, float]:
+    """The part of an image that a model gets, as (left, top, right, bottom) in the image's own pixels.
+
+    It may lie between pixels; a border that is added to a small image lies outside of the image.
+    """
+    size = [height, width] if spec.resize is None else _resized_to(spec, spec.resize, height, width)
+    if len(size) == 1:
+        size = [int(size[0] * side / min(height, width)) for side in (height, width)]
+    starts = []
+    for side, crop in zip(size, spec.crop, strict=True):
+        beside = (side - crop) / 2
+        starts.append(round(beside) if spec.rounding == "even" and beside > 0 else int(beside))
+    rows, columns = height / size[0], width / size[1]
+    (top, left), (crop_height, crop_width) = starts, spec.crop
+    return left * columns, top * rows, (left + crop_width) * columns, (top + crop_height) * rows
+
+
 def _cropped(image: Any, spec: Preprocessing) -> Any:
     if spec.rounding == "even":
         return TF.center_crop(image, list(spec.crop))

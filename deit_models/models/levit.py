@@ -195,13 +195,13 @@ class ScoredAttention(nn.Module):
         offsets = cast(Tensor, self.offsets)
         return self.attention_biases.index_select(1, offsets.flatten()).view(-1, *offsets.shape)
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Query, key and value of each head, (B, heads, queries or keys, width)."""
         raise NotImplementedError
 
     def _attend(self, x: Tensor) -> tuple[Tensor, Tensor]:
         # written out, since torch's fused attention is slower on a CPU where values are wider than keys
-        query, key, value = self._heads(x)
+        query, key, value = self.heads(x)
         scores = (query * self.key_dim**-0.5) @ key.transpose(-2, -1)
         return (scores + self.score_bias()).softmax(dim=-1), value
 
@@ -225,7 +225,7 @@ class MapAttention(ScoredAttention):
         self.qkv = LinearNorm(width, heads * (2 * config.key_dim + value_dim))
         self.proj = nn.Sequential(nn.Hardswish(), LinearNorm(heads * value_dim, width, start=0.0))
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self.qkv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         query, key, value = heads.tensor_split((self.key_dim, 2 * self.key_dim), dim=3)
         return query, key, value
@@ -245,7 +245,7 @@ class ShrinkAttention(ScoredAttention):
         self.q = nn.Sequential(nn.Identity(), LinearNorm(width, heads * config.key_dim))
         self.proj = nn.Sequential(nn.Hardswish(), LinearNorm(heads * value_dim, config.embed_dim[stage + 1]))
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         every_second = x.view(x.shape[0], *self.grid, -1)[:, ::2, ::2].flatten(1, 2)
         query = self.q(every_second).unflatten(2, (self.num_heads, -1)).transpose(1, 2)
         heads = self.kv(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2)

@@ -17,7 +17,7 @@ from deit_models import create_model
 from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, ImageError
 from deit_models.images.decoding import decode_reduced
-from deit_models.images.transforms import EvalInput, EvalTransform, transform_for
+from deit_models.images.transforms import EvalInput, EvalTransform, seen_box, transform_for
 from deit_models.models.deit import DeiT, DeiTConfig
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -250,3 +250,40 @@ def test_one_channel_takes_every_form_of_image_as_greys(tmp_path: Path) -> None:
     assert len(transform.preprocessing.mean) == len(transform.preprocessing.std) == 1
     colours = transform_for(create_model("deit_micro_patch4_32", depth=1, device="meta")).preprocessing.mean
     assert transform.preprocessing.mean[0] == pytest.approx(sum(colours) / 3)
+
+
+@pytest.mark.parametrize("width_height", [(250, 180), (161, 240), (200, 200)])
+@pytest.mark.parametrize("rounding", ["even", "down"])
+@pytest.mark.parametrize(
+    ("resize", "fit"),
+    [(72, "squash"), (None, "squash"), ((64, 90), "squash"), ((64, 90), "cover"), ((70, 61), "cover")],
+)
+def test_the_box_that_is_seen_is_where_the_pixels_come_from(
+    width_height: tuple[int, int], rounding: str, resize: int | tuple[int, int] | None, fit: str
+) -> None:
+    width, height = width_height
+    # the level of a pixel says where it lies: its column in red, its row in green
+    rows, columns = np.mgrid[:height, :width].astype(np.uint8)
+    picture = np.stack([columns, rows, rows], axis=2)
+    spec = Preprocessing(resize=resize, fit=fit, crop=(64, 61), rounding=rounding, interpolation="bilinear")
+    levels = EvalTransform(spec).levels(picture).double()
+    left, top, right, bottom = seen_box(spec, height, width)
+    expected_columns = left + (np.arange(61) + 0.5) * (right - left) / 61 - 0.5
+    expected_rows = top + (np.arange(64) + 0.5) * (bottom - top) / 64 - 0.5
+    assert np.abs(levels[0, 30].numpy() - expected_columns)[1:-1].max() < 1.1
+    assert np.abs(levels[1, :, 30].numpy() - expected_rows)[1:-1].max() < 1.1
+
+
+@pytest.mark.parametrize("rounding", ["even", "down"])
+@pytest.mark.parametrize("width_height", [(20, 31), (50, 20), (21, 64)])
+def test_the_box_that_is_seen_reaches_into_the_border_of_a_small_image(
+    width_height: tuple[int, int], rounding: str
+) -> None:
+    width, height = width_height
+    spec = Preprocessing(resize=None, crop=(32, 30), rounding=rounding)
+    levels = EvalTransform(spec).levels(np.full((height, width, 3), 255, np.uint8))[0]
+    left, top, right, bottom = seen_box(spec, height, width)
+    assert (right - left, bottom - top) == (30, 32)
+    white_columns, white_rows = levels.amax(0).nonzero().flatten(), levels.amax(1).nonzero().flatten()
+    assert (white_columns.min(), white_columns.max()) == (max(0, -left), min(30, width - left) - 1)
+    assert (white_rows.min(), white_rows.max()) == (max(0, -top), min(32, height - top) - 1)

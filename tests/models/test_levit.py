@@ -254,7 +254,7 @@ def test_attention_maps_are_what_the_forward_pass_uses() -> None:
     ]
     for probabilities, (module, tokens, out) in zip(maps, forward, strict=True):
         torch.testing.assert_close(probabilities.sum(-1), torch.ones(probabilities.shape[:3]))
-        value = module._heads(tokens)[2]
+        value = module.heads(tokens)[2]
         torch.testing.assert_close(module.proj((probabilities @ value).transpose(1, 2).flatten(2)), out)
 
 

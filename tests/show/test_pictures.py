@@ -1,0 +1,90 @@
+"""Pictures show the crop that the model gets, and colours whose lightness follows the heat."""
+
+from __future__ import annotations
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from tiny_models import photo, refusal
+
+from deit_models.checkpoint import Preprocessing
+from deit_models.errors import ConfigError, ImageError
+from deit_models.images.transforms import EvalTransform
+from deit_models.show.pictures import LEAST_SIDE, MOST_SIDE, coloured, overlay, view
+
+
+def transform(**changes: object) -> EvalTransform:
+    return EvalTransform(Preprocessing(**{"resize": 256, "crop": (224, 224), **changes}))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("width_height", [(600, 400), (300, 900), (37, 30)])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"resize": 32, "crop": (32, 32)}, {"resize": (300, 260), "fit": "cover"}, {"resize": None, "crop": (64, 48)}],
+)
+def test_view_is_the_crop_of_the_model(width_height: tuple[int, int], changes: dict[str, object]) -> None:
+    picture, seen = photo(*width_height), transform(**changes)
+    shown = view(seen, picture)
+    height, width = seen.preprocessing.crop
+    assert LEAST_SIDE <= max(shown.size) <= MOST_SIDE
+    assert shown.width / shown.height == pytest.approx(width / height, rel=0.02)
+    again = np.asarray(shown.resize((width, height), PIL.Image.Resampling.BICUBIC), dtype=float)
+    levels = seen.levels(picture).permute(1, 2, 0).numpy().astype(float)
+    assert levels.std() > 20
+    assert np.abs(again - levels)[1:-1, 1:-1].mean() < 6
+    assert np.corrcoef(again.flatten(), levels.flatten())[0, 1] > 0.98
+
+
+def test_view_keeps_the_aspect_that_a_model_gives_up() -> None:
+    shown = view(transform(resize=(224, 224), fit="squash"), photo(800, 400))
+    assert shown.size == (800, 400)
+
+
+def test_view_in_grey_of_a_model_of_one_channel_and_refuses_others() -> None:
+    grey = view(transform(mean=(0.5,), std=(0.5,)), photo(300, 300))
+    assert grey.mode == "RGB"
+    assert grey.getpixel((5, 5)) == (grey.getpixel((5, 5))[0],) * 3
+    many = transform(mean=(0.5,) * 5, std=(0.5,) * 5)
+    assert "5 channels" in refusal(ConfigError, lambda: view(many, torch.zeros(5, 8, 8)))
+    assert "no.jpg" in refusal(ImageError, lambda: view(transform(), "no.jpg"))
+
+
+def lightness(colour: torch.Tensor) -> float:
+    """CIE L* of an sRGB colour with levels up to 255."""
+    linear = [(c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4) for c in (colour.double() / 255).tolist()]
+    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+    return 116 * luminance ** (1 / 3) - 16 if luminance > 0.008856 else 903.3 * luminance
+
+
+def test_equal_steps_of_heat_are_equal_steps_of_lightness() -> None:
+    colours = coloured(torch.linspace(0, 1, 33)[None])[:, 0].T
+    steps = np.diff([lightness(colour) for colour in colours])
+    assert steps.min() > 1.5
+    assert steps.max() < 4.5
+    assert np.diff([lightness(colour) for colour in colours[::4]]).std() < 0.5
+
+
+def test_overlay_is_hot_where_the_map_is() -> None:
+    heat = torch.zeros(4, 4)
+    heat[0, 3] = 1.0
+    grey = PIL.Image.new("RGB", (80, 60), (100, 100, 100))
+    shown = np.asarray(overlay(grey, heat)).astype(int)
+    assert shown.shape == (60, 80, 3)
+    assert np.unravel_index(shown.sum(2).argmax(), (60, 80)) == (0, 79) or shown[0, 79].sum() == shown.sum(2).max()
+    assert tuple(shown[0, 79]) == tuple((100 + c) // 2 for c in (255, 245, 109))
+    assert tuple(shown[59, 0]) == tuple((100 + c) // 2 for c in (22, 0, 62))
+    assert np.array_equal(np.asarray(overlay(grey, heat, strength=0)), np.asarray(grey))
+
+
+@pytest.mark.parametrize(
+    "heat", [torch.zeros(1, 4, 4), torch.zeros(0, 4), torch.full((4, 4), 1.1), torch.full((2, 2), torch.nan)]
+)
+def test_overlay_refuses_what_is_no_map(heat: torch.Tensor) -> None:
+    assert "expected (H, W)" in refusal(ConfigError, lambda: overlay(photo(8, 8), heat))
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan"), "half"])
+def test_overlay_refuses_a_strength_that_is_no_share(strength: float) -> None:
+    message = refusal(ConfigError, lambda: overlay(photo(8, 8), torch.zeros(2, 2), strength=strength))
+    assert "strength=" in message
