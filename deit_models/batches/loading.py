@@ -320,7 +320,9 @@ class _Files(Dataset[Any]):
 
 
 Watch = Callable[[Iterable[Any], int], Iterable[Any]]
-"""Passes batches on, given how many there will be; a progress bar goes here."""
+"""Passes batches on, given how many there will be; a progress bar goes here.
+
+In training, a method `set_postfix` of what it returns, as tqdm has it, is given the mean loss of the epoch so far."""
 
 
 def plain_watch(batches: Iterable[Any], total: int) -> Iterable[Any]:  # noqa: ARG001

@@ -219,6 +219,12 @@ def say(text: str, file: TextIO | None = None) -> None:
         print(text, file=file, flush=True)
 
 
+def in_colour() -> bool:
+    """Whether the user's terminal is to have colours; see no-color.org and force-color.org."""
+    forced, dumb = os.environ.get("FORCE_COLOR"), os.environ.get("TERM") == "dumb"
+    return not os.environ.get("NO_COLOR") and bool(forced or not dumb)
+
+
 def watcher(label: str) -> Watch:
     """Bar over the batches of one pass, on a terminal; it vanishes at the end."""
     return lambda batches, total: progress_bar(batches, total, unit="batch", label=label)
@@ -232,11 +238,16 @@ def progress_bar(
     label: str | None = None,
     wanted: bool = True,
     stream: TextIO | None = None,
+    form: str | None = None,
 ) -> Any:
-    """The items behind a bar, which appears if `stream` (default: stderr) is a terminal; with a label it vanishes."""
+    """The items behind a bar, which appears if `stream` (default: stderr) is a terminal; with a label it vanishes.
+
+    `form` is a `bar_format` of tqdm, for a bar in colour.
+    """
     from huggingface_hub.utils.tqdm import tqdm
 
     stream = stream or sys.stderr
     shown = wanted and stream.isatty() and process_number() == 0
     options = {"total": total, "unit": unit, "desc": label, "leave": label is None, "disable": not shown}
+    options |= {"bar_format": form, "colour": "green" if form and in_colour() else None}
     return tqdm(items, file=stream, **options)  # type: ignore[no-untyped-call]

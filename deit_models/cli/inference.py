@@ -143,7 +143,7 @@ def _begin_parts(
     """Share the images that have no results yet among the processes; returns the earlier errors, too."""
     from ..files import digest_of_numbers
     from ..scoring.embeddings import Parts, digest_of_names
-    from .results import resume_results, written_name
+    from .results import COLUMNS, resume_results, written_name
 
     if args.output is None or args.format == "text":
         raise ConfigError("several processes write to one file: pass --output FILE, and --format jsonl or csv")
@@ -157,6 +157,7 @@ def _begin_parts(
     classifier = make_classifier(args, paths, optimize, alone=False)
     names = digest_of_names(map(paths.name, range(len(paths))))
     run = picked(args, "format", "top_k", "fast_pixels", "precision", "token_merging")
+    run |= {"columns": [*COLUMNS]} if args.format == "csv" else {}  # older versions had fewer
     # an optimised network may hold no numbers of its own, so that its model's name stands beside them
     run |= {"optimize": bool(args.optimize), "model": str(args.model), "weights": digest_of_numbers(classifier.model)}
     parts.begin(run | {"images": len(paths), "names": names}, len(paths), process)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import sys
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 from ..errors import ConfigError, TrainingError
 from ..training.presets import PRESETS
 from ..training.recipe import Recipe, recipe_named, recipe_of
-from .arguments import EXIT_INTERRUPTED, EXIT_OK, process_number, progress_bar, say
+from .arguments import EXIT_INTERRUPTED, EXIT_OK, columns, process_number, progress_bar, say
 
 if TYPE_CHECKING:
     import torch
@@ -145,23 +147,42 @@ def state_file(args: argparse.Namespace) -> Path:
 # The display, and how a run ends
 
 
-class TrainingDisplay:
-    """Progress of a training run: a bar for the running epoch, on a terminal, and a line for each finished one.
+_LIVE = "{desc}  {percentage:3.0f} %{postfix}  {bar}"
 
-    `finished` counts the epochs that are done; it is None until the first line of a continued run.
+
+class TrainingDisplay:
+    """Progress of a training run: a live line for the running epoch, on a terminal, and a line for each finished one.
+
+    `finished` counts the epochs that are done; it is None until the first line of a continued run. `images` is the
+    number of images in a batch, of all processes together.
     """
 
-    def __init__(self, epochs: int, *, finished: int | None, stream: TextIO | None = None) -> None:
+    def __init__(self, epochs: int, *, finished: int | None, images: int = 1, stream: TextIO | None = None) -> None:
         self.epochs = epochs
         self.finished = finished
+        self.images = images
+        self.best: float | None = None
         self._stream = stream
         self._bar: Any = None
+        self._begun: tuple[float, int] | None = None
 
     def watch(self, batches: Iterable[Any], total: int) -> Iterable[Any]:
-        """The batches of the next epoch, behind a bar."""
+        """The batches of the next epoch, behind a bar that tells the loss, if it is given, the speed and the time left.
+
+        Speed and time are those of this process: they include loading, and the time left includes evaluation.
+        """
         label = "training" if self.finished is None else f"epoch {self.finished + 1}/{self.epochs}"
-        self._bar = progress_bar(batches, total, unit="batch", label=label, stream=self._stream)
-        return self._bar
+        self._bar = progress_bar(batches, total, unit="batch", label=label, stream=self._stream, form=_LIVE)
+        if self._begun is None and self.finished is not None:
+            self._begun = time.monotonic(), self.finished
+        return _LiveEpoch(self, self._bar, total)
+
+    def seconds_left(self, share: float) -> float | None:
+        """Time to the end of the run, by its speed so far, in seconds; `share` of the running epoch is done."""
+        if self._begun is None or self.finished is None:
+            return None
+        (begun, before), done = self._begun, self.finished + share
+        return (time.monotonic() - begun) / (done - before) * (self.epochs - done)
 
     def close(self) -> None:
         """Remove the bar of an epoch that was broken off."""
@@ -171,7 +192,32 @@ class TrainingDisplay:
     def show_epoch(self, row: dict[str, Any]) -> None:
         """Print a row of the log and count its epoch."""
         self.finished = row["epoch"] + 1
+        score = row.get("map", row.get("top1"))
+        self.best = score if self.best is None or (score is not None and score > self.best) else self.best
         print(epoch_line(row, self.epochs), flush=True)
+
+
+class _LiveEpoch:
+    """The batches of an epoch behind a bar of tqdm; `set_postfix` renews its text."""
+
+    def __init__(self, display: TrainingDisplay, bar: Any, total: int) -> None:
+        self._display, self._bar, self._total = display, bar, total
+        self._seen, self._begun = 0, time.monotonic()
+
+    def __iter__(self) -> Iterator[Any]:
+        for batch in self._bar:
+            self._seen += 1
+            yield batch
+
+    def set_postfix(self, *, loss: float, refresh: bool = True) -> None:
+        """Tell the mean loss so far, the best accuracy so far, images/s and the time left."""
+        display, elapsed = self._display, max(time.monotonic() - self._begun, 1e-3)
+        told = [f"loss {loss:.4f}"]
+        told += [] if display.best is None else [f"best {display.best:.2f} %"]
+        told.append(f"{self._seen * display.images / elapsed:.0f} images/s")
+        left = display.seconds_left(self._seen / self._total)
+        told += [] if left is None else [f"{self._bar.format_interval(left)} left"]
+        self._bar.set_postfix_str(", ".join(told), refresh=refresh)
 
 
 def epoch_line(row: dict[str, Any], epochs: int) -> str:
@@ -188,6 +234,35 @@ def epoch_line(row: dict[str, Any], epochs: int) -> str:
     if row.get("unreadable"):
         parts.append(f"{row['unreadable']} unreadable")
     return "  ".join(parts)
+
+
+def images_at_once(recipe: Recipe | None) -> int:
+    """Images in a batch of a run, of all processes together; 1 of a command that trains nothing."""
+    return 1 if recipe is None else recipe.batch_size // recipe.accumulate
+
+
+def next_steps(args: argparse.Namespace, images: str | None, *, publishes: bool = False) -> str:
+    """Lines for the end of a run in `--out`: its report or curves, if there are any, and commands for its best model.
+
+    Args:
+        args: the command line; columns and places that it names are not repeated, and without them nothing evaluates.
+        images: images that no weights were fitted to, as `evaluate` takes them; None: there are none.
+        publishes: whether the command has `--push-to-hub`.
+    """
+    out = args.out
+    model = next((folder for folder in (out / "best", out / "model") if folder.is_dir()), None)
+    seen = next((file for file in (out / "report.html", out / "curves.png") if file.is_file()), None)
+    steps = [] if seen is None else [f"  look at   {seen}"]
+    if model is not None:
+        steps.append(f"  classify  {shlex.join(['deit-models', 'predict', '--model', str(model)])} IMAGE")
+        if images is not None and args.root is None and not any(columns(args).values()):
+            steps.append(f"  evaluate  {shlex.join(['deit-models', 'evaluate', str(model), images])}")
+        if publishes and args.push_to_hub is None:
+            instead = " instead of --fresh" if args.fresh else ""
+            steps.append(
+                f"  publish   the same command with --push-to-hub OWNER/NAME{instead}; it trains nothing again"
+            )
+    return "\n".join(["next:", *steps])
 
 
 def run_to_end(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
 from .arguments import EXIT_OK, add_data, add_options, at_least, command, open_data, say, watcher
-from .long_runs import TrainingDisplay, add_folder, add_recipe, check_fresh, chosen_recipe, run_to_end
+from .long_runs import TrainingDisplay, add_folder, add_recipe, check_fresh, chosen_recipe, images_at_once, run_to_end
 
 if TYPE_CHECKING:
     from ..data.records import ImageRecords
@@ -103,7 +103,7 @@ def _run(args: argparse.Namespace) -> int:
     if recipe is not None:
         args.precision = recipe.precision
     check_fresh(args)
-    display = TrainingDisplay(recipe.total_epochs if recipe else 0, finished=None)
+    display = TrainingDisplay(recipe.total_epochs if recipe else 0, finished=None, images=images_at_once(recipe))
     kept = f"{args.out} keeps every finished epoch and every score, and the same command goes on from there"
     with join_processes(args.device) as process:
         computing = Computing(device=process.device, workers=args.workers, watch=watcher("images"))

@@ -16,6 +16,8 @@ from .long_runs import (
     check_fresh,
     chosen_recipe,
     given_teacher,
+    images_at_once,
+    next_steps,
     recipe_changes,
     run_to_end,
     state_file,
@@ -86,7 +88,8 @@ def run_train(args: argparse.Namespace, *, train: Callable[..., TrainResult] | N
     if args.teacher is not None and recipe.distillation == "none":
         raise ConfigError("this recipe has distillation='none' and would not use the teacher; pass --distillation hard")
     check_fresh(args)
-    display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
+    finished = None if state_file(args).exists() else 0
+    display = TrainingDisplay(recipe.total_epochs, finished=finished, images=images_at_once(recipe))
     return run_to_end(args, recipe, display, lambda: _train(args, recipe, display, train))
 
 
@@ -121,6 +124,7 @@ def _train(
     say(_train_summary(result))
     if args.plot and process.is_main:
         plot_curves({result.out.name: result.log}, result.out / "curves.png")
+    say(next_steps(args, None if val is None else args.val_data or args.data))
 
 
 def _validation(args: argparse.Namespace, process: Process, records: ImageRecords) -> ImageRecords | None:
@@ -248,7 +252,8 @@ def _run_finetune(args: argparse.Namespace) -> int:
             **recipe_changes(args),
         )
         recipe = recipe.for_several_labels() if records.multi_label else recipe
-        display = TrainingDisplay(recipe.total_epochs, finished=None if state_file(args).exists() else 0)
+        finished = None if state_file(args).exists() else 0
+        display = TrainingDisplay(recipe.total_epochs, finished=finished, images=images_at_once(recipe))
 
         def work() -> None:
             own = None if args.val_data == SPLIT else validation_source(args.data, args.val_data)
@@ -276,6 +281,7 @@ def _run_finetune(args: argparse.Namespace) -> int:
                 **picked(args, "workers", "cache", "tensorboard", "report_to"),
             )
             say(_finetune_summary(result))
+            say(next_steps(args, args.test_data or own, publishes=True))
 
         kept = "the features computed so far stay, and the same command goes on from there"
         return run_to_end(args, recipe, display, work, kept=kept if args.mode == "head" else None)

@@ -56,7 +56,7 @@ def train_epoch(
         steps: optimiser steps in this epoch.
         epoch: from 0; decides the learning rate.
         damage: counts images that could not be read.
-        watch: wraps the batches, for a progress bar.
+        watch: wraps the batches, for a progress bar, which is given the loss, see `Watch`.
         kept: end of the message if the loss diverges: the weights that are left of earlier epochs.
 
     Raises:
@@ -70,7 +70,9 @@ def train_epoch(
     start, images, rate = learner.clock(), 0, 0.0
     total = torch.zeros((), device=process.device)
     first_look: tuple[int, float] | None = None
-    for number, batch in enumerate(watch(batches, steps * recipe.accumulate)):
+    watched = watch(batches, steps * recipe.accumulate)
+    show = getattr(watched, "set_postfix", lambda **_: None)
+    for number, batch in enumerate(watched):
         step, part = divmod(number, recipe.accumulate)
         if part == 0:
             rate = learning_rate(recipe, epoch, step / steps)
@@ -85,14 +87,16 @@ def train_epoch(
         if last:
             look = (step + 1) % learner.look_every == 0 or step + 1 == steps or (step == 0 and learner.undecided)
             if look:
-                _check_finite("the loss is", process.total(total.clone()), f"at step {step + 1} of", epoch, rate, kept)
+                so_far = float(process.total(total.clone())) / (process.world * (step + 1))
+                _check_finite("the loss is", so_far, f"at step {step + 1} of", epoch, rate, kept)
+                show(loss=so_far, refresh=False)  # read for the check anyway: showing it waits for no GPU
             _apply_gradients(learner)
             if look and learner.undecided:
                 steps_left = steps * (recipe.total_epochs - epoch) - step - 1
                 first_look = _consider_compiling(learner, batch, first_look, step=step, steps_left=steps_left)
     learner.optimizer.zero_grad(set_to_none=True)
     # a state is saved next: weights that the last step has spoiled would spoil it, and every start from it
-    _check_finite("the weights are", process.total(_largest_weight(learner.bare)), "after", epoch, rate, kept)
+    _check_finite("the weights are", float(process.total(_largest_weight(learner.bare))), "after", epoch, rate, kept)
     mean = process.total(total) / (process.world * steps)
     count = int(process.total(torch.tensor(images, device=process.device)))
     return EpochLoss(float(mean), rate, count, learner.clock() - start)
@@ -188,8 +192,8 @@ def _apply_gradients(learner: Learner) -> None:
         learner.average.update_parameters(learner.bare)
 
 
-def _check_finite(what: str, value: Tensor, when: str, epoch: int, rate: float, kept: str) -> None:
-    if not math.isfinite(float(value)):
+def _check_finite(what: str, value: float, when: str, epoch: int, rate: float, kept: str) -> None:
+    if not math.isfinite(value):
         raise TrainingError(
             f"{what} no longer a number {when} epoch {epoch} (learning rate {rate:.3g}); try a lower lr, a longer "
             f"warm-up, clip_grad=1, or precision float32{kept}"

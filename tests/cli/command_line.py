@@ -2,9 +2,11 @@
 
 import io
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,14 @@ MODELS = ("deit_atom_patch8_16", "deit_atom_distilled_patch8_16")
 
 class Terminal(io.StringIO):
     """A stream that says it is a terminal, and keeps what is written."""
+
+    def __init__(self, encoding: str = "utf-8") -> None:
+        super().__init__()
+        self._encoding = encoding
+
+    @property
+    def encoding(self) -> str:
+        return self._encoding
 
     def isatty(self) -> bool:
         return True
@@ -46,15 +56,34 @@ def save_class_folders(folder: Path, classes: Sequence[str], count: int) -> Path
 
 
 def start(
-    *arguments: object, options: tuple[str, ...] = (), module: str = "deit_models", **popen: object
+    *arguments: object, options: tuple[str, ...] = (), module: str = "deit_models", env=(), **popen: object
 ) -> "subprocess.Popen[str]":
-    """`python -m deit_models` as a user runs it, with its output in pipes."""
+    """`python -m deit_models` as a user runs it, with its output in pipes, and with more in the environment."""
     package = Path(deit_models.__file__).parents[1]
     environment = {**os.environ, "PYTHONPATH": str(package), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("HF_HUB_DISABLE_PROGRESS_BARS", None)
+    for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "COLUMNS", "NO_COLOR", "FORCE_COLOR"):
+        environment.pop(name, None)
+    environment |= dict(env)
     command = [sys.executable, *options, "-m", module, *map(str, arguments)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **popen}
     return subprocess.Popen(command, env=environment, **pipes)
+
+
+def on_terminal(*arguments: object, columns: int = 80, **options: object) -> tuple[int, str]:
+    """Status of the command as a user runs it on a terminal so wide, and all that the terminal receives."""
+    pty, fcntl, termios = (pytest.importorskip(name, reason="needs Unix") for name in ("pty", "fcntl", "termios"))
+    outside, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    options["env"] = {"TERM": "xterm-256color", **options.get("env", {})}
+    process = start(*arguments, stdout=inside, stderr=inside, stdin=inside, **options)
+    os.close(inside)
+    received = []
+    with suppress(OSError):  # EIO: the command has ended, and closed the terminal
+        while part := os.read(outside, 1 << 16):
+            received.append(part)
+    os.close(outside)
+    status = ended(process)[0]
+    return status, b"".join(received).decode(errors="replace").replace("\r\n", "\n")
 
 
 def ended(process: "subprocess.Popen[str]") -> tuple[int, str, str]:

@@ -12,6 +12,13 @@ import deit_models
 from deit_models.models.deit import DeiT, DeiTConfig
 
 
+@pytest.fixture(autouse=True)
+def _colours_by_the_stream(monkeypatch):
+    """The environment of whoever runs the tests neither asks for colours nor forbids them."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLUMNS"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
     """A folder that `save_pretrained` wrote: a model of a few thousand parameters with class names."""

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import select
 import struct
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from command_line import NAMES, ended, failure, save_pictures, start
+from command_line import NAMES, ended, failure, on_terminal, run, save_pictures, start
 
 import deit_models
 from deit_models import predict
@@ -38,6 +39,21 @@ def test_predict_prints_labels_and_percents_for_readers(tiny, photos, capsys):
     assert [line.split(" %  ")[1] for line in lines] == expected(tiny, photo)[:2]
     percents = [float(line.split(" %  ")[0]) for line in lines]
     assert 100 > percents[0] > percents[1] > 0
+
+
+def test_predict_draws_bars_on_a_terminal_and_plain_text_in_a_pipe(tiny, photos):
+    photo = photos / "001.png"
+    arguments = ["predict", photo, "--model", tiny, "--top-k", "3"]
+    status, received = on_terminal(*arguments, columns=60)
+    name, *lines = received.splitlines()
+    assert (status, name) == (0, str(photo))
+    label = expected(tiny, photo)[0]
+    assert re.fullmatch(rf"  [ \d]\d\d?\.\d\d %  \x1b\[32m[█▏▎▍▌▋▊▉ ]{{16}}\x1b\[0m  \x1b\[1m{label}\x1b\[0m", lines[0])
+    assert len(lines) == 3
+    status, plain, _ = run(*arguments)
+    assert status == 0
+    bare = re.sub(r"\x1b\[\d+m", "", received)
+    assert plain == re.sub(r"%  [█▏▎▍▌▋▊▉ ]{16}  ", "%  ", bare)
 
 
 def test_predict_without_a_model_says_what_the_default_knows(photos, capsys):

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import Terminal
+from tqdm.utils import disp_len
 
-from deit_models.cli.results import resume_results, write_results, written_name
+from deit_models.cli.results import look_of, resume_results, write_results, written_name
 from deit_models.errors import ConfigError
 from deit_models.predict import ImageResult, Prediction
 
@@ -40,7 +42,8 @@ def test_csv_parses_back_with_a_row_a_prediction() -> None:
     errors = write_results(iter(RESULTS), stream, format="csv")
     assert "\r" not in stream.getvalue()
     rows = list(csv.DictReader(io.StringIO(stream.getvalue())))
-    assert list(rows[0]) == ["file", "rank", "label", "index", "probability", "error"]
+    assert list(rows[0]) == ["file", "rank", "label", "index", "probability", "above_threshold", "error"]
+    assert {row["above_threshold"] for row in rows} == {""}, "of a model for one class an image"
     assert [row["rank"] for row in rows] == ["1", "2", "", "1"]
     assert [row["label"] for row in rows] == ["cat, tabby", '"dog"', "", "ça"]
     assert float(rows[3]["probability"]) == 1 / 3
@@ -115,10 +118,30 @@ def test_odd_names_are_read_back_from_csv(tmp_path: Path, name: str) -> None:
     assert resume_results(path, format="csv") == ({name, "-"}, [f"{name}: empty"])
 
 
+def test_csv_marks_the_labels_above_their_thresholds() -> None:
+    stream = io.StringIO()
+    two = (Prediction("sun", 0.9, 1), Prediction("sea", 0.4, 0))
+    write_results([ImageResult("a.png", two, labels=("sun",)), ImageResult("b", two, labels=())], stream, format="csv")
+    rows = list(csv.DictReader(io.StringIO(stream.getvalue())))
+    assert [(row["label"], row["above_threshold"]) for row in rows] == [
+        *[("sun", "1"), ("sea", "0")],
+        *[("sun", "0"), ("sea", "0")],
+    ]
+
+
+def test_csv_of_an_older_version_is_refused_by_name_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "old.csv"
+    whole = "file,rank,label,index,probability,error\na.png,1,cat,3,0.9,\nb.png,1,cat,3,0.9,\n"
+    path.write_text(whole)
+    with pytest.raises(ConfigError, match=r"old\.csv was begun by an older version, without .* above_threshold"):
+        resume_results(path, format="csv")
+    assert path.read_text() == whole
+
+
 def test_csv_of_another_program_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "o.csv"
-    for row in ("a\rb,1,x,0,1,\n", f"a,{'x' * 200_000},,,,\n"):
-        path.write_bytes(b"file,rank,label,index,probability,error\n" + row.encode())
+    for row in ("a\rb,1,x,0,1,,\n", f"a,{'x' * 200_000},,,,,\n"):
+        path.write_bytes(b"file,rank,label,index,probability,above_threshold,error\n" + row.encode())
         with pytest.raises(ConfigError, match=r"o\.csv holds other things than results as csv"):
             resume_results(path, format="csv")
 
@@ -130,3 +153,63 @@ def test_text_shows_control_characters_as_escapes(name: str, shown: str) -> None
     stream = io.StringIO()
     write_results([ImageResult(name, (Prediction(name, 0.5, 0),))], stream, format="text")
     assert stream.getvalue() == f"{shown}\n   50.00 %  {shown}\n"
+
+
+# On a terminal
+
+
+def drawn(monkeypatch: pytest.MonkeyPatch, *predictions: Prediction, columns: int = 80, **more: object) -> list[str]:
+    """The lines of one image on a terminal."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream = Terminal(more.pop("encoding", "utf-8"))
+    write_results([ImageResult("a.png", predictions, **more)], stream, format="text")
+    return stream.getvalue().splitlines()
+
+
+def test_terminal_gets_a_bar_by_the_probability_and_the_likeliest_class_in_bold(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    name, cat, dog = drawn(monkeypatch, Prediction("cat", 0.75, 0), Prediction("dog", 0.25, 1))
+    assert name == "a.png"
+    assert cat == f"   75.00 %  \x1b[32m{'█' * 17}▎{' ' * 5}\x1b[0m  \x1b[1mcat\x1b[0m"
+    assert dog == f"   25.00 %  \x1b[36m{'█' * 5}▊{' ' * 17}\x1b[0m  dog"
+
+
+@pytest.mark.parametrize(("name", "value"), [("NO_COLOR", "1"), ("TERM", "dumb")])
+def test_terminal_without_colours_gets_bars_alone(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    assert drawn(monkeypatch, Prediction("cat", 1.0, 0))[1] == f"  100.00 %  {'█' * 23}  cat"
+
+
+def test_code_page_without_blocks_gets_ascii_bars_and_escapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", "1")
+    lines = drawn(monkeypatch, Prediction("猫" * 9, 0.5, 0), Prediction("é", 0.5, 1), columns=50, encoding="cp1252")
+    label = r"\u732b" * 9
+    assert lines[1] == f"   50.00 %  {'#' * 6}{' ' * 7}  {label[:19]}..."
+    assert lines[2] == f"   50.00 %  {'#' * 6}{' ' * 7}  é"
+
+
+@pytest.mark.parametrize("columns", [20, 30, 40, 80, 200])
+@pytest.mark.parametrize("label", ["tabby, " * 40, "虎斑猫" * 40, "cat"])
+def test_no_line_is_wider_than_the_terminal(columns: int, label: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for labels in (None, (label,)):
+        line = drawn(monkeypatch, Prediction(label, 0.5, 0), columns=columns, labels=labels)[1]
+        assert disp_len(line) < columns
+        assert ("…" in line) == (len(label) > 3)
+        assert line.endswith(" *") == (labels is not None)
+
+
+def test_values_of_a_regression_have_no_bars(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert drawn(monkeypatch, Prediction("years", 41.5, 0))[1] == "      41.5  years"
+
+
+def test_colours_are_forced_into_a_pipe_but_not_into_a_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = io.StringIO()
+    monkeypatch.setattr("sys.stdout", pipe)
+    assert look_of(pipe) is None
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    assert look_of(pipe) is not None
+    assert look_of(io.StringIO()) is None
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert look_of(pipe) is None

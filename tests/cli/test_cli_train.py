@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import PIL.Image
 import pytest
 import torch
-from command_line import CLASSES, MODELS, ended, failure, run, save_class_folders, start
+from command_line import CLASSES, MODELS, ended, failure, on_terminal, run, save_class_folders, start
 
 import deit_models
 from deit_models.cli import build_parser, main
@@ -33,7 +34,7 @@ def train(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: obje
     assert main([str(argument) for argument in arguments]) == 0
     printed, err = capsys.readouterr()
     assert err == ""
-    return printed.splitlines()
+    return printed.partition("next:\n")[0].splitlines()
 
 
 def head(folder: Path) -> torch.Tensor:
@@ -54,6 +55,31 @@ def test_run_prints_what_it_does_a_line_an_epoch_and_where_the_models_are(data, 
     assert first.startswith("epoch 1/2  loss ")
     assert f"top-1 {rows[1]['top1']:.2f} %" in summary
     assert summary.endswith(f"wrote {out / 'model'} and {out / 'best'}")
+
+
+def test_commands_that_a_run_ends_with_work(data, tmp_path, capsys):
+    arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", "--model", PLAIN, *QUICK]
+    assert main([str(argument) for argument in arguments]) == 0
+    steps = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.partition("next:\n")[2].splitlines())
+    photo = next((data / "val" / "bee").iterdir())
+    for name, found in (("classify", str(photo)), ("evaluate", "top-1")):
+        command = shlex.split(steps[name].replace("IMAGE", shlex.quote(str(photo))))
+        assert main(command[1:]) == 0
+        assert found in capsys.readouterr().out
+
+
+def test_terminal_shows_the_running_epoch_live_and_a_line_for_each_finished_one(data, tmp_path):
+    model = "deit_micro_patch4_32"  # a process knows registered names alone
+    options = ["--model", model, "--recipe", "cifar_scratch", *QUICK, "--out", tmp_path / "run"]
+    status, received = on_terminal("train", data, *options, columns=100)
+    assert status == 0
+    live = [re.sub(r"\x1b\[[0-9;]*m", "", part) for part in received.split("\r")]
+    assert any(re.match(r"epoch 1/2 +50 %, loss \d\.\d{4}, \d+ images/s, \d\d:\d\d left  ", part) for part in live)
+    assert any(re.match(r"epoch 2/2 +50 %, loss \d\.\d{4}, best \d+\.\d\d %, ", part) for part in live)
+    assert all(len(part) < 100 for part in live if part.startswith("epoch") and "\n" not in part)
+    kept = [part.partition("\n")[0] for part in live if "\n" in part]
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [line for line in kept if line.startswith("epoch")] == [epoch_line(row, 2) for row in rows]
 
 
 def test_run_leaves_the_resolved_recipe_and_models_that_know_their_classes(data, tmp_path, capsys):
@@ -377,6 +403,8 @@ def test_of_two_processes_only_the_first_prints(data, tmp_path):
     options = ["--model", "deit_micro_patch4_32", "--recipe", "cifar_scratch", *QUICK, "--out", tmp_path / "run"]
     status, out, _ = run("train", data, *options, options=tuple(torchrun))
     assert status == 0
-    assert [line.split()[0] for line in out.splitlines()] == ["deit_micro_patch4_32", "epoch", "epoch", "top-1"]
+    begun, _, steps = out.partition("next:\n")
+    assert [line.split()[0] for line in begun.splitlines()] == ["deit_micro_patch4_32", "epoch", "epoch", "top-1"]
+    assert [line.split()[0] for line in steps.splitlines()] == ["classify", "evaluate"]
     status, out, _ = run("evaluate", tmp_path / "run" / "model", data, "--json", options=tuple(torchrun))
     assert (status, json.loads(out)["images"]) == (0, 6)

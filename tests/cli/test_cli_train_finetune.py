@@ -36,7 +36,7 @@ def finetune(capsys: pytest.CaptureFixture[str], data: Path, out: Path, *more: o
     assert main([str(argument) for argument in ("finetune", data, "--out", out, *QUICK, *more)]) == 0
     printed, err = capsys.readouterr()
     assert err == ""
-    return printed.splitlines()
+    return printed.partition("next:\n")[0].splitlines()
 
 
 def test_run_prints_what_it_does_an_epoch_a_line_and_where_the_models_are(pictures, start, tmp_path, capsys):
@@ -51,6 +51,18 @@ def test_run_prints_what_it_does_an_epoch_a_line_and_where_the_models_are(pictur
         "transformers"
     )
     assert deit_models.from_pretrained(out / "best").origin.class_names == CLASSES
+
+
+def test_run_ends_with_commands_for_its_model_and_repeated_trains_nothing(pictures, start, tmp_path, capsys):
+    arguments = ["finetune", pictures, "--out", tmp_path / "run", *QUICK, "--model", start]
+    assert main([str(argument) for argument in arguments]) == 0
+    steps = capsys.readouterr().out.partition("next:\n")[2].splitlines()
+    assert [line.split()[0] for line in steps if "report.html" not in line] == ["classify", "publish"]
+    assert main([str(argument) for argument in arguments]) == 0
+    assert "\nepoch" not in capsys.readouterr().out
+    options = [*QUICK, "--model", start, "--test-data", pictures]
+    assert main([str(argument) for argument in ("finetune", pictures, "--out", tmp_path / "tested", *options)]) == 0
+    assert f"deit-models evaluate {tmp_path / 'tested' / 'best'} {pictures}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,32 @@ def batches(count: int, size: int, seed: int = 1) -> list[Batch]:
     ]
 
 
+class Bar(list[Batch]):
+    """Batches behind a progress bar, which notes the losses that it is given."""
+
+    def __init__(self, batches: Any, total: int) -> None:
+        super().__init__(batches)
+        self.total, self.told = total, list[float]()
+
+    def set_postfix(self, *, loss: float, refresh: bool) -> None:
+        assert not refresh
+        self.told.append(loss)
+
+
+def test_progress_bar_is_given_the_mean_loss_so_far() -> None:
+    learner, bars = tiny.learner(tiny.model(), tiny.recipe(accumulate=2)), []
+
+    def watch(batches: Any, total: int) -> Bar:
+        bars.append(Bar(batches, total))
+        return bars[-1]
+
+    done = train_epoch(learner, batches(6, 4), steps=3, epoch=0, damage=DAMAGE, watch=watch)
+    (bar,) = bars
+    assert (bar.total, len(bar.told)) == (6, 3)
+    assert bar.told[-1] == pytest.approx(done.loss)
+    assert bar.told[0] != pytest.approx(done.loss)
+
+
 def run(learner: Learner, data: list[Batch], *, epoch: int = 0) -> engine.EpochLoss:
     copies = [(images.clone(), labels, failures) for images, labels, failures in data]  # mixing works in place
     steps = len(data) // learner.recipe.accumulate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import tiny
@@ -50,8 +50,18 @@ CASES: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 
 
+class Bar(list[Batch]):
+    """Batches behind a progress bar, as the engine knows it; it notes the losses that it is given."""
+
+    told: ClassVar[list[float]] = []
+
+    def set_postfix(self, *, loss: float, refresh: bool) -> None:
+        assert not refresh
+        self.told.append(loss)
+
+
 def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: int, **changes: Any) -> None:
-    """An epoch of a learner, some fields of which are changed."""
+    """An epoch of a learner, some fields of which are changed, behind a bar that shows the loss."""
     recipe = tiny.recipe(LIVELY, **settings)
     with torch.random.fork_rng(devices=[]):
         learner = make_learner(
@@ -65,7 +75,8 @@ def epoch_of(gpu: FakeGpu, model: nn.Module, settings: dict[str, Any], steps: in
     learner = replace(learner, fitted=True, **changes)  # trying is done once, before the first step
     gpu.waits.clear()
     data = [batch_for(gpu, model) for _ in range(steps)]
-    train_epoch(learner, data, steps=steps, epoch=2, damage=DamageCount(tiny.Pictures(8), 0.0))
+    damage = DamageCount(tiny.Pictures(8), 0.0)
+    train_epoch(learner, data, steps=steps, epoch=2, damage=damage, watch=lambda batches, _: Bar(batches))
 
 
 def batch_for(gpu: FakeGpu, model: nn.Module) -> Batch:
@@ -94,3 +105,6 @@ def test_no_step_waits_for_the_gpu(case: str, monkeypatch: pytest.MonkeyPatch) -
 def test_loss_is_read_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     few, *more = (len(waits("deit", steps, monkeypatch, look_every=3)) for steps in (2, 3, 4, 7))
     assert [count - few for count in more] == [0, 1, 2]
+    Bar.told.clear()
+    waits("deit", 7, monkeypatch, look_every=3)
+    assert len(Bar.told) == 3, "after steps 3, 6 and 7: a bar is given what was read anyway"
