@@ -10,6 +10,7 @@ import argparse
 import html
 import posixpath
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -33,7 +34,7 @@ PYTHON = {
     "classifying": (
         "Classify and score",
         (
-            *("Classifier", "transform_for", "attention_maps", "evaluate"),
+            *("Classifier", "transform_for", "evaluate"),
             *("scoring.embeddings.load_features", "scoring.embeddings.nearest_neighbours"),
         ),
     ),
@@ -56,6 +57,7 @@ PYTHON = {
             *("nas.settings.Evolution", "training.run.Computing"),
         ),
     ),
+    "seeing": ("See", ("heat_maps", "attention_maps", "show.pictures.view", "show.pictures.overlay")),
     "names": ("Names of models", ("list_models", "model_info", "count_macs", "register_model")),
     "errors": (
         "Errors",
@@ -107,6 +109,7 @@ def _command(parser: argparse.ArgumentParser, *, level: int) -> Iterator[str]:
     if level > 1:
         yield from (f"{'#' * level} {parser.prog.partition(' ')[2]}", "")
     usage = " ".join(parser.format_usage().removeprefix("usage: ").split())
+    usage = textwrap.fill(usage, 80, subsequent_indent="    ", break_on_hyphens=False)
     yield from (_plain(parser.description), "", "```text", usage, "```", "")
     if parser.epilog:
         yield from ("```sh", *parser.epilog.replace("example: ", "").splitlines(), "```", "")
@@ -115,7 +118,9 @@ def _command(parser: argparse.ArgumentParser, *, level: int) -> Iterator[str]:
     if explained:
         yield from ("| argument | meaning |", "| --- | --- |")
         for action in explained:
-            yield f"| {_spelling(action)} | {_plain(str(action.help) % {**vars(action), 'prog': parser.prog})} |"
+            meaning = _plain(str(action.help) % {**vars(action), "prog": parser.prog})
+            meaning = re.sub(r"docs/(\w+\.md)", r"[docs/\1](../\1)", meaning)
+            yield f"| {_spelling(action)} | {meaning} |"
         yield ""
     fields_of_recipe = [_spelling(action) for action in shown if action.option_strings and not action.help]
     if fields_of_recipe:
@@ -160,7 +165,7 @@ def recipes_page() -> str:
 
 def _plain(text: Any) -> str:
     """Words that Markdown shows as they are, on one line."""
-    return re.sub(r"([\\`*_|\[\]])", r"\\\1", html.escape(" ".join(str(text or "").split()), quote=False))
+    return re.sub(r"([\\*_|\[\]])", r"\\\1", html.escape(" ".join(str(text or "").split()), quote=False))
 
 
 class RaisesByName(griffe.Extension):
