@@ -162,7 +162,15 @@ def test_source_distribution_is_the_checkout(built):
         names = {name.partition("/")[2] for name in archive.getnames()}
     expected = {
         path.relative_to(ROOT).as_posix()
-        for pattern in ("tests/**/*.py", "tests/**/*.json", "examples/*.*", "deit_models/**/*.py", "weights/*", "*.md")
+        for pattern in (
+            "tests/**/*.py",
+            "tests/**/*.json",
+            "examples/*.*",
+            "deit_models/**/*.py",
+            "weights/*",
+            "*.md",
+            "*.yml",
+        )
         for path in ROOT.glob(pattern)
     }
     assert expected <= names
