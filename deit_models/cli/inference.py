@@ -33,6 +33,7 @@ from .arguments import (
     progress_bar,
     watcher,
 )
+from .showing import check_heat_maps, draw_heat_maps
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -67,6 +68,8 @@ def add_predict(commands: Any) -> None:
     written.add_argument("--format", choices=["text", "jsonl", "csv"], default="text", help="default text")
     written.add_argument("--json", dest="format", action="store_const", const="jsonl", help="short for --format jsonl")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write there instead of to the screen")
+    text = "also draw each image into this folder, with the parts in colours that raise its likeliest class's score"
+    parser.add_argument("--heat-maps", type=Path, metavar="FOLDER", help=text)
     _add_resume(parser)
 
 
@@ -101,14 +104,17 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
         if getattr(args, name) is not None and not args.optimize:
             raise ConfigError(f"--{name.replace('_', '-')} is for --optimize; pass both")
     _check_output(args)
+    check_heat_maps(args)
     every = image_sources(args.images, **columns(args))
     with join_processes(args.device) as process:
         if process.world > 1 or (args.output and Parts(args.output).folder.exists()):
             parts, classifier, paths, errors = _begin_parts(args, every, optimize, process)
         else:
-            parts, errors = None, _predict_alone(args, every, optimize)
+            parts, (classifier, errors) = None, _predict_alone(args, every, optimize)
     if parts is not None:
         errors += _predict_in_parts(args, parts, classifier, paths, process)
+    if args.heat_maps is not None:
+        draw_heat_maps(args, classifier, every, process)
     return _unread(errors, len(every))
 
 
@@ -120,21 +126,22 @@ def _unread(errors: Sequence[str], total: int) -> int:
     return EXIT_FAILED if errors else EXIT_OK
 
 
-def _predict_alone(args: argparse.Namespace, every: ImageSources, optimize: Any) -> list[str]:
-    """Write the results of one process as they come; returns all errors."""
+def _predict_alone(args: argparse.Namespace, every: ImageSources, optimize: Any) -> tuple[Classifier, list[str]]:
+    """Write the results of one process as they come; returns its classifier and all errors."""
     from .results import resume_results, write_results, written_name
 
     resumed = args.resume and args.output.exists()
     done, before = resume_results(args.output, format=args.format) if resumed else ((), [])
     paths = every.chosen(lambda name: written_name(name) not in done) if done else every
-    results = make_classifier(args, paths, optimize).classify_files(paths, top_k=args.top_k, workers=args.workers)
+    classifier = make_classifier(args, paths, optimize)
+    results = classifier.classify_files(paths, top_k=args.top_k, workers=args.workers)
     header = not resumed or args.output.stat().st_size == 0
     mode = "a" if resumed else "w"
     # newline="": lines end alike on every system
     file = nullcontext(sys.stdout) if args.output is None else args.output.open(mode, encoding="utf-8", newline="")
     with file as stream:
         shown = progress_bar(results, len(paths), unit="image", wanted=len(paths) > 1 and not stream.isatty())
-        return before + write_results(shown, stream, format=args.format, header=header)
+        return classifier, before + write_results(shown, stream, format=args.format, header=header)
 
 
 def _begin_parts(
@@ -252,13 +259,13 @@ def make_classifier(
 ) -> Classifier:
     """The classifier that the options of `predict` ask for; `optimize` judges by the first of `paths`.
 
-    In a process that works `alone`, it optimises itself where that pays.
+    In a process that works `alone`, it optimises itself where that pays, unless heat maps are to be drawn.
     """
     from ..predict import Classifier
 
     options = picked(args, "batch_size", "fast_pixels")
     classifier = Classifier(chosen_model(args), device=args.device, **options, **loading(args))
-    if args.optimize is None and alone and len(paths) > _MANY:
+    if args.optimize is None and alone and len(paths) > _MANY and args.heat_maps is None:
         from ..deploy.adaptive import AdaptiveClassifier
 
         classifier.model = AdaptiveClassifier(classifier.model, images=len(paths), cache_dir=args.cache_dir)

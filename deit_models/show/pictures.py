@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import unicodedata
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import PIL.Image
+import PIL.ImageDraw
+import PIL.ImageFont
 import torch
 from PIL.Image import Resampling
 from torch import Tensor
@@ -13,8 +18,10 @@ from torchvision.transforms.v2 import functional as TF
 
 from ..config import is_finite
 from ..errors import ConfigError, shown
+from ..files import printable
 from ..images.decoding import ImageSource, load_planes, name_of
 from ..images.transforms import EvalTransform, seen_box
+from ..predict import Prediction
 
 COLOURS = (
     *((22, 0, 62), (67, 0, 95), (120, 0, 108), (176, 0, 102), (234, 1, 71)),
@@ -74,3 +81,95 @@ def coloured(heat: Tensor) -> Tensor:
     below = place.floor().long().clamp(max=len(anchors) - 2)
     rest = (place - below)[..., None]
     return (anchors[below] * (1 - rest) + anchors[below + 1] * rest).round().to(torch.uint8).permute(2, 0, 1)
+
+
+# Explanations: one row a method
+
+
+class MapRow(NamedTuple):
+    """A row of an `explanation`: its caption, its map (H, W) from 0 to 1, and the class that the map is for, if any."""
+
+    caption: str
+    heat: Tensor
+    target: int | None = None
+
+
+_SIDE, _GAP, _BARS = 300, 20, 360  # pixels: most of a picture's side, between parts, width of the bars
+_INK, _PALE, _PLAIN, _MARKED = (34, 34, 34), (232, 234, 237), (110, 128, 150), (176, 0, 102)
+
+
+def explanation(
+    picture: PIL.Image.Image, rows: Sequence[MapRow], predictions: Sequence[Prediction], *, title: str
+) -> PIL.Image.Image:
+    """One picture for a report: in each row the photograph, a heat map over it, and bars of the likeliest classes.
+
+    The bar of the class that a map is for has another colour. Pillow's own font has English letters alone: accents are
+    left out, other letters become question marks, and the number of such a class stands beside them.
+
+    Args:
+        picture: the crop that the model gets, from `view`.
+        rows: a map each, with a caption.
+        predictions: the likeliest classes, likeliest first.
+        title: of the whole, such as the model's name and the file's.
+
+    """
+    small = picture.convert("RGB")
+    scale = _SIDE / max(small.size)
+    small = small.resize((max(1, round(scale * small.width)), max(1, round(scale * small.height))), Resampling.LANCZOS)
+    bars_left = 3 * _GAP + 2 * small.width
+    bar = max(44, small.height // max(len(predictions), 1))
+    step = max(small.height, bar * len(predictions)) + 24 + _GAP
+    size = (bars_left + _BARS + _GAP, 3 * _GAP + 26 + step * len(rows) + 24)
+    page = PIL.Image.new("RGB", size, "white")
+    draw = PIL.ImageDraw.Draw(page)
+    _write(draw, (_GAP, _GAP), title, size=22, width=size[0] - 2 * _GAP)
+    for number, row in enumerate(rows):
+        top = 2 * _GAP + 26 + number * step
+        _write(draw, (_GAP, top), row.caption, size=16, width=size[0] - 2 * _GAP)
+        page.paste(small, (_GAP, top + 24))
+        page.paste(overlay(small, row.heat), (2 * _GAP + small.width, top + 24))
+        for place, prediction in enumerate(predictions):
+            _bar(draw, (bars_left, top + 24 + bar * place), prediction, marked=prediction.index == row.target)
+    _legend(page, draw, (2 * _GAP + small.width, size[1] - _GAP - 18), small.width)
+    return page
+
+
+def _bar(draw: PIL.ImageDraw.ImageDraw, place: tuple[int, int], prediction: Prediction, *, marked: bool) -> None:
+    """A class: its label and percentage (or value) above a bar."""
+    left, top = place
+    share = prediction.probability
+    number = f"{100 * share:.1f} %" if 0 <= share <= 1 else f"{share:.5g}"  # values of a regression
+    label = _drawable(prediction.label)
+    if "?" in label and "?" not in prediction.label:
+        label = f"class {prediction.index}: {label}"
+    _write(draw, (left, top), label, size=16, width=_BARS - 80)
+    draw.text((left + _BARS, top), number, fill=_INK, font=PIL.ImageFont.load_default(16), anchor="ra")
+    draw.rectangle((left, top + 21, left + _BARS - 1, top + 31), fill=_PALE)
+    if filled := round(min(max(share, 0), 1) * _BARS):
+        draw.rectangle((left, top + 21, left + filled - 1, top + 31), fill=_MARKED if marked else _PLAIN)
+
+
+def _legend(page: PIL.Image.Image, draw: PIL.ImageDraw.ImageDraw, place: tuple[int, int], width: int) -> None:
+    """The colours from cold to hot, with a word at each end."""
+    left, top = place
+    font = PIL.ImageFont.load_default(14)
+    start, end = left + round(font.getlength("least ")), left + width - round(font.getlength(" most"))
+    draw.text((left, top), "least", fill=_INK, font=font)
+    draw.text((left + width, top), "most", fill=_INK, font=font, anchor="ra")
+    page.paste(TF.to_pil_image(coloured(torch.linspace(0, 1, max(end - start, 2)).expand(12, -1))), (start, top + 3))
+
+
+def _write(draw: PIL.ImageDraw.ImageDraw, place: tuple[int, int], text: str, *, size: int, width: int) -> None:
+    """Text on one line of at most `width` pixels; the end of a longer one is left out."""
+    font, text = PIL.ImageFont.load_default(size), _drawable(text)
+    if draw.textlength(text, font=font) > width:
+        while text and draw.textlength(f"{text}...", font=font) > width:
+            text = text[:-1]
+        text = f"{text}..."
+    draw.text(place, text, fill=_INK, font=font)
+
+
+def _drawable(text: str) -> str:
+    """Text in letters that Pillow's own font has: without accents, and with question marks for other letters."""
+    plain = "".join(c for c in unicodedata.normalize("NFKD", printable(text)) if not unicodedata.combining(c))
+    return plain.encode("ascii", "replace").decode()

@@ -160,7 +160,13 @@ def test_optimize_classifies_by_the_optimised_model_with_the_same_answers(tiny, 
 
 
 @pytest.mark.parametrize(
-    ("images", "option", "adaptive"), [(301, [], True), (300, [], False), (301, ["--no-optimize"], False)]
+    ("images", "option", "adaptive"),
+    [
+        (301, [], True),
+        (300, [], False),
+        (301, ["--no-optimize"], False),
+        (301, ["--heat-maps", "maps"], False),
+    ],
 )
 def test_many_images_are_optimised_by_themselves_unless_that_is_refused(tiny, images, option, adaptive):
     args = build_parser().parse_args(["predict", "photos", "--model", str(tiny), "--device", "cpu", *option])

@@ -11,7 +11,7 @@ import deit_models
 from deit_models.cli import build_parser, main
 
 COMMANDS = [
-    ["list"], ["info"], ["predict"], ["embed"], ["evaluate"], ["finetune"], ["train"], ["distill"],
+    ["list"], ["info"], ["predict"], ["explain"], ["embed"], ["evaluate"], ["finetune"], ["train"], ["distill"],
     ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
     ["convert"], ["export"], ["bench"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],

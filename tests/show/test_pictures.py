@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import pytest
@@ -11,7 +13,8 @@ from tiny_models import photo, refusal
 from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, ImageError
 from deit_models.images.transforms import EvalTransform
-from deit_models.show.pictures import LEAST_SIDE, MOST_SIDE, coloured, overlay, view
+from deit_models.predict import Prediction
+from deit_models.show.pictures import LEAST_SIDE, MOST_SIDE, MapRow, _drawable, coloured, explanation, overlay, view
 
 
 def transform(**changes: object) -> EvalTransform:
@@ -88,3 +91,43 @@ def test_overlay_refuses_what_is_no_map(heat: torch.Tensor) -> None:
 def test_overlay_refuses_a_strength_that_is_no_share(strength: float) -> None:
     message = refusal(ConfigError, lambda: overlay(photo(8, 8), torch.zeros(2, 2), strength=strength))
     assert "strength=" in message
+
+
+# Explanations
+
+
+def predictions(*labels: str) -> list[Prediction]:
+    return [Prediction(label, 0.5 / 2**i, i) for i, label in enumerate(labels)]
+
+
+def drawn(*labels: str, rows: int = 1, size: tuple[int, int] = (300, 300), **changes: Any) -> np.ndarray:
+    some = [MapRow(f"row {number}", torch.rand(8, 8), **changes) for number in range(rows)]
+    picture = PIL.Image.new("RGB", size, (0, 90, 0))
+    return np.asarray(explanation(picture, some, predictions(*labels), title="a title")).astype(int)
+
+
+def test_an_explanation_has_the_photograph_in_each_row_and_a_bar_a_class() -> None:
+    page = drawn("cat", "dog", rows=2, target=1)
+    photograph = (page == (0, 90, 0)).all(2)
+    assert (photograph.sum(1) == 300).sum() == 2 * 300
+    # a plain bar of a half and a marked bar of a quarter of 360 pixels, in two rows
+    plain, marked = ((page == colour).all(2).sum(1) for colour in ((110, 128, 150), (176, 0, 102)))
+    assert sorted(set(plain)) == [0, 180]
+    assert (plain == 180).sum() == (marked >= 90).sum() == 2 * 11
+
+
+@pytest.mark.parametrize("size", [(300, 40), (40, 300), (2000, 1000)])
+def test_an_explanation_of_a_picture_of_any_shape_keeps_its_aspect(size: tuple[int, int]) -> None:
+    photograph = (drawn("cat", "dog", "elk", "fox", "gnu", size=size) == (0, 90, 0)).all(2)
+    width, height = photograph.any(0).sum(), photograph.any(1).sum()
+    assert max(width, height) == 300
+    assert width / height == pytest.approx(size[0] / size[1], rel=0.05)
+
+
+def test_labels_in_other_letters_are_told_apart_by_number() -> None:
+    assert _drawable("Kätzchen") == "Katzchen"
+    assert _drawable("猫\n") == "?\\n"
+    assert not np.array_equal(drawn("猫", "犬"), drawn("犬"))
+    with_number, without = drawn("x", "猫"), drawn("x", "?")
+    assert (with_number < 100).all(2).sum() > (without < 100).all(2).sum()
+    drawn("a label that is much too long for the place that it has, " * 9, "")
