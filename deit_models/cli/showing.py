@@ -1,11 +1,11 @@
-"""`deit-models explain`, and the heat maps of `deit-models predict`."""
+"""`deit-models explain` and `demo`, and the heat maps of `deit-models predict`."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,18 @@ from typing import TYPE_CHECKING, Any
 from ..config import nearest
 from ..errors import ConfigError, ImageError, shown
 from ..files import atomic_write, printable
-from .arguments import EXIT_OK, LOADING, add_options, chosen_model, command, loading, progress_bar
+from .arguments import (
+    EXIT_OK,
+    LOADING,
+    add_options,
+    at_least,
+    chosen_model,
+    command,
+    loading,
+    picked,
+    progress_bar,
+    say,
+)
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -105,6 +116,28 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
 def _save(picture: Image, path: Path) -> None:
     with atomic_write(path) as temporary:
         picture.save(temporary, format=_FORMATS[path.suffix.lower()])
+
+
+def add_demo(commands: Any) -> None:
+    """Add the command `demo`."""
+    summary = "open a page in the browser that classifies photographs, draws heat maps and compares two models"
+    example = "demo --model deit_tiny_patch16_224 deit_small_patch16_224"
+    parser = command(commands, "demo", summary, example, run_demo)
+    text = "names, folders or Hub repositories to choose from; default: what comes with the package"
+    parser.add_argument("--model", nargs="+", metavar="MODEL", help=text)
+    text = "address to serve on, default %(default)s: this computer alone; 0.0.0.0: everyone in the network"
+    parser.add_argument("--host", default="127.0.0.1", help=text)
+    parser.add_argument("--port", type=at_least(1), default=7860, metavar="N", help="default %(default)s")
+    add_options(parser, "--device")
+
+
+def run_demo(args: argparse.Namespace, *, launch: Callable[..., None] | None = None) -> int:
+    """Run `demo`; `launch` serves the page, by default `show.demo.launch`."""
+    from ..show.demo import launch as launch_here
+
+    models = args.model or [chosen_model(args)]
+    (launch or launch_here)(models, announce=say, **picked(args, "host", "port", "device"))
+    return EXIT_OK
 
 
 # Heat maps of `predict`

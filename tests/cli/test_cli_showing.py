@@ -1,5 +1,6 @@
-"""`deit-models explain`, and the heat maps of `predict`: files, names, refusals."""
+"""`deit-models explain` and `demo`, and the heat maps of `predict`: files, names, refusals."""
 
+import socket
 from argparse import Namespace
 from pathlib import Path
 
@@ -10,11 +11,12 @@ import torch
 from command_line import NAMES, failure, run, usage_error
 
 import deit_models
-from deit_models.cli import main
-from deit_models.cli.showing import class_number, draw_heat_maps, picture_name
+from deit_models.cli import build_parser, main
+from deit_models.cli.showing import class_number, draw_heat_maps, picture_name, run_demo
 from deit_models.data.sources import image_sources
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError
+from deit_models.registry import DEFAULT_MODEL
 from deit_models.show.pictures import overlay, view
 
 
@@ -92,6 +94,24 @@ def test_a_class_is_known_by_its_names_and_its_number():
     for text, message in (("crane", r"classes \[2, 3\]"), ("6", "a number to 5"), ("-1", "no such"), ("²", "no such")):
         with pytest.raises(ConfigError, match=message):
             class_number(text, labels)
+
+
+def test_demo_serves_the_chosen_models(capsys):
+    calls = []
+    for options in ([], ["--model", "a", "b", "--host", "0.0.0.0", "--port", "80"]):
+        args = build_parser().parse_args(["demo", *options])
+        assert run_demo(args, launch=lambda models, **changes: calls.append((models, changes))) == 0
+    assert calls[0][0] == [DEFAULT_MODEL]
+    assert calls[1][0] == ["a", "b"]
+    assert [(changes["host"], changes["port"]) for _, changes in calls] == [("127.0.0.1", 7860), ("0.0.0.0", 80)]
+    assert "no --model given" in capsys.readouterr().err
+
+
+def test_demo_on_a_taken_port_or_without_its_extra_ends_in_one_line(tiny, capsys):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        message = failure(capsys, "demo", "--model", tiny, "--port", port)
+    assert str(port) in message or "[demo]" in message
 
 
 # predict --heat-maps

@@ -15,6 +15,7 @@ COMMANDS = [
     ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
     ["convert"], ["export"], ["bench"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],
+    ["demo"],
 ]  # fmt: skip
 
 # The parser
