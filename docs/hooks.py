@@ -57,7 +57,10 @@ PYTHON = {
             *("nas.settings.Evolution", "training.run.Computing"),
         ),
     ),
-    "seeing": ("See", ("heat_maps", "attention_maps", "show.pictures.view", "show.pictures.overlay")),
+    "seeing": (
+        "See",
+        ("heat_maps", "attention_maps", "show.pictures.view", "show.pictures.overlay", "show.demo.launch"),
+    ),
     "names": ("Names of models", ("list_models", "model_info", "count_macs", "register_model")),
     "errors": (
         "Errors",
