@@ -28,10 +28,13 @@ from .arguments import (
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from ..data.sources import ImageSources
     from ..distributed import Process
+    from ..models.layers import ImageClassifier
     from ..predict import Classifier
+    from ..show.pictures import MapRow
 
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 _METHODS = {
@@ -55,6 +58,8 @@ def add_explain(commands: Any) -> None:
     parser.add_argument("--method", nargs="+", choices=list(_METHODS), default=list(_METHODS), help=text)
     text = "of --method gradient: the class to explain, by its name or number; default: the likeliest"
     parser.add_argument("--target", metavar="CLASS", help=text)
+    text = "one more row: the patches that become one token where every block merges so many, as optimize can"
+    parser.add_argument("--token-merging", type=at_least(1), metavar="N", help=text)
     add_options(parser, *LOADING, "--device")
 
 
@@ -62,7 +67,7 @@ def _run_explain(args: argparse.Namespace) -> int:
     from ..predict import Classifier
     from ..registry import DEFAULT_MODEL
     from ..show.heat_maps import heat_maps
-    from ..show.pictures import MapRow, explanation, view
+    from ..show.pictures import MapRow, explanation, overlay, view
 
     _check_picture(args.output, overwrite=args.overwrite)
     if args.target is not None and "gradient" not in args.method:
@@ -72,16 +77,29 @@ def _run_explain(args: argparse.Namespace) -> int:
     every = classifier(args.photo, top_k=max(5, len(classifier.labels))).predictions
     target = every[0].index if target is None else target
     found = [one for rank, one in enumerate(every) if rank < 5 or one.index == target]
-    x, rows = classifier.transform(args.photo)[None], []
+    x, seen, rows = classifier.transform(args.photo)[None], view(classifier.transform, args.photo), []
     for method in dict.fromkeys(args.method):
         wanted = target if method == "gradient" else None
         heat = heat_maps(classifier.model, x, method=method, target=wanted)[0]
         caption = _METHODS[method] + ("" if wanted is None else f", {classifier.labels[wanted]}")
-        rows.append(MapRow(caption, heat, wanted))
-    title = f"{args.photo.name}, {args.model or DEFAULT_MODEL}"
-    _save(explanation(view(classifier.transform, args.photo), rows, found, title=title), args.output)
+        rows.append(MapRow(caption, overlay(seen, heat), wanted))
+    if args.token_merging:
+        rows.append(_merging_row(classifier.model, x, seen, args.token_merging))
+    _save(explanation(seen, rows, found, title=f"{args.photo.name}, {args.model or DEFAULT_MODEL}"), args.output)
     print(printable(f"wrote {args.output}: {', '.join(dict.fromkeys(args.method))}; {found[0].label} is the likeliest"))
     return EXIT_OK
+
+
+def _merging_row(model: ImageClassifier, x: Tensor, seen: Image, count: int) -> MapRow:
+    """The row of the patches that token merging joins."""
+    from ..deploy.network import merged_patches
+    from ..show.pictures import MapRow, with_groups
+
+    weight = next(model.parameters())
+    groups = merged_patches(model, x.to(weight.device), count)[0]
+    left = int(groups.max()) + 1
+    caption = f"token merging, {count} a block: patches of one colour are one token, {groups.numel()} become {left}"
+    return MapRow(caption, with_groups(seen, groups))
 
 
 def class_number(text: str, labels: Sequence[str]) -> int:

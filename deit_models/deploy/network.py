@@ -387,3 +387,23 @@ class MergingBlocks(nn.Sequential):
             else:
                 x = block(x, _log_sizes(sizes, x.dtype))
         return x
+
+
+@torch.no_grad()
+def merged_patches(model: ImageClassifier, images: Tensor, token_merging: TokenMerging) -> Tensor:
+    """The number of the token that each patch is part of in the last block: (B, C, H, W) -> (B, h, w), from 0.
+
+    Raises: ConfigError: see `merging_plan`.
+    """
+    plan, prefix = merging_plan(model, token_merging), model.num_prefix_tokens
+    network = cast(VisionTransformer, prepare(model, plan=plan, fold=False).network)
+    tokens, sizes = network.forward_tokens(images), None
+    members = torch.eye(tokens.shape[1], device=images.device).expand(len(images), -1, -1)
+    counts = torch.ones_like(members[..., :1])
+    for merging in [*network.blocks][:-1] if plan else ():  # the last block merges after its attention, for nobody
+        block, r = cast(MergingBlock, merging).block, min(merging.r, (tokens.shape[1] - prefix) // 2)
+        if r:
+            key = block.attn.heads(block.norm1(tokens))[1]
+            members, counts = merge_tokens(members, counts, match_tokens(key.mean(dim=1), r, num_prefix=prefix))
+        tokens, sizes = merging(tokens, sizes)
+    return (members[:, prefix:, prefix:] > 0).float().argmax(dim=1).view(-1, *network.input_grid(images))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import colorsys
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -83,14 +84,34 @@ def coloured(heat: Tensor) -> Tensor:
     return (anchors[below] * (1 - rest) + anchors[below + 1] * rest).round().to(torch.uint8).permute(2, 0, 1)
 
 
+def with_groups(picture: PIL.Image.Image, groups: Tensor) -> PIL.Image.Image:
+    """A picture with patches in one colour that became one token, and white lines between tokens.
+
+    Patches that are a token by themselves keep their own colours. `groups` is (h, w): the number of the token of each
+    patch, as `deploy.network.merged_patches` gives it for one image.
+    """
+    tokens = groups.flatten().cpu()
+    hues = [colorsys.hsv_to_rgb(0.618 * number % 1, 0.9, 1.0) for number in range(int(tokens.max()) + 1)]
+    tint = torch.where((tokens.bincount() > 1)[:, None], torch.tensor(hues), torch.nan)[tokens]
+    tint = tint.T.reshape(3, *groups.shape)
+    large, tint = (F.interpolate(some[None].float(), picture.size[::-1])[0] for some in (groups.cpu()[None], tint))
+    pixels = TF.pil_to_tensor(picture.convert("RGB")) / 255
+    pixels = torch.where(tint.isnan(), pixels, 0.55 * pixels + 0.45 * tint)
+    edge = torch.zeros_like(large)
+    edge[:, 1:] += large[:, 1:] != large[:, :-1]
+    edge[:, :, 1:] += large[:, :, 1:] != large[:, :, :-1]
+    edge = F.max_pool2d(edge, 3, stride=1, padding=1)
+    return TF.to_pil_image(torch.where(edge > 0, 1.0, pixels))
+
+
 # Explanations: one row a method
 
 
 class MapRow(NamedTuple):
-    """A row of an `explanation`: its caption, its map (H, W) from 0 to 1, and the class that the map is for, if any."""
+    """A row of an `explanation`: its caption, its picture, and the class that its map is for, if any."""
 
     caption: str
-    heat: Tensor
+    picture: PIL.Image.Image
     target: int | None = None
 
 
@@ -101,21 +122,21 @@ _INK, _PALE, _PLAIN, _MARKED = (34, 34, 34), (232, 234, 237), (110, 128, 150), (
 def explanation(
     picture: PIL.Image.Image, rows: Sequence[MapRow], predictions: Sequence[Prediction], *, title: str
 ) -> PIL.Image.Image:
-    """One picture for a report: in each row the photograph, a heat map over it, and bars of the likeliest classes.
+    """One picture of several rows: the photograph, a heat map over it, and bars of the likeliest classes.
 
     The bar of the class that a map is for has another colour. Pillow's own font has English letters alone: accents are
     left out, other letters become question marks, and the number of such a class stands beside them.
 
     Args:
         picture: the crop that the model gets, from `view`.
-        rows: a map each, with a caption.
+        rows: an `overlay` each, of the same aspect, with a caption.
         predictions: the likeliest classes, likeliest first.
         title: of the whole, such as the model's name and the file's.
 
     """
-    small = picture.convert("RGB")
-    scale = _SIDE / max(small.size)
-    small = small.resize((max(1, round(scale * small.width)), max(1, round(scale * small.height))), Resampling.LANCZOS)
+    scale = _SIDE / max(picture.size)
+    size = (max(1, round(scale * picture.width)), max(1, round(scale * picture.height)))
+    small = picture.convert("RGB").resize(size, Resampling.LANCZOS)
     bars_left = 3 * _GAP + 2 * small.width
     bar = max(44, small.height // max(len(predictions), 1))
     step = max(small.height, bar * len(predictions)) + 24 + _GAP
@@ -127,7 +148,7 @@ def explanation(
         top = 2 * _GAP + 26 + number * step
         _write(draw, (_GAP, top), row.caption, size=16, width=size[0] - 2 * _GAP)
         page.paste(small, (_GAP, top + 24))
-        page.paste(overlay(small, row.heat), (2 * _GAP + small.width, top + 24))
+        page.paste(row.picture.resize(small.size, Resampling.LANCZOS), (2 * _GAP + small.width, top + 24))
         for place, prediction in enumerate(predictions):
             _bar(draw, (bars_left, top + 24 + bar * place), prediction, marked=prediction.index == row.target)
     _legend(page, draw, (2 * _GAP + small.width, size[1] - _GAP - 18), small.width)

@@ -85,6 +85,20 @@ def test_explain_refuses_in_one_line(tiny, photos, tmp_path, capsys):
     assert not png.exists()
 
 
+def test_explain_has_a_row_for_token_merging(photos, tmp_path, capsys):
+    arguments = ["explain", photos / "001.png", "--method", "last", "--token-merging", "4"]
+    output = ["--output", tmp_path / "heat.png", "--model"]
+    assert main([str(argument) for argument in (*arguments, *output, "deit_micro_distilled_patch4_32")]) == 0
+    plain = ["explain", photos / "001.png", "--method", "last", "rollout", "--output", tmp_path / "plain.png"]
+    assert main([str(argument) for argument in plain]) == 0
+    assert pixels(tmp_path / "heat.png").shape == pixels(tmp_path / "plain.png").shape
+    capsys.readouterr()
+    levit = deit_models.create_model("levit_micro_cifar10")
+    levit.save_pretrained(tmp_path / "levit")
+    message = failure(capsys, *arguments, "--output", tmp_path / "levit.png", "--model", tmp_path / "levit")
+    assert "needs its tokens on a grid" in message
+
+
 def test_a_class_is_known_by_its_names_and_its_number():
     labels = ("tabby, tabby cat", "Egyptian cat", "crane", "crane", "7", "crow, 2")
     assert [class_number(text, labels) for text in ("Tabby", " tabby cat", "EGYPTIAN CAT", "1", "7", "0")] == [

@@ -20,6 +20,7 @@ from deit_models.deploy.network import (
     decreasing,
     match_tokens,
     merge_tokens,
+    merged_patches,
     merging_plan,
     prepare,
     random_images,
@@ -296,3 +297,33 @@ def test_models_that_need_every_patch_are_refused(kind: str, tmp_path: Path) -> 
 def test_plans_that_do_not_fit_are_refused(wrong: object, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         merging_plan(build("deit"), wrong)
+
+
+@pytest.mark.parametrize("kind", MERGEABLE)
+@torch.inference_mode()
+def test_patches_are_counted_in_the_token_that_they_are_part_of(kind: str) -> None:
+    model = deit_models.create_model(TINY[kind][0], embed_dim=24, depth=4, num_heads=3, img_size=(64, 96)).eval()
+    x, plan, prefix = draw(2, 3, 64, 96), (4, 3, 0, 2), model.num_prefix_tokens
+    groups = merged_patches(model, x, plan)
+    assert groups.shape == (2, 4, 6)
+    network = prepare(model, fold=False, plan=plan).network
+    tokens, sizes = network.forward_tokens(x), None
+    for block in [*network.blocks][:-1]:
+        tokens, sizes = block(tokens, sizes)
+    for own, size in zip(groups, sizes, strict=True):
+        assert own.flatten().bincount().tolist() == size[prefix:, 0].tolist()
+    assert not torch.equal(groups[0], groups[1])
+
+
+def test_patches_that_are_alike_are_part_of_one_token() -> None:
+    model = deit_models.create_model("deit_tiny_patch16_224", embed_dim=24, depth=2, num_heads=3, img_size=64).eval()
+    with torch.no_grad():
+        model.pos_embed.zero_()
+    x = draw(1, 3, 64, 64)
+    x[..., :16, 16:32] = x[..., :16, :16]
+    groups = merged_patches(model, x, 1)[0]
+    assert groups[0, 0] == groups[0, 1]
+    assert len(groups.unique()) == 15
+    assert merged_patches(model, x, 0).flatten().tolist() == [*range(16)]
+    with pytest.raises(ConfigError, match="needs its tokens on a grid"):
+        merged_patches(build("levit"), x, 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import torch
+from cifar10 import first_images, needs_cifar10
 from tiny_models import randomise, refusal, tiny_model
 from torch import Tensor
 from torch.nn import functional as F
@@ -396,3 +398,86 @@ def test_an_optimised_model_is_refused_by_name(tmp_path: Path) -> None:
     fast = deit_models.optimize(model, backend="eager", precision="float32", cache_dir=tmp_path)
     message = refusal(ConfigError, lambda: heat_maps(fast, torch.randn(1, 3, 32, 32)))
     assert "as it was before `optimize`" in message
+
+
+# Sanity, on the shipped checkpoint; benchmarks/heat_maps.py measures the same on 500 images
+
+
+@pytest.fixture(scope="module")
+def shipped() -> ImageClassifier:
+    return deit_models.from_pretrained("deit_micro_distilled_patch4_32")
+
+
+@pytest.fixture(scope="module")
+def cats(shipped: ImageClassifier) -> Tensor:
+    """Parts of a photograph, and their mirror images."""
+    transform = deit_models.transform_for(shipped)
+    with PIL.Image.open(Path(__file__).parents[2] / "examples" / "cat.jpg") as photograph:
+        width, height = photograph.size
+        side = min(width, height)
+        boxes = [
+            (x, y, x + side * 3 // 4, y + side * 3 // 4)
+            for x in range(0, width - side * 3 // 4, side // 6)
+            for y in range(0, side // 4, side // 12)
+        ]
+        parts = torch.stack([transform(photograph.crop(box)) for box in boxes])
+    return torch.cat([parts, parts.flip(-1)])
+
+
+def patch_heat(model: ImageClassifier, x: Tensor, method: Any, classes: Tensor) -> Tensor:
+    target = {"target": classes.tolist()} if method == "gradient" else {}
+    return F.avg_pool2d(heat_maps(model, x, method=method, **target)[:, None], 4).flatten(1)
+
+
+def fallen(model: ImageClassifier, x: Tensor, heat: Tensor, classes: Tensor) -> Tensor:
+    """Mean probability of the class after 8, 16 and 24 of 64 patches, the hottest ones, are the mean colour."""
+    total = torch.zeros(len(x))
+    for count in (8, 16, 24):
+        kept = torch.ones_like(heat).scatter(1, heat.argsort(1, descending=True)[:, :count], 0.0)
+        with torch.no_grad():
+            scores = model(x * F.interpolate(kept.view(-1, 1, 8, 8), scale_factor=4)).softmax(1)
+        total += scores.gather(1, classes[:, None])[:, 0] / 3
+    return total.mean()
+
+
+def gains(model: ImageClassifier, x: Tensor, method: Any) -> tuple[float, float]:
+    """By how much less likely a class is without its hottest patches than without random ones, and the coldest ones."""
+    with torch.no_grad():
+        classes = model(x).argmax(1)
+    heat = patch_heat(model, x, method, classes)
+    generator = torch.Generator().manual_seed(0)
+    random = [fallen(model, x, torch.rand(heat.shape, generator=generator), classes) for _ in range(3)]
+    hottest, coldest = (fallen(model, x, sign * heat, classes) for sign in (1, -1))
+    return float(min(random) - hottest), float(coldest - hottest)
+
+
+def test_a_cat_is_less_likely_without_its_hottest_patches(shipped: ImageClassifier, cats: Tensor) -> None:
+    beside_random, beside_coldest = gains(shipped, cats, "gradient")
+    assert beside_random > 0.1
+    assert beside_coldest > 0.2
+
+
+@pytest.mark.slow
+@needs_cifar10
+@pytest.mark.parametrize(("method", "least"), [("gradient", 0.1), ("last", 0.03)])
+def test_classes_of_cifar10_are_less_likely_without_their_hottest_patches(
+    shipped: ImageClassifier, method: Any, least: float
+) -> None:
+    beside_random, beside_coldest = gains(shipped, first_images(shipped, "test", 8)[0], method)
+    assert beside_random > least
+    assert beside_coldest > 2 * least
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_other_weights_give_another_map(shipped: ImageClassifier, cats: Tensor, method: Any) -> None:
+    def ranks(model: ImageClassifier) -> Tensor:
+        classes = torch.full((len(cats),), 3)
+        order = patch_heat(model, cats, method, classes).argsort(1).argsort(1).double()
+        return F.normalize(order - order.mean(1, keepdim=True), dim=1)
+
+    torch.manual_seed(0)
+    fresh = [deit_models.create_model("deit_micro_distilled_patch4_32").eval() for _ in range(2)]
+    own = ranks(shipped)
+    assert (own * own).sum(1).mean() == pytest.approx(1)
+    correlations = [float((own * ranks(model)).sum(1).mean()) for model in fresh]
+    assert max(map(abs, correlations)) < 0.5, correlations

@@ -14,7 +14,17 @@ from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, ImageError
 from deit_models.images.transforms import EvalTransform
 from deit_models.predict import Prediction
-from deit_models.show.pictures import LEAST_SIDE, MOST_SIDE, MapRow, _drawable, coloured, explanation, overlay, view
+from deit_models.show.pictures import (
+    LEAST_SIDE,
+    MOST_SIDE,
+    MapRow,
+    _drawable,
+    coloured,
+    explanation,
+    overlay,
+    view,
+    with_groups,
+)
 
 
 def transform(**changes: object) -> EvalTransform:
@@ -93,6 +103,18 @@ def test_overlay_refuses_a_strength_that_is_no_share(strength: float) -> None:
     assert "strength=" in message
 
 
+def test_patches_of_one_token_have_one_colour_and_lines_between_tokens() -> None:
+    grey = PIL.Image.new("RGB", (60, 40), (100, 100, 100))
+    shown = np.asarray(with_groups(grey, torch.tensor([[0, 0, 1], [2, 3, 1]]))).astype(int)
+    centres = {(row, column): tuple(shown[10 + 20 * row, 10 + 20 * column]) for row in range(2) for column in range(3)}
+    assert centres[0, 0] == centres[0, 1] != centres[0, 2] == centres[1, 2]
+    assert centres[1, 0] == centres[1, 1] == (100, 100, 100)
+    white = (shown == 255).all(2)
+    assert white[10].nonzero()[0].tolist() == [39, 40, 41]  # none between the two patches of one token
+    assert white[30].nonzero()[0].tolist() == [19, 20, 21, 39, 40, 41]
+    assert not white[20, 50]
+
+
 # Explanations
 
 
@@ -101,8 +123,8 @@ def predictions(*labels: str) -> list[Prediction]:
 
 
 def drawn(*labels: str, rows: int = 1, size: tuple[int, int] = (300, 300), **changes: Any) -> np.ndarray:
-    some = [MapRow(f"row {number}", torch.rand(8, 8), **changes) for number in range(rows)]
     picture = PIL.Image.new("RGB", size, (0, 90, 0))
+    some = [MapRow(f"row {number}", overlay(picture, torch.rand(8, 8)), **changes) for number in range(rows)]
     return np.asarray(explanation(picture, some, predictions(*labels), title="a title")).astype(int)
 
 
