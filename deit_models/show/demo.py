@@ -31,7 +31,7 @@ MAX_UPLOAD_BYTES = 25 << 20
 MAX_PIXELS = 50_000_000
 """Largest upload: bytes of a file, and pixels of a picture before it is decoded. Phones stay below both."""
 _CLEAN_EVERY_S, _KEEP_S = 300, 1800
-_METHODS: dict[str, Method | None] = {"Rollout": "rollout", "Last block": "last", "Gradient": "gradient", "None": None}
+_METHODS: dict[str, Method | None] = {"Gradient": "gradient", "Rollout": "rollout", "Last block": "last", "None": None}
 _NO_SECOND = "(no comparison)"
 _HINT = "Drop a photograph on the field, click it to choose one, or paste one."
 _INFO = "Yellow where the attention leads most, dark where it leads least."
@@ -39,8 +39,10 @@ _HEADING = """<h1>Classify photographs</h1><p>The models run on the computer tha
 nowhere else, and are removed after half an hour.</p>"""
 _CSS = """
 .deit-model h2 {font-size: 1.05rem; margin: 0; overflow-wrap: anywhere}
+.deit-view img {max-height: 26rem; object-fit: contain}
 .deit-error {padding: .75rem 1rem; border-radius: .5rem; border: 1px solid #b91c1c; background: #fef2f2; color: #7f1d1d}
-.dark .deit-error {background: #450a0a; border-color: #f87171; color: #fee2e2}
+.dark .deit-view img {max-height: 26rem; object-fit: contain}
+.deit-error {background: #450a0a; border-color: #f87171; color: #fee2e2}
 """
 
 
@@ -191,7 +193,7 @@ def read_upload(upload: Mapping[str, Any], max_pixels: int = MAX_PIXELS) -> PIL.
         raise ImageError(one_line(error.args[0].replace(path, name))) from error
 
 
-def answer(classifier: Classifier, picture: PIL.Image.Image, method: Method | None = "rollout") -> Answer:
+def answer(classifier: Classifier, picture: PIL.Image.Image, method: Method | None = "gradient") -> Answer:
     """Classify an RGB picture and draw where the model looks; `method` None draws no heat map.
 
     Raises: DeitModelsError: the picture cannot be classified, see `Classifier`.
@@ -247,7 +249,7 @@ def build_app(
                 )
                 first = gradio.Dropdown(names, value=names[0], label="Model", visible=several)
                 second = gradio.Dropdown([_NO_SECOND, *names], label="Compare with", visible=several)
-                method = gradio.Radio(list(_METHODS), value="Rollout", label="Heat map", info=_INFO)
+                method = gradio.Radio(list(_METHODS), value="Gradient", label="Heat map", info=_INFO)
             with gradio.Column(scale=4, min_width=280):
                 message = gradio.HTML(_HINT)
                 with gradio.Row():
@@ -286,9 +288,10 @@ def _panel(gradio: Any) -> tuple[Any, ...]:
         label = gradio.Label(num_top_classes=5, label="Likeliest classes")
         picture = gradio.Image(
             label="The model's view",
+            show_label=False,
             alt_text="The part of the photograph that the model gets, with the heat map over it",
             interactive=False,
-            height=420,
+            elem_classes="deit-view",
             buttons=["download", "fullscreen"],
         )
     return column, heading, label, picture

@@ -397,9 +397,9 @@ def test_browser_shows_bars_and_a_heat_map_and_compares(page: tuple[str, Path], 
         upload(tab, photo, "ms for the heat map")
         assert tab.get_by_test_id("label-output-value").all_inner_texts() == [first.label]
         looks_right(tab)
-        rollout = picture_of(tab)
-        tab.get_by_label("Gradient").check()
-        tab.wait_for_function(f"!document.querySelector('img[src={json.dumps(rollout)}]')")
+        gradient = picture_of(tab)
+        tab.get_by_label("Rollout").check()
+        tab.wait_for_function(f"!document.querySelector('img[src={json.dumps(gradient)}]')")
         tab.get_by_label("Compare with").click()
         tab.get_by_role("option", name=NAMES[1]).click()
         tab.get_by_role("heading", name=NAMES[1]).wait_for()
