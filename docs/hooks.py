@@ -26,7 +26,10 @@ from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import Recipe, recipe_named
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ("CHANGELOG.md", "CONTRIBUTING.md", "MODEL_CARD.md", "SECURITY.md", "*/README.md", "examples/*/README.md", "benchmarks/results/*.md")
+COPIED = (
+    *("CHANGELOG.md", "CONTRIBUTING.md", "MODEL_CARD.md", "SECURITY.md"),
+    *("*/README.md", "examples/*/README.md", "benchmarks/results/*.md"),
+)
 FIGURES = ("benchmarks/results/*.png", "examples/*.jpg", "examples/*.py", "examples/*.ipynb")
 
 PYTHON = {
