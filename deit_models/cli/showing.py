@@ -82,6 +82,7 @@ def _run_explain(args: argparse.Namespace) -> int:
         wanted = target if method == "gradient" else None
         heat = heat_maps(classifier.model, x, method=method, target=wanted)[0]
         caption = _METHODS[method] + ("" if wanted is None else f", {classifier.labels[wanted]}")
+        caption += "" if heat.max() else " (the same everywhere)"
         rows.append(MapRow(caption, overlay(seen, heat), wanted))
     if args.token_merging:
         rows.append(_merging_row(classifier.model, x, seen, args.token_merging))
@@ -133,7 +134,7 @@ def _check_picture(file: Path, *, overwrite: bool) -> None:
 
 def _save(picture: Image, path: Path) -> None:
     with atomic_write(path) as temporary:
-        picture.save(temporary, format=_FORMATS[path.suffix.lower()])
+        picture.save(temporary, format=_FORMATS[path.suffix.lower()], quality=90)  # PNG has none, and ignores it
 
 
 def add_demo(commands: Any) -> None:

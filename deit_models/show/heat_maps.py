@@ -16,7 +16,7 @@ and Wolf, Generic attention-model explainability, 2021, arXiv:2103.15679 ("gradi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Literal, get_args
 
@@ -78,8 +78,13 @@ def heat_maps(
     classes = _checked_classes(model, images, method, target)
     weight = next(model.parameters())
     fuse = _fusion(head_fusion, discard)
-    # inference mode off: tensors made in it cannot take part in a backward pass
-    with torch.inference_mode(False), torch.set_grad_enabled(method == "gradient"), eval_mode(model):
+    # inference mode off: tensors made in it cannot take part in a backward pass; autocast off: maps are float32
+    with (
+        torch.inference_mode(False),
+        torch.set_grad_enabled(method == "gradient"),
+        torch.autocast(weight.device.type, enabled=False),
+        eval_mode(model),
+    ):
         x = images.detach().to(weight.device, weight.dtype, copy=True)
         if method == "gradient":
             matrices = _transitions(model, _relevance(model, x.requires_grad_(), classes, token), normalise=False)
@@ -89,10 +94,9 @@ def heat_maps(
             matrices = [fuse(attention_maps(model, x)[-1])]
         # "last" stays on the grid of the last stage
         grid = model.level_grid(x, len(model.feature_levels) - 1 if method == "last" else 0)
-    with torch.no_grad():
         row = start(matrices[-1].shape[-2]).to(weight.device)
         for matrix in reversed(matrices):
-            row = row @ matrix
+            row = row @ matrix.detach()
         heat = row[:, :, model.num_prefix_tokens :].reshape(-1, 1, *grid)
         if not heat.isfinite().all():
             raise ConfigError("the attention of these images is not finite; check the images and the weights for NaN")
@@ -218,7 +222,7 @@ def _fusion(head_fusion: str, discard: float) -> Callable[[Tensor], Tensor]:
     return fuse
 
 
-def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, token: Token) -> Iterator[Tensor]:
+def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, token: Token) -> list[Tensor]:
     """For each attention the mean over heads of the positive part of gradient * attention, (B, queries, keys)."""
     layers = [attention for layer in model.blocks if (attention := _attention_of(layer)) is not None]
     inputs, mixed = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
@@ -234,17 +238,19 @@ def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, tok
     finally:
         for handle in handles:
             handle.remove()
+    relevance = []
     with torch.no_grad():
         for layer, slope in zip(layers, slopes, strict=True):
             value = layer.heads(inputs[layer])[2].float()
             # (B, queries, heads * width) -> (B, heads, queries, width)
             per_head = slope.float().view(*slope.shape[:2], value.shape[1], -1).transpose(1, 2)
-            yield (per_head @ value.mT * layer.weights(inputs[layer])).clamp(min=0).mean(1)
+            relevance.append((per_head @ value.mT * layer.weights(inputs[layer])).clamp(min=0).mean(1))
+    return relevance
 
 
 def _keeper(kept: dict[nn.Module, Tensor], layer: nn.Module) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
     def keep(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        kept.setdefault(layer, arguments[0])  # gradient checkpointing computes a layer again in the backward pass
+        kept[layer] = arguments[0]
 
     return keep
 

@@ -268,6 +268,14 @@ def test_half_precision_gives_nearly_the_same_map(method: Any) -> None:
     assert (half - exact).abs().mean() < 0.03
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_changes_nothing(method: Any) -> None:
+    model = small("distilled")
+    expected = heat_maps(model, images(model), method=method)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(heat_maps(model, images(model), method=method), expected)
+
+
 # The model stays as it is
 
 
