@@ -38,11 +38,11 @@ _INFO = "Yellow where the attention leads most, dark where it leads least."
 _HEADING = """<h1>Classify photographs</h1><p>The models run on the computer that serves this page. Photographs go
 nowhere else, and are removed after half an hour.</p>"""
 _CSS = """
-.deit-model h2 {font-size: 1.05rem; margin: 0; overflow-wrap: anywhere}
+.deit-model h2 {font-size: 1.05rem; margin: 0}
+.deit-model {overflow-wrap: anywhere}
 .deit-view img {max-height: 26rem; object-fit: contain}
 .deit-error {padding: .75rem 1rem; border-radius: .5rem; border: 1px solid #b91c1c; background: #fef2f2; color: #7f1d1d}
-.dark .deit-view img {max-height: 26rem; object-fit: contain}
-.deit-error {background: #450a0a; border-color: #f87171; color: #fee2e2}
+.dark .deit-error {background: #450a0a; border-color: #f87171; color: #fee2e2}
 """
 
 
@@ -54,6 +54,7 @@ class Answer(NamedTuple):
         picture: the crop that the model gets, under its heat map where there is one.
         classify_ms: time to resize and classify in milliseconds, without decoding.
         heat_map_ms: time for the heat map in milliseconds; None without one.
+        about: the model's classes and input.
         note: why a heat map is missing, else empty.
     """
 
@@ -61,6 +62,7 @@ class Answer(NamedTuple):
     picture: PIL.Image.Image
     classify_ms: float
     heat_map_ms: float | None
+    about: str
     note: str
 
 
@@ -213,7 +215,10 @@ def answer(classifier: Classifier, picture: PIL.Image.Image, method: Method | No
     probabilities: dict[str, float] = {}
     for label, probability, index in result.predictions:  # two classes of ImageNet are both called "crane"
         probabilities[f"{label} ({index})" if label in probabilities else label] = probability
-    return Answer(probabilities, shown, 1e3 * (classified - began), heat_map_ms, note)
+    origin, (height, width) = classifier.model.origin, classifier.transform.preprocessing.crop
+    data = f" of {origin.dataset}" if origin and origin.dataset else ""
+    about = f"{len(classifier.labels)} classes{data}, {width} x {height} pixels"
+    return Answer(probabilities, shown, 1e3 * (classified - began), heat_map_ms, about, note)
 
 
 def build_app(
@@ -302,5 +307,6 @@ def _update(gradio: Any, name: str, found: Answer) -> list[Any]:
     times = f"{found.classify_ms:.0f} ms to classify"
     if found.heat_map_ms is not None:
         times += f", {found.heat_map_ms:.0f} ms for the heat map"
-    heading = f"<h2>{escape(name)}</h2><p>{times}</p>" + (f"<p>{escape(found.note)}</p>" if found.note else "")
+    lines = [found.about, times, *([found.note] if found.note else [])]
+    heading = f"<h2>{escape(name)}</h2>" + "".join(f"<p>{escape(line)}</p>" for line in lines)
     return [gradio.Column(visible=True), heading, found.probabilities, found.picture]
