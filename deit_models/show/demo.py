@@ -40,6 +40,7 @@ nowhere else, and are removed after half an hour.</p>"""
 _CSS = """
 .deit-model h2 {font-size: 1.05rem; margin: 0}
 .deit-model {overflow-wrap: anywhere}
+.deit-model p {margin: .1rem 0 0 !important}
 .deit-view img {max-height: 26rem; object-fit: contain}
 .deit-error {padding: .75rem 1rem; border-radius: .5rem; border: 1px solid #b91c1c; background: #fef2f2; color: #7f1d1d}
 .dark .deit-error {background: #450a0a; border-color: #f87171; color: #fee2e2}
