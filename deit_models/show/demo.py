@@ -206,9 +206,10 @@ def answer(classifier: Classifier, picture: PIL.Image.Image, method: Method | No
     classified = time.perf_counter()
     shown, note, heat_map_ms = view(classifier.transform, picture), "", None
     if method is not None:
+        images = classifier.transform(picture)[None]
         drawn = time.perf_counter()
         try:
-            heat = heat_maps(classifier.model, classifier.transform(picture)[None], method=method)[0]
+            heat = heat_maps(classifier.model, images, method=method)[0]
             heat_map_ms = 1e3 * (time.perf_counter() - drawn)
             shown = overlay(shown, heat)
         except ConfigError as error:

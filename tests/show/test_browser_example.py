@@ -44,11 +44,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for library in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(library, reason=f"needs {library}, see the extra [export]")
     folder = tmp_path_factory.mktemp("browser") / "page"
-    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("web", "library"))
+    shutil.copytree(EXAMPLE, folder, ignore=shutil.ignore_patterns("web", "library", "node_modules"))
     deit_models.export(deit_models.from_pretrained(MODEL), folder / "web", format="transformers.js")
     (folder / "library").mkdir()
     text = (folder / "README.md").read_text(encoding="utf-8")
-    copied = re.findall(r"cp node_modules/(\S+) examples/browser/library", text)
+    copied = re.findall(r"cp node_modules/(\S+) library", text)
     assert len(copied) == 2
     for pattern in copied:
         for file in PACKAGES.glob(pattern):
@@ -95,7 +95,7 @@ def test_page_and_readme_name_one_version_of_the_library() -> None:
     page, text = ((EXAMPLE / name).read_text(encoding="utf-8") for name in ("index.html", "README.md"))
     (address,) = re.findall(r"https://[^\"]+", page)
     (version,) = re.findall(r"^https://cdn\.jsdelivr\.net/npm/@huggingface/transformers@([\d.]+)/dist/", address)
-    assert f"npm install --ignore-scripts @huggingface/transformers@{version}" in text
+    assert f"npm install --ignore-scripts --no-save @huggingface/transformers@{version}" in text
     assert "https://" not in (EXAMPLE / "classify.js").read_text(encoding="utf-8")
 
 
