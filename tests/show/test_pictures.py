@@ -124,7 +124,10 @@ def predictions(*labels: str) -> list[Prediction]:
 
 def drawn(*labels: str, rows: int = 1, size: tuple[int, int] = (300, 300), **changes: Any) -> np.ndarray:
     picture = PIL.Image.new("RGB", size, (0, 90, 0))
-    some = [MapRow(f"row {number}", overlay(picture, torch.rand(8, 8)), **changes) for number in range(rows)]
+    some = [
+        MapRow(f"row {number}", overlay(picture, torch.linspace(0, 1, 64).view(8, 8)), **changes)
+        for number in range(rows)
+    ]
     return np.asarray(explanation(picture, some, predictions(*labels), title="a title")).astype(int)
 
 
