@@ -22,7 +22,7 @@ import torch
 import deit_models
 from deit_models.data.datasets import open_dataset
 from deit_models.deploy.hardware import call_times
-from deit_models.training.state import find_matplotlib
+from deit_models.show.charts import find_matplotlib
 
 MODELS = {
     "DeiT": "deit_micro_patch4_32",

@@ -307,6 +307,8 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
     text = "match the classes of the data and of the model by number, although their names differ"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
+    text = "also write a report: figures, confusion of classes, worst mistakes, calibration, on one page"
+    parser.add_argument("--report", type=Path, metavar="FILE.html", help=text)
     add_options(parser, "--model", *LOADING, "--json")
 
 
@@ -315,10 +317,16 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
     from ..scoring.evaluation import evaluate
+    from ..show.pages import evaluation_page
 
+    if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
+        raise ConfigError(f"--report {args.report}: expected a file in a folder that is there")
     model = from_pretrained(args.source, model=args.model, **loading(args))
     options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")
     options |= {"transform": transform_for(model, style=args.style), "watch": watcher("evaluating")}
+    if args.report is not None:
+        title = f"{args.source} on {args.data}, {args.split}"
+        options["on_outcomes"] = evaluation_page(args.report, model, title=title, transform=options["transform"])
     with join_processes(args.device) as process:
         records = open_data(args, args.data, args.split, process, own_folder=True)
         result = evaluate(model, records, device=process.device, **options)

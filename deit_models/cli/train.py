@@ -97,9 +97,9 @@ def _train(
     args: argparse.Namespace, recipe: Recipe, display: TrainingDisplay, train: Callable[..., TrainResult] | None
 ) -> None:
     from ..distributed import join_processes
+    from ..show.charts import find_matplotlib, plot_curves
     from ..trackers import chosen_trackers
     from ..training.run import train as train_here
-    from ..training.state import find_matplotlib, plot_curves
 
     chosen_trackers(args.report_to, tensorboard=args.tensorboard)  # before anything is read or fetched
     if args.plot:
@@ -220,8 +220,8 @@ def _run_finetune(args: argparse.Namespace) -> int:
     from ..finetuning.adapt import check_mode
     from ..finetuning.finetune import finetune, recipe_for, validation_source
     from ..hub.load import from_pretrained
+    from ..show.charts import find_matplotlib
     from ..trackers import chosen_trackers
-    from ..training.state import find_matplotlib
 
     check_fresh(args)
     check_mode(args.mode)

@@ -29,10 +29,11 @@ from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
 from ..scoring.evaluation import collect_outcomes, resolved_precision
 from ..scoring.metrics import best_thresholds, check_kinds, count_classes
+from ..show.charts import find_matplotlib
+from ..show.pages import weights_in_words
 from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, run_training
-from ..training.state import find_matplotlib
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer
 from .probe import Features, extract_features, fit_heads, judge, put_heads, refit_heads
@@ -165,7 +166,7 @@ def finetune(
         recipe = recipe.for_several_labels() if records.multi_label else recipe
         check_mode(mode, ["sampling='balanced' (class_weights='balanced' it has)"] * (recipe.sampling != "all"))
         recipe = replace(recipe, precision=resolved_precision(recipe.precision, process))
-        started_from = _description_of(model)
+        started_from = weights_in_words(model)
         torch.manual_seed(recipe.seed)
         adapt_head(model, class_names=records.classes, img_size=recipe.img_size or None, warm_start=warm_start)
         known_origin(model).check_labels(records.multi_label, "fine-tuning", begins=True)
@@ -256,15 +257,6 @@ def recipe_for(
         changes |= given
     found = recipe_of(recipe, **changes)
     return found if found.distillation != "none" else replace(found, label_heads="both")
-
-
-def _description_of(model: ImageClassifier) -> str:
-    """Name and data of a model, without paths of this machine."""
-    origin = model.origin
-    if origin is None:
-        return type(model).__name__
-    place = f"{origin.source}, " if origin.revision is not None else ""
-    return f"{place}{origin.name}" + (f" trained on {origin.dataset}" if origin.dataset else "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 from ..errors import ConfigError, MissingExtraError, TrainingError
 from ..files import atomic_write, read_toml, write_text
-from ..training.state import find_matplotlib, read_log
+from ..show.charts import find_matplotlib
+from ..training.state import read_log
 from .evolution import ScoredCandidate
 
 SETTINGS_NAME = "search.toml"

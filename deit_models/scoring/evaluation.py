@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -75,6 +75,7 @@ def evaluate(
     ignore_class_names: bool = False,
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
+    on_outcomes: Callable[[ImageRecords, Outcomes], None] | None = None,
 ) -> Evaluation:
     """Score a model on labelled images, each exactly once, also under torchrun.
 
@@ -90,6 +91,8 @@ def evaluate(
         ignore_class_names: match by number although the names differ.
         corrupt_limit: fraction of the images that may be unreadable.
         watch: wraps the batches, for a progress bar.
+        on_outcomes: called in the first process with the images, labelled as the model numbers its classes, and their
+            outcomes; `show.pages.evaluation_page` makes one that writes a report.
 
     Raises: DataError: images missing or damaged, other classes than the model's. ConfigError: no transform known.
     """
@@ -102,7 +105,7 @@ def evaluate(
                 model.origin.check_labels(records.multi_label, "evaluation")
                 thresholds = model.origin.thresholds
             records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
-        return collect_outcomes(
+        outcomes = collect_outcomes(
             model,
             records,
             process,
@@ -112,7 +115,10 @@ def evaluate(
             precision=resolved_precision(precision, process),
             corrupt_limit=corrupt_limit,
             watch=watch,
-        ).evaluation(thresholds)
+        )
+        if on_outcomes is not None and process.is_main:
+            on_outcomes(records, outcomes)
+        return outcomes.evaluation(thresholds)
 
 
 def collect_outcomes(

@@ -1,11 +1,11 @@
-"""Figures for classes that are uneven or several an image: counts, weights, F1, average precision, thresholds."""
+"""Figures for classes that are uneven or several an image, and their certainty: F1, average precision, calibration."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -142,6 +142,51 @@ def _threshold(scores: Tensor, taken: Tensor, right: Tensor) -> float:
     best = int((2 * right / (taken + right[-1])).argmax())
     below = float(scores[best + 1]) if best + 1 < len(scores) else 0.0
     return (float(scores[best]) + below) / 2
+
+
+def wilson_interval(right: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Ends of the 95 % interval of a share, `right` of `images`, from 0 to 1; NaN without images.
+
+    Shape: (K,) numbers of images, twice -> two of (K,) float64.
+    Source: Wilson, Probable inference, the law of succession, and statistical inference, 1927, without correction.
+    """
+    total, z = images.double(), 1.959963984540054
+    share = right / total
+    middle, half = share + z**2 / (2 * total), z * (share * (1 - share) / total + (z / total) ** 2 / 4).sqrt()
+    low, high = ((middle + side * half) / (1 + z**2 / total) for side in (-1, 1))
+    # exactly 0 and 1 where the last bits would say otherwise
+    return torch.where(right == 0, 0.0, low), torch.where(right == images, 1.0, high)
+
+
+class Calibration(NamedTuple):
+    """Predictions by their probability, in bins of equal width; tensors of (bins,), NaN where a bin is empty.
+
+    Attributes:
+        images: predictions in each bin.
+        confidence: mean of their probabilities.
+        right: share of them that is right.
+        error: expected calibration error in percent: the mean over the images of |right - confidence| of their bin.
+    """
+
+    images: Tensor
+    confidence: Tensor
+    right: Tensor
+    error: float
+
+
+def calibration(probability: Tensor, right: Tensor, *, bins: int = 15) -> Calibration:
+    """Compare the probabilities of predictions, (N,) from 0 to 1, with whether they are right, (N,).
+
+    Source: Guo et al., On calibration of modern neural networks, 2017; a bin includes its upper end.
+    """
+    probability, right = probability.double(), right.double()
+    place = torch.bucketize(probability, torch.linspace(0, 1, bins + 1, dtype=torch.double)[1:-1])
+    images, certain, hits = (
+        torch.bincount(place, weights=weights, minlength=bins)
+        for weights in (torch.ones_like(probability), probability, right)
+    )
+    error = 100 * float((hits - certain).abs().sum()) / max(len(right), 1)
+    return Calibration(images.long(), certain / images, hits / images, error)
 
 
 def check_kinds(records: ImageRecords, *others: ImageRecords | None) -> None:

@@ -186,6 +186,13 @@ class Recipe:
             logger.info("several labels an image: the loss is binary, each label for itself, without smoothing")
         return changed
 
+    def in_words(self) -> str:
+        """The main settings, for a model card or a report."""
+        names = ["epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix"]
+        names += [name for name in ("class_weights", "sampling") if getattr(self, name) == "balanced"]
+        settings = ", ".join(f"{name} {getattr(self, name)}" for name in (*names, "seed"))
+        return f"recipe {self.preset}: learning rate {self.peak_lr:g}, {settings}; the rest in recipe.toml"
+
     def to_toml(self) -> str:
         """All fields as TOML, one line each, in order."""
         return toml_lines({item.name: getattr(self, item.name) for item in fields(self)})

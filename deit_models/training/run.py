@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal
@@ -26,8 +27,9 @@ from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
-from ..scoring.evaluation import Heads, score_each
-from ..scoring.metrics import FIGURES, best_thresholds, check_kinds, choosing_figure, count_classes
+from ..scoring.evaluation import Heads, Outcomes, score_each
+from ..scoring.metrics import FIGURES, best_thresholds, check_kinds, choosing_figure, count_classes, in_words
+from ..show.pages import Report, add_page, costs_of, weights_in_words
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner
@@ -222,6 +224,7 @@ def run_training(
             workers=workers_beside(process.device, computing.workers),
             before_epoch=before_epoch,
             trackers=trackers,
+            started_from=weights_in_words(model),
         ).to_the_end()
 
 
@@ -239,8 +242,10 @@ class Run:
     workers: int
     before_epoch: Callable[[int], None] | None = None
     trackers: Trackers | None = None
+    started_from: str = ""
     val_batches: InputBatches | None = None
     thresholds: dict[str, tuple[float, ...]] = field(default_factory=dict)
+    found: dict[str, Outcomes] = field(default_factory=dict)
 
     def to_the_end(self) -> TrainResult:
         """Run the epochs after the last saved one, then export the models."""
@@ -276,7 +281,33 @@ class Run:
             if own is not None:
                 names = ("top1", "best_top1", "map", "best_map", "best_epoch")
                 own.end({name: getattr(result, name) for name in names})
+        if own is not None and process.is_main and loading is not None:
+            add_page(self.out, partial(self._report, result, identity))
         return result
+
+    def _report(self, result: TrainResult, identity: Mapping[str, str]) -> Report:
+        """The report, with the figures of the averaged weights if there are some, else of the last ones."""
+        prefix, rows = "ema_" if "ema_" in self.found else "", result.log
+        data = f"{self.records.name}, {len(self.records.classes)} classes: {len(self.records)} images for training"
+        facts = {"started from": self.started_from, "data": f"{data}, {len(self.val or ())} for validation"}
+        facts |= {name: identity[name] for name in ("teacher", "trained") if name in identity}
+        notes = [f"The figures are those of {'ema/' if prefix else 'model/'}, after the last epoch."]
+        if result.best_epoch is not None:
+            best = in_words({"top1": result.best_top1, "map": result.best_map})
+            notes.append(f"best/ is of epoch {result.best_epoch + 1}: {best}, optimistic, as it chose the epoch.")
+        seconds, speed = sum(row["seconds"] for row in rows), rows[-1]["images_per_second"]
+        return Report(
+            title=f"Training on {self.records.name}",
+            facts=facts | {"settings": self.learner.recipe.in_words()},
+            notes=notes,
+            scored={} if self.val is None else {"val": (self.val, self.found[prefix])},
+            costs=costs_of(self.learner.process.device, seconds, speed=speed)
+            | {"processes": str(self.learner.process.world)},
+            thresholds=self.thresholds.get(prefix),
+            curve=rows,
+            model=None if self.learner.divided else self.learner.versions()[prefix].model,
+            transform=EvalTransform(self.preprocessing),
+        )
 
     def _result(self, progress: Progress, rows: list[dict[str, Any]]) -> TrainResult:
         chooser = choosing_figure(several=self.records.multi_label, balanced=self.learner.recipe.balanced)
@@ -396,7 +427,7 @@ class Run:
         found = score_each(
             learner.versions(), self.val_batches, process, precision=precision, damage=damage, rounds=rounds
         )
-        figures = {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
+        self.found, figures = found, {prefix: outcomes.evaluation() for prefix, outcomes in found.items()}
         row: dict[str, Any] = {}
         for prefix, result in figures.items():
             if (scores := found[prefix].scores) is not None:

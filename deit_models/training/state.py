@@ -14,9 +14,8 @@ import pickle
 import struct
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from ..data.records import ImageRecords
 from ..distributed import Process
-from ..errors import MissingExtraError, TrainingError, first_line
+from ..errors import TrainingError, first_line
 from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
@@ -115,45 +114,6 @@ def read_log(path: Path, kinds: Mapping[str, type] | None = None) -> list[dict[s
 
 def _line(row: dict[str, Any]) -> str:
     return json.dumps(row) + "\n"
-
-
-def find_matplotlib() -> Any:
-    """Matplotlib's Figure class. Raises: MissingExtraError: it is not installed."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("plots need matplotlib; pip install 'deit-models[plot]'") from error
-    return Figure
-
-
-def plot_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | PathLike[str], *, title: str = "") -> None:
-    """Draw training loss and validation accuracy by epoch, a line for each run, as PNG.
-
-    Args:
-        runs: name to the rows of its log.jsonl, see `read_log`.
-        path: the file to write; its folder is made.
-        title: stands above the picture.
-
-    Raises: MissingExtraError: matplotlib is not installed. SaveError: no space or no permission.
-    """
-    figure = find_matplotlib()(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title)
-    panels = figure.subplots(1, 2)
-    several = any("map" in row for rows in runs.values() for row in rows)
-    accuracy = ("map", "validation mAP (%)") if several else ("top1", "validation top-1 (%)")
-    for axes, (key, label) in zip(panels, (("loss", "training loss"), accuracy), strict=True):
-        for name, rows in runs.items():
-            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            if points:  # a lone point has no line, so few points get markers
-                axes.plot(*zip(*points, strict=True), label=name, marker="o" if len(points) < 3 else None)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.set_xlabel("epoch")
-        axes.set_ylabel(label)
-        axes.grid(alpha=0.3)
-        if axes.get_legend_handles_labels()[0]:
-            axes.legend()
-    with atomic_write(Path(path)) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
 
 
 _FULL = StateDictOptions(full_state_dict=True, cpu_offload=True)

@@ -1,4 +1,4 @@
-"""Files written after a fine-tuning: figures, accuracies by class, cards, pictures; none describes the old weights."""
+"""Files written after a fine-tuning: figures, accuracies by class, cards; none describes the old weights."""
 
 import csv
 import json
@@ -6,13 +6,12 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-import PIL.Image
 import pytest
 import torch
 from coloured import CLASSES, Counted, atom, recipe, save_folders
 
 import deit_models
-from deit_models.finetuning.report import Learned, draw_confusion, draw_curve, draw_mistakes, write_report
+from deit_models.finetuning.report import Learned, write_report
 from deit_models.models.layers import ImageClassifier
 from deit_models.scoring.evaluation import Outcomes, Tally
 
@@ -109,41 +108,3 @@ def test_no_file_names_digest_accuracy_or_label_of_the_old_weights(tmp_path: Pat
         assert not found, path
     assert model.origin.class_names == CLASSES
     assert (model.origin.licence, model.origin.sha256, model.origin.dataset) == ("MIT", None, "photos")
-
-
-# Pictures
-
-
-@pytest.fixture
-def _pictures() -> None:
-    pytest.importorskip("matplotlib", reason="the pictures need the extra [plot]")
-
-
-def is_drawn(path: Path) -> bool:
-    with PIL.Image.open(path) as picture:
-        return picture.format == "PNG" and len(picture.convert("L").getcolors(256)) > 8
-
-
-@pytest.mark.usefixtures("_pictures")
-def test_curve_is_drawn_by_epoch_or_by_penalty(tmp_path: Path) -> None:
-    draw_curve([{"epoch": 0, "loss": 1.0, "top1": 50.0}, {"epoch": 1, "loss": 0.5, "top1": 60.0}], tmp_path / "a.png")
-    draw_curve([{"penalty": 1.0, "loss": 1.0, "top1": 50.0}], tmp_path / "b.png")
-    assert is_drawn(tmp_path / "a.png")
-    assert is_drawn(tmp_path / "b.png")
-
-
-@pytest.mark.usefixtures("_pictures")
-def test_confusion_of_many_classes_shows_those_with_mistakes(tmp_path: Path) -> None:
-    names = [f"species {number}" for number in range(5000)]
-    draw_confusion(outcomes([4000, 4999, 7], [4999, 4000, 7], classes=5000), names, tmp_path / "confusion.png")
-    assert is_drawn(tmp_path / "confusion.png")
-
-
-@pytest.mark.usefixtures("_pictures")
-def test_mistakes_are_drawn_also_when_there_are_none_or_an_image_is_gone(tmp_path: Path) -> None:
-    photos = deit_models.data.datasets.open_dataset(save_folders(tmp_path / "photos"), "train")
-    Path(photos.describe(0)).unlink()
-    draw_mistakes(outcomes([0, 0], [1, 2]), photos, tmp_path / "some.png")
-    draw_mistakes(outcomes([0, 0], [0, 0]), photos, tmp_path / "none.png")
-    assert is_drawn(tmp_path / "some.png")
-    assert (tmp_path / "none.png").exists()

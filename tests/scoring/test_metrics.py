@@ -1,6 +1,7 @@
 """Counts, weights and figures by class, beside those of scikit-learn."""
 
 import logging
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -9,7 +10,15 @@ from small_sets import Pictures
 
 from deit_models.data.records import ArrayRecords
 from deit_models.scoring.evaluation import Tally
-from deit_models.scoring.metrics import average_precision, best_thresholds, count_classes, f1_scores, percent
+from deit_models.scoring.metrics import (
+    average_precision,
+    best_thresholds,
+    calibration,
+    count_classes,
+    f1_scores,
+    percent,
+    wilson_interval,
+)
 
 CLASSES = 5
 
@@ -134,3 +143,54 @@ def test_line_on_the_classes_has_advice_where_they_are_very_uneven(caplog: pytes
         line,
     ]
     assert {record.levelname for record in caplog.records} == {"WARNING"}
+
+
+# Certainty
+
+
+def test_ends_of_wilsons_interval_are_the_shares_that_the_normal_test_just_allows() -> None:
+    # Wilson's definition: |seen - p| = z * sqrt(p (1 - p) / n) at both ends
+    right, images = torch.tensor([0, 1, 81, 263, 10]), torch.tensor([10, 10, 263, 263, 10])
+    low, high = wilson_interval(right, images)
+    for ends in (low, high):
+        deviation = (right / images - ends).abs() / (ends * (1 - ends) / images).sqrt()
+        inner = (ends > 0) & (ends < 1)
+        assert deviation[inner].tolist() == pytest.approx([1.959963984540054] * int(inner.sum()), abs=1e-6)
+    assert (low[0], high[-1]) == (0, 1)
+    # the example of Newcombe (1998), Two-sided confidence intervals for the single proportion, table I
+    assert (round(float(low[2]), 4), round(float(high[2]), 4)) == (0.2553, 0.3662)
+
+
+def test_class_without_images_has_no_interval() -> None:
+    assert all(end.isnan().all() for end in wilson_interval(torch.tensor([0]), torch.tensor([0])))
+
+
+@pytest.mark.parametrize("count", [1, 40, 3000])
+def test_calibration_is_scikit_learns(count: int) -> None:
+    curves = pytest.importorskip("sklearn.calibration")
+    generator = torch.Generator().manual_seed(count)
+    probability = torch.rand(count, generator=generator, dtype=torch.double)
+    probability[0] = 1.0
+    right = torch.rand(count, generator=generator, dtype=torch.double) < probability**2
+    right[0] = True
+    found = calibration(probability, right)
+    filled = found.images > 0
+    shares, means = curves.calibration_curve(right.numpy(), probability.numpy(), n_bins=15)
+    assert found.right[filled].tolist() == pytest.approx(shares.tolist())
+    assert found.confidence[filled].tolist() == pytest.approx(means.tolist())
+    edges = np.linspace(0, 1, 16)
+    by_hand = 0.0
+    for low, high in pairwise(edges):
+        inside = [n for n in range(count) if low < probability[n] <= high]
+        if inside:
+            gap = sum(float(right[n]) for n in inside) - sum(float(probability[n]) for n in inside)
+            by_hand += abs(gap) / count
+    assert found.error == pytest.approx(100 * by_hand)
+    assert int(found.images.sum()) == count
+
+
+def test_sure_and_right_is_calibrated_and_sure_and_wrong_is_not() -> None:
+    sure = torch.ones(4)
+    assert calibration(sure, torch.tensor([True] * 4)).error == 0
+    assert calibration(sure, torch.tensor([False] * 4)).error == 100
+    assert calibration(torch.empty(0), torch.empty(0)).error == 0

@@ -107,7 +107,8 @@ def test_folder_holds_recipe_log_state_and_models(tmp_path: Path) -> None:
     result = run(tmp_path / "new" / "run", model, ema_decay=0.5, val=tiny.Pictures(9, seed=1), on_epoch=rows.append)
     out = tmp_path / "new" / "run"
     assert result.out == out
-    assert {path.name for path in out.iterdir()} == {"recipe.toml", "log.jsonl", "last.pt", "model", "best", "ema"}
+    files = {"recipe.toml", "log.jsonl", "last.pt", "report.html"}
+    assert {path.name for path in out.iterdir()} == files | {"model", "best", "ema"}
     assert read_recipe(out / "recipe.toml") == tiny.recipe(ema_decay=0.5)
     assert rows == result.log == read_log(out / "log.jsonl")
     assert [row["epoch"] for row in rows] == [0, 1, 2]

@@ -5,7 +5,6 @@ import os
 import random
 import resource
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -15,16 +14,15 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from PIL import Image
 from safetensors.torch import load_file
 
 from deit_models import create_model
 from deit_models.batches.loading import Watch, plain_watch
-from deit_models.errors import MissingExtraError, SaveError, TrainingError
+from deit_models.errors import SaveError, TrainingError
 from deit_models.models.layers import ImageClassifier
 from deit_models.training.learner import Learner
 from deit_models.training.run import TrainResult, train
-from deit_models.training.state import LOG_NAME, Progress, RunLog, load_state, plot_curves, read_log, save_state
+from deit_models.training.state import LOG_NAME, Progress, RunLog, load_state, read_log, save_state
 from deit_models.training.teacher import Teacher
 
 RUN = {"model": "m", "data": "d"}
@@ -477,28 +475,3 @@ def test_full_disk_under_the_log_is_one_line(tmp_path: Path) -> None:
         pytest.skip("no /dev/full here")
     with pytest.raises(SaveError, match=r"cannot write /dev/full: .*No space left"):
         log.add({"epoch": 0})
-
-
-ROWS = [{"epoch": 0, "loss": 2.0, "top1": 30.0}, {"epoch": 1, "loss": 1.5}, {"epoch": 2, "loss": 1.2, "top1": 50.0}]
-
-
-def ink(path: Path) -> int:
-    """Pixels that are neither white nor grey."""
-    with Image.open(path) as image:
-        pixels = image.convert("RGB").get_flattened_data() if hasattr(image, "get_flattened_data") else image.getdata()
-        return sum(max(pixel) - min(pixel) > 60 for pixel in pixels)
-
-
-def test_every_run_is_drawn(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib", reason="the picture needs the extra [plot]")
-    plot_curves({"one": ROWS}, tmp_path / "new" / "one.png", title="a title")
-    plot_curves({"one": ROWS, "two": [{**row, "loss": row["loss"] + 1} for row in ROWS]}, tmp_path / "two.png")
-    plot_curves({"empty": []}, tmp_path / "empty.png")
-    assert ink(tmp_path / "empty.png") == 0
-    assert 100 < ink(tmp_path / "new" / "one.png") < ink(tmp_path / "two.png")
-
-
-def test_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(MissingExtraError, match=r"pip install 'deit-models\[plot\]'"):
-        plot_curves({"one": ROWS}, tmp_path / "one.png")
