@@ -47,6 +47,7 @@ def full_disk() -> Callable[[int], AbstractContextManager[None]]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-docs", action="store_true", help="write the tables of models into the documents")
+    parser.addoption("--update-notebooks", action="store_true", help="run the notebooks and keep what comes out")
     parser.addoption(
         "--gpu-device", choices=("cuda", "cpu"), default="cuda", help="cpu: rehearse tests/gpu where there is no GPU"
     )

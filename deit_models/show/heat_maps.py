@@ -243,7 +243,7 @@ def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, tok
         for layer, slope in zip(layers, slopes, strict=True):
             value = layer.heads(inputs[layer])[2].float()
             # (B, queries, heads * width) -> (B, heads, queries, width)
-            per_head = slope.float().view(*slope.shape[:2], value.shape[1], -1).transpose(1, 2)
+            per_head = slope.float().reshape(*slope.shape[:2], value.shape[1], -1).transpose(1, 2)
             relevance.append((per_head @ value.mT * layer.weights(inputs[layer])).clamp(min=0).mean(1))
     return relevance
 
