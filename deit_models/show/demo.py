@@ -247,12 +247,7 @@ def build_app(
         with gradio.Row():
             with gradio.Column(scale=2, min_width=280):
                 photo = gradio.Image(
-                    label="Photograph",
-                    type="filepath",
-                    image_mode=None,
-                    sources=["upload", "clipboard"],
-                    height=300,
-                    alt_text="The photograph",
+                    label="Photograph", sources=["upload", "clipboard"], height=300, alt_text="The photograph"
                 )
                 first = gradio.Dropdown(names, value=names[0], label="Model", visible=several)
                 second = gradio.Dropdown([_NO_SECOND, *names], label="Compare with", visible=several)
@@ -296,7 +291,7 @@ def _panel(gradio: Any) -> tuple[Any, ...]:
         picture = gradio.Image(
             label="The model's view",
             show_label=False,
-            alt_text="The part of the photograph that the model gets, with the heat map over it",
+            alt_text="The part of the photograph that the model gets, under its heat map if there is one",
             interactive=False,
             elem_classes="deit-view",
             buttons=["download", "fullscreen"],

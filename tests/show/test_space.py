@@ -52,6 +52,7 @@ def test_program_builds_the_page_with_weights_of_the_package(monkeypatch: pytest
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux has 127.0.0.2 without more ado")
 def test_program_serves_the_page_where_a_space_says(tmp_path: Path) -> None:
     pytest.importorskip("gradio", reason="needs gradio, see the extra [demo]")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "GRADIO_SERVER_NAME": "127.0.0.2"}
