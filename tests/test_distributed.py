@@ -41,6 +41,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("one")
     worker.replicated(folder)
     worker.replicated_adaptively(folder)
+    worker.replicated_by_lamb(folder)
     worker.several(folder)
     return folder
 
@@ -83,7 +84,8 @@ def test_halves_of_a_batch_give_the_gradients_of_the_whole(shared: tuple[Path, l
 def test_two_processes_train_the_weights_of_one(shared: tuple[Path, list[dict[str, Any]]], alone: Path) -> None:
     folder, results = shared
     near(weights(folder / "ddp"), weights(alone / "ddp"), WEIGHT_TOLERANCE)
-    near(weights(folder / "ddp agc"), weights(alone / "ddp agc"), WEIGHT_TOLERANCE)
+    for name in ("ddp agc", "ddp lamb"):
+        near(weights(folder / name), weights(alone / name), WEIGHT_TOLERANCE)
     rows = figures(read_log(alone / "ddp" / "log.jsonl"))
     for result in results:
         assert figures(result["replicated"]) == [pytest.approx(row, abs=1e-4) for row in rows]
@@ -107,8 +109,10 @@ def test_divided_parameters_train_as_copies_do_also_after_an_interruption(
 ) -> None:
     folder, results = shared
     near(weights(folder / "fsdp"), weights(folder / "ddp"), WEIGHT_TOLERANCE)
-    near(weights(folder / "fsdp agc"), weights(folder / "ddp agc"), WEIGHT_TOLERANCE)
-    for divided, copied in (("divided", "replicated"), ("divided_adaptively", "replicated_adaptively")):
+    for how in (" agc", " lamb"):
+        near(weights(folder / f"fsdp{how}"), weights(folder / f"ddp{how}"), WEIGHT_TOLERANCE)
+    for how in ("", "_adaptively", "_by_lamb"):
+        divided, copied = f"divided{how}", f"replicated{how}"
         for result in results:
             assert figures(result[divided]) == [pytest.approx(row, abs=1e-4) for row in figures(result[copied])]
     moments = tiny.state(folder / "fsdp")["optimizer"]["state"]

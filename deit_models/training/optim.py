@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
@@ -62,16 +62,107 @@ def layer_of_parameter(model: ImageClassifier, name: str) -> int:
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    """AdamW or SGD over the groups; the learning rate is set before every step, see `learning_rate`.
+    """The recipe's optimiser over the groups; the learning rate is set before every step, see `learning_rate`.
 
-    Both are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. SGD's kernel does
-    not take divided parameters.
+    AdamW and SGD are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. SGD's
+    kernel does not take divided parameters.
     """
     groups = [group for group in parameter_groups(model, recipe.weight_decay, recipe.layer_decay) if group["params"]]
-    if recipe.optimizer == "sgd":
+    if recipe.optimizer in ("sgd", "nesterov"):
         divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
-        return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.beta1, fused=not divided)
-    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=(recipe.beta1, recipe.beta2), eps=recipe.eps, fused=True)
+        nesterov = recipe.optimizer == "nesterov"
+        return torch.optim.SGD(groups, lr=recipe.peak_lr, momentum=recipe.beta1, nesterov=nesterov, fused=not divided)
+    betas = recipe.beta1, recipe.beta2
+    if recipe.optimizer == "lamb":
+        return Lamb(groups, lr=recipe.peak_lr, betas=betas, eps=recipe.eps)
+    return torch.optim.AdamW(groups, lr=recipe.peak_lr, betas=betas, eps=recipe.eps, fused=True)
+
+
+class Lamb(torch.optim.Optimizer):
+    """LAMB as DeiT III was trained with: Adam's step, scaled for each tensor to its weights' norm (the trust ratio).
+
+    All gradients together are first scaled down to a norm of `max_grad_norm`. Groups without weight decay take Adam's
+    step as it is, without trust ratio. Divided parameters (FSDP) have the norms of the whole tensors.
+
+    Args:
+        params: parameters, or groups with their own `weight_decay`.
+        lr: learning rate.
+        betas: of the averages of gradients and of their squares.
+        eps: added to the root of the squares' average.
+        weight_decay: of groups without their own; added to Adam's step before the trust ratio.
+        max_grad_norm: limit of the norm of all gradients.
+
+    Source: You et al., Large Batch Optimization for Deep Learning, 2020, in the variant of NVIDIA's FusedLAMB and of
+        timm's Lamb, which the authors' commands of DeiT III name.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        max_grad_norm: float = 1.0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self.max_grad_norm = max_grad_norm
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the parameters, in place; gives the closure's result."""
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure()
+        learned = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        gradients = [_local(cast(Tensor, parameter.grad)) for parameter in chain(*learned)]
+        if gradients:
+            norm = torch.linalg.vector_norm(_whole_norms(gradients, next(chain(*learned))))
+            excess = (norm / self.max_grad_norm).clamp(min=1)
+            for group, parameters in zip(self.param_groups, learned, strict=True):
+                if parameters:
+                    self._update(group, parameters, excess)
+        return result
+
+    def _update(self, group: dict[str, Any], parameters: list[nn.Parameter], excess: Tensor) -> None:
+        for parameter in parameters:
+            if not self.state[parameter]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+        steps = [self.state[parameter]["step"] for parameter in parameters]
+        torch._foreach_add_(steps, 1)
+        first, second = (
+            [_local(self.state[parameter][name]) for parameter in parameters] for name in ("exp_avg", "exp_avg_sq")
+        )
+        weights, (beta1, beta2) = [_local(parameter) for parameter in parameters], group["betas"]
+        gradients = torch._foreach_div([_local(cast(Tensor, parameter.grad)) for parameter in parameters], excess)
+        torch._foreach_lerp_(first, gradients, 1 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, 1 - beta2)
+        # a parameter may have joined later, so that each has its own count of steps
+        update = torch._foreach_div(first, [1 - beta1 ** float(step) for step in steps])
+        roots = torch._foreach_div(second, [1 - beta2 ** float(step) for step in steps])
+        torch._foreach_sqrt_(roots)
+        torch._foreach_add_(roots, group["eps"])
+        torch._foreach_div_(update, roots)
+        if group["weight_decay"]:
+            torch._foreach_add_(update, weights, alpha=group["weight_decay"])
+            ours, theirs = _whole_norms(weights, parameters[0]), _whole_norms(update, parameters[0])
+            ratios = torch.where((ours > 0) & (theirs > 0), ours / theirs, 1.0)
+            torch._foreach_mul_(update, list(ratios.unbind()))
+        torch._foreach_add_(weights, update, alpha=-group["lr"])
+
+
+def _whole_norms(tensors: Sequence[Tensor], parameter: Tensor) -> Tensor:
+    """The norm of each tensor, (n,); of the parts of divided ones, with a `parameter` divided alike, of the whole."""
+    norms = torch.stack(torch._foreach_norm(list(tensors)))
+    if not isinstance(parameter, DTensor):
+        return norms
+    squares = norms.square()
+    distributed.all_reduce(squares, group=parameter.device_mesh.get_group())
+    return squares.sqrt()
 
 
 def learning_rate(recipe: Recipe, epoch: int, progress: float = 0.0) -> float:

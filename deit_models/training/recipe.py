@@ -47,7 +47,10 @@ class Recipe:
     cooldown_epochs: int = _option(0, "epochs after the cosine, at min_lr (T2T-ViT: 10)")
     batch_size: int = _option(1024, "images in one optimiser step, over all processes and accumulation steps")
     accumulate: int = _option(1, "split each step into this many forward and backward passes")
-    optimizer: Literal["adamw", "sgd"] = _option("adamw", "adamw, or sgd with momentum")
+    optimizer: Literal["adamw", "sgd", "nesterov", "lamb"] = _option(
+        "adamw",
+        "adamw; sgd with momentum; nesterov: with Nesterov's, as timm's sgd; lamb: scaled tensor by tensor (DeiT III)",
+    )
     lr: float = _option(5e-4, "peak learning rate, for a batch of lr_batch images")
     lr_batch: int = _option(512, "scale lr by batch_size / lr_batch; 0: use lr as given")
     warmup_lr: float = _option(1e-6, "learning rate at the start of the warm-up; never scaled")
@@ -62,9 +65,9 @@ class Recipe:
     layer_decay: float = _option(
         1.0, "the learning rate of each layer as a fraction of the next one's; the head learns at the full rate"
     )
-    beta1: float = _option(0.9, "AdamW's first beta, or SGD's momentum")
-    beta2: float = _option(0.999, "AdamW's second beta")
-    eps: float = _option(1e-8, "AdamW's epsilon")
+    beta1: float = _option(0.9, "first beta of AdamW and LAMB, or SGD's momentum")
+    beta2: float = _option(0.999, "second beta of AdamW and LAMB")
+    eps: float = _option(1e-8, "epsilon of AdamW and LAMB")
     clip_grad: float = _option(0.0, "gradient clipping; 0: none")
     clip_mode: Literal["norm", "agc"] = _option(
         "norm", "norm: of all gradients together; agc: adaptive, unit by unit (LeViT)"

@@ -1,9 +1,11 @@
 """Schedule, weight-decay groups, clipping and averaged weights, against the facts' figures, formulas, and timm."""
 
 import copy
+import json
 import math
 from collections import Counter
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from deit_models.distributed import shard_parameters
 from deit_models.errors import ConfigError
 from deit_models.registry import list_models, model_spec
 from deit_models.training.optim import (
+    Lamb,
     WeightAverage,
     clip_adaptively,
     clip_gradients,
@@ -304,6 +307,88 @@ def test_norm_clipping_scales_all_gradients_together() -> None:
         torch.testing.assert_close(gradients(model), before * factor, rtol=1e-5, atol=0)
 
 
+# ---- LAMB
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "lamb.json").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda case: case["name"])
+def test_lamb_gives_the_reference_steps(case: dict[str, Any]) -> None:
+    known = GOLDEN["parameters"]
+    weights = {one["name"]: nn.Parameter(torch.tensor(one["initial"], dtype=torch.float64)) for one in known}
+    groups = [
+        {"params": [weights[one["name"]] for one in known if one["weight_decay"] == decayed], "weight_decay": decay}
+        for decayed, decay in ((True, case["weight_decay"]), (False, 0.0))
+    ]
+    optimizer = Lamb(groups, lr=0.0, eps=GOLDEN["settings"]["eps"])
+    for lr, gradients, expected in zip(case["lr"], GOLDEN["gradients"], case["after_step"], strict=True):
+        for name, values in gradients["values"].items():
+            weights[name].grad = torch.tensor(values, dtype=torch.float64)
+        set_learning_rate(optimizer, lr)
+        optimizer.step()
+        for name, values in expected.items():
+            torch.testing.assert_close(
+                weights[name].detach(), torch.tensor(values, dtype=torch.float64), rtol=0, atol=1e-8, msg=name
+            )
+
+
+def test_lamb_is_timms_over_fifty_steps() -> None:
+    timms = pytest.importorskip("timm.optim").Lamb
+    ours = deit_models.create_model("deit3_small_patch16_224", depth=2, embed_dim=16, num_heads=2, img_size=32)
+    theirs = copy.deepcopy(ours)
+    recipe = Recipe(optimizer="lamb", weight_decay=0.05, lr=4e-3, lr_batch=0)
+    optimizers = make_optimizer(ours, recipe), timms(parameter_groups(theirs, 0.05), lr=4e-3, eps=1e-8)
+    assert type(optimizers[0]) is Lamb
+    for step in range(50):
+        torch.manual_seed(step)
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one) * 10 ** (step % 5 - 4)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for (name, one), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_lamb_clips_all_gradients_together_and_takes_a_closure() -> None:
+    """Adam's first step has the length of lr for any gradient, but where it is not far above epsilon."""
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    optimizer = Lamb([{"params": [first]}, {"params": [second]}], lr=0.5, eps=1.0)
+
+    def closure() -> str:
+        assert torch.is_grad_enabled()
+        first.grad, second.grad = torch.tensor([3.0]), torch.tensor([4.0])
+        return "loss"
+
+    assert optimizer.step(closure) == "loss"
+    assert [float(one.detach()) for one in (first, second)] == pytest.approx(
+        [1 - 0.5 * x / (1 + x) for x in (0.6, 0.8)]
+    )
+
+
+def test_lamb_without_gradients_changes_nothing() -> None:
+    weight = nn.Parameter(torch.ones(2))
+    Lamb([weight], lr=1.0).step()
+    assert weight.tolist() == [1.0, 1.0]
+
+
+def test_nesterov_is_timms_sgd() -> None:
+    timms = pytest.importorskip("timm.optim")
+    ours = nn.Linear(3, 2)
+    theirs = copy.deepcopy(ours)
+    recipe = Recipe(optimizer="nesterov", weight_decay=1e-4, lr=0.1, lr_batch=0)
+    optimizers = make_optimizer(ours, recipe), timms.create_optimizer_v2(theirs, "sgd", lr=0.1, weight_decay=1e-4)
+    for step in range(5):
+        torch.manual_seed(step)
+        for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours.parameters(), theirs.parameters(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
 # ---- averaged weights
 
 
@@ -395,7 +480,7 @@ def test_average_asks_nothing_of_the_device() -> None:
     assert "aten::_local_scalar_dense" not in mode.counts
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nesterov", "lamb"])
 def test_optimisers_move_divided_parameters(optimizer: str) -> None:
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
@@ -415,7 +500,7 @@ def test_optimisers_move_divided_parameters(optimizer: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nesterov"])
 def test_optimisers_are_fused(optimizer: str) -> None:
     assert make_optimizer(nn.Linear(3, 2), tiny.recipe(optimizer=optimizer)).defaults["fused"] is True
 

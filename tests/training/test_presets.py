@@ -15,6 +15,21 @@ def test_distilling_changes_only_the_loss():
     assert (recipe.alpha, recipe.distill_on, recipe.tau) == (0.5, "token", 1.0)
 
 
+def test_soft_distillation_is_the_papers():
+    expected = {"distillation": "soft", "alpha": 0.1, "tau": 3.0}
+    assert changes("deit_distill_soft_300e", "deit_300e") == expected
+
+
+def test_fine_tuning_on_other_data_is_as_the_authors_answered():
+    r = recipe_named("finetune_inaturalist")
+    assert (r.peak_lr, r.epochs, r.batch_size, r.erase, r.optimizer) == (pytest.approx(7.5e-5), 360, 768, 0.1, "adamw")
+    assert (r.weight_decay, r.warmup_epochs, r.drop_path_rate, r.repeats) == (0.05, 5, 0.1, 3)
+    assert (r.label_smoothing, r.mixup, r.cutmix, r.augment) == (0.1, 0.8, 1.0, "rand-m9-mstd0.5-inc1")
+    r = recipe_named("finetune_sgd")
+    assert (r.optimizer, r.beta1, r.peak_lr, r.batch_size, r.epochs) == ("nesterov", 0.9, 0.01, 768, 1000)
+    assert (r.weight_decay, r.erase, r.drop_path_rate) == (1e-4, 0.0, 0.0)
+
+
 def test_fine_tuning_at_384_is_the_authors():
     expected = {
         "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8, "img_size": 384,
@@ -27,11 +42,12 @@ def test_fine_tuning_at_384_is_the_authors():
 
 def test_levit_is_trained_as_its_authors_did():
     expected = {
-        "epochs": 1000, "batch_size": 2048, "weight_decay": 0.025, "clip_grad": 0.01, "clip_mode": "agc",
+        "epochs": 1000, "batch_size": 8192, "weight_decay": 0.025, "clip_grad": 0.01, "clip_mode": "agc",
         "drop_path_rate": 0.0, "precision": "float32", "distillation": "hard", "eval_every": 20,
     }  # fmt: skip
     assert changes("levit_1000e", "deit_300e") == expected
-    assert recipe_named("levit_1000e").peak_lr == 2e-3
+    assert recipe_named("levit_1000e").peak_lr == 8e-3
+    assert recipe_named("levit_1000e", batch_size=2048).peak_lr == 2e-3
     assert changes("levit_384_1000e", "levit_1000e") == {"drop_path_rate": 0.1}
 
 
@@ -68,7 +84,7 @@ def test_deit3_presets_are_all_in_the_table():
 
 
 @pytest.mark.parametrize("name", DEIT3_TABLE)
-def test_deit3_preset_is_the_authors_but_for_lamb(name):
+def test_deit3_preset_is_the_authors(name):
     r = recipe_named(name)
     assert DEIT3_TABLE[name] == (
         r.batch_size, r.epochs, r.weight_decay, r.img_size, r.drop_path_rate, r.repeats
@@ -79,13 +95,9 @@ def test_deit3_preset_is_the_authors_but_for_lamb(name):
     assert r.augment == ("rand-m9-mstd0.5-inc1" if finetune else "3-augment")
     assert r.crop == ("simple" if from_21k else "random_resized")
     assert (r.erase, r.color_jitter, r.warmup_epochs, r.ema_decay, r.train_mode) == (0.0, 0.3, 5, 0.99996, True)
-    assert (r.optimizer, r.lr_batch) == ("adamw", 0)
-    if finetune:
-        assert r.peak_lr == 1e-5
-    if scratch:
-        assert r.peak_lr == recipe_named("deit_300e", batch_size=2048).peak_lr
-    if "21k_to_1k" in name:
-        assert r.peak_lr / 2048 == pytest.approx(recipe_named("deit3_base_finetune_224").peak_lr / 512)
+    rate = 1e-5 if finetune else 3e-4 if "to_1k" in name else 1e-3 if from_21k else 4e-3 if "small" in name else 3e-3
+    assert (r.optimizer, r.peak_lr, r.eps) == ("adamw" if finetune else "lamb", rate, 1e-8)
+    assert (r.clip_grad, r.warmup_lr, r.min_lr) == (0.0, 1e-6, 1e-5)
 
 
 def test_deit3_sizes_are_multiples_of_the_patch():

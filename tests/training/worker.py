@@ -332,7 +332,7 @@ def gradients(_: Path) -> dict[str, dict[str, Tensor]]:
 
 def small_run(out: Path, **options: Any) -> list[dict[str, Any]]:
     """Two epochs with an average and gradient clipping, nothing drawn but the order."""
-    own = {*tiny.LIVELY, "clip_mode", "min_lr", "class_weights", "sampling", "grad_checkpointing"}
+    own = {*tiny.LIVELY, "clip_mode", "min_lr", "optimizer", "class_weights", "sampling", "grad_checkpointing"}
     changes = {key: options.pop(key) for key in list(options) if key in own}
     settings = {"epochs": 2, "ema_decay": 0.5, "clip_grad": 1.0, "label_smoothing": 0.1, **changes}
     seed = options.pop("model_seed", 0)
@@ -368,12 +368,24 @@ def interrupted(batches: Iterable[Any], _: int) -> Iterable[Any]:
 
 def divided(folder: Path) -> list[dict[str, Any]]:
     """FSDP, stopped before the second epoch and taken up again."""
+    return interrupted_run(folder / "fsdp")
+
+
+def interrupted_run(out: Path, **options: Any) -> list[dict[str, Any]]:
     interrupted.calls = 0  # type: ignore[attr-defined]
     try:
-        small_run(folder / "fsdp", shard="fsdp", watch=interrupted)
+        small_run(out, shard="fsdp", watch=interrupted, **options)
     except StoppedError:
-        return small_run(folder / "fsdp", shard="fsdp")
+        return small_run(out, shard="fsdp", **options)
     raise AssertionError("the run was not stopped")
+
+
+def replicated_by_lamb(folder: Path) -> list[dict[str, Any]]:
+    return small_run(folder / "ddp lamb", optimizer="lamb", clip_grad=0.0)
+
+
+def divided_by_lamb(folder: Path) -> list[dict[str, Any]]:
+    return interrupted_run(folder / "fsdp lamb", optimizer="lamb", clip_grad=0.0)
 
 
 def divided_adaptively(folder: Path) -> list[dict[str, Any]]:
@@ -488,6 +500,8 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
         divided,
         replicated_adaptively,
         divided_adaptively,
+        replicated_by_lamb,
+        divided_by_lamb,
         first_weights,
         divided_start,
         many,
