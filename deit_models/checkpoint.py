@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, TypeVar, get_args
 
 from .config import is_finite
 from .errors import ConfigError, ManifestError, shown
@@ -18,6 +18,8 @@ Layout = Literal["native", "timm", "timm-conv", "transformers"]
 """Whose tensor names and config.json; "timm-conv" is timm's second form of LeViT, with 1x1 convolutions."""
 
 SCHEMA = 1
+DEFAULT_TEACHER = "regnety_160"
+"""The teacher of DeiT (section 5.2) and of LeViT, among those of the manifest."""
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Crop ratios that published checkpoints were evaluated with.
 _USUAL_RATIOS = (0.875, 0.9, 0.95, 1.0)
@@ -367,6 +369,25 @@ class ModelInfo:
         )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TeacherInfo:
+    """Published weights for a network of torchvision, to distil from.
+
+    Attributes:
+        name: by which a teacher is asked for.
+        network: name of torchvision's network.
+        num_classes: logits.
+        licence: SPDX identifier of the weights.
+        sources: where the weights are, in the order they are tried.
+    """
+
+    name: str
+    network: str
+    num_classes: int
+    licence: str | None = None
+    sources: tuple[Source, ...] = ()
+
+
 @cache
 def weights_dir() -> Path:
     """The folder of the manifest and the shipped weights.
@@ -392,42 +413,58 @@ def load_manifest() -> Mapping[str, ModelInfo]:
     return parse_manifest((weights_dir() / "manifest.toml").read_text(encoding="utf-8"))
 
 
+@cache
+def load_teachers() -> Mapping[str, TeacherInfo]:
+    """Teachers of the manifest by name. Raises: ManifestError: see `parse_manifest`."""
+    tables = _manifest_of((weights_dir() / "manifest.toml").read_text(encoding="utf-8")).get("teacher", {})
+    return {name: _read_table(f"teacher.{name}", table, TeacherInfo) for name, table in tables.items()}
+
+
 def parse_manifest(text: str) -> dict[str, ModelInfo]:
     """Read and check a manifest. Raises: ManifestError: not TOML, another schema, an unknown or missing field."""
+    tables = _manifest_of(text).get("model", {})
+    return {name: _read_table(f"model.{name}", table, ModelInfo) for name, table in tables.items()}
+
+
+def _manifest_of(text: str) -> dict[str, Any]:
     try:
         data = parse_toml(text)
     except ConfigError as error:
         raise ManifestError(f"manifest.toml is not valid TOML: {error.__cause__}") from error
     if data.get("schema") != SCHEMA:
         raise ManifestError(f"manifest.toml has schema {data.get('schema')!r}; this version reads {SCHEMA}")
-    return {name: _read_table(name, table) for name, table in data.get("model", {}).items()}
+    return data
 
 
-def _read_table(name: str, table: Any) -> ModelInfo:
+_Info = TypeVar("_Info", ModelInfo, TeacherInfo)
+
+
+def _read_table(place: str, table: Any, kind: type[_Info]) -> _Info:
     if not isinstance(table, dict):
-        raise ManifestError(f"manifest.toml, model.{name}: expected a table")
+        raise ManifestError(f"manifest.toml, {place}: expected a table")
     table = tuples(table)
     try:
-        sources = tuple(Source(**source) for source in table.pop("source", ()))
-        table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
-        info = ModelInfo(name=name, sources=sources, **table)
+        sources: tuple[Source, ...] = tuple(Source(**source) for source in table.pop("source", ()))
+        if kind is ModelInfo:
+            table["preprocessing"] = Preprocessing.from_dict(table.pop("eval"))
+        info: _Info = kind(name=place.partition(".")[2], sources=sources, **table)
         _check_types(info)
         for source in sources:
             _check_types(source)
     except (TypeError, KeyError, ConfigError) as error:
-        raise ManifestError(f"manifest.toml, table model.{name}: {error}") from error
+        raise ManifestError(f"manifest.toml, table {place}: {error}") from error
     for source in sources:
         if source.layout not in ("native", "timm", "transformers"):
-            raise ManifestError(f"manifest.toml, table model.{name}: unknown layout {source.layout!r}")
-        if sum(place is not None for place in (source.file, source.repo, source.url)) != 1:
-            raise ManifestError(f"manifest.toml, table model.{name}: a source needs exactly one of file, repo, url")
+            raise ManifestError(f"manifest.toml, table {place}: unknown layout {source.layout!r}")
+        if sum(at is not None for at in (source.file, source.repo, source.url)) != 1:
+            raise ManifestError(f"manifest.toml, table {place}: a source needs exactly one of file, repo, url")
     return info
 
 
 _TYPES = {"str": (str,), "bool": (bool,), "int": (int,), "float": (int, float)}
 
 
-def _check_types(entry: ModelInfo | Source) -> None:
+def _check_types(entry: ModelInfo | TeacherInfo | Source) -> None:
     """Raise ConfigError for a plain field, or a list of such, that is of another type than its annotation."""
     for field in fields(entry):
         value, said = getattr(entry, field.name), str(field.type)

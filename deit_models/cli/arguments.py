@@ -101,8 +101,8 @@ _OPTIONS: dict[str, dict[str, Any]] = {
         "help": "send settings and figures to this experiment tracker; may be given several times",
     },
     "--teacher": {
-        "help": "a torchvision model, one of `deit-models list`, a folder or Hub repository, or file.py:FUNCTION, "
-        "which is run"
+        "help": "regnety_160 (the papers'), a torchvision model, one of `deit-models list`, a folder or Hub "
+        "repository, or file.py:FUNCTION, which is run"
     },
     "--teacher-weights": {"metavar": "FILE", "help": "a weights file, or the name of torchvision's weights"},
     "--teacher-precision": {"choices": ["float32", "bf16"], "default": "float32", "help": "default float32"},

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..checkpoint import DEFAULT_TEACHER
 from ..errors import ConfigError, DataError
 from .arguments import LOADING, add_data, add_options, chosen_model, command, loading, open_data, picked, say, watcher
 from .long_runs import (
@@ -46,20 +47,22 @@ def add_train(commands: Any) -> None:
 
 def add_distill(commands: Any) -> None:
     """Add the command `distill`."""
-    example = "distill imagenet/ --teacher regnet_y_16gf --out runs/distilled"
+    example = "distill imagenet/ --out runs/distilled"
     parser = command(commands, "distill", "train a model with a teacher", example, run_train, own_help=True)
     _add_training_options(parser, "distill", recipe="deit_distill_300e", model="deit_tiny_distilled_patch16_224")
 
 
 def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe: str, model: str) -> None:
-    teacher = " --teacher NAME" if name == "distill" else ""
-    parser.usage = f"%(prog)s DATA --out FOLDER{teacher} [--model NAME] [--recipe NAME|FILE.toml] [options]"
+    teacher = name == "distill"
+    parser.usage = (
+        f"%(prog)s DATA --out FOLDER{' [--teacher NAME]' * teacher} [--model NAME] [--recipe NAME|FILE.toml] [options]"
+    )
     parser.epilog = f"on 8 GPUs: torchrun --nproc-per-node 8 -m deit_models {name} ...\n{parser.epilog}"
     parser.set_defaults(default_model=model)
     add_recipe(parser, recipe)
     if teacher:
-        add_options(parser, "--teacher", required=True)
-        add_options(parser, "--teacher-weights", "--teacher-precision")
+        add_options(parser, "--teacher", "--teacher-weights", "--teacher-precision")
+        parser.set_defaults(teacher=DEFAULT_TEACHER)
     text = "a folder with train/ and val/, each with a folder of images for each class; or a name: cifar10, ..."
     add_data(parser, text)
     text = f"images to evaluate on, a folder or a name; default: those of DATA; {NO_VALIDATION}: train without any"

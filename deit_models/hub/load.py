@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ from .payload import Expected
 from .weights import INDEX_SUFFIX, check_range, check_reference, read_tensors, shard_names, verified_state
 
 logger = logging.getLogger(__name__)
+_Used = TypeVar("_Used")
 
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"}
 _INDEX_NAMES = tuple(name + INDEX_SUFFIX for name in WEIGHTS_NAMES)
@@ -145,22 +146,31 @@ def _from_manifest(info: ModelInfo, access: Access, changes: Mapping[str, Any]) 
         wanted = f" at revision {access.revision}" if info.sources else ""
         advice = f"create_model({info.name!r}) builds it with random weights"
         raise FetchError(f"no weights of {info.name} are published{wanted}; {advice}")
+    return first_sound(
+        info.name, sources, access, lambda source, at: _build(_locate_source(info, source, at), changes, access)
+    )
+
+
+def first_sound(name: str, sources: Iterable[Source], access: Access, use: Callable[[Source, Access], _Used]) -> _Used:
+    """The result of `use` for the first source that is there and sound; failures are logged.
+
+    Raises: FetchError, SaveError, CheckpointError: no source is.
+    """
     failures: list[FetchError | SaveError | CheckpointError] = []
     for source in sources:
         # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
         down = source.repo is not None and any(isinstance(failure, fetch.HubUnreachableError) for failure in failures)
         try:
-            at = replace(access, local_files_only=True) if down else access
-            return _build(_locate_source(info, source, at), changes, access)
+            return use(source, replace(access, local_files_only=True) if down else access)
         except (FetchError, SaveError, CheckpointError) as error:
             failures.append(error)
-            logger.warning("%s: %s", info.name, error)
+            logger.warning("%s: %s", name, error)
     if len(failures) == 1:
         raise failures[0]
     kinds = (kind for kind in (CheckpointError, SaveError) if all(isinstance(failure, kind) for failure in failures))
     kind = next(kinds, FetchError)
     reasons = "; ".join(one_line(str(failure), 255 // len(failures)) for failure in failures)
-    raise kind(f"no source of {info.name} gave its weights: {reasons}") from failures[-1]
+    raise kind(f"no source of {name} gave its weights: {reasons}") from failures[-1]
 
 
 def load_source(info: ModelInfo, source: Source, access: Access) -> tuple[Located, ImageClassifier]:
@@ -172,6 +182,20 @@ def load_source(info: ModelInfo, source: Source, access: Access) -> tuple[Locate
 def _locate_source(info: ModelInfo, source: Source, access: Access) -> Located:
     # with the layout named, the file must be exactly this model: no other number of classes, no other size
     description = replace(_describe_registered(info.name), layout=source.layout)
+    weights, digest = source_file(source, access)
+    return Located(
+        weights=weights,
+        description=description,
+        source=str(source),
+        digest=digest,
+        payload=source.payload,
+        revision=fetch.commit_of(weights),
+        reference_logits=None if source.sha256 else info.reference_logits,
+    )
+
+
+def source_file(source: Source, access: Access) -> tuple[Path, str | None]:
+    """The weights file of a source, fetched if need be, and the digits of its SHA-256 that are known."""
     if source.repo is not None:
         at = access.at(source.revision)
         weights = _hub_weights(source.repo, at)
@@ -183,15 +207,7 @@ def _locate_source(info: ModelInfo, source: Source, access: Access) -> Located:
         weights, digest = weights_dir() / str(source.file), source.digest
         if not weights.is_file():
             raise FetchError(f"{weights} is missing; the installation is incomplete, reinstall it")
-    return Located(
-        weights=weights,
-        description=description,
-        source=str(source),
-        digest=digest or fetch.etag_digest(weights),
-        payload=source.payload,
-        revision=fetch.commit_of(weights),
-        reference_logits=None if source.sha256 else info.reference_logits,
-    )
+    return weights, digest or fetch.etag_digest(weights)
 
 
 def _locate_repo(repo_id: str, access: Access, model: str | None) -> Located:

@@ -10,23 +10,24 @@ import pkgutil
 import re
 import runpy
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Source, TeacherInfo, load_teachers
 from ..config import nearest
 from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
-from ..formats.family import Mapped
-from ..hub.load import from_pretrained
+from ..formats.family import FamilyLayouts, Mapped, Naming
+from ..hub.fetch import Access
+from ..hub.load import first_sound, from_pretrained, source_file
 from ..hub.payload import Expected
-from ..hub.weights import read_uncached, verified_state
+from ..hub.weights import read_tensors, read_uncached, verified_state
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import list_models
 from .recipe import Precision
@@ -156,16 +157,16 @@ def load_teacher(
     """A teacher from a name, a place or a network; tried out on a blank batch.
 
     Args:
-        spec: looked up in this order: a registered name of this package (`list_models()`); a classification model of
-            torchvision, "regnet_y_16gf" or "torchvision:regnet_y_16gf"; "package.module:factory" or
-            "path/to/file.py:factory", a function without arguments that returns a module or callable (this runs that
-            code with all your rights: name only what you trust); a folder, file or Hub repository for
-            `from_pretrained`. Or a module, which is copied and not changed; any other callable; a `Teacher`, used as
-            it is.
+        spec: looked up in this order: a registered name of this package (`list_models()`); "regnety_160", the papers'
+            teacher, with its published weights or those of a file; a classification model of torchvision,
+            "regnet_y_16gf" or "torchvision:regnet_y_16gf"; "package.module:factory" or "path/to/file.py:factory", a
+            function without arguments that returns a module or callable (this runs that code with all your rights: name
+            only what you trust); a folder, file or Hub repository for `from_pretrained`. Or a module, which is copied
+            and not changed; any other callable; a `Teacher`, used as it is.
         num_classes: number of logits the teacher must give.
         student: normalisation of the student's input, and its size (`crop`).
         weights: a file, for registered names, torchvision models and factories; no code in a .pth is run. For
-            torchvision also the name of published weights; by default the best.
+            torchvision also the name of published weights; by default the best. Of a RegNet also with timm's names.
         mean: see `Teacher`; by default that of our or torchvision's published weights, ImageNet's for torchvision
             models from a file, the student's for everything else.
         std: likewise.
@@ -212,7 +213,7 @@ def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _F
         if weights is not None:
             raise ConfigError("weights belong to a teacher that is named; load them into the network yourself")
         return _described(copy.deepcopy(spec) if isinstance(spec, nn.Module) else spec)
-    name, known = fspath(spec), torchvision_models.list_models(module=torchvision_models)
+    name, known = fspath(spec), [*load_teachers(), *torchvision_models.list_models(module=torchvision_models)]
     bare = name.removeprefix("torchvision:")
     if name in list_models():
         if weights is None and name not in list_models(pretrained=True):
@@ -222,7 +223,7 @@ def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _F
         return _from_torchvision(bare, weights, num_classes)
     if bare == name and (factory := re.fullmatch(r"(.+):([A-Za-z_]\w*)", name)):
         network = _resolve(*factory.groups())()
-        return _described(network if weights is None else _filled(network, Path(weights), num_classes))
+        return _described(network if weights is None else _from_file(network, Path(weights), num_classes))
     if bare == name and ("/" in name or Path(name).exists()):
         if name.endswith(".py"):
             raise ConfigError(f"{name} names no factory; pass {name}:NAME, a function that returns the teacher")
@@ -242,6 +243,10 @@ def _described(network: Any) -> _Found:
 
 
 def _from_torchvision(name: str, weights: PathOrName | None, num_classes: int) -> _Found:
+    if (info := load_teachers().get(name)) is not None:
+        if weights is None:
+            return _published(info, num_classes)
+        name = info.network
     published = torchvision_models.get_model_weights(name)
     wanted = "DEFAULT" if weights is None else fspath(weights).removeprefix(f"{published.__name__}.")
     if wanted in published.__members__:
@@ -256,7 +261,53 @@ def _from_torchvision(name: str, weights: PathOrName | None, num_classes: int) -
     if not (path := Path(wanted)).suffix and not path.exists():
         raise ConfigError(f"unknown weights {wanted!r} of {name}{nearest(wanted, published.__members__)}")
     network = torchvision_models.get_model(name, weights=None, num_classes=num_classes)
-    return _filled(network, path, num_classes), IMAGENET_MEAN, IMAGENET_STD
+    return _from_file(network, path, num_classes), IMAGENET_MEAN, IMAGENET_STD
+
+
+def _published(info: TeacherInfo, num_classes: int) -> _Found:
+    """A teacher of the manifest, from the first source that is there and sound."""
+    if info.num_classes != num_classes:  # told before hundreds of megabytes are fetched
+        raise _other_classes(info.num_classes, num_classes)
+    network = torchvision_models.get_model(info.network, weights=None, num_classes=num_classes)
+
+    def fill(source: Source, access: Access) -> nn.Module:
+        file, digest = source_file(source, access)
+        expected = _expected(network)
+        options: dict[str, Any] = {"digest": digest, "payload": source.payload, "expected": expected}
+        tensors, _ = read_tensors(file, access, source=str(source), **options)
+        return _filled(network, tensors, str(source), num_classes)
+
+    return first_sound(info.name, info.sources, Access(), fill), IMAGENET_MEAN, IMAGENET_STD
+
+
+class _RegNetLayouts(FamilyLayouts):
+    """timm's names of tensors for torchvision's RegNets, which the authors' teacher has, too."""
+
+    signs: ClassVar[Mapping[Naming, str]] = {"timm": r"s1\.b1\.conv1\."}
+    _PLACES: ClassVar[dict[str, str]] = {
+        r"^stem\.0\.": "stem.conv.",
+        r"^stem\.1\.": "stem.bn.",
+        r"^fc\.": "head.fc.",
+        r"\.proj\.0\.": ".downsample.conv.",
+        r"\.proj\.1\.": ".downsample.bn.",
+        r"\.f\.se\.": ".se.",
+    }
+
+    def other_names(self, name: str, naming: Naming, config: Any) -> tuple[str, ...]:  # noqa: ARG002
+        """See the base class."""
+        stage, block = re.match(r"trunk_output\.block(\d+)\.block\d+-(\d+)", name), 0
+        if stage:
+            name, block = name[stage.end() :], int(stage[2]) + 1
+        for place, theirs in self._PLACES.items():
+            name = re.sub(place, theirs, name)
+        part = re.match(r"\.f\.([abc])\.([01])\.", name)
+        if part:
+            name = f".conv{'abc'.index(part[1]) + 1}.{('conv', 'bn')[int(part[2])]}.{name[part.end() :]}"
+        return (f"s{stage[1]}.b{block}{name}" if stage else name,)
+
+
+def _expected(network: nn.Module) -> Expected:
+    return Expected(network, _RegNetLayouts("regnet") if isinstance(network, torchvision_models.RegNet) else None)
 
 
 def _resolve(place: str, name: str) -> Callable[[], Any]:
@@ -269,16 +320,23 @@ def _resolve(place: str, name: str) -> Callable[[], Any]:
     return found
 
 
-def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
+def _from_file(network: Any, path: Path, num_classes: int) -> nn.Module:
     """The network with the weights of a file. Raises: CheckpointError: they are damaged, or another network's."""
     if not isinstance(network, nn.Module):
         raise ConfigError(f"weights cannot be loaded into {type(network).__name__}; expected a module")
     if not path.is_file():
         raise FetchError(f"{path}: no such weights file")
-    tensors = read_uncached(path, Expected(network))
+    return _filled(network, read_uncached(path, _expected(network)), str(path), num_classes)
+
+
+def _filled(network: nn.Module, tensors: Mapping[str, Tensor], source: str, num_classes: int) -> nn.Module:
+    """The network with these tensors, which it takes over. Raises: CheckpointError: they are another network's."""
+    layouts, names = _expected(network).layouts, network.state_dict()
+    mapped = layouts.to_native(tensors, names, config=None) if layouts else Mapped(dict(tensors), [], [], [])
     # whole numbers are counters of batches, and tables that a network computes itself
-    own, given = ({k: t for k, t in s.items() if t.is_floating_point()} for s in (network.state_dict(), tensors))
-    missing, unexpected = sorted(own.keys() - given), sorted(given.keys() - own)
+    own, given = ({k: t for k, t in s.items() if t.is_floating_point()} for s in (names, mapped.tensors))
+    missing = mapped.missing or sorted(own.keys() - given)
+    unexpected = mapped.unexpected or sorted(given.keys() - own)
     uneven = [k for k in own.keys() & given if given[k].shape != own[k].shape]
     heads = {given[k].shape[:1].numel() if given[k].shape[1:] == own[k].shape[1:] else 0 for k in uneven}
     if len(heads) == 1 and 0 not in heads and not missing and not unexpected:
@@ -286,7 +344,7 @@ def _filled(network: Any, path: Path, num_classes: int) -> nn.Module:
     try:
         state = verified_state(Mapped({k: given[k] for k in own if k in given}, missing, unexpected, []), network)
     except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from error
+        raise CheckpointError(f"{source}: {error}") from error
     # not load_state_dict: some torchvision models refuse tensors without a version there
     for name, tensor in state.items():
         own[name].copy_(tensor)

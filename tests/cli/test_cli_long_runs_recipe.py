@@ -95,7 +95,6 @@ def test_wrong_usage_names_the_option(arguments, reason, capsys):
 def test_what_must_be_given_is_named(capsys):
     assert "required: data" in usage_error(capsys, "train", "--out", "out")
     assert "required: --out" in usage_error(capsys, "train", "photos")
-    assert "required: --teacher" in usage_error(capsys, "distill", "photos", "--out", "out")
 
 
 def test_help_explains_every_field_with_its_value(capsys):

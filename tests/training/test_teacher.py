@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
 from deit_models import CheckpointError, ConfigError, FetchError, UnknownModelError, create_model
-from deit_models.checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
+from deit_models.checkpoint import DEFAULT_TEACHER, IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 from deit_models.errors import TrainingError
 from deit_models.models.layers import HeadLogits
 from deit_models.training.losses import soft_distillation
@@ -466,4 +466,82 @@ def test_a_regression_model_is_no_teacher() -> None:
     model.origin = replace(model.origin, problem_type="regression")
     assert "a teacher needs one class" in refusal(
         ConfigError, lambda: load_teacher(model, num_classes=model.num_classes, student=STUDENT)
+    )
+
+
+# The papers' teacher
+
+TINY_REGNET = "regnet_y_400mf"
+
+
+def timm_names(model: nn.Module) -> dict[str, Tensor]:
+    """The state of torchvision's RegNet under timm's names, written out a second time."""
+    renamed = {}
+    for name, tensor in model.state_dict().items():
+        words = name.split(".")
+        if words[0] == "trunk_output":
+            stage, block = words[2].removeprefix("block").split("-")
+            rest = ".".join(words[3:])
+            for ours, theirs in (
+                *((f"f.{letter}.0", f"conv{number}.conv") for number, letter in enumerate("abc", start=1)),
+                *((f"f.{letter}.1", f"conv{number}.bn") for number, letter in enumerate("abc", start=1)),
+                *(("f.se", "se"), ("proj.0", "downsample.conv"), ("proj.1", "downsample.bn")),
+            ):
+                rest = theirs + rest.removeprefix(ours) if rest.startswith(f"{ours}.") else rest
+            renamed[f"s{stage}.b{int(block) + 1}.{rest}"] = tensor
+        elif words[0] == "stem":
+            renamed[".".join(["stem", ("conv", "bn")[int(words[1])], *words[2:]])] = tensor
+        else:
+            renamed[f"head.{name}"] = tensor
+    return renamed
+
+
+def filled_regnet(num_classes: int, *, name: str = TINY_REGNET) -> nn.Module:
+    """A RegNet of torchvision's in eval mode, with weights and statistics that make logits of about 1."""
+    torch.manual_seed(0)
+    model = torchvision_models.get_model(name, weights=None, num_classes=num_classes).eval()
+    with torch.no_grad():
+        for key, buffer in model.named_buffers():
+            if key.endswith("running_mean"):
+                buffer.normal_(0, 0.1)
+            elif key.endswith("running_var"):
+                buffer.uniform_(0.5, 1.5)
+        model.fc.weight.normal_()
+    return model
+
+
+def test_papers_teacher_has_the_names_of_timm() -> None:
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("regnety_160").state_dict()
+    ours = timm_names(torchvision_models.get_model("regnet_y_16gf", weights=None))
+    assert {name: tensor.shape for name, tensor in theirs.items()} == {name: t.shape for name, t in ours.items()}
+    assert len(ours) == 428
+
+
+def test_file_with_timms_names_fills_torchvisions_network(tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    model = filled_regnet(10)
+    theirs = timm.create_model("regnety_004", num_classes=10).eval()
+    theirs.load_state_dict(timm_names(model))
+    torch.save(
+        {"model": {f"module.{name}": tensor for name, tensor in theirs.state_dict().items()}}, tmp_path / "r.pth"
+    )
+    teacher = load(TINY_REGNET, weights=tmp_path / "r.pth", channels_last=False)
+    with torch.no_grad():
+        expected = theirs(images(mean=IMAGENET_MEAN, std=IMAGENET_STD))
+    assert expected.std() > 0.1
+    torch.testing.assert_close(teacher(images()), expected, atol=1e-4, rtol=1e-4)
+    state = timm_names(model)
+    del state["s2.b1.downsample.conv.weight"]
+    torch.save(state, tmp_path / "part.pth")
+    message = refusal(CheckpointError, lambda: load(TINY_REGNET, weights=tmp_path / "part.pth"))
+    assert "missing: s2.b1.downsample.conv.weight" in message
+    assert "has 10 classes" in refusal(
+        TrainingError, lambda: load(TINY_REGNET, weights=tmp_path / "r.pth", num_classes=7)
+    )
+
+
+def test_papers_teacher_of_other_classes_is_refused_before_the_download() -> None:
+    assert "the teacher has 1000 classes, the student's data 10" in refusal(
+        TrainingError, lambda: load(DEFAULT_TEACHER)
     )
