@@ -8,7 +8,7 @@ import os
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
@@ -28,7 +28,8 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]  # imported there, not listed
 from huggingface_hub.utils.tqdm import tqdm
 
-from ..errors import FetchError, IntegrityError, SaveError, first_line
+from ..checkpoint import Source
+from ..errors import CheckpointError, FetchError, IntegrityError, SaveError, first_line, one_line
 from ..files import CHUNK_BYTES, check_digest, git_sha1_of
 
 logger = logging.getLogger(__name__)
@@ -85,6 +86,28 @@ class Access:
     def offline(self) -> bool:
         """Whether the network must not be used, by argument or by HF_HUB_OFFLINE."""
         return self.local_files_only or huggingface_hub.is_offline_mode()
+
+
+def first_sound(name: str, sources: Iterable[Source], access: Access, use: Callable[[Source, Access], T]) -> T:
+    """The result of `use` for the first source that is there and sound; failures are logged.
+
+    Raises: FetchError, SaveError, CheckpointError: no source is.
+    """
+    failures: list[FetchError | SaveError | CheckpointError] = []
+    for source in sources:
+        # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
+        down = source.repo is not None and any(isinstance(failure, HubUnreachableError) for failure in failures)
+        try:
+            return use(source, replace(access, local_files_only=True) if down else access)
+        except (FetchError, SaveError, CheckpointError) as error:
+            failures.append(error)
+            logger.warning("%s: %s", name, error)
+    if len(failures) == 1:
+        raise failures[0]
+    kinds = (kind for kind in (CheckpointError, SaveError) if all(isinstance(failure, kind) for failure in failures))
+    kind = next(kinds, FetchError)
+    reasons = "; ".join(one_line(str(failure), 255 // len(failures)) for failure in failures)
+    raise kind(f"no source of {name} gave its weights: {reasons}") from failures[-1]
 
 
 def hub_file(repo_id: str, filename: str, access: Access) -> Path:

@@ -10,10 +10,10 @@ from __future__ import annotations
 import logging
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,10 +25,8 @@ from ..errors import (
     ConfigError,
     DeitModelsError,
     FetchError,
-    SaveError,
     UnknownModelError,
     first_line,
-    one_line,
     shown,
 )
 from ..files import read_json
@@ -43,7 +41,6 @@ from .payload import Expected
 from .weights import INDEX_SUFFIX, check_range, check_reference, read_tensors, shard_names, verified_state
 
 logger = logging.getLogger(__name__)
-_Used = TypeVar("_Used")
 
 WEIGHTS_SUFFIXES = {".safetensors", ".pth", ".pt", ".bin", ".tar", ".ckpt"}
 _INDEX_NAMES = tuple(name + INDEX_SUFFIX for name in WEIGHTS_NAMES)
@@ -146,31 +143,9 @@ def _from_manifest(info: ModelInfo, access: Access, changes: Mapping[str, Any]) 
         wanted = f" at revision {access.revision}" if info.sources else ""
         advice = f"create_model({info.name!r}) builds it with random weights"
         raise FetchError(f"no weights of {info.name} are published{wanted}; {advice}")
-    return first_sound(
+    return fetch.first_sound(
         info.name, sources, access, lambda source, at: _build(_locate_source(info, source, at), changes, access)
     )
-
-
-def first_sound(name: str, sources: Iterable[Source], access: Access, use: Callable[[Source, Access], _Used]) -> _Used:
-    """The result of `use` for the first source that is there and sound; failures are logged.
-
-    Raises: FetchError, SaveError, CheckpointError: no source is.
-    """
-    failures: list[FetchError | SaveError | CheckpointError] = []
-    for source in sources:
-        # the client waits half a minute for a Hub it cannot reach: once is enough, a second copy may still be cached
-        down = source.repo is not None and any(isinstance(failure, fetch.HubUnreachableError) for failure in failures)
-        try:
-            return use(source, replace(access, local_files_only=True) if down else access)
-        except (FetchError, SaveError, CheckpointError) as error:
-            failures.append(error)
-            logger.warning("%s: %s", name, error)
-    if len(failures) == 1:
-        raise failures[0]
-    kinds = (kind for kind in (CheckpointError, SaveError) if all(isinstance(failure, kind) for failure in failures))
-    kind = next(kinds, FetchError)
-    reasons = "; ".join(one_line(str(failure), 255 // len(failures)) for failure in failures)
-    raise kind(f"no source of {name} gave its weights: {reasons}") from failures[-1]
 
 
 def load_source(info: ModelInfo, source: Source, access: Access) -> tuple[Located, ImageClassifier]:

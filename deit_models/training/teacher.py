@@ -24,8 +24,8 @@ from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Source, Tea
 from ..config import nearest
 from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
 from ..formats.family import FamilyLayouts, Mapped, Naming
-from ..hub.fetch import Access
-from ..hub.load import first_sound, from_pretrained, source_file
+from ..hub.fetch import Access, first_sound
+from ..hub.load import from_pretrained, source_file
 from ..hub.payload import Expected
 from ..hub.weights import read_tensors, read_uncached, verified_state
 from ..models.layers import HeadLogits, ImageClassifier
