@@ -176,7 +176,8 @@ class TrainTransform:
         """Build the parts.
 
         Args:
-            recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter` and `erase` are read.
+            recipe: `crop`, `crop_scale`, `interpolation`, `hflip`, `augment`, `color_jitter`, `erase`
+                and `erase_after_mixing` are read.
             preprocessing: its resize and crop serve `crop="none"`, its mean fills places that geometric operations
                 leave empty.
             size: (height, width) of the input in pixels.
@@ -186,7 +187,7 @@ class TrainTransform:
         self.crop = _crop(recipe, preprocessing, size)
         self.hflip = recipe.hflip
         self.changes = _changes(recipe, preprocessing)
-        self.erase = ErasingBox(recipe.erase)
+        self.erase = ErasingBox(0.0 if recipe.erase_after_mixing else recipe.erase)
         self.preprocessing, self.size, self.channels = preprocessing, size, len(preprocessing.mean)
 
     def __call__(self, image: ImageSource, rng: Random | None = None) -> Levels:

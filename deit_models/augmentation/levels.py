@@ -104,6 +104,35 @@ class ErasingBox:
         return f"erase {self.prob:g}"
 
 
+class Erasing:
+    """With some probability makes a box of each image of a batch noise, as `ErasingBox` and `TrainInput` do.
+
+    All is drawn from generators that torch's global one seeds.
+    """
+
+    def __init__(self, prob: float) -> None:
+        self.box = ErasingBox(prob)
+
+    def __call__(self, images: Tensor) -> None:
+        """In place: (B, C, H, W) float, of mean 0 and deviation 1."""
+        rng = Random(int(torch.randint(2**62, ())))
+        boxes = torch.tensor([self.box(images.shape[2], images.shape[3], rng) for _ in images])
+        erase(images, boxes, torch.Generator(images.device))
+
+
+def erase(images: Tensor, boxes: Tensor, generator: torch.Generator) -> None:
+    """In place: normal noise in the `boxes` (B, 5) of images (B, C, H, W), see `Levels.erase`; the first box seeds it.
+
+    `boxes` stay on the host, so that nothing waits for a GPU.
+    """
+    hit = boxes[:, 2].nonzero().flatten()
+    if not len(hit):
+        return
+    generator.manual_seed(int(boxes[hit[0], 4]))
+    noise = torch.randn(len(hit), *images.shape[1:], generator=generator, device=images.device)
+    paste(noise, images, to_device(hit, images.device), to_device(boxes[hit], images.device))
+
+
 def box_sides(area: float, aspect: float) -> tuple[int, int]:
     """Height and width in whole pixels of a box with this area and width / height."""
     return round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
@@ -130,16 +159,8 @@ class TrainInput:
         """(B, C, H, W) float32 on the device."""
         images = levels.values.to(self.device, non_blocking=True) * self._factor
         images += self._offset
-        hit = levels.erase[:, 2].nonzero().flatten()
-        if len(hit):
-            self._erase(images, hit, levels.erase[hit])
+        erase(images, levels.erase, self._noise)
         return images
-
-    def _erase(self, images: Tensor, hit: Tensor, boxes: Tensor) -> None:
-        """In place: noise in the boxes (K, 5) of the images `hit` (K,)."""
-        self._noise.manual_seed(int(boxes[0, 4]))
-        noise = torch.randn(len(hit), *images.shape[1:], generator=self._noise, device=self.device)
-        paste(noise, images, to_device(hit, self.device), to_device(boxes, self.device))
 
 
 def paste(noise: Tensor, images: Tensor, where: Tensor, boxes: Tensor) -> None:

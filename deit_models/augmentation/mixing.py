@@ -12,6 +12,7 @@ from torch.distributions import Beta
 
 from ..errors import ConfigError, DataError
 from ..training.recipe import Recipe
+from .levels import Erasing
 
 
 class Mix(NamedTuple):
@@ -29,11 +30,12 @@ class Mix(NamedTuple):
 class Mixing:
     """Mixes each batch with itself in reverse order by mixup or CutMix, and makes its targets soft.
 
-    One choice, share and box serve the whole batch; all are drawn from torch's global generator. Of an odd batch the
-    middle image is its own partner.
+    One choice, share and box serve the whole batch, or each `mix_size` images of it; all are drawn from torch's global
+    generator. Of an odd batch the middle image is its own partner.
 
     Args:
-        recipe: `mixup`, `cutmix`, `mix_prob`, `mix_switch` and `label_smoothing` are read.
+        recipe: `mixup`, `cutmix`, `mix_prob`, `mix_switch`, `mix_size`, `label_smoothing`, `erase` and
+            `erase_after_mixing` are read.
         num_classes: K, the length of a target.
         own: used instead of mixup and CutMix, on images and smoothed targets; it may give further targets.
 
@@ -52,7 +54,8 @@ class Mixing:
             raise ConfigError(f"num_classes={num_classes}; expected at least 1")
         self.num_classes = num_classes
         self.own = own
-        self.smoothing = recipe.label_smoothing
+        self.smoothing, self.size = recipe.label_smoothing, recipe.mix_size
+        self.erase = Erasing(recipe.erase) if recipe.erase and recipe.erase_after_mixing else None
         self.prob = recipe.mix_prob if recipe.mixup or recipe.cutmix else 0.0
         self.switch = 0.0 if not recipe.cutmix else 1.0 if not recipe.mixup else recipe.mix_switch
         alphas = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
@@ -74,11 +77,24 @@ class Mixing:
         else:
             targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
         if self.own is not None:
-            return self.own(images, targets)
+            images, targets = self.own(images, targets)
+        else:
+            size = self.size or len(images)
+            pairs = zip(
+                torch.split(images, size), torch.split(targets, size), strict=True
+            )  # views, which change in place
+            targets = torch.cat([self._mixed(part, wanted) for part, wanted in pairs])
+        if self.erase is not None:
+            self.erase(images)
+        return images, targets
+
+    def _mixed(self, images: Tensor, targets: Tensor) -> Tensor:
+        """Mix images in place, by one draw; gives their targets."""
         mix = self.draw(images.shape[-2], images.shape[-1])
         if mix is None:
-            return images, targets
-        return mix_images(images, mix), mix_targets(targets, mix)
+            return targets
+        mix_images(images, mix)
+        return mix_targets(targets, mix)
 
     def draw(self, height: int, width: int) -> Mix | None:
         """The mixture of the next batch, of this size in pixels; None: it is not mixed."""

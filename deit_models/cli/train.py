@@ -189,7 +189,7 @@ def add_finetune(commands: Any) -> None:
     """Add the command `finetune`."""
     summary, example = "teach a pretrained model other classes", "finetune photos/ --out runs/photos --mode head"
     parser = command(commands, "finetune", summary, example, _run_finetune, own_help=True)
-    parser.usage = "%(prog)s DATA --out FOLDER [--model SOURCE] [--mode full|head|last-N] [options]"
+    parser.usage = "%(prog)s DATA --out FOLDER [--model SOURCE] [--mode full|head|attention|last-N] [options]"
     add_recipe(parser, "finetune", by_data=True)
     text = "a folder with a folder of images for each class, or with train/ and val/; or a name: cifar10, ..."
     add_data(parser, text)
@@ -206,7 +206,7 @@ def add_finetune(commands: Any) -> None:
     text = "weights to start from: a name, a folder or a Hub repository; default: what comes with the package"
     parser.add_argument("--model", metavar="SOURCE", help=text)
     text = "trained parts: everything; the heads alone, in seconds, on features computed once; or the last N blocks; "
-    parser.add_argument("--mode", default="full", metavar="full|head|last-N", help=f"{text}default full")
+    parser.add_argument("--mode", default="full", metavar="full|head|attention|last-N", help=f"{text}default full")
     text = "start a class's row of the head from the row of the model's class of the same name"
     parser.add_argument("--warm-start", action="store_true", help=text)
     add_options(parser, "--teacher", "--teacher-weights", "--teacher-precision")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from itertools import chain
 from typing import Any
@@ -23,40 +23,51 @@ from ..training.optim import layer_count, layer_of_parameter
 
 def check_mode(mode: str, unfit: Iterable[str] = ()) -> None:
     """Raise ConfigError unless this is a mode of fine-tuning, and not "head" with options `unfit` for it."""
-    if not isinstance(mode, str) or not re.fullmatch(r"full|head|last-\d{1,4}", mode, re.ASCII):
-        raise ConfigError(f"mode={shown(mode)}; expected 'full', 'head', or 'last-N' with a number of blocks")
+    if not isinstance(mode, str) or not re.fullmatch(r"full|head|attention|last-\d{1,4}", mode, re.ASCII):
+        raise ConfigError(
+            f"mode={shown(mode)}; expected 'full', 'head', 'attention', or 'last-N' with a number of blocks"
+        )
     if mode == "head" and (names := " and ".join(unfit)):
         raise ConfigError(
             f"mode='head' learns from the labels alone, without {names}; use 'last-0', 'last-N' or 'full'"
         )
 
 
-def first_trained_layer(mode: str, model: ImageClassifier) -> int:
-    """Lowest layer that learns in a mode, numbered as by `layer_of_parameter`.
+def trained_names(mode: str, model: ImageClassifier) -> set[str]:
+    """Names of the parameters that learn in a mode.
 
-    "full": everything learns. "last-N": the last N blocks, the final norm and the heads. "head": the heads alone.
+    "full": everything. "last-N": the last N blocks, the final norm and the heads. "head": the heads alone. "attention":
+    the attention of all blocks, the positions and the heads.
 
-    Raises: ConfigError: an unknown mode, or more blocks than the model has.
+    Raises: ConfigError: an unknown mode, more blocks than the model has, or attention in a family without that name.
+    Source: "attention": Touvron et al., Three things everyone should know about Vision Transformers, 2022, section 4.
+    Differs from the authors' script: a distillation head learns, too, as it may be new.
     """
     check_mode(mode)
-    if mode == "full":
-        return 0
-    last = layer_count(model)
-    if mode == "head":
-        return last
-    blocks = int(mode.removeprefix("last-"))
-    if blocks >= last:
+    names, last = [name for name, _ in model.named_parameters()], layer_count(model)
+    if mode == "attention":
+        if not any(_ATTENTION.search(name) for name in names):
+            raise ConfigError(
+                f"mode='attention': the parameters of {type(model).__name__} name no attention; use 'full'"
+            )
+        heads = set(model.head_names)
+        return {n for n in names if _ATTENTION.search(n) or n == "pos_embed" or n.partition(".")[0] in heads}
+    blocks = {"full": last, "head": 0}.get(mode, -1)
+    if blocks < 0 and (blocks := int(mode.removeprefix("last-"))) >= last:
         raise ConfigError(f"mode={mode!r}: the model has {last - 1} blocks; 'full' trains everything")
-    return last - blocks
+    return {name for name in names if layer_of_parameter(model, name) >= last - blocks}
+
+
+_ATTENTION = re.compile(r"\.attn\.")
 
 
 @contextmanager
-def only_from_layer(model: ImageClassifier, layer: int) -> Iterator[None]:
-    """Freeze the parameters below a layer inside the `with` block; parameters that were fixed before stay fixed."""
+def only_trained(model: ImageClassifier, names: Set[str]) -> Iterator[None]:
+    """Freeze all other parameters inside the `with` block; parameters that were fixed before stay fixed."""
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     try:
         for name, parameter in model.named_parameters():
-            parameter.requires_grad_(before[name] and layer_of_parameter(model, name) >= layer)
+            parameter.requires_grad_(before[name] and name in names)
         yield
     finally:
         for name, parameter in model.named_parameters():

@@ -35,7 +35,7 @@ from ..trackers import Trackers
 from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.teacher import Teacher, TeacherSpec
-from .adapt import adapt_head, check_mode, first_trained_layer, only_from_layer
+from .adapt import adapt_head, check_mode, only_trained, trained_names
 from .probe import Features, extract_features, fit_heads, judge, put_heads, refit_heads
 from .report import Learned, SetOutcomes, write_report
 
@@ -109,9 +109,10 @@ def finetune(
         val: images to choose the best epoch or penalty by, in the same forms. Default: those of `train`, if it is a
             name or a folder with val/; else a share of the training images, by class, written to split.json.
         test: images without a part in any choice, to score the best model on at the end.
-        mode: "full": everything learns. "last-N": the last N blocks and the heads. "head": the heads alone, as logistic
-            regression on features; each image is read and sent through the backbone exactly once. Images set aside
-            choose the penalty, and then the heads are fitted to them, too; the figures are from before that.
+        mode: "full": everything learns. "last-N": the last N blocks and the heads. "attention": attention, positions
+            and heads, see `adapt.trained_names`. "head": the heads alone, as logistic regression on features; each
+            image is read and sent through the backbone exactly once. Images set aside choose the penalty, and then the
+            heads are fitted to them, too; the figures are from before that.
         recipe: the settings, a preset's name or a TOML file; default: by the data set's name, or "finetune". Mode
             "head" uses its `img_size`, `precision`, `seed` and `class_weights` only.
         teacher: see `load_teacher`; it needs the new classes, in their order. Without a teacher, both heads of a
@@ -208,7 +209,7 @@ def _open_model(model: ImageClassifier | str | PathLike[str], mode: str) -> Imag
     if not isinstance(model, ImageClassifier):
         raise ConfigError(f"a {type(model).__name__} is no model of this package; deit_models.train takes any module")
     if mode != "head":
-        first_trained_layer(mode, model)
+        trained_names(mode, model)
     return model
 
 
@@ -282,7 +283,7 @@ class _Finetuning:
         if val is None:
             split = self._divide(labels_of(train))
             train, val = parts(train, split)
-        with only_from_layer(model, first_trained_layer(self.mode, model)):
+        with only_trained(model, trained_names(self.mode, model)):
             result = run_training(
                 model,
                 recipe=recipe,

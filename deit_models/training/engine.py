@@ -127,6 +127,7 @@ def forward_backward(
     heads = learner.heads if heads is None else heads
     images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1])
     teacher_logits = None if learner.teacher is None else learner.teacher(images)
+    images = torch.cat([images, images]) if recipe.cosub else images
     # DDP exchanges gradients in the last backward pass of a step only; other modules have no such mode
     no_sync: Callable[[], AbstractContextManager[None]] = getattr(heads, "no_sync", nullcontext)
     with nullcontext() if exchange else no_sync():

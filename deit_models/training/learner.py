@@ -214,5 +214,7 @@ def _check_fit(
         raise ConfigError(
             f"patch_drop_rate={recipe.patch_drop_rate:g} is of DeiT models, this is a {type(model).__name__}"
         )
+    if recipe.cosub and getattr(getattr(model, "config", None), "distilled", False):
+        raise ConfigError("cosub trains one head; train a model without a distillation token")
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise ConfigError("no parameter of the model requires a gradient, so there is nothing to train")

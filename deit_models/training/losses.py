@@ -83,6 +83,21 @@ def hard_distillation(student_logits: Tensor, teacher_logits: Tensor, images: Te
     return (each * images).mean()
 
 
+def cosub(logits: Tensor, targets: Tensor) -> Tensor:
+    """Co-training of submodels: both passes of the same images learn from the labels, and each from the other.
+
+    A quarter each of the binary cross-entropy of either pass with the targets, and with the probabilities of the other
+    pass, through which no gradient flows.
+
+    Shape: logits (2 * B, K) float, first pass first; targets (B, K) float -> scalar float32.
+    Source: Touvron et al., Co-training 2^L Submodels for Visual Recognition, 2022; the weights are the authors' code's.
+    """
+    first, second = logits.float().chunk(2)
+    wanted = (targets, targets, second.detach().sigmoid(), first.detach().sigmoid())
+    pairs = zip((first, second, first, second), wanted, strict=True)
+    return torch.stack([several_labels(given, target) for given, target in pairs]).mean()
+
+
 class ExtraHeads(Protocol):
     """Heads of one model family only: their loss, and perhaps their own way to mix batches."""
 
@@ -159,6 +174,8 @@ class DistillationLoss:
         """
         cls, dist, *_ = (output, None) if isinstance(output, Tensor) else output
         wanted = targets if isinstance(targets, Tensor) else targets[0]
+        if self.recipe.cosub:
+            return cosub(cls, wanted.gt(0).float() if self.recipe.loss == "bce" else wanted)
         self._check_shape("targets", wanted, cls)
         base = self._base(cls, wanted)
         if self.extra is not None:

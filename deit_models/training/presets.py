@@ -111,7 +111,7 @@ _DEIT3: _Presets = {
 }
 
 _T2T_300E = dict(cooldown_epochs=10, batch_size=512, lr_batch=0, warmup_epochs=10, schedule="epoch") | dict(
-    interpolation="random", color_jitter=0.4, repeats=1
+    interpolation="random", color_jitter=0.4, repeats=1, erase_after_mixing=True, best_of="ema"
 )
 _T2T: _Presets = {
     "t2t_lite_300e": (
@@ -122,8 +122,8 @@ _T2T: _Presets = {
     "t2t_24_300e": ("T2T-ViT-19, 24, t-19 and t-24 from scratch, likewise", _T2T_300E | dict(weight_decay=0.065)),
 }
 
-_VIT_RESNAS = dict(schedule="epoch", drop_path_rate=0.2, repeats=1, mix_mode="patch")
-_SUPERNET = _VIT_RESNAS | dict(epochs=120, ema_decay=0.0)
+_VIT_RESNAS = dict(schedule="epoch", drop_path_rate=0.2, repeats=1, mix_mode="patch", best_of="ema")
+_SUPERNET = _VIT_RESNAS | dict(epochs=120, ema_decay=0.0, best_of="model")
 # The end of their cosine, 5e-6, lies above its peak, 2.5e-6: the rate rises after the warm-up.
 _VIT_RESNAS_FINETUNE = _VIT_RESNAS | dict(
     epochs=30, batch_size=256, lr=5e-6, min_lr=5e-6, weight_decay=1e-8, drop_path_rate=0.75

@@ -73,6 +73,9 @@ class Recipe:
         "norm", "norm: of all gradients together; agc: adaptive, unit by unit (LeViT)"
     )
     ema_decay: float = _option(0.99996, "moving average of the weights; 0: none")
+    best_of: Literal["model", "ema"] = _option(
+        "model", "weights that best/ holds, of their best epoch: the model's, or their moving average (T2T-ViT)"
+    )
     drop_path_rate: float = _option(0.1, "stochastic depth of the last block")
     drop_rate: float = _option(0.0, "dropout")
     patch_drop_rate: float = _option(0.0, "share of an image's patches left out while training (DeiT, DeiT III)")
@@ -94,6 +97,7 @@ class Recipe:
     )
     color_jitter: float = _option(0.3, "of brightness, contrast and saturation; ignored with RandAugment, as in timm")
     erase: float = _option(0.25, "probability of random erasing, pixel by pixel")
+    erase_after_mixing: bool = _option(False, "erase mixed images (T2T-ViT); else before they are mixed (DeiT)")
     repeats: int = _option(3, "repeated augmentation: times each image is drawn in its epoch; 1: off")
 
     mixup: float = _option(0.8, "alpha of mixup; 0: none")
@@ -103,6 +107,9 @@ class Recipe:
     mix_mode: Literal["batch", "patch"] = _option(
         "batch",
         "batch: each with its reverse, one draw for all; patch: shifted patch-token mixup, which needs a patch head",
+    )
+    mix_size: int = _option(
+        0, "images that share one draw of mixing; 0: those of one pass. The authors': those of one of their GPUs"
     )
     label_smoothing: float = _option(0.1, "mass spread over all classes")
     loss: Literal["ce", "bce"] = _option(
@@ -117,6 +124,11 @@ class Recipe:
         "all", "all: each image once an epoch; balanced: each class as often, images of small ones repeatedly"
     )
 
+    cosub: bool = _option(
+        False,
+        "co-training of submodels: each image passes twice, with other blocks dropped, and either pass learns from the "
+        "labels and from the other (binary cross-entropy)",
+    )
     label_heads: Literal["class", "both"] = _option(
         "class",
         "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
@@ -152,12 +164,34 @@ class Recipe:
             object.__setattr__(self, name, _checked(name, getattr(self, name), kind))
         if self.preset != CUSTOM and self.preset not in PRESETS:
             raise ConfigError(f"unknown recipe {self.preset!r}{nearest(self.preset, PRESETS)}")
-        if self.loss == "bce" and self.label_smoothing:
-            raise ConfigError("loss='bce' needs label_smoothing=0: smoothing would make every class a positive")
-        if self.batch_size % self.accumulate:
-            raise ConfigError(f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}")
-        if self.warmup_epochs >= self.epochs and self.warmup_epochs:
-            raise ConfigError(f"warmup_epochs={self.warmup_epochs} leaves none of epochs={self.epochs} to train")
+        for impossible, why in (
+            (
+                self.loss == "bce" and self.label_smoothing,
+                "loss='bce' needs label_smoothing=0: smoothing would make every class a positive",
+            ),
+            (
+                self.batch_size % self.accumulate,
+                f"batch_size={self.batch_size} is not a multiple of accumulate={self.accumulate}",
+            ),
+            (
+                self.warmup_epochs and self.warmup_epochs >= self.epochs,
+                f"warmup_epochs={self.warmup_epochs} leaves none of epochs={self.epochs} to train",
+            ),
+            (self.best_of == "ema" and not self.ema_decay, "best_of='ema' needs an average; pass an ema_decay above 0"),
+            (
+                self.cosub and not self.drop_path_rate,
+                "cosub needs drop_path_rate above 0: both passes would be the same",
+            ),
+            (self.cosub and not self.train_mode, "cosub needs train_mode=true: both passes would be the same"),
+            (
+                self.cosub and self.distillation != "none",
+                "cosub takes the place of a teacher; pass distillation='none'",
+            ),
+            (self.cosub and self.class_weights != "none", "cosub has a loss of its own, without class_weights"),
+            (self.cosub and self.mix_mode != "batch", "cosub has a loss of its own, without that of mix_mode='patch'"),
+        ):
+            if impossible:
+                raise ConfigError(why)
 
     @property
     def peak_lr(self) -> float:
@@ -223,7 +257,11 @@ _AUGMENT = re.compile(r"none|3-augment|rand(-[a-z]+[0-9.]+)+")
 """The parts of RandAugment are checked where they are read, in `RandAugment.parse`."""
 _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     (("epochs", "batch_size", "accumulate", "repeats", "eval_every", "save_every"), lambda v: v >= 1, "1 or more"),
-    (("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience"), lambda v: v >= 0, "0 or more"),
+    (
+        ("cooldown_epochs", "lr_batch", "warmup_epochs", "img_size", "patience", "mix_size"),
+        lambda v: v >= 0,
+        "0 or more",
+    ),
     (("epochs", "cooldown_epochs", "batch_size", "repeats", "img_size"), lambda v: v < 2**31, "less than 2**31"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),

@@ -309,12 +309,21 @@ class Run:
             transform=EvalTransform(self.preprocessing),
         )
 
+    @property
+    def _best(self) -> str:
+        """Prefix of the figures of the weights that best/ holds."""
+        return "ema_" if self.learner.recipe.best_of == "ema" else ""
+
+    @property
+    def _chooser(self) -> str:
+        """Figure of the log by which the best epoch is chosen."""
+        return self._best + choosing_figure(several=self.records.multi_label, balanced=self.learner.recipe.balanced)
+
     def _result(self, progress: Progress, rows: list[dict[str, Any]]) -> TrainResult:
-        chooser = choosing_figure(several=self.records.multi_label, balanced=self.learner.recipe.balanced)
         epoch = progress.best_epoch if progress.best_epoch >= 0 else None
-        last, best = rows[-1] if rows else {}, {} if epoch is None else {chooser: progress.best_top1}
+        last, best = rows[-1] if rows else {}, {} if epoch is None else {self._chooser: progress.best_top1}
         best |= next((row for row in rows if row["epoch"] == epoch), {})
-        figures = {f"best_{name}": best.get(name) for name in ("top1", "map")}
+        figures = {f"best_{name}": best.get(self._best + name) for name in ("top1", "map")}
         return TrainResult(
             out=self.out, top1=last.get("top1"), best_epoch=epoch, log=rows, map=last.get("map"), **figures
         )
@@ -349,10 +358,10 @@ class Run:
         damage = DamageCount(self.records, self.computing.corrupt_limit, failed=progress.unreadable)
         for epoch in range(progress.epoch, recipe.total_epochs):
             row = self._one_epoch(epoch, sampler, batches, damage)
-            score = row.get(choosing_figure(several=self.records.multi_label, balanced=recipe.balanced), -1.0)
+            score = row.get(self._chooser, -1.0)
             if score > progress.best_top1:
                 progress.best_top1, progress.best_epoch = score, epoch
-                self._export("best", learner.bare, row)
+                self._export("best", learner.versions()[self._best], row, self._best)
             progress.epoch, progress.unreadable = epoch + 1, sorted(damage.failed)
             log.add(row)  # before the state: if the process dies between, the epoch is run again, its row dropped
             ends = self._gives_up(progress)

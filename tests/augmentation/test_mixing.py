@@ -1,14 +1,18 @@
 """Mixup, CutMix and smoothing: the laws of the draws, and the same images and targets as timm for the same draw."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from laws import kolmogorov
+from PIL import Image
 
+from deit_models.augmentation.augment import TrainTransform
 from deit_models.augmentation.mixing import Mix, Mixing, cutmix_box, mix_images, mix_targets, smooth_one_hot
+from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, DataError
 from deit_models.training.recipe import Recipe
 
@@ -208,3 +212,44 @@ def test_several_labels_are_mixed_as_the_pixels_are() -> None:
     assert not torch.equal(targets, labels)
     with pytest.raises(DataError, match=r"labels of shape \(4, 2\)"):
         mixing(images, labels[:, :2])
+
+
+# ---- as the authors' devices mix
+
+
+def test_groups_of_images_have_a_draw_each() -> None:
+    torch.manual_seed(0)
+    mixing = Mixing(replace(BOTH, mix_size=4), 10)
+    images, labels = batch(10)
+    expected_images, expected_targets = images.clone(), []
+    state = torch.get_rng_state()
+    mixed, targets = mixing(images, labels)
+    torch.set_rng_state(state)
+    whole = Mixing(BOTH, 10)
+    for part in ((0, 4), (4, 8), (8, 10)):
+        _, wanted = whole(expected_images[slice(*part)], labels[slice(*part)])
+        expected_targets.append(wanted)
+    torch.testing.assert_close(mixed, expected_images)
+    torch.testing.assert_close(targets, torch.cat(expected_targets))
+    shares = [row.max() for row in (targets[0], targets[4], targets[8])]
+    assert len({round(float(share), 6) for share in shares}) == 3
+
+
+def test_erasing_after_mixing_leaves_whole_boxes_of_noise() -> None:
+    """Before mixing, a box of noise would be halved with its image and have the partner's box beside it."""
+    recipe = Recipe(mixup=0.8, cutmix=0.0, erase=1.0, erase_after_mixing=True)
+    torch.manual_seed(0)
+    images = torch.full((64, 3, 16, 16), 7.0)
+    mixed, _ = Mixing(recipe, 10)(images, torch.arange(64) % 10)
+    noise = (mixed - 7).abs() > 1e-5
+    assert ((noise.any(dim=1).sum(dim=(1, 2)) > 0).float().mean()) > 0.9
+    values = mixed[noise]
+    assert abs(float(values.mean())) < 0.1
+    assert float(values.std()) == pytest.approx(1, abs=0.05)
+    for one in noise.any(dim=1)[:8]:
+        rows, columns = one.any(dim=1), one.any(dim=0)
+        assert int(one.sum()) == int(rows.sum() * columns.sum())  # one box
+    unerased = TrainTransform(recipe, Preprocessing(resize=16, crop=(16, 16)), (16, 16))
+    assert int(unerased(Image.new("RGB", (20, 20))).erase[2]) == 0
+    still, _ = Mixing(replace(recipe, erase=0.0), 10)(torch.full((8, 3, 16, 16), 7.0), torch.arange(8))
+    assert float((still - 7).abs().max()) < 1e-5

@@ -8,8 +8,9 @@ from coloured import atom
 
 import deit_models
 from deit_models.errors import ConfigError
-from deit_models.finetuning.adapt import first_trained_layer, only_from_layer
+from deit_models.finetuning.adapt import only_trained, trained_names
 from deit_models.scoring.evaluation import class_labels, class_names_of
+from deit_models.training.optim import layer_of_parameter
 
 PETS = ("Pug", "tiger_cat", "ibex")
 
@@ -185,26 +186,42 @@ def test_model_built_by_hand_is_refused():
 
 @pytest.mark.parametrize(("mode", "layer"), [("full", 0), ("last-2", 1), ("last-1", 2), ("last-0", 3), ("head", 3)])
 def test_mode_names_the_lowest_layer_that_learns(mode, layer):
-    assert first_trained_layer(mode, atom()) == layer
+    model = atom()
+    layers = {name: layer_of_parameter(model, name) for name, _ in model.named_parameters()}
+    assert trained_names(mode, model) == {name for name in layers if layers[name] >= layer}
+
+
+def test_attention_mode_is_the_authors_list():
+    """main.py of the authors, line 310: parameters with .attn. in their name, the head, the positions."""
+    model = deit_models.create_model("deit3_small_patch16_224", depth=2)
+    expected = {
+        "head.weight", "head.bias", "pos_embed",
+        *(f"blocks.{i}.attn.{part}.{kind}" for i in (0, 1) for part in ("qkv", "proj") for kind in ("weight", "bias")),
+    }  # fmt: skip
+    assert trained_names("attention", model) == expected
+    distilled = deit_models.create_model("deit_micro_distilled_patch4_32", depth=2)
+    assert trained_names("attention", distilled) == expected | {"head_dist.weight", "head_dist.bias"}
+    with pytest.raises(ConfigError, match="the parameters of LeViT name no attention; use 'full'"):
+        trained_names("attention", deit_models.create_model("levit_micro_cifar10"))
 
 
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("heads", "mode='heads'; expected 'full', 'head', or 'last-N' with a number of blocks"),
-        ("last-", "expected 'full', 'head', or 'last-N'"),
+        ("heads", "mode='heads'; expected 'full', 'head', 'attention', or 'last-N' with a number of blocks"),
+        ("last-", "expected 'full', 'head', 'attention', or 'last-N'"),
         ("last-3", "mode='last-3': the model has 2 blocks; 'full' trains everything"),
     ],
 )
 def test_mode_that_does_not_exist_is_refused(mode, message):
     with pytest.raises(ConfigError, match=message):
-        first_trained_layer(mode, atom())
+        trained_names(mode, atom())
 
 
 def test_layers_below_are_frozen_for_a_while_and_fixed_parameters_stay_fixed():
     model = atom()
     model.norm.bias.requires_grad_(False)
-    with only_from_layer(model, 2):
+    with only_trained(model, trained_names("last-1", model)):
         learning = {name for name, tensor in model.named_parameters() if tensor.requires_grad}
     assert {name.split(".")[0] for name in learning} == {"blocks", "norm", "head"}
     assert "norm.bias" not in learning

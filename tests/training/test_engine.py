@@ -60,6 +60,20 @@ def test_progress_bar_is_given_the_mean_loss_so_far() -> None:
     assert bar.told[0] != pytest.approx(done.loss)
 
 
+def test_cosub_sends_each_image_through_two_submodels() -> None:
+    seen: list[Tensor] = []
+    learner = tiny.learner(tiny.model(), tiny.recipe(cosub=True, drop_path_rate=0.5))
+    learner.bare.register_forward_hook(lambda _, given, output: seen.extend([given[0], output]))
+    (images, labels, failures), *_ = batches(1, 4)
+    torch.manual_seed(0)
+    train_epoch(learner, [(images, labels, failures)], steps=1, epoch=0, damage=DAMAGE)
+    given, output = seen
+    logits = output if isinstance(output, Tensor) else output[0]
+    assert len(given) == len(logits) == 8
+    assert torch.equal(given[:4], given[4:])
+    assert not torch.allclose(logits[:4], logits[4:])
+
+
 def run(learner: Learner, data: list[Batch], *, epoch: int = 0) -> engine.EpochLoss:
     copies = [(images.clone(), labels, failures) for images, labels, failures in data]  # mixing works in place
     steps = len(data) // learner.recipe.accumulate

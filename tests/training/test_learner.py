@@ -73,6 +73,11 @@ def fifteen(images: Tensor) -> Tensor:
             "teacher has 15 classes, the student's data 3",
         ),
         (lambda: tiny.learner(nn.Linear(3, 3), tiny.recipe(patch_drop_rate=0.5)), ConfigError, "patch_drop_rate=0.5"),
+        (
+            lambda: tiny.learner(tiny.model(distilled=True), tiny.recipe(cosub=True, drop_path_rate=0.1)),
+            ConfigError,
+            "cosub trains one head",
+        ),
         (lambda: tiny.learner(tiny.model().requires_grad_(False), tiny.recipe()), ConfigError, "nothing to train"),
     ],
 )

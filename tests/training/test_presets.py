@@ -114,6 +114,12 @@ def test_t2t_presets_are_the_authors(name, lr, weight_decay):
     assert (r.peak_lr, r.weight_decay, r.batch_size) == (lr, weight_decay, 512)
     assert (r.epochs, r.total_epochs, r.warmup_epochs, r.schedule) == (300, 310, 10, "epoch")
     assert (r.interpolation, r.repeats, r.drop_path_rate, r.min_lr) == ("random", 1, 0.1, 1e-5)
+    assert (r.erase, r.erase_after_mixing, r.best_of) == (0.25, True, "ema")
+
+
+def test_vit_resnas_is_chosen_by_its_average_as_its_authors_did():
+    chosen = {name: recipe_named(name).best_of for name in PRESETS if name.startswith(("vit_resnas", "supernet"))}
+    assert chosen == {name: "model" if name.startswith("supernet") else "ema" for name in chosen}
 
 
 def changes(name: str, base: str) -> dict[str, Any]:

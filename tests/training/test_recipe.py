@@ -107,6 +107,12 @@ def test_whole_number_will_do_for_a_float_but_not_the_other_way_round():
     ("options", "reason"),
     [
         ({"loss": "bce"}, "label_smoothing=0"),
+        ({"best_of": "ema", "ema_decay": 0.0}, "best_of='ema' needs an average"),
+        ({"cosub": True, "drop_path_rate": 0.0}, "cosub needs drop_path_rate above 0"),
+        ({"cosub": True, "train_mode": False}, "cosub needs train_mode=true"),
+        ({"cosub": True, "distillation": "hard"}, "cosub takes the place of a teacher"),
+        ({"cosub": True, "class_weights": "balanced"}, "without class_weights"),
+        ({"cosub": True, "mix_mode": "patch"}, "without that of mix_mode='patch'"),
         ({"batch_size": 100, "accumulate": 3}, "batch_size=100 is not a multiple of accumulate=3"),
         ({"epochs": 5}, "warmup_epochs=5 leaves none of epochs=5 to train"),
         ({"preset": "deit_301e"}, "unknown recipe 'deit_301e'; nearest: deit_300e"),

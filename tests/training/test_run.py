@@ -30,7 +30,7 @@ def run(out: Path, network: nn.Module | None = None, /, **options: Any) -> Train
     changes = {
         key: options.pop(key)
         for key in list(options)
-        if key in tiny.PLAIN or key in ("eval_every", "seed", "accumulate")
+        if key in tiny.PLAIN or key in ("eval_every", "seed", "accumulate", "best_of")
     }
     options = {"train": tiny.Pictures(20), "workers": 0, "device": "cpu", **options}
     return train(network or tiny.model(), recipe=tiny.recipe(**changes), out=out, **options)
@@ -155,6 +155,17 @@ def test_best_is_the_best_epoch_and_its_card_tells_its_accuracy(tmp_path: Path) 
         card = (tmp_path / name / "README.md").read_text()
         assert f"{figure} % top-1" in card
         assert "Weights: trained with deit-models\n- Trained on: noise\n" in card
+
+
+def test_best_may_be_the_averages(tmp_path: Path) -> None:
+    options = {"train": tiny.Pictures(48), "val": tiny.Pictures(48, shift=1), "epochs": 6, "seed": 3}
+    result = run(tmp_path, tiny.model(embed_dim=32), **options, ema_decay=0.8, best_of="ema")
+    plain, averaged = ([row[f"{prefix}top1"] for row in result.log] for prefix in ("", "ema_"))
+    assert max(averaged) != max(plain)
+    assert (result.best_epoch, result.best_top1) == (averaged.index(max(averaged)), max(averaged))
+    loaded = deit_models.from_pretrained(tmp_path / "best")
+    assert loaded.origin.top1 == max(averaged)
+    assert evaluate(loaded, options["val"], workers=0, device="cpu").top1 == pytest.approx(max(averaged), abs=1e-3)
 
 
 def test_card_of_best_follows_a_better_epoch(tmp_path: Path) -> None:
