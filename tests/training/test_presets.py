@@ -1,10 +1,13 @@
 """The presets: figures of the papers and the authors' scripts."""
 
 import dataclasses
+import math
 from typing import Any
 
 import pytest
 
+from deit_models.registry import meta_model, model_spec
+from deit_models.training.optim import learning_rate, parameter_groups
 from deit_models.training.presets import PRESETS
 from deit_models.training.recipe import recipe_named
 
@@ -135,3 +138,60 @@ def test_preset_says_what_it_is_and_keeps_its_name(name):
     assert source
     assert recipe.preset == name
     assert {key: getattr(recipe, key) for key in overrides} == overrides
+
+
+# ---- the audit: every preset at every epoch, every family by name
+
+
+def rate_of(recipe, epoch):
+    """The rate of timm's cosine at an epoch, from the authors' scripts' settings, without this package's code."""
+    peak = recipe.lr * recipe.batch_size / recipe.lr_batch if recipe.lr_batch else recipe.lr
+    moment = {"epoch": epoch, "epoch_delayed": max(epoch - 1, 0), "step": epoch, "constant": epoch}[recipe.schedule]
+    if moment < recipe.warmup_epochs:
+        return recipe.warmup_lr + moment * (peak - recipe.warmup_lr) / recipe.warmup_epochs
+    if recipe.schedule == "constant":
+        return peak
+    if moment >= recipe.epochs:
+        return recipe.min_lr
+    return recipe.min_lr + 0.5 * (peak - recipe.min_lr) * (1 + math.cos(math.pi * moment / recipe.epochs))
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_rate_of_every_epoch_of_every_preset(name):
+    recipe = recipe_named(name)
+    for epoch in range(recipe.epochs + recipe.cooldown_epochs + 1):
+        assert learning_rate(recipe, epoch) == pytest.approx(rate_of(recipe, epoch), rel=1e-12), epoch
+
+
+UNDECAYED = {  # the facts, section 2: what the authors list besides vectors and biases
+    "deit_tiny_distilled_patch16_224": {"pos_embed", "cls_token"},
+    "deit3_small_patch16_224": {"pos_embed", "cls_token"},
+    "levit_128s": "attention_biases",
+    "t2t_vit_7": {"cls_token"},
+    "vit_resnas_tiny": {"tokens"},
+}
+
+
+@pytest.mark.parametrize("name", UNDECAYED)
+def test_every_parameter_of_a_family_is_decayed_as_by_timm_0_3_2(name):
+    spec, listed = model_spec(name), UNDECAYED[name]
+    model = meta_model(spec.model_class, spec.config)
+    decayed, plain = parameter_groups(model, 0.05)
+    names = {id(parameter): parameter_name for parameter_name, parameter in model.named_parameters()}
+    found = {names[id(parameter)] for parameter in plain["params"]}
+
+    def is_listed(parameter_name):
+        return listed in parameter_name if isinstance(listed, str) else parameter_name in listed
+
+    expected = {
+        parameter_name
+        for parameter_name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and (len(parameter.shape) == 1 or parameter_name.endswith(".bias") or is_listed(parameter_name))
+    }
+    assert found == expected
+    assert {names[id(parameter)] for parameter in decayed["params"]} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    } - expected
+    if name == "deit3_small_patch16_224":
+        assert (len(decayed["params"]), len(names)) == (50, 176)  # counted in the authors' model
