@@ -27,7 +27,7 @@ from deit_models.training.recipe import Recipe, recipe_named
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
-    *("CHANGELOG.md", "CONTRIBUTING.md", "MODEL_CARD.md", "SECURITY.md"),
+    *("CHANGELOG.md", "CONTRIBUTING.md", "MODEL_CARD.md", "RELEASING.md", "SECURITY.md"),
     *("*/README.md", "examples/*/README.md", "benchmarks/results/*.md"),
 )
 FIGURES = ("benchmarks/results/*.png", "examples/*.jpg", "examples/*.py", "examples/*.ipynb")
