@@ -96,7 +96,7 @@ def our_loader(folder: str, size: int, augment: str, batch: int, *, peer: str) -
     from deit_models.batches.memory import keep_in_memory
     from deit_models.checkpoint import Preprocessing
     from deit_models.data.datasets import open_dataset
-    from deit_models.training.recipe import Recipe
+    from deit_models.recipes.recipe import Recipe
 
     records = open_dataset(Path(folder, "set") if peer == ARROW else Path(folder, "train"), "train")
     if not peer.endswith("files"):

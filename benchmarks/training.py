@@ -45,9 +45,9 @@ def ours(name: str, device: torch.device, batch_size: int, compiled: bool) -> Ca
     from deit_models.data.records import ArrayRecords
     from deit_models.distributed import Process
     from deit_models.images.transforms import transform_for
+    from deit_models.recipes.recipe import recipe_named
     from deit_models.training.engine import train_epoch
     from deit_models.training.learner import make_learner
-    from deit_models.training.recipe import recipe_named
 
     model = deit_models.create_model(name)
     classes = [str(i) for i in range(model.num_classes)]

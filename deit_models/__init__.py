@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from .images.transforms import transform_for
     from .models import create_model
     from .predict import Classifier, attention_maps
+    from .recipes.recipe import recipe_named
     from .scoring.evaluation import evaluate
     from .show.heat_maps import heat_maps
     from .training.losses import WithLoss
-    from .training.recipe import recipe_named
     from .training.run import train
 
 
@@ -94,7 +94,7 @@ _LAZY = {
     "heat_maps": ".show.heat_maps",
     "optimize": ".deploy.optimize",
     "push_to_hub": ".formats.publish",
-    "recipe_named": ".training.recipe",
+    "recipe_named": ".recipes.recipe",
     "save_pretrained": ".formats.publish",
     "train": ".training.run",
     "transform_for": ".images.transforms",

@@ -22,8 +22,8 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 from deit_models.cli import build_parser
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import Recipe, recipe_named
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import Recipe, recipe_named
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = (
@@ -43,7 +43,7 @@ PYTHON = {
     ),
     "training": (
         "Fine-tune and train",
-        ("finetune", "adapt_head", "train", "recipe_named", "training.recipe.Recipe", "WithLoss"),
+        ("finetune", "adapt_head", "train", "recipe_named", "recipes.recipe.Recipe", "WithLoss"),
     ),
     "data": ("Data", ("wrap", "data.datasets.open_dataset", "data.sources.image_sources")),
     "deployment": (

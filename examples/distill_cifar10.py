@@ -22,9 +22,9 @@ from torch.nn import functional as F
 import deit_models
 from deit_models.data.datasets import open_dataset
 from deit_models.data.records import ImageRecords
+from deit_models.recipes.recipe import Recipe, recipe_named
 from deit_models.registry import default_preprocessing
 from deit_models.show.charts import plot_curves
-from deit_models.training.recipe import Recipe, recipe_named
 from deit_models.training.run import train
 from deit_models.training.state import LOG_NAME, read_log
 from deit_models.training.teacher import Teacher

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import deit_models
 from deit_models.data.datasets import open_dataset
-from deit_models.training.recipe import recipe_from_toml
+from deit_models.recipes.recipe import recipe_from_toml
 
 
 def parse_args() -> argparse.Namespace:

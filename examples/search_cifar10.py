@@ -32,7 +32,7 @@ from deit_models.nas.settings import Evolution, Sampling
 from deit_models.nas.space import Candidate, SearchSpace, candidate_from_key, read_space
 from deit_models.nas.supernet import SuperNetwork
 from deit_models.nas.tables import plot_candidates, read_candidates
-from deit_models.training.recipe import recipe_named
+from deit_models.recipes.recipe import recipe_named
 from deit_models.training.run import Computing, train
 
 UNSEARCHED = "vit_res_micro_patch4_32"

@@ -25,8 +25,8 @@ from torch import nn
 
 import deit_models
 from deit_models.data.datasets import open_dataset
+from deit_models.recipes.recipe import Recipe, read_recipe
 from deit_models.registry import default_preprocessing
-from deit_models.training.recipe import Recipe, read_recipe
 from deit_models.training.run import RECIPE_NAME, TrainResult
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 import deit_models
 from deit_models.data.records import ImageRecords
 from deit_models.images.transforms import EvalTransform
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.run import TrainResult
 from deit_models.training.teacher import Teacher, load_teacher
 

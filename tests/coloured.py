@@ -96,5 +96,5 @@ def atom(*, distilled: bool = False, num_classes: int = 10, seed: int = 0, **opt
     return model
 
 
-def recipe(**changes: Any) -> deit_models.training.recipe.Recipe:
+def recipe(**changes: Any) -> deit_models.recipes.recipe.Recipe:
     return deit_models.recipe_named("finetune", **{**QUICK, **changes})

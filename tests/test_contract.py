@@ -24,11 +24,11 @@ from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
 from deit_models.formats.layouts import FAMILIES
 from deit_models.models.layers import HeadLogits, ImageClassifier
+from deit_models.recipes.recipe import Recipe
 from deit_models.registry import model_spec
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
 from deit_models.training.optim import layer_count, layer_of_parameter, parameter_groups
-from deit_models.training.recipe import Recipe
 
 NAMES = list_models()
 TINY: dict[str, dict[str, Any]] = {

@@ -25,8 +25,8 @@ from deit_models.data.datasets import DATASETS
 from deit_models.deploy.runtimes import BACKENDS, EXPORT_FORMATS
 from deit_models.finetuning.finetune import PRESET_OF
 from deit_models.nas.space import space_from_toml
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = {

@@ -20,8 +20,8 @@ from browser import accessibility_faults, chromium, overflowing
 import deit_models
 from deit_models.checkpoint import load_manifest
 from deit_models.cli import build_parser
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 FAULTS_OF_MATERIAL = {

@@ -176,7 +176,7 @@ def test_fine_tuning_reports_every_step_and_its_figures(mode: str, tmp_path: Pat
     for _ in range(2):  # the second call resumes a finished run
         result = deit_models.finetune(
             tiny.model(), train=tmp_path / "photos", out=tmp_path / "run", mode=mode, device="cpu", workers=0,
-            recipe=deit_models.training.recipe.recipe_named("finetune", **recipe), report_to="tensorboard",
+            recipe=deit_models.recipes.recipe.recipe_named("finetune", **recipe), report_to="tensorboard",
         )  # fmt: skip
     tried = result.metrics["tried"] if mode == "head" else result.metrics["epochs"] * [None]
     assert [step for step, _ in steps_of("tensorboard", tmp_path / "run", "loss")] == list(range(len(tried)))

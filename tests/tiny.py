@@ -20,8 +20,8 @@ from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
 from deit_models.errors import ImageError
 from deit_models.models.layers import ImageClassifier
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.learner import Learner, make_learner
-from deit_models.training.recipe import Recipe
 
 SIZE = 8
 PREPROCESSING = Preprocessing(resize=SIZE, crop=(SIZE, SIZE), mean=(0.5, 0.4, 0.3), std=(0.2, 0.3, 0.4))

@@ -15,7 +15,7 @@ from ..checkpoint import Preprocessing
 from ..errors import ConfigError
 from ..images.decoding import ImageSource, load_planes
 from ..images.transforms import check_resized, resize_and_crop, to_device
-from ..training.recipe import Recipe
+from ..recipes.recipe import Recipe
 from .levels import ErasingBox, Levels, Plan, box_sides, cut, greyed
 from .randaugment import ENHANCE, RandAugment, Resampling
 

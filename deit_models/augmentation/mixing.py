@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributions import Beta
 
 from ..errors import ConfigError, DataError
-from ..training.recipe import Recipe
+from ..recipes.recipe import Recipe
 from .levels import Erasing
 
 

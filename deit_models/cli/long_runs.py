@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 
 from ..errors import ConfigError, TrainingError
-from ..training.presets import PRESETS
-from ..training.recipe import Recipe, recipe_named, recipe_of
+from ..recipes.presets import PRESETS
+from ..recipes.recipe import Recipe, recipe_named, recipe_of
 from .arguments import EXIT_INTERRUPTED, EXIT_OK, columns, process_number, progress_bar, say
 
 if TYPE_CHECKING:

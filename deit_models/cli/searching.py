@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..nas.evolution import ScoredCandidate
     from ..nas.settings import Evolution
     from ..nas.space import SearchSpace
-    from ..training.recipe import Recipe
+    from ..recipes.recipe import Recipe
     from ..training.run import Computing
 
 

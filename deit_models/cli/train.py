@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from ..distributed import Process
     from ..finetuning.finetune import FinetuneResult
     from ..models.layers import ImageClassifier
-    from ..training.recipe import Recipe
+    from ..recipes.recipe import Recipe
     from ..training.run import TrainResult
 
 logger = logging.getLogger(__name__)

@@ -27,12 +27,12 @@ from ..files import write_text
 from ..formats.layouts import known_origin
 from ..hub.load import from_pretrained
 from ..models.layers import ImageClassifier
+from ..recipes.recipe import Recipe, recipe_named, recipe_of
 from ..scoring.evaluation import collect_outcomes, resolved_precision
 from ..scoring.metrics import best_thresholds, check_kinds, count_classes
 from ..show.charts import find_matplotlib
 from ..show.pages import weights_in_words
 from ..trackers import Trackers
-from ..training.recipe import Recipe, recipe_named, recipe_of
 from ..training.run import RECIPE_NAME, Computing, run_training
 from ..training.teacher import Teacher, TeacherSpec
 from .adapt import adapt_head, check_mode, only_trained, trained_names

@@ -28,10 +28,10 @@ from ..errors import ConfigError, DataError, TrainingError
 from ..files import digest_of_numbers, write_tensors, write_text
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
+from ..recipes.recipe import Precision
 from ..scoring.evaluation import Outcomes, Tally, autocast
 from ..scoring.metrics import choosing_figure
 from ..training.losses import several_labels
-from ..training.recipe import Precision
 from ..training.run import Computing
 
 logger = logging.getLogger(__name__)

@@ -18,11 +18,11 @@ from ..files import csv_line, markdown, write_json, write_text
 from ..formats.layouts import CARD_NAME
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
+from ..recipes.recipe import Recipe
 from ..scoring.evaluation import Evaluation, Outcomes
 from ..scoring.metrics import FIGURES, UNSURE, average_precision, f1_scores, in_words
 from ..show.charts import draw_confusion, draw_mistakes, plot_curves
 from ..show.pages import SET_NAMES, Report, add_page, costs_of
-from ..training.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 

@@ -23,9 +23,9 @@ from ..formats.architecture import Architecture
 from ..hub.load import from_pretrained
 from ..images.transforms import EvalTransform
 from ..models.vit_resnas import ViTResNAS
+from ..recipes.recipe import Precision, Recipe
 from ..registry import default_preprocessing
 from ..scoring.evaluation import Heads, resolved_precision, score
-from ..training.recipe import Precision, Recipe
 from ..training.run import Computing, TrainResult, run_training
 from ..training.state import export_model
 from .costs import CostKind, Ledger, make_cost

@@ -23,8 +23,8 @@ from ..errors import ConfigError, DataError
 from ..files import read_text
 from ..images.transforms import EvalTransform, preprocessing_of, to_device
 from ..models.layers import HeadLogits, ImageClassifier
+from ..recipes.recipe import Precision
 from ..registry import own_model
-from ..training.recipe import Precision
 from .metrics import UNSURE, average_precision, f1_scores, percent
 
 logger = logging.getLogger(__name__)

@@ -20,10 +20,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..batches.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import ConfigError, TrainingError, first_line
+from ..recipes.recipe import Precision
 from ..scoring.evaluation import autocast
 from .learner import Learner
 from .optim import clip_gradients, learning_rate, set_learning_rate
-from .recipe import Precision
 
 logger = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from ..checkpoint import Preprocessing
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
 from ..models.layers import ImageClassifier
+from ..recipes.recipe import Recipe
 from ..scoring.evaluation import Heads, resolved_precision
 from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
 from .optim import WeightAverage, make_optimizer
-from .recipe import Recipe
 from .teacher import Teacher, TeacherSpec, load_teacher
 
 logger = logging.getLogger(__name__)

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..errors import TrainingError
 from ..models.layers import ImageClassifier
-from .recipe import Recipe
+from ..recipes.recipe import Recipe
 from .teacher import Teacher
 
 logger = logging.getLogger(__name__)

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
 from ..models.layers import ImageClassifier
-from .recipe import Recipe
+from ..recipes.recipe import Recipe
 
 
 def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float = 1.0) -> list[dict[str, Any]]:

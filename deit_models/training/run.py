@@ -27,13 +27,13 @@ from ..distributed import Process, Shard, join_processes
 from ..errors import ConfigError, DataError, TrainingError, shown
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
+from ..recipes.recipe import Recipe, recipe_of
 from ..scoring.evaluation import Heads, Outcomes, score_each
 from ..scoring.metrics import FIGURES, best_thresholds, check_kinds, choosing_figure, count_classes, in_words
 from ..show.pages import Report, add_page, costs_of, weights_in_words
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch
 from .learner import Learner, make_learner
-from .recipe import Recipe, recipe_of
 from .state import STATE_NAME, Progress, RunLog, export_model, identity_of, load_state, remove_leftovers, save_state
 from .teacher import Teacher, TeacherSpec
 

@@ -35,10 +35,10 @@ from ..errors import TrainingError, first_line
 from ..files import append_text, atomic_write, digest_of_numbers, read_text, write_tensors, write_text
 from ..formats.layouts import CARD_NAME
 from ..models.layers import ImageClassifier
+from ..recipes.recipe import Recipe, recipe_from_toml
 from ..scoring.metrics import in_words
 from ..trackers import Trackers
 from .learner import Learner
-from .recipe import Recipe, recipe_from_toml
 
 logger = logging.getLogger(__name__)
 

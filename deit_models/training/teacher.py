@@ -29,8 +29,8 @@ from ..hub.load import from_pretrained, source_file
 from ..hub.payload import Expected
 from ..hub.weights import read_tensors, read_uncached, verified_state
 from ..models.layers import HeadLogits, ImageClassifier
+from ..recipes.recipe import Precision
 from ..registry import list_models
-from .recipe import Precision
 
 Network = Callable[[Tensor], Any]
 _Found = tuple[Network, Sequence[float] | None, Sequence[float] | None]

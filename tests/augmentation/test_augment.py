@@ -16,7 +16,7 @@ from deit_models.augmentation.levels import Levels, TrainInput
 from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, ImageError
 from deit_models.images.transforms import EvalTransform
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 
 PREPROCESSING = Preprocessing(resize=36, crop=(32, 32))
 PLAIN = {"augment": "none", "color_jitter": 0.0, "hflip": 0.0, "erase": 0.0}

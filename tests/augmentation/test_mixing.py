@@ -14,7 +14,7 @@ from deit_models.augmentation.augment import TrainTransform
 from deit_models.augmentation.mixing import Mix, Mixing, cutmix_box, mix_images, mix_targets, smooth_one_hot
 from deit_models.checkpoint import Preprocessing
 from deit_models.errors import ConfigError, DataError
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 
 BOTH = Recipe()
 OFF = Recipe(mixup=0, cutmix=0)

@@ -24,7 +24,7 @@ from deit_models.checkpoint import Preprocessing
 from deit_models.data.datasets import open_dataset, wrap
 from deit_models.data.records import ArrayRecords, CachedRecords, FileRecords, ImageRecords, SubsetRecords
 from deit_models.errors import ConfigError, DataError
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.run import train
 
 CPU = torch.device("cpu")

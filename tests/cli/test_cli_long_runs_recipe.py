@@ -7,8 +7,8 @@ from command_line import usage_error
 
 from deit_models.cli import build_parser, main
 from deit_models.cli.long_runs import chosen_recipe
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import Recipe, recipe_named
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import Recipe, recipe_named
 
 OTHER = {
     "epochs": 7, "cooldown_epochs": 3, "batch_size": 64, "accumulate": 4, "optimizer": "sgd", "lr": 3e-3,

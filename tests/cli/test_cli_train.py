@@ -18,7 +18,7 @@ import deit_models
 from deit_models.cli import build_parser, main
 from deit_models.cli.long_runs import epoch_line
 from deit_models.cli.train import run_train
-from deit_models.training.recipe import read_recipe, recipe_named
+from deit_models.recipes.recipe import read_recipe, recipe_named
 
 PLAIN, DISTILLED = MODELS
 SETTINGS = {"epochs": 2, "warmup_epochs": 0, "batch_size": 6, "precision": "float32"}

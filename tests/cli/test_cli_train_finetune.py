@@ -10,8 +10,8 @@ from command_line import CLASSES, MODELS, failure, save_class_folders
 
 import deit_models
 from deit_models.cli import main
+from deit_models.recipes.recipe import read_recipe, recipe_named
 from deit_models.registry import DEFAULT_MODEL
-from deit_models.training.recipe import read_recipe, recipe_named
 
 QUICK = ["--epochs=2", "--warmup-epochs=0", "--batch-size=6", "--precision=float32", "--workers=0", "--device=cpu"]
 

@@ -18,8 +18,8 @@ import deit_models
 from deit_models.data.datasets import DATASETS, wrap
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.finetune import PRESET_OF, recipe_for
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import read_recipe
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import read_recipe
 
 
 def finetune(out, *, model=None, mode="full", settings=None, **options):

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import deit_models
 from deit_models.models.layers import ImageClassifier
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 
 CLASSES = ("ant", "bee", "cow")
 SIDE = 32

@@ -13,10 +13,10 @@ from deit_models.batches.loading import DamageCount
 from deit_models.data.records import ArrayRecords
 from deit_models.distributed import Process
 from deit_models.models.vit_resnas import PatchLogits, PatchTraining
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import _has_idle_head, extra_heads_of, make_learner
 from deit_models.training.losses import DistillationLoss
-from deit_models.training.recipe import Recipe
 
 K, SIDE = 5, 4
 STAGES = (

@@ -29,7 +29,7 @@ from deit_models.nas.costs import Macs
 from deit_models.nas.search import search, split_images, train_supernet
 from deit_models.nas.settings import Evolution, Sampling
 from deit_models.nas.supernet import extract
-from deit_models.training.recipe import Recipe
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.run import Computing, run_training, train
 
 SPACE = toy_space()

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from deit_models.augmentation.mixing import Mix, Mixing
 from deit_models.batches.loading import FINE, Batch, DamageCount
 from deit_models.errors import TrainingError
+from deit_models.recipes.recipe import Recipe
 from deit_models.scoring.evaluation import evaluate
 from deit_models.training import engine
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner
-from deit_models.training.recipe import Recipe
 from deit_models.training.run import train
 
 DAMAGE = DamageCount(tiny.Pictures(1), 0.01)

@@ -14,9 +14,9 @@ from deit_models import adapt_head
 from deit_models.batches.loading import DamageCount
 from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import make_learner
-from deit_models.training.recipe import Recipe
 
 
 def test_patch_dropout_of_the_recipe_reaches_the_model() -> None:

@@ -14,6 +14,7 @@ from deit_models import DeitModelsError
 from deit_models.checkpoint import Preprocessing
 from deit_models.errors import TrainingError
 from deit_models.models.layers import HeadLogits
+from deit_models.recipes.recipe import Recipe
 from deit_models.training.losses import (
     DistillationLoss,
     WithLoss,
@@ -23,7 +24,6 @@ from deit_models.training.losses import (
     soft_distillation,
     soft_target_cross_entropy,
 )
-from deit_models.training.recipe import Recipe
 from deit_models.training.teacher import Teacher
 
 STUDENT = [[1.0, -0.5, 2.0], [0.3, 0.2, -1.0]]

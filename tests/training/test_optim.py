@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import deit_models
 from deit_models.distributed import shard_parameters
 from deit_models.errors import ConfigError
+from deit_models.recipes.recipe import Recipe, recipe_named
 from deit_models.registry import list_models, model_spec
 from deit_models.training.optim import (
     Lamb,
@@ -28,7 +29,6 @@ from deit_models.training.optim import (
     parameter_groups,
     set_learning_rate,
 )
-from deit_models.training.recipe import Recipe, recipe_named
 
 DEIT = recipe_named("deit_300e")
 BY_EPOCH = recipe_named("deit_300e", schedule="epoch")

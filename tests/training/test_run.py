@@ -20,8 +20,8 @@ from deit_models.data.records import ArrayRecords
 from deit_models.distributed import has_bf16
 from deit_models.errors import ConfigError, DataError, MissingExtraError, SaveError, TrainingError
 from deit_models.models.layers import ImageClassifier
+from deit_models.recipes.recipe import read_recipe
 from deit_models.scoring.evaluation import evaluate
-from deit_models.training.recipe import read_recipe
 from deit_models.training.run import TrainResult, train
 from deit_models.training.state import read_log
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import recipe_named
 from deit_models.registry import meta_model, model_spec
 from deit_models.training.optim import learning_rate, parameter_groups
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import recipe_named
 
 
 def test_distilling_changes_only_the_loss():

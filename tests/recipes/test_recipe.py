@@ -8,8 +8,8 @@ from typing import get_args, get_type_hints
 import pytest
 
 from deit_models import ConfigError
-from deit_models.training.presets import PRESETS
-from deit_models.training.recipe import Recipe, read_recipe, recipe_named
+from deit_models.recipes.presets import PRESETS
+from deit_models.recipes.recipe import Recipe, read_recipe, recipe_named
 
 KINDS = get_type_hints(Recipe)
 NUMBERS = [name for name, kind in KINDS.items() if kind in (int, float)]

@@ -1,0 +1,1 @@
+"""Settings of a training run, and the papers' settings by name."""
