@@ -405,6 +405,6 @@ def test_of_two_processes_only_the_first_prints(data, tmp_path):
     assert status == 0
     begun, _, steps = out.partition("next:\n")
     assert [line.split()[0] for line in begun.splitlines()] == ["deit_micro_patch4_32", "epoch", "epoch", "top-1"]
-    assert [line.split()[0] for line in steps.splitlines()] == ["classify", "evaluate"]
+    assert [line.split()[0] for line in steps.splitlines()] == ["look", "classify", "evaluate"]
     status, out, _ = run("evaluate", tmp_path / "run" / "model", data, "--json", options=tuple(torchrun))
     assert (status, json.loads(out)["images"]) == (0, 6)
