@@ -47,8 +47,9 @@ def run_notebook(path: Path) -> Any:
     notebook = nbformat.read(path, as_version=4)
     resources = {"metadata": {"path": str(path.parent)}}
     # timing would differ at every run
-    client = NotebookClient(notebook, timeout=300, kernel_name="python3", resources=resources, record_timing=False)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    client = NotebookClient(notebook, timeout=600, kernel_name="python3", resources=resources, record_timing=False)
+    # one thread: beside other tests it is faster, and everywhere it adds numbers up in the same order
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     client.execute(env=environment)
     return notebook
 
