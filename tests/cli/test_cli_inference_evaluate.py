@@ -218,3 +218,21 @@ def test_what_is_not_there_is_one_line(saved, data, tmp_path, capsys):
     assert "no class folders" in failure(capsys, "evaluate", saved, tmp_path / "empty")
     line = failure(capsys, "evaluate", saved, "cifar10", "--root", tmp_path / "sets")
     assert "--download" in line
+
+
+# The report
+
+
+def test_report_has_the_printed_figures(capsys, saved, data, tmp_path):
+    page = tmp_path / "page.html"
+    found = evaluate(capsys, saved, data, "--report", page)
+    text = page.read_text(encoding="utf-8")
+    assert f'data-figure="images.top1">{found["top1"]:.2f} %' in text
+    assert f'data-figure="images.loss">{found["loss"]:.4f}' in text
+    assert f"{saved} on {data}, val" in text
+
+
+@pytest.mark.parametrize("file", [".", "missing/page.html"])
+def test_report_that_cannot_be_written_is_refused_before_anything_is_read(capsys, tmp_path, file):
+    message = failure(capsys, "evaluate", "no_such_model", tmp_path / "none", "--report", tmp_path / file)
+    assert f"--report {tmp_path / file}: expected a file in a folder that is there" in message

@@ -189,6 +189,11 @@ def test_calibration_is_scikit_learns(count: int) -> None:
     assert int(found.images.sum()) == count
 
 
+def test_bin_includes_its_upper_end() -> None:
+    found = calibration(torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0]), torch.ones(5), bins=4)
+    assert found.images.tolist() == [2, 1, 1, 1]
+
+
 def test_sure_and_right_is_calibrated_and_sure_and_wrong_is_not() -> None:
     sure = torch.ones(4)
     assert calibration(sure, torch.tensor([True] * 4)).error == 0

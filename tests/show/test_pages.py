@@ -72,7 +72,7 @@ class Parsed(HTMLParser):
         self.words.append(data)
         figure = self.tags[-1][1].get("data-figure") if self.tags else None
         if figure:
-            self.figures.setdefault(figure, data)
+            self.figures.setdefault(figure, data.strip())
 
     @property
     def text(self) -> str:
@@ -156,8 +156,8 @@ def test_intervals_and_calibration_error_are_in_the_page(tmp_path: Path) -> None
     right, n, z = int(val[1].right().sum()), 200, 1.959963984540054
     middle, half = right + z * z / 2, z * (right * (n - right) / n + z * z / 4) ** 0.5
     ends = [100 * (middle + side * half) / (n + z * z) for side in (-1, 1)]
-    assert f"{ends[0]:.2f} to {ends[1]:.2f} Wilson" in found.text
-    low, high = map(float, re.search(r"macro F1 ?[\d.]+ % ?([\d.]+) to ([\d.]+) bootstrap", found.text).groups())
+    assert f"{ends[0]:.2f} to {ends[1]:.2f}, Wilson" in found.text
+    low, high = map(float, re.search(r"macro F1 ?[\d.]+ % ?([\d.]+) to ([\d.]+), bootstrap", found.text).groups())
     assert low < val[1].evaluation().macro_f1 < high
     assert 2 < high - low < 20
     probability, hits = val[1].probability.double().numpy(), val[1].right().numpy()
@@ -225,7 +225,9 @@ def test_without_epochs_there_are_no_curves(tmp_path: Path) -> None:
     assert "There are no epochs to show." in found.text
 
 
-def test_training_writes_a_report_of_its_last_weights_without_another_pass(tmp_path: Path) -> None:
+def test_training_writes_a_report_of_its_last_weights_without_another_pass(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     val = Noise(8, seed=1)
     options = {"workers": 0, "device": "cpu", "preprocessing": PREPROCESSING, "cache": "none"}
     settings = recipe(epochs=2, ema_decay=0.5)
@@ -239,6 +241,7 @@ def test_training_writes_a_report_of_its_last_weights_without_another_pass(tmp_p
     before = (tmp_path / "report.html").stat()
     deit_models.train(tiny_model(), recipe=settings, train=Noise(8), val=val, out=tmp_path, **options)
     assert (tmp_path / "report.html").stat().st_mtime_ns == before.st_mtime_ns  # a finished run keeps its report
+    assert "was not written" not in caplog.text
 
 
 def test_training_without_validation_images_writes_a_report(tmp_path: Path) -> None:
