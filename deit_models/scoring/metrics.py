@@ -155,7 +155,7 @@ def wilson_interval(right: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
     middle, half = share + z**2 / (2 * total), z * (share * (1 - share) / total + (z / total) ** 2 / 4).sqrt()
     low, high = ((middle + side * half) / (1 + z**2 / total) for side in (-1, 1))
     # exactly 0 and 1 where the last bits would say otherwise
-    return torch.where(right == 0, 0.0, low), torch.where(right == images, 1.0, high)
+    return torch.where(share == 0, 0.0, low), torch.where(share == 1, 1.0, high)
 
 
 class Calibration(NamedTuple):

@@ -115,6 +115,7 @@ def test_head_mode_runs_functions_of_few_modules(photos, tmp_path):
     assert {"finetuning.finetune", "finetuning.probe", "finetuning.report", "models.deit"} <= passed
     assert not passed & {"training.engine", "training.learner", "training.losses", "training.teacher", "hub.load"}
     # ten for the data, six that write three layouts, four of fine-tuning, three of the model, two of training
+    passed = {name for name in passed if not name.startswith("show.")}  # the report, when all is done
     assert len(passed) <= 31, sorted(passed)
 
 
