@@ -281,8 +281,9 @@ def test_notebook_runs_offline_and_its_stored_outputs_are_up_to_date(name: str, 
     if request.config.getoption("--update-notebooks"):
         notebooks.write_notebook(found, path)
     stored = json.loads(path.read_text(encoding="utf-8"))
-    again = f"`pytest tests/test_examples.py -k {name} --update-notebooks` writes them again"
-    assert not notebooks.differences(stored, found), f"outputs of {path} are out of date; {again}"
+    stale = "\n".join(notebooks.differences(stored, found))
+    again = f"`pytest tests/test_examples.py -k {name} --update-notebooks` writes it again"
+    assert not stale, f"{path} is out of date: {stale}\n{again}"
 
 
 @pytest.mark.parametrize("name", notebooks.NAMES)
