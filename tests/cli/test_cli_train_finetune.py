@@ -68,7 +68,7 @@ def test_run_ends_with_commands_for_its_model_and_repeated_trains_nothing(pictur
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--mode", "hed"], "mode='hed'; expected 'full', 'head', or 'last-N'"),
+        (["--mode", "hed"], "mode='hed'; expected 'full', 'head', 'attention', or 'last-N'"),
         (["--mode", "last-"], "mode='last-'; expected"),
         (["--mode", "Head"], "mode='Head'; expected"),
         (["--teacher-weights", "teacher.pth"], "--teacher-weights belong to a teacher; name it with --teacher"),
@@ -184,7 +184,7 @@ def test_plot_that_cannot_be_drawn_is_said_before_anything(pictures, start, tmp_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (["--mode", "heads"], "mode='heads'; expected 'full', 'head', or 'last-N'"),
+        (["--mode", "heads"], "mode='heads'; expected 'full', 'head', 'attention', or 'last-N'"),
         (["--recipe", "finetun"], "unknown recipe 'finetun'; nearest: finetune"),
         (["--val-data", "nowhere"], "nowhere: neither a folder, a table nor a data set known by name"),
     ],

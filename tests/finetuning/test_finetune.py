@@ -131,7 +131,7 @@ def test_facts_of_the_authors_answer():
     chosen = recipe_for(
         "cifar100", deit_models.create_model("deit_tiny_patch16_224", device="meta"), images=50_000, teacher=False
     )
-    assert (chosen.optimizer, chosen.lr, chosen.batch_size, chosen.weight_decay) == ("sgd", 0.01, 768, 1e-4)
+    assert (chosen.optimizer, chosen.lr, chosen.batch_size, chosen.weight_decay) == ("nesterov", 0.01, 768, 1e-4)
     assert (chosen.peak_lr, chosen.epochs, chosen.erase, chosen.drop_path_rate) == (0.01, 1000, 0, 0)
     assert (chosen.augment, chosen.mixup, chosen.cutmix, chosen.repeats) == ("rand-m9-mstd0.5-inc1", 0.8, 1.0, 3)
     assert chosen.crop == "random_resized"
@@ -414,8 +414,8 @@ def test_empty_folder_and_empty_class_are_named(tmp_path, photos):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "head-only"}, "mode='head-only'; expected 'full', 'head', or 'last-N'"),
-        ({"mode": "last-2x"}, "expected 'full', 'head', or 'last-N'"),
+        ({"mode": "head-only"}, "mode='head-only'; expected 'full', 'head', 'attention', or 'last-N'"),
+        ({"mode": "last-2x"}, "expected 'full', 'head', 'attention', or 'last-N'"),
         ({"mode": "last-3"}, "mode='last-3': the model has 2 blocks; 'full' trains everything"),
         ({"mode": "head", "teacher": torch.nn.Identity()}, "mode='head' learns from the labels alone"),
         ({"model": torch.nn.Linear(3, 3)}, "a Linear is no model of this package; deit_models.train takes any module"),
