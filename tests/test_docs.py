@@ -34,7 +34,7 @@ DOCS = {
     for pattern in ("*.md", "docs/**/*.md", "weights/*.md", "examples/**/*.md", "benchmarks/**/*.md")
     for path in sorted(ROOT.glob(pattern))
 }
-_PAGES = ("data", "loading", "finetuning", "training", "deployment", "search", "labels", "scale", "demo")
+_PAGES = ("data", "loading", "finetuning", "training", "deployment", "search", "labels", "scale", "demo", "heat_maps")
 GUIDES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))
 NOTEBOOKS = [json.loads(path.read_bytes()) for path in (ROOT / "examples").glob("*.ipynb")]
 MAX_README_LINES = 120

@@ -147,7 +147,9 @@ def test_pages_are_accessible_fit_and_ask_no_other_host(address: str, width: int
 def test_search_and_the_switch_to_dark_work(address: str) -> None:
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
+        tab.set_default_timeout(120_000)  # a busy machine builds the index slowly
         tab.goto(address)
+        tab.wait_for_load_state("networkidle")
         ground = "getComputedStyle(document.body).backgroundColor"
         light = tab.evaluate(ground)
         tab.click("label[title=Dark]")
