@@ -144,15 +144,18 @@ def test_pages_are_accessible_fit_and_ask_no_other_host(address: str, width: int
     assert len(asked) > 3
 
 
-def test_search_and_the_switch_to_dark_work(address: str) -> None:
+def test_the_switch_to_dark_and_the_search_work(address: str) -> None:
     with chromium() as browser:
         tab = browser.new_page(viewport={"width": 1280, "height": 900})
         tab.set_default_timeout(120_000)  # a busy machine builds the index slowly
         tab.goto(address)
-        tab.wait_for_load_state("networkidle")
         ground = "getComputedStyle(document.body).backgroundColor"
         light = tab.evaluate(ground)
         tab.click("label[title=Dark]")
         assert tab.evaluate(ground) != light
-        tab.fill("input[name=query]", "pillow-heif")
-        tab.wait_for_selector(".md-search-result__link[href*='loading/']")
+        tab.goto(address)
+        tab.wait_for_load_state("networkidle")
+        assert tab.evaluate(ground) != light  # it is kept
+        tab.click("input[name=query]")
+        tab.keyboard.type("pillow-heif")
+        tab.wait_for_selector(".md-search-result__link[href*='loading/']", state="attached")
