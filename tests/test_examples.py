@@ -177,7 +177,7 @@ def test_photos_and_cifar_examples_fine_tune_folders(run: Callable[..., str], ti
     printed = run("finetune_cifar10.py", *options, "epochs=2", "warmup_epochs=0", "batch_size=8", "repeats=1")
     assert "of 16 test images" in printed
     recipe = (tmp_path / "cifar" / "recipe.toml").read_text(encoding="utf-8")
-    assert 'optimizer = "sgd"' in recipe
+    assert 'optimizer = "nesterov"' in recipe
 
 
 def test_similar_photos_are_drawn_and_embedded_once(run: Callable[..., str], tiny_cifar: Path, tmp_path: Path) -> None:

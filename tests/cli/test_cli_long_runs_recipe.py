@@ -20,7 +20,8 @@ OTHER = {
     "label_smoothing": 0.0, "loss": "bce", "distillation": "soft", "distill_on": "class", "alpha": 0.1, "tau": 3.0,
     "precision": "fp16", "compile": "on", "seed": 9, "eval_every": 5, "save_every": 3, "patience": 4,
     "class_weights": "balanced", "sampling": "balanced", "grad_checkpointing": True,
-    "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch",
+    "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch", "erase_after_mixing": True, "best_of": "ema",
+    "mix_size": 64, "cosub": True,
 }  # fmt: skip
 """Another value of each field than the default."""
 

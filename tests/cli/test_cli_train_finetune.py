@@ -126,7 +126,7 @@ def test_default_recipe_goes_by_the_data_and_the_options_before_it(pictures, sta
 
 def test_recipe_can_be_chosen(pictures, start, tmp_path, capsys):
     finetune(capsys, pictures, tmp_path / "run", "--model", start, "--recipe", "finetune_sgd")
-    assert read_recipe(tmp_path / "run" / "recipe.toml").optimizer == "sgd"
+    assert read_recipe(tmp_path / "run" / "recipe.toml").optimizer == "nesterov"
 
 
 def test_teacher_turns_distillation_on(pictures, start, tmp_path, capsys):
