@@ -137,8 +137,10 @@ def _written(kind: str, options: dict[str, Any], mode: str) -> tuple[str, bytes]
         options |= {"save_all": True, "append_images": [image.rotate(180)]}
     try:
         image.save(out, kind, **options)
+        if kind == "TIFF":
+            PIL.Image.open(out).load()
     except (OSError, ValueError, KeyError):
-        return None  # a Pillow without it
+        return None  # a Pillow without it; 12.3 does not read the YCbCr that it writes
     return f"{kind} {mode}", out.getvalue()
 
 
@@ -367,7 +369,7 @@ def read_sound(label: str, data: bytes, path: Path) -> str:
 
 
 def _fax_of_one_size(label: str, *outcomes: Any) -> bool:
-    """Whether these are pixels of one size from a bilevel TIFF: behind a bad code word libtiff leaves memory as it is."""
+    """Whether these are pixels of one size of a bilevel TIFF: libtiff leaves memory as it is behind a bad code word."""
     sizes = {None if isinstance(outcome, DeitModelsError) else outcome[0] for outcome in outcomes}
     return label == "TIFF 1" and len(sizes) == 1
 
