@@ -317,7 +317,6 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
     from ..scoring.evaluation import evaluate
-    from ..show.pages import evaluation_page
 
     if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
         raise ConfigError(f"--report {args.report}: expected a file in a folder that is there")
@@ -325,6 +324,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")
     options |= {"transform": transform_for(model, style=args.style), "watch": watcher("evaluating")}
     if args.report is not None:
+        from ..show.pages import evaluation_page
+
         title = f"{args.source} on {args.data}, {args.split}"
         options["on_outcomes"] = evaluation_page(args.report, model, title=title, transform=options["transform"])
     with join_processes(args.device) as process:

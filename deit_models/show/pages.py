@@ -217,8 +217,9 @@ def _details(records: ImageRecords, outcomes: Outcomes, report: Report) -> dict[
     classes = records.classes
     found: dict[str, Any] = {"several": outcomes.scores is not None, "pairs": [], "matrix": None}
     found |= {"wrong": f"{int((~outcomes.right()).sum()):,}", "calibration": _calibration(outcomes)}
+    pairs = _pairs(outcomes) if outcomes.scores is None else []
     if outcomes.scores is None:
-        pairs, chosen = _pairs(outcomes), list(range(len(classes)))
+        chosen = list(range(len(classes)))
         if len(classes) > _WHOLE_MATRIX:  # those that are most often confused with each other
             chosen = sorted([*dict.fromkeys(number for pair in pairs for number in pair[:2])][:_PART_OF_MATRIX])
         totals = torch.bincount(outcomes.label, minlength=len(classes))
@@ -231,7 +232,7 @@ def _details(records: ImageRecords, outcomes: Outcomes, report: Report) -> dict[
             | {"share": f"{100 * count / int(totals[label]):.1f}"}
             for label, predicted, count in pairs[: _PAIRS if len(classes) > _WHOLE_MATRIX else _PAIRS // 2]
         ]
-    return found | _classes(classes, outcomes, report.thresholds) | _mistakes(records, outcomes, report)
+    return found | _classes(classes, outcomes, report.thresholds, pairs) | _mistakes(records, outcomes, report)
 
 
 def _pairs(outcomes: Outcomes) -> list[tuple[int, int, int]]:
@@ -253,8 +254,16 @@ def _calibration(outcomes: Outcomes) -> dict[str, str]:
     return {"told": told, "chart": chart, "error": f"{found.error:.2f} %", "unit": unit}
 
 
-def _classes(classes: Sequence[str], outcomes: Outcomes, thresholds: Sequence[float] | None) -> dict[str, Any]:
-    """Rows of the table of classes, the weakest first, without those that neither occur nor are predicted."""
+def _classes(
+    classes: Sequence[str],
+    outcomes: Outcomes,
+    thresholds: Sequence[float] | None,
+    pairs: Sequence[tuple[int, int, int]],
+) -> dict[str, Any]:
+    """Rows of the table of classes, the weakest first, without those that neither occur nor are predicted.
+
+    `pairs` are those of `_pairs`, none of several labels an image.
+    """
     images, right, predicted = outcomes.by_class(len(classes), thresholds)
     recall, (low, high), several = right / images, wilson_interval(right, images), outcomes.scores is not None
     columns = {"images": images, "recall" if several else "accuracy": recall, "precision": right / predicted}
@@ -262,8 +271,8 @@ def _classes(classes: Sequence[str], outcomes: Outcomes, thresholds: Sequence[fl
     if outcomes.scores is not None:
         columns |= {"average precision": average_precision(outcomes.scores, outcomes.label)}
         columns |= {"threshold": torch.tensor(thresholds or [UNSURE] * len(classes), dtype=torch.double)}
-    pairs = [] if several else _pairs(outcomes)[::-1]
-    others = {label: f"{classes[other]} ({count})" for label, other, count in pairs}  # the most frequent is the last
+    # the last of a label stays: the most frequent
+    others = {label: f"{classes[other]} ({count})" for label, other, count in reversed(pairs)}
     rows = []
     for number in recall.nan_to_num(nan=2).argsort(stable=True).tolist():
         if images[number] or predicted[number]:
