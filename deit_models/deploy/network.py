@@ -400,7 +400,7 @@ def merged_patches(model: ImageClassifier, images: Tensor, token_merging: TokenM
     tokens, sizes = network.forward_tokens(images), None
     members = torch.eye(tokens.shape[1], device=images.device).expand(len(images), -1, -1)
     counts = torch.ones_like(members[..., :1])
-    for merging in [*network.blocks][:-1] if plan else ():  # the last block merges after its attention, for nobody
+    for merging in [*network.blocks][:-1] if plan else ():  # no attention follows the merging of the last block
         block, r = cast(MergingBlock, merging).block, min(merging.r, (tokens.shape[1] - prefix) // 2)
         if r:
             key = block.attn.heads(block.norm1(tokens))[1]
