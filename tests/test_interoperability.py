@@ -12,22 +12,16 @@ from typing import Any
 import PIL.Image
 import pytest
 import torch
-from test_contract import TINY
+from families import KINDS, TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deit_models
-from deit_models import ConfigError, WithLoss, create_model, from_pretrained
+from deit_models import ConfigError, WithLoss, create_model, from_pretrained, model_info
 from deit_models.models.layers import ImageClassifier
 from deit_models.registry import own_model
 
-SHAPES = {
-    "deit_tiny_distilled_patch16_224": "deit",
-    "deit3_small_patch16_224": "deit",
-    "t2t_vit_7": "t2t_vit",
-    "levit_128s": "levit",
-    "vit_resnas_tiny": "vit_resnas",
-}
+SHAPES = {name: model_info(name).family for kind, name in KINDS.items() if kind not in ("deit", "token head")}
 """One name for each kind of model, with its family."""
 IMAGES = torch.randn(8, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(8) % 5
@@ -199,6 +193,8 @@ ATTENTION = {
     # of LeViT's layers with a BatchNorm the linear layer inside, which is called c
     "levit": r"blocks\..*\.(qkv|q\.1|kv)\.c",
     "vit_resnas": ["qkv"],
+    "cait": r"blocks.*\.attn\.(qkv|q|k|v)",
+    "resmlp": ["attn", "fc1"],
 }
 
 
@@ -235,7 +231,7 @@ def test_peft_says_which_layers_of_levit_it_does_not_know() -> None:
 
 # timm's surface, beside its own tests of models, which run through `timm_registry`
 
-IN_TIMM = {key: family for key, family in SHAPES.items() if family in ("deit", "levit")}
+IN_TIMM = {key: family for key, family in SHAPES.items() if family in ("deit", "levit", "cait")}
 
 
 @torch.no_grad()

@@ -25,11 +25,16 @@ NAMES = (
     "levit_128s",
     "levit_192",
     "vit_resnas_tiny",
+    "cait_xxs24_224",
+    "resmlp_12",
 )
 # by these two names timm's tests choose what to run: transformers by the beginning of a model's, files with
 # `forward_intermediates` by the file's
 PREFIX, FILE = "deit_models_", "deit_models_in_timm.deit"
-FIRST = {"deit": "patch_embed.proj", "levit": "patch_embed.0.c", "vit_resnas": "patch_embed.conv1.conv"}
+FIRST = dict.fromkeys(("deit", "cait", "resmlp"), "patch_embed.proj") | {
+    "levit": "patch_embed.0.c",
+    "vit_resnas": "patch_embed.conv1.conv",
+}
 HEADS = {"levit": ("head.l", "head_dist.l"), "vit_resnas": "cls_head"}
 
 

@@ -4,10 +4,12 @@ Folding gives the same logits up to rounding:
 
 - LeViT: BatchNorms and score biases (`LeViT.fuse`).
 - Transformer blocks: layer scale goes into the linear layer before, a LayerNorm's scale and shift into the one after.
+  So it is in ResMLP's MLPs over the channels; its matrices over the patches have no channel to scale.
 - The last block, if the heads read the prefix tokens only: it computes only their rows. With 197 tokens this saves five
   sixths of one block in twelve.
-- The normalisation of pixels, on request: into DeiT's patch projection. Other families have it as a layer in front:
-  their first layer pads with zeros, and zero means another colour before the normalisation than after it.
+- The normalisation of pixels, on request: into the patch projection of DeiT, CaiT and ResMLP. Other families have it as
+  a layer in front: their first layer pads with zeros, and zero means another colour before the normalisation than
+  after it.
 
 Merging changes the logits: the tokens most alike become one, which counts for all tokens in it. Source: Bolya et al.,
 Token Merging: Your ViT But Faster, ICLR 2023, arXiv:2210.09461; written from the paper, without its authors' code.
@@ -27,10 +29,10 @@ from torch.nn import functional as F
 
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError, first_line
-from ..models.deit import DeiT
 from ..models.layers import ImageClassifier
 from ..models.levit import LeViT
-from ..models.transformer import Block, VisionTransformer, scaled
+from ..models.resmlp import Affine, MlpBlock
+from ..models.transformer import Block, PatchEmbed, VisionTransformer, scaled
 
 TokenMerging = int | Sequence[int]
 """Tokens to merge in every block, or one number for each block; 0 merges none."""
@@ -81,8 +83,9 @@ def prepare(
         if model.origin is None:
             made_by = "create_model or from_pretrained"
             raise ConfigError(f"this model was not made by {made_by}; its normalisation is unknown")
-        if fold and isinstance(network, DeiT):
-            _fold_normalisation(network.patch_embed.proj, model.origin.preprocessing)
+        patches = getattr(network, "patch_embed", None)
+        if fold and isinstance(patches, PatchEmbed):
+            _fold_normalisation(patches.proj, model.origin.preprocessing)
         else:
             device = next(network.parameters()).device
             whole = nn.Sequential(Normalise(model.origin.preprocessing).to(device), network)
@@ -178,7 +181,11 @@ def _folded(network: ImageClassifier) -> ImageClassifier:
     for module in network.modules():
         if isinstance(module, Block):
             _fold_block(module)
-    if isinstance(network, VisionTransformer) and not getattr(network.config, "token_head", False):
+        elif isinstance(module, MlpBlock) and isinstance(module.norm2, Affine) and module.gamma_2 is not None:
+            _scale_outputs(module.mlp.fc2, module.gamma_2)
+            _scale_inputs(module.mlp.fc1, module.norm2.alpha, module.norm2.beta)
+            module.gamma_2, module.norm2 = None, nn.Identity()
+    if isinstance(network, VisionTransformer) and not network.reads_patches:
         *others, last = (block for block in network.blocks if isinstance(block, Block))
         network.blocks = nn.Sequential(*others, PrefixBlock(last, network.config.num_prefix_tokens))
     return network
@@ -191,14 +198,23 @@ def _fold_block(block: Block) -> None:
     """
     for layer, gamma in ((block.attn.proj, block.gamma_1), (block.mlp.fc2, block.gamma_2)):
         if gamma is not None:
-            _set(layer, layer.weight * gamma[:, None], layer.bias * gamma)
+            _scale_outputs(layer, gamma)
     block.gamma_1 = block.gamma_2 = None
-    for norm, layer in ((block.norm1, block.attn.qkv), (block.norm2, block.mlp.fc1)):
-        shift = layer.weight @ norm.bias
-        _set(layer, layer.weight * norm.weight, shift if layer.bias is None else layer.bias + shift)
+    readers = [(block.norm1, getattr(block.attn, name)) for name in block.attn.inputs]
+    for norm, layer in (*readers, (block.norm2, block.mlp.fc1)):
+        _scale_inputs(layer, norm.weight, norm.bias)
     block.norm1, block.norm2 = (
         nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False) for norm in (block.norm1, block.norm2)
     )
+
+
+def _scale_outputs(layer: nn.Linear, factors: Tensor) -> None:
+    _set(layer, layer.weight * factors[:, None], layer.bias * factors)
+
+
+def _scale_inputs(layer: nn.Linear, factors: Tensor, shift: Tensor) -> None:
+    shifted = layer.weight @ shift
+    _set(layer, layer.weight * factors, shifted if layer.bias is None else layer.bias + shifted)
 
 
 def _set(layer: nn.Linear | nn.Conv2d, weight: Tensor, bias: Tensor) -> None:
@@ -268,9 +284,9 @@ def merging_plan(model: ImageClassifier, token_merging: TokenMerging) -> tuple[i
         raise ConfigError(f"token_merging={token_merging!r}; expected a whole number from 0, or one for each block")
     if not any(plan):
         return ()
-    token_head = getattr(model.config, "token_head", False)
-    if token_head or not isinstance(model, VisionTransformer):
-        reads = "has a head that reads every patch" if token_head else "needs its tokens on a grid"
+    is_transformer = isinstance(model, VisionTransformer)
+    if not is_transformer or model.reads_patches:
+        reads = "reads every patch after its blocks" if is_transformer else "needs its tokens on a grid"
         raise ConfigError(
             f"token_merging={token_merging!r}: {type(model).__name__} {reads}; expected DeiT, DeiT III or T2T-ViT "
             "whose heads read the prefix tokens alone, or token_merging=0"

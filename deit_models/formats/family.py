@@ -67,7 +67,8 @@ class FamilyLayouts:
             that is found tells a file's naming. Empty: every file is native.
         body: matches the prefix under which transformers puts the body; it is taken off before names are looked up.
         ignored: matches names (without prefix) that are in published files and in no model.
-        timm_options: fields of the config that timm's class takes under the same name.
+        timm_options: fields of the config that timm's class takes, under the same name or that of `timm_names`.
+        timm_names: timm's names of options that are called otherwise here, by our names.
         timm_ignored: options of timm's class that change no weight and no output in eval mode.
         timm_fixed: options of timm's class that have one value here, and that value.
         model_types: transformers' `model_type`s of this family.
@@ -77,6 +78,7 @@ class FamilyLayouts:
     body: ClassVar[str | None] = None
     ignored: ClassVar[str | None] = None
     timm_options: ClassVar[tuple[str, ...]] = ()
+    timm_names: ClassVar[Mapping[str, str]] = {}
     timm_ignored: ClassVar[frozenset[str]] = frozenset({"drop_rate", "drop_path_rate", "num_classes"})
     timm_fixed: ClassVar[Mapping[str, Any]] = {}
     model_types: ClassVar[tuple[str, ...]] = ()

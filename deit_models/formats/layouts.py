@@ -15,6 +15,7 @@ from .deit import DeiTLayouts
 from .family import Description, FamilyLayouts, read_class_names, write_class_names
 from .levit import LeViTLayouts
 from .timm_config import read_timm_config, write_timm_config
+from .timm_only import CaiTLayouts, ResMLPLayouts
 from .transformers_config import read_transformers_config, write_processor, write_transformers_config
 
 CONFIG_NAME = "config.json"
@@ -24,7 +25,12 @@ WEIGHTS_NAMES = ("model.safetensors", "pytorch_model.bin")
 """Names of the weights in a repository or folder; the first is written."""
 CONFIG_FORMAT = 1
 _FACTS = ("problem_type", "thresholds", "dataset", "top1", "top5", "licence", "notes", "base")
-FAMILIES: Mapping[str, FamilyLayouts] = {"deit": DeiTLayouts("deit"), "levit": LeViTLayouts("levit")}
+FAMILIES: Mapping[str, FamilyLayouts] = {
+    "deit": DeiTLayouts("deit"),
+    "levit": LeViTLayouts("levit"),
+    "cait": CaiTLayouts("cait"),
+    "resmlp": ResMLPLayouts("resmlp"),
+}
 """Families that other libraries have, too."""
 
 

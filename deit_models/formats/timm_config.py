@@ -69,7 +69,8 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
     name = _registered(str(data["architecture"]), cfg.get("tag"), families)
     spec = model_spec(name)
     layouts = families[spec.family]
-    options = tuples(data.get("model_args") or {})
+    ours = {theirs: name for name, theirs in layouts.timm_names.items()}
+    options = {ours.get(key, key): value for key, value in tuples(data.get("model_args") or {}).items()}
     size = cfg.get("input_size")
     if size is not None:
         options.setdefault("in_chans", size[0])
@@ -119,7 +120,11 @@ def write_timm_config(
     reference = model_spec(layouts.from_timm_name(name, None)).config
     options = layouts.timm_options
     spec, nearest = origin.preprocessing, _covering(origin.preprocessing)
-    differing = {key: getattr(config, key) for key in options if getattr(config, key) != getattr(reference, key)}
+    differing = {
+        layouts.timm_names.get(key, key): getattr(config, key)
+        for key in options
+        if getattr(config, key) != getattr(reference, key)
+    }
     data: dict[str, Any] = {
         "architecture": name.replace("_", "_conv_", 1) if conv else name,
         "num_classes": config.num_classes,

@@ -24,7 +24,7 @@ from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
-from .transformer import VisionTransformer, drop_path_rates, make_blocks
+from .transformer import PatchEmbed, VisionTransformer, drop_path_rates, make_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,18 +105,6 @@ class DeiTConfig(ImageSize):
     def num_prefix_positions(self) -> int:
         """Position embeddings in front of the patches'."""
         return self.num_prefix_tokens if self.prefix_positions else 0
-
-
-class PatchEmbed(nn.Module):
-    """Cut the image into patches and project each linearly: (B, C, H, W) -> (B, N, D), row by row."""
-
-    def __init__(self, config: DeiTConfig) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens of the patches of x."""
-        return self.proj(x).flatten(2).transpose(1, 2)
 
 
 @torch.fx.wrap  # one node in a graph of torch.fx, which knows no number of patches

@@ -49,8 +49,23 @@ class LayerFeatures(nn.Module):
     """Submodules that depend on `num_classes`; only their tensors may be missing in a checkpoint."""
     level_name: ClassVar[str] = "stages"
     """The `feature_levels` in plain words."""
+    block_rows: ClassVar[tuple[str, ...]] = ("blocks",)
+    """Submodules that are layers in a row, in the order of use."""
     config: Any
     blocks: nn.Sequential
+
+    @property
+    def all_blocks(self) -> list[nn.Module]:
+        """The layers of all `block_rows`, in the order of use."""
+        return [layer for row in self.block_rows for layer in getattr(self, row)]
+
+    def block_of(self, name: str) -> int | None:
+        """Place among `all_blocks` of the layer that has a parameter of this name; None: it is in none."""
+        row, _, rest = name.partition(".")
+        if row not in self.block_rows:
+            return None
+        before = self.block_rows[: self.block_rows.index(row)]
+        return sum(len(getattr(self, earlier)) for earlier in before) + int(rest.partition(".")[0])
 
     def forward_tokens(self, x: Tensor) -> Tensor:
         """Image to the input of `blocks`, (B, C, H, W) -> (B, P + N, D)."""
@@ -59,6 +74,10 @@ class LayerFeatures(nn.Module):
     def forward_features(self, x: Tensor) -> Tensor:
         """Image to the tokens that are classified, (B, C, H, W) -> (B, P + N, D)."""
         raise NotImplementedError(f"{type(self).__name__} does not define forward_features")
+
+    def finish(self, tokens: Tensor) -> Tensor:
+        """From the tokens after `blocks` to those that are classified: the last norm, if there is one."""
+        return cast(Tensor, getattr(self, "norm", nn.Identity())(tokens))
 
     def run_layer(self, layer: nn.Module, x: Tensor) -> Tensor:
         """layer(x), perhaps with gradient checkpointing."""
@@ -88,7 +107,7 @@ class LayerFeatures(nn.Module):
             start = level.layer + 1
             if number in wanted:
                 found[number] = last_norm(tokens) if norm and level.has_norm else tokens
-        return last_norm(tokens) if level.has_norm else tokens, found
+        return self.finish(tokens) if level.has_norm else tokens, found
 
     def get_intermediate_layers(
         self, x: Tensor, layers: int | Sequence[int] = 1, *, norm: bool = True
@@ -108,7 +127,8 @@ class LayerFeatures(nn.Module):
 
     def _parts(self, tokens: Tensor, grid: tuple[int, int] | None) -> tuple[Tensor, Tensor]:
         """Prefix tokens, (B, P, D), and patches, as a map (B, D, h, w) or, without a grid, (B, N, D)."""
-        prefix, patches = tokens[:, : self.num_prefix_tokens], tokens[:, self.num_prefix_tokens :]
+        count = self.num_block_prefix_tokens
+        prefix, patches = tokens[:, :count], tokens[:, count:]
         return prefix, patches if grid is None else patches.mT.reshape(patches.shape[0], -1, *grid).contiguous()
 
     # timm's surface, beside `forward_features`, `set_grad_checkpointing` and `no_weight_decay`
@@ -125,8 +145,13 @@ class LayerFeatures(nn.Module):
 
     @property
     def num_prefix_tokens(self) -> int:
-        """Tokens in front of the patches."""
+        """Tokens in front of the patches, in the result of `forward_features`."""
         return int(getattr(self.config, "num_prefix_tokens", 0))
+
+    @property
+    def num_block_prefix_tokens(self) -> int:
+        """Those of them that pass `blocks`: in CaiT the class token joins afterwards."""
+        return self.num_prefix_tokens
 
     @property
     def feature_info(self) -> list[dict[str, Any]]:
@@ -167,7 +192,7 @@ class LayerFeatures(nn.Module):
         maps: list[Any] = []
         for level, tokens in found.items():
             prefix, patches = self._parts(tokens, self.level_grid(x, level) if output_fmt == "NCHW" else None)
-            maps.append((patches, prefix) if return_prefix_tokens and self.num_prefix_tokens else patches)
+            maps.append((patches, prefix) if return_prefix_tokens and self.num_block_prefix_tokens else patches)
         return maps if intermediates_only else (features, maps)
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -177,4 +202,8 @@ class LayerFeatures(nn.Module):
             ends = [-1, *(level.layer for level in self.feature_levels)]
             numbers = ["|".join(map(str, range(a + 1, b + 1))) for a, b in pairwise(ends)]
             blocks[:1] = [(rf"^blocks\.(?:{some})\.", (level,)) for level, some in enumerate(numbers)]
-        return {"stem": rf"^(?!blocks\.|norm\.|(?:{'|'.join(self.head_names)})\.)", "blocks": blocks}
+        count = len(self.feature_levels if coarse else self.blocks)
+        for row in self.block_rows[1:]:
+            blocks += [(rf"^{row}\.{number}\.", (count + number,)) for number in range(len(getattr(self, row)))]
+        rest = "|".join((*self.block_rows, "norm", *self.head_names))
+        return {"stem": rf"^(?!(?:{rest})\.)", "blocks": blocks}

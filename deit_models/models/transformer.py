@@ -1,6 +1,6 @@
-"""The plain pre-norm transformer of DeiT, DeiT III and T2T-ViT; ViT-ResNAS uses its blocks.
+"""The plain pre-norm transformer of DeiT, DeiT III and T2T-ViT; CaiT builds on it, others use its parts.
 
-Reading order: attention, MLP, block, and `VisionTransformer`: the model from its tokens on.
+Reading order: patches, attention, MLP, block, and `VisionTransformer`: the model from its tokens on.
 """
 
 from __future__ import annotations
@@ -17,16 +17,33 @@ from .features import FeatureLevel
 from .layers import DropPath, ImageClassifier, described, is_symbolic, patch_grid, resize_pos_embed
 
 
+class PatchEmbed(nn.Module):
+    """Cut the image into patches and project each linearly: (B, C, H, W) -> (B, N, D), row by row."""
+
+    def __init__(self, config: Any) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(config.in_chans, config.embed_dim, config.patch_size, stride=config.patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens of the patches of x."""
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v.
 
     `attn_dim` is the width of all heads together; the scale is the width of one head ** -0.5.
     """
 
+    inputs: ClassVar[tuple[str, ...]] = ("qkv",)
+    """The layers that read the tokens."""
+    qkv: nn.Linear
+
     def __init__(self, dim: int, num_heads: int, *, attn_dim: int, qkv_bias: bool, drop_rate: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * attn_dim, bias=qkv_bias)
+        for name in self.inputs:
+            setattr(self, name, nn.Linear(dim, 3 * attn_dim // len(self.inputs), bias=qkv_bias))
         self.proj = nn.Linear(attn_dim, dim)
         self.proj_drop = nn.Dropout(drop_rate)
 
@@ -70,6 +87,8 @@ class Block(nn.Module):
     branches; the other numbers are explained at `DeiTConfig`.
     """
 
+    attention: ClassVar[type[Attention]] = Attention
+
     def __init__(
         self,
         dim: int,
@@ -85,7 +104,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=norm_eps)
-        self.attn = Attention(dim, num_heads, attn_dim=attn_dim or dim, qkv_bias=qkv_bias, drop_rate=drop_rate)
+        self.attn = self.attention(dim, num_heads, attn_dim=attn_dim or dim, qkv_bias=qkv_bias, drop_rate=drop_rate)
         self.norm2 = nn.LayerNorm(dim, eps=norm_eps)
         self.mlp = Mlp(dim, mlp_hidden, drop_rate=drop_rate)
         self.drop_path = DropPath(drop_path_rate)
@@ -103,11 +122,13 @@ def scaled(branch: Tensor, gamma: Tensor | None) -> Tensor:
     return branch if gamma is None else branch * gamma
 
 
-def make_blocks(config: Any, rates: Iterable[float], *, layer_scale: float = 0.0) -> nn.Sequential:
+def make_blocks(
+    config: Any, rates: Iterable[float], *, layer_scale: float = 0.0, kind: type[Block] = Block
+) -> nn.Sequential:
     """One block for each rate of stochastic depth, from the fields of a family's config."""
     return nn.Sequential(
         *(
-            Block(
+            kind(
                 config.embed_dim,
                 config.num_heads,
                 mlp_hidden=int(config.embed_dim * config.mlp_ratio),
@@ -120,6 +141,15 @@ def make_blocks(config: Any, rates: Iterable[float], *, layer_scale: float = 0.0
             for rate in rates
         )
     )
+
+
+def maps_of(blocks: Iterable[nn.Module], tokens: Tensor) -> tuple[Tensor, list[Tensor]]:
+    """Tokens after a row of blocks, and each block's attention probabilities, (B, heads, queries, keys)."""
+    maps = []
+    for block in cast("Iterable[Block]", blocks):
+        maps.append(block.attn.weights(block.norm1(tokens)))
+        tokens = block(tokens)
+    return tokens, maps
 
 
 def drop_path_rates(rate: float, depth: int, *, uniform: bool = False) -> list[float]:
@@ -139,6 +169,11 @@ class VisionTransformer(ImageClassifier):
     pos_embed: Tensor
     pos_drop: nn.Dropout
     norm: nn.LayerNorm
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether something after `blocks` reads the patches, besides the prefix tokens."""
+        return bool(getattr(self.config, "token_head", False))
 
     def input_grid(self, x: Tensor) -> tuple[int, int]:
         """The (h, w) in patches of a batch of images. Raises: ConfigError: the model does not take them."""
@@ -166,7 +201,7 @@ class VisionTransformer(ImageClassifier):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """All tokens after the last LayerNorm: (B, C, H, W) -> (B, P + N, D); prefix tokens first, then patches."""
-        return self.norm(self.run_blocks(self.forward_tokens(x)))
+        return self.finish(self.run_blocks(self.forward_tokens(x)))
 
     @property
     def feature_levels(self) -> list[FeatureLevel]:
@@ -177,13 +212,9 @@ class VisionTransformer(ImageClassifier):
         """The (h, w) of images x in patches."""
         return self.input_grid(x)
 
-    def attention_maps(self, x: Tensor) -> Tensor:
+    def attention_maps(self, x: Tensor) -> Tensor | list[Tensor]:
         """Attention probabilities of every block: (B, C, H, W) -> (depth, B, heads, P + N, P + N)."""
-        tokens, maps = self.forward_tokens(x), []
-        for block in cast("Iterable[Block]", self.blocks):
-            maps.append(block.attn.weights(block.norm1(tokens)))
-            tokens = block(tokens)
-        return torch.stack(maps)
+        return torch.stack(maps_of(self.blocks, self.forward_tokens(x))[1])
 
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:

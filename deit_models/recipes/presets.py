@@ -139,6 +139,28 @@ _VIT_RES: _Presets = {
     "supernet_small_120e": ("the super-network of the space small, likewise", _SUPERNET | dict(drop_path_rate=0.3)),
 }
 
+# How the one head was distilled is not told, nor the last rate: the latter is that of DeiT's fine-tuning
+_CAIT_FINETUNE = dict(epochs=60, batch_size=256, lr=5e-6, min_lr=5e-6, drop_path_rate=0.3, img_size=448)
+_RESMLP = dict(epochs=400, batch_size=2048, optimizer="lamb", lr=5e-3, lr_batch=0, weight_decay=0.2) | dict(
+    precision="float32"
+)
+_CAIT_RESMLP: _Presets = {
+    "cait_400e": ("CaiT from scratch, DeiT's settings for longer: the authors, issues 104 and 108", dict(epochs=400)),
+    "cait_finetune_448": (
+        "CaiT-M-48 at 448 pixels, the class head taught: the authors, issue 108",
+        _CAIT_FINETUNE | _HARD | dict(distill_on="class"),
+    ),
+    "resmlp_12_400e": (
+        "ResMLP-12 from scratch with LAMB: the authors, issues 106 and 112",
+        _RESMLP | dict(drop_path_rate=0.05),
+    ),
+    "resmlp_24_400e": ("ResMLP-24 from scratch, likewise, and issue 117", _RESMLP),
+    "resmlp_finetune_cifar": (
+        "ResMLP on CIFAR: the authors, issue 117",
+        dict(epochs=1000, batch_size=768, lr=5e-6, precision="float32"),
+    ),
+}
+
 # The authors' answer in issue 45 of their repository; without their moving average, which was never the result. Their
 # "sgd" is timm's: with Nesterov's momentum
 _FINETUNE_SGD = dict(
@@ -158,5 +180,5 @@ _TRANSFER: _Presets = {
     "finetune_inaturalist": ("iNaturalist 2018 and 2019: the authors, issues 105 and 141", _FINETUNE_INATURALIST),
 }
 
-PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_VIT_RES, **_CIFAR, **_TRANSFER}
+PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_VIT_RES, **_CAIT_RESMLP, **_CIFAR, **_TRANSFER}
 """Name to (description with source, fields that differ from the defaults)."""

@@ -9,6 +9,8 @@ A row vector begins at the classified token and passes through these matrices fr
 - ViT-ResNAS's reduction between stages: each new patch takes half of its share from the 3x3 patches that its
   convolution covers, and half from the 2x2 patches that its residual path averages.
 - T2T-ViT's tokens-to-token module is left out: the map stops at its 16x16 pixel tokens.
+- CaiT's class blocks: a row for the class token; the patches stay as they are. Before these blocks there is no class
+  token, so what remains on it leads no further. "gradient" takes the attention after the second mixing of the heads.
 
 Sources: Abnar and Zuidema, Quantifying attention flow in transformers, 2020, arXiv:2005.00928 ("rollout"); Chefer, Gur
 and Wolf, Generic attention-model explainability, 2021, arXiv:2103.15679 ("gradient").
@@ -26,6 +28,7 @@ from torch.nn import functional as F
 
 from ..config import check_choice, is_finite
 from ..errors import ConfigError, shown
+from ..models.cait import ClassBlock, TalkingHeadAttention
 from ..models.layers import ImageClassifier
 from ..models.levit import Residual, ScoredAttention, ShrinkAttention
 from ..models.transformer import Attention, Block
@@ -58,7 +61,7 @@ def heat_maps(
     inside `torch.no_grad()` and `torch.inference_mode()`, too.
 
     Args:
-        model: a DeiT, DeiT III, T2T-ViT, LeViT or ViT-ResNAS; not the result of `optimize`.
+        model: a DeiT, DeiT III, T2T-ViT, LeViT, ViT-ResNAS or CaiT; not the result of `optimize`.
         images: normalised images, as `transform_for(model)` gives them.
         method: "rollout" multiplies the attention of all blocks, each averaged with the identity; "last" is the
             attention of the last block alone; "gradient" weights the attention by the gradient of a class's logit, and
@@ -96,8 +99,9 @@ def heat_maps(
         grid = model.level_grid(x, len(model.feature_levels) - 1 if method == "last" else 0)
         row = start(matrices[-1].shape[-2]).to(weight.device)
         for matrix in reversed(matrices):
-            row = row @ matrix.detach()
-        heat = row[:, :, model.num_prefix_tokens :].reshape(-1, 1, *grid)
+            # a token that joined after this layer stands in front, and leads no further back
+            row = row[:, :, -matrix.shape[-2] :] @ matrix.detach()
+        heat = row[:, :, -grid[0] * grid[1] :].reshape(-1, 1, *grid)
         if not heat.isfinite().all():
             raise ConfigError("the attention of these images is not finite; check the images and the weights for NaN")
         return _stretched(F.interpolate(heat, images.shape[-2:], mode="bilinear")[:, 0]).to(images.device)
@@ -122,7 +126,7 @@ def _checked_start(
         raise ConfigError(f"images: {given}; expected normalised floats (B, C, H, W), see transform_for")
     if not hasattr(model, "attention_maps") or not isinstance(model, ImageClassifier):
         raise ConfigError(
-            f"{type(model).__name__} has no attention maps to draw; use DeiT, T2T-ViT, LeViT or ViT-ResNAS, "
+            f"{type(model).__name__} has no attention maps to draw; use DeiT, T2T-ViT, LeViT, ViT-ResNAS or CaiT, "
             f"as it was before `optimize`"
         )
     if not is_finite(discard) or not 0 <= discard < 1:
@@ -186,11 +190,13 @@ def _transitions(model: ImageClassifier, shares: Iterable[Tensor], *, normalise:
     The identity is added for a residual step; with `normalise` each row then sums to 1.
     """
     waiting, found = iter(shares), []
-    for layer in model.blocks:
+    for layer in model.all_blocks:
         if isinstance(layer, SpatialReduction):
             found.append(_reduction(layer))
         elif _attention_of(layer) is not None:
             step = next(waiting)
+            if isinstance(layer, ClassBlock):  # the patches ask nothing
+                step = F.pad(step, (0, 0, 0, step.shape[-1] - 1))
             if not isinstance(layer, ShrinkAttention):
                 step = step + torch.eye(step.shape[-1], device=step.device)
             found.append(step / step.sum(-1, keepdim=True).clamp(min=1e-12) if normalise else step)
@@ -224,7 +230,7 @@ def _fusion(head_fusion: str, discard: float) -> Callable[[Tensor], Tensor]:
 
 def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, token: Token) -> list[Tensor]:
     """For each attention the mean over heads of the positive part of gradient * attention, (B, queries, keys)."""
-    layers = [attention for layer in model.blocks if (attention := _attention_of(layer)) is not None]
+    layers = [attention for layer in model.all_blocks if (attention := _attention_of(layer)) is not None]
     inputs, mixed = dict[nn.Module, Tensor](), dict[nn.Module, Tensor]()
     handles = []
     try:
@@ -244,7 +250,8 @@ def _relevance(model: ImageClassifier, x: Tensor, classes: list[int] | None, tok
             value = layer.heads(inputs[layer])[2].float()
             # (B, queries, heads * width) -> (B, heads, queries, width)
             per_head = slope.float().reshape(*slope.shape[:2], value.shape[1], -1).transpose(1, 2)
-            relevance.append((per_head @ value.mT * layer.weights(inputs[layer])).clamp(min=0).mean(1))
+            used = layer.shares if isinstance(layer, TalkingHeadAttention) else layer.weights
+            relevance.append((per_head @ value.mT * used(inputs[layer])).clamp(min=0).mean(1))
     return relevance
 
 

@@ -50,15 +50,14 @@ def parameter_groups(model: nn.Module, weight_decay: float, layer_decay: float =
 
 def layer_count(model: ImageClassifier) -> int:
     """Number of the last layer, see `layer_of_parameter`: the number of blocks and one."""
-    return len(model.blocks) + 1
+    return len(model.all_blocks) + 1
 
 
 def layer_of_parameter(model: ImageClassifier, name: str) -> int:
     """Layer of a parameter: 0 up to the first block, then one a block, then one for the final norm and the heads."""
-    top, _, rest = name.partition(".")
-    if top == "blocks":
-        return 1 + int(rest.partition(".")[0])
-    return layer_count(model) if top in ("norm", *model.head_names) else 0
+    if (block := model.block_of(name)) is not None:
+        return 1 + block
+    return layer_count(model) if name.partition(".")[0] in ("norm", *model.head_names) else 0
 
 
 def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:

@@ -2,34 +2,21 @@
 
 from typing import Any
 
+import families
 import pytest
 import torch
 from torch import nn
 
 import deit_models
+from deit_models import model_info
 from deit_models.deploy.hardware import quiet
 from deit_models.models.layers import ImageClassifier
 
 TINY: dict[str, tuple[str, dict[str, Any]]] = {
-    "deit": ("deit_tiny_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "distilled": ("deit_tiny_distilled_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "deit3": ("deit3_small_patch16_224", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "one block": ("deit_tiny_patch16_224", {"embed_dim": 24, "depth": 1, "num_heads": 3, "qkv_bias": False}),
-    "t2t_vit": ("t2t_vit_7", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "token head": ("t2t_vit_24_token_labeling", {"embed_dim": 24, "depth": 2, "num_heads": 3}),
-    "levit": ("levit_128s", {"embed_dim": (16, 24), "depth": (1, 1), "num_heads": (2, 3), "key_dim": 8}),
-    "vit_resnas": (
-        "vit_resnas_tiny",
-        {
-            "patch_size": 8,
-            "stem_dim": 4,
-            "stages": (
-                {"embed_dim": 16, "head_dim": 8, "num_heads": (3, 1), "mlp_hidden": (20, 28)},
-                {"embed_dim": 24, "head_dim": 6, "num_heads": (2,), "mlp_hidden": (30,)},
-            ),
-        },
-    ),
+    kind: (name, families.TINY[model_info(name).family]) for kind, name in families.KINDS.items()
 }
+TINY["vit_resnas"] = ("vit_resnas_tiny", {**TINY["vit_resnas"][1], "patch_size": 8})
+TINY["one block"] = (TINY["deit"][0], {**TINY["deit"][1], "depth": 1, "qkv_bias": False})
 
 
 def build(kind: str) -> ImageClassifier:

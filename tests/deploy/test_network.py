@@ -29,7 +29,7 @@ from deit_models.models.deit import DeiT, DeiTConfig
 from deit_models.models.transformer import Block
 
 MERGEABLE = ["deit", "distilled", "deit3", "one block", "t2t_vit"]
-FIXED = ["token head", "levit", "vit_resnas"]
+FIXED = ["token head", "levit", "vit_resnas", "cait", "resmlp"]
 
 
 def draw(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -275,7 +275,8 @@ def test_a_decreasing_plan_falls_from_twice_to_nothing_and_merges_as_many(r: int
 
 @pytest.mark.parametrize("kind", FIXED)
 def test_models_that_need_every_patch_are_refused(kind: str, tmp_path: Path) -> None:
-    expected = "has a head that reads every patch" if kind == "token head" else "needs its tokens on a grid"
+    reads = kind in ("token head", "cait")
+    expected = "reads every patch after its blocks" if reads else "needs its tokens on a grid"
     message = rf"token_merging=8: \w+ {expected}; expected DeiT, DeiT III or T2T-ViT"
     with pytest.raises(ConfigError, match=message):
         merging_plan(build(kind), 8)

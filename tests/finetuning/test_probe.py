@@ -14,7 +14,7 @@ from deit_models.distributed import Process
 from deit_models.errors import ConfigError, DataError, TrainingError
 from deit_models.finetuning.probe import STRENGTHS, Features, extract_features, fit_heads, judge, refit_heads
 from deit_models.images.transforms import transform_for
-from deit_models.models.deit import PatchEmbed
+from deit_models.models.transformer import PatchEmbed
 from deit_models.scoring.metrics import count_classes
 from deit_models.training.run import Computing
 

@@ -79,5 +79,7 @@ def test_missing_file_and_unknown_family_are_refused(tmp_path: Path) -> None:
         create_model(str(tmp_path / "none.toml"))
     path = tmp_path / "mine.toml"
     path.write_text(Architecture(name="mine", family="vgg", settings={}).to_toml(), encoding="utf-8")
-    with pytest.raises(ConfigError, match="unknown model family 'vgg'; known: deit, levit, t2t_vit, vit_resnas"):
+    with pytest.raises(
+        ConfigError, match="unknown model family 'vgg'; known: cait, deit, levit, resmlp, t2t_vit, vit_resnas"
+    ):
         create_model(str(path))

@@ -67,6 +67,12 @@ OPTIONS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         {"img_size": 32, "depth": 1, "embed_dim": 16, "num_heads": 2, "token_dim": 8, "num_classes": 3},
         ("native",),
     ),
+    "cait": (
+        "cait_micro_patch4_32",
+        {"img_size": 16, "patch_size": 8, "depth": 1, "embed_dim": 16, "num_heads": 2, "num_classes": 3},
+        ("native", "timm"),
+    ),
+    "resmlp": ("resmlp_12", {"img_size": 32, "depth": 1, "embed_dim": 16, "num_classes": 3}, ("native",)),
 }
 WEIGHTS, CONFIG, PROCESSOR = "model.safetensors", "config.json", "preprocessor_config.json"
 PICTURE = PIL.Image.linear_gradient("L").resize((41, 30)).convert("RGB")

@@ -9,6 +9,9 @@ import torch
 from numpy.testing import assert_allclose
 from torch import Tensor
 
+from deit_models import create_model
+from deit_models.models.layers import ImageClassifier
+
 from .fill import fill, image
 
 
@@ -45,3 +48,23 @@ def check_filling(name: str) -> None:
     assert_allclose(x.flatten()[-count:], check["last"], rtol=1e-6)
     x = x.double()
     assert_allclose([x.sum(), x.square().sum()], [check["sum"], check["sum_of_squares"]], rtol=1e-6)
+
+
+def filled(name: str) -> ImageClassifier:
+    """The registered model with the filled weights, in eval mode."""
+    check_filling(name)
+    model = create_model(name)
+    model.load_state_dict(weights(name))
+    return model.eval()
+
+
+@torch.inference_mode()
+def check(model: ImageClassifier, name: str) -> None:
+    """Names, shapes, order and number of a `filled` model's tensors, its logits and features are the authors'."""
+    recorded = read(name)
+    state = [(key, list(value.shape), str(value.dtype)) for key, value in model.state_dict().items()]
+    assert state == [(e["name"], e["shape"], f"torch.{e['dtype']}") for e in recorded["state_dict"]]
+    assert sum(p.numel() for p in model.parameters()) == recorded["num_params"]["total"]
+    features = model.forward_features(inputs(224))
+    assert_allclose(model.classify(features).cls, recorded["outputs"]["logits"], rtol=0, atol=1e-4)
+    assert_allclose(model.pool(features)[0], recorded["outputs"]["features"], rtol=0, atol=1e-4)

@@ -48,16 +48,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             ),
         },
     ),
+    "cait": ("cait_xxs24_224", _DEIT | {"depth_token_only": 2}),
+    "resmlp": ("resmlp_12", {key: value for key, value in _DEIT.items() if key != "num_heads"}),
 }
-FULL = {
-    "deit": "deit_tiny_patch16_224",
-    "deit3": "deit3_small_patch16_224",
-    "distilled": "deit_tiny_distilled_patch16_224",
-    "levit": "levit_128s",
-    "t2t_vit": "t2t_vit_7",
-    "t2t_vit_t": "t2t_vit_t_14",
-    "vit_resnas": "vit_resnas_tiny",
-}
+FULL = {family: name for family, (name, _) in SMALL.items()}
 
 
 def small(family: str, *, num_classes: int = 10, seed: int = 0, **options: Any) -> ImageClassifier:

@@ -8,24 +8,18 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_contract import TINY
+from families import KINDS, TINY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deit_models
-from deit_models import ConfigError, create_model, from_pretrained
+from deit_models import ConfigError, create_model, from_pretrained, model_info
 from deit_models.models.layers import ImageClassifier
 from deit_models.scoring.evaluation import Heads
 from deit_models.training.optim import layer_count, layer_of_parameter
 
-SHAPES = {
-    "deit_tiny_distilled_patch16_224": ("deit", {"patch_drop_rate": 0.3}),
-    "deit3_small_patch16_224": ("deit", {}),
-    "t2t_vit_7": ("t2t_vit", {}),
-    "t2t_vit_24_token_labeling": ("t2t_vit", {}),
-    "levit_128s": ("levit", {}),
-    "vit_resnas_tiny": ("vit_resnas", {}),
-}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {name: (model_info(name).family, {}) for name in KINDS.values()}
+SHAPES["deit_tiny_distilled_patch16_224"] = ("deit", {"patch_drop_rate": 0.3})
 IMAGES = torch.randn(4, 3, 112, 112, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(4)
 
@@ -187,7 +181,7 @@ def test_chosen_intermediates_keep_the_order_of_the_layers(model: ImageClassifie
     rows = model.forward_intermediates(IMAGES, 1, output_fmt="NLC", intermediates_only=True)[0]
     assert torch.equal(rows.mT.reshape(every[-1].shape), every[-1])
     pairs = model.forward_intermediates(IMAGES, 1, return_prefix_tokens=True, intermediates_only=True)
-    if model.num_prefix_tokens:
+    if model.num_block_prefix_tokens:
         assert pairs[0][1].shape == (4, model.num_prefix_tokens, model.num_features)
     else:
         assert torch.equal(pairs[0], every[-1])

@@ -125,6 +125,25 @@ def test_vit_resnas_is_chosen_by_its_average_as_its_authors_did():
     assert chosen == {name: "model" if name.startswith("supernet") else "ema" for name in chosen}
 
 
+def test_cait_and_resmlp_are_trained_as_the_authors_answered():
+    assert changes("cait_400e", "deit_300e") == {"epochs": 400}
+    r = recipe_named("cait_finetune_448")
+    assert (r.batch_size, r.lr, r.epochs, r.weight_decay, r.warmup_epochs) == (256, 5e-6, 60, 0.05, 5)
+    assert (r.drop_path_rate, r.label_smoothing, r.mixup, r.cutmix, r.repeats) == (0.3, 0.1, 0.8, 1.0, 3)
+    for name, drop_path in (("resmlp_12_400e", 0.05), ("resmlp_24_400e", 0.1)):
+        r = recipe_named(name)
+        assert (r.optimizer, r.peak_lr, r.weight_decay, r.batch_size, r.epochs) == ("lamb", 5e-3, 0.2, 2048, 400)
+        assert (r.drop_path_rate, r.precision, r.warmup_epochs, r.repeats, r.erase) == (
+            drop_path,
+            "float32",
+            5,
+            3,
+            0.25,
+        )
+    r = recipe_named("resmlp_finetune_cifar")
+    assert (r.lr, r.min_lr, r.warmup_lr, r.batch_size, r.epochs, r.weight_decay) == (5e-6, 1e-5, 1e-6, 768, 1000, 0.05)
+
+
 def changes(name: str, base: str) -> dict[str, Any]:
     """The fields in which one preset differs from another, but for its name."""
     one, other = (dataclasses.asdict(recipe_named(preset)) for preset in (name, base))
@@ -169,6 +188,8 @@ UNDECAYED = {  # the facts, section 2: what the authors list besides vectors and
     "levit_128s": "attention_biases",
     "t2t_vit_7": {"cls_token"},
     "vit_resnas_tiny": {"tokens"},
+    "cait_xxs24_224": {"pos_embed", "cls_token"},
+    "resmlp_12": set(),
 }
 
 
@@ -193,5 +214,6 @@ def test_every_parameter_of_a_family_is_decayed_as_by_timm_0_3_2(name):
     assert {names[id(parameter)] for parameter in decayed["params"]} == {
         n for n, p in model.named_parameters() if p.requires_grad
     } - expected
-    if name == "deit3_small_patch16_224":
-        assert (len(decayed["params"]), len(names)) == (50, 176)  # counted in the authors' model
+    counted = {"deit3_small_patch16_224": (50, 176), "resmlp_12": (38, 150)}  # in the authors' models
+    if name in counted:
+        assert (len(decayed["params"]), len(names)) == counted[name]
