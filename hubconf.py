@@ -75,7 +75,7 @@ def _entry_point(name, pretrained=False, **options):
 
 
 def _document(info):
-    accuracy = "" if info.top1 is None else f", {info.top1} % top-1 on {info.dataset}"
+    accuracy = "".join(f", {value} % {kind} on {info.dataset}" for kind, value in list(info.accuracies.items())[:1])
     return f"""{info.name}: {info.params:,} parameters, {info.input_size} pixels{accuracy}.
 
     Args:

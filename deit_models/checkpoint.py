@@ -325,8 +325,11 @@ class ModelInfo:
         params: number of parameters, heads included.
         macs: multiply-accumulates of one image through matrix products and convolutions, all heads.
         input_size: side of the input in pixels.
-        num_classes: logits.
-        dataset: what the weights were trained on, and `top1`/`top5` (percent) measured on.
+        num_classes: logits; 0: a backbone without a head, whose result are features.
+        dataset: what the weights were trained on, and the accuracies (percent) measured on.
+        top1, top5: of the model's own head.
+        knn_top1: of a vote of the nearest training images by the features, see `scoring.embeddings.knn_accuracy`.
+        linear_top1: of a linear layer that the authors trained on the features, and published apart.
         preprocessing: the authors' evaluation transform.
         timm_crop_pct: the crop ratio timm evaluates the same weights with.
         licence: SPDX identifier of the weights.
@@ -347,6 +350,8 @@ class ModelInfo:
     dataset: str | None = None
     top1: float | None = None
     top5: float | None = None
+    knn_top1: float | None = None
+    linear_top1: float | None = None
     timm_crop_pct: float | None = None
     licence: str | None = None
     paper: str | None = None
@@ -354,6 +359,15 @@ class ModelInfo:
     class_names: tuple[str, ...] | None = None
     reference_logits: tuple[float, ...] | None = None
     sources: tuple[Source, ...] = ()
+
+    @property
+    def accuracies(self) -> dict[str, float]:
+        """The published accuracies in percent, by what they measure."""
+        figures = {
+            **{"top-1": self.top1, "top-5": self.top5},
+            **{"k-NN top-1": self.knn_top1, "linear-probe top-1": self.linear_top1},
+        }
+        return {name: value for name, value in figures.items() if value is not None}
 
     @property
     def origin(self) -> Origin:

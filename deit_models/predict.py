@@ -22,7 +22,7 @@ from .errors import ConfigError, DeitModelsError, ImageError
 from .files import digest_of_numbers
 from .images.decoding import ImageSource
 from .images.transforms import to_device, transform_for
-from .models.layers import ImageClassifier
+from .models.layers import ImageClassifier, check_has_classes
 from .registry import DEFAULT_MODEL, own_model
 from .scoring.embeddings import EmbeddedFiles, check_features_file, write_features
 from .scoring.evaluation import class_labels, eval_mode
@@ -217,7 +217,7 @@ class Classifier:
 
     def _checked(self, top_k: int) -> int:
         if not self.labels:
-            raise ConfigError("this model has num_classes=0 and no head to classify with; its embed(x) gives features")
+            check_has_classes(self.model)
         if top_k < 1:
             raise ConfigError(f"top_k={top_k}; expected 1 to {len(self.labels)}")
         return min(top_k, len(self.labels))

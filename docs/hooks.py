@@ -39,6 +39,7 @@ PYTHON = {
         (
             *("Classifier", "transform_for", "evaluate"),
             *("scoring.embeddings.load_features", "scoring.embeddings.nearest_neighbours"),
+            *("scoring.embeddings.knn_accuracy", "scoring.embeddings.evaluate_knn"),
         ),
     ),
     "training": (

@@ -28,6 +28,9 @@ def _run_list(args: argparse.Namespace) -> int:
         print(json.dumps(names))
     elif names:
         print("\n".join(names))
+        headless = [name for name in names if not model_info(name).num_classes]
+        if headless:
+            print(f"deit-models: without a head or classes, for features: {', '.join(headless)}", file=sys.stderr)
     else:
         print(f"deit-models: no model matches {args.pattern!r}", file=sys.stderr)
     return EXIT_OK if names else EXIT_FAILED
@@ -48,15 +51,16 @@ def _run_info(args: argparse.Namespace) -> int:
 
 
 def _describe(info: ModelInfo) -> str:
-    top5 = "" if info.top5 is None else f", {info.top5} % top-5"
+    accuracy = ", ".join(f"{value} % {name}" for name, value in info.accuracies.items())
+    headless = "none: it gives features; finetune, or num_classes=N, gives it a head"
     rows = {
         "family": info.family + (", distilled" if info.distilled else ""),
         "paper": info.paper,
         "parameters": f"{info.params:,}",
         "MACs": f"{info.macs / 1e9:.2f} G",
         "input": f"{info.input_size}x{info.input_size}",
-        "classes": info.num_classes,
-        "accuracy": None if info.top1 is None else f"{info.top1} % top-1{top5}",
+        "classes": info.num_classes or headless,
+        "accuracy": accuracy or None,
         "measured on": info.dataset,
         "licence": info.licence,
         "transform": info.preprocessing,

@@ -42,8 +42,8 @@ if TYPE_CHECKING:
     from ..distributed import Process
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
-    from ..scoring.embeddings import Parts
     from ..scoring.evaluation import Evaluation
+    from ..scoring.parts import Parts
 
 _JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares logits on, and that int8 ranges are fitted to
 _MANY = 300  # with fewer images, no network is worth an optimised form
@@ -98,7 +98,7 @@ def run_predict(args: argparse.Namespace, *, optimize: Callable[..., ImageClassi
     """Run `predict`; `optimize` prepares the model for `--optimize`, by default `deploy.optimize.optimize`."""
     from ..data.sources import image_sources
     from ..distributed import join_processes
-    from ..scoring.embeddings import Parts
+    from ..scoring.parts import Parts
 
     for name in _TUNING:
         if getattr(args, name) is not None and not args.optimize:
@@ -149,7 +149,7 @@ def _begin_parts(
 ) -> tuple[Parts, Classifier, ImageSources, list[str]]:
     """Share the images that have no results yet among the processes; returns the earlier errors, too."""
     from ..files import digest_of_numbers
-    from ..scoring.embeddings import Parts, digest_of_names
+    from ..scoring.parts import Parts, digest_of_names
     from .results import COLUMNS, resume_results, written_name
 
     if args.output is None or args.format == "text":
@@ -307,6 +307,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--style", choices=styles, default="checkpoint", help=text)
     text = "match the classes of the data and of the model by number, although their names differ"
     parser.add_argument("--ignore-class-names", action="store_true", help=text)
+    text = "score the features alone: each image is classified by the 20 nearest of these labelled images (DINO's k-NN "
+    text += "accuracy); for models without a head, too; a folder with train/ or of class folders, or a name"
+    parser.add_argument("--knn", metavar="TRAIN", help=text)
     text = "also write a report: figures, confusion of classes, worst mistakes, calibration, on one page"
     parser.add_argument("--report", type=Path, metavar="FILE.html", help=text)
     add_options(parser, "--model", *LOADING, "--json")
@@ -316,12 +319,15 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
+    from ..scoring.embeddings import evaluate_knn
     from ..scoring.evaluation import evaluate
 
+    if args.knn is not None and (args.report is not None or args.ignore_class_names):
+        raise ConfigError("--knn classifies without the model's head: leave out --report and --ignore-class-names")
     if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
         raise ConfigError(f"--report {args.report}: expected a file in a folder that is there")
     model = from_pretrained(args.source, model=args.model, **loading(args))
-    options = picked(args, "batch_size", "workers", "precision", "ignore_class_names")
+    options = picked(args, "batch_size", "workers", "precision")
     options |= {"transform": transform_for(model, style=args.style), "watch": watcher("evaluating")}
     if args.report is not None:
         from ..show.pages import evaluation_page
@@ -330,9 +336,14 @@ def _run_evaluate(args: argparse.Namespace) -> int:
         options["on_outcomes"] = evaluation_page(args.report, model, title=title, transform=options["transform"])
     with join_processes(args.device) as process:
         records = open_data(args, args.data, args.split, process, own_folder=True)
-        result = evaluate(model, records, device=process.device, **options)
+        if args.knn is not None:
+            known = open_data(args, args.knn, "train", process, own_folder=True)
+            result = evaluate_knn(model, known, records, device=process.device, **options)
+        else:
+            options["ignore_class_names"] = args.ignore_class_names
+            result = evaluate(model, records, device=process.device, **options)
     if process_number() == 0:
-        published = _published(model, len(records.classes))
+        published = None if args.knn else _published(model, len(records.classes))
         print((_as_json if args.json else _as_text)(args, published, result))
         if result.skipped:
             total = result.images + result.skipped
@@ -349,7 +360,7 @@ def _published(model: ImageClassifier, classes: int) -> dict[str, Any] | None:
 
 
 def _as_json(args: argparse.Namespace, published: Mapping[str, Any] | None, result: Evaluation) -> str:
-    chosen = picked(args, "data", "split", "style", "precision")
+    chosen = picked(args, "data", "split", "style", "precision", "knn")
     return json.dumps({"model": args.source, **chosen, **asdict(result), "published": published}, indent=2)
 
 
@@ -363,7 +374,8 @@ def _as_text(args: argparse.Namespace, published: Mapping[str, Any] | None, resu
             rows[name] += "" if figure is None else f"  published: {figure} % ({printable(str(published['dataset']))})"
     rows |= {f"{name} head": f"{top1:.2f} % top-1" for name, top1 in result.heads.items()}
     rows |= {"loss": f"{result.loss:.4f}", "images": str(result.images), "skipped": str(result.skipped)}
-    lines = [printable(f"{args.source} on {args.data}, {args.split}")]
+    kind = "" if args.knn is None else f", by the nearest of {args.knn}"
+    lines = [printable(f"{args.source} on {args.data}, {args.split}{kind}")]
     return "\n".join(lines + [f"  {name:<20}{value}" for name, value in rows.items()])
 
 

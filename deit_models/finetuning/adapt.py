@@ -115,8 +115,8 @@ def adapt_head(
     model.origin = origin.adapted(
         model.config.image_hw,
         class_names=origin.class_names if count is None else names,
-        # with as many logits as before, the old dataset would give new classes the names of the old ones
-        dataset=None if count == old_count and len(rows) < old_count else origin.dataset,
+        # with as many logits as before, or none, the old dataset would give new classes the names of the old ones
+        dataset=None if not old_count or (count == old_count and len(rows) < old_count) else origin.dataset,
         new_heads=count is not None and not len(rows) == count == old_count,
     )
     return model

@@ -1,6 +1,7 @@
 """DeiT in other libraries: timm kept the authors' names; transformers has DeiT with a distillation token, else ViT.
 
-DeiT III is in timm, under other names for the layer scale, and not in transformers.
+DeiT III is in timm, under other names for the layer scale, and not in transformers. DINO's backbones are plain ViTs in
+both. timm's other plain ViTs are of DeiT's kind, too, and load by their size.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from dataclasses import replace
 from functools import cache
 from typing import Any, ClassVar
 
-from ..checkpoint import load_manifest
+from ..checkpoint import find_repo, load_manifest
 from ..config import override
 from ..errors import CheckpointError, ConfigError
 from ..registry import model_spec
@@ -54,8 +55,12 @@ _HEADS = {
     True: {"head.{w}": ("cls_classifier.{w}",), "head_dist.{w}": ("distillation_classifier.{w}",)},
 }
 
-# Weights pre-trained on ImageNet-21k: a tag of timm's, a registered name of their own here.
-_TAG_21K, _SUFFIX_21K = "fb_in22k_ft_in1k", "_in21ft1k"
+# timm's ViTs that differ from DeiT in size alone: width, depth, heads.
+_PLAIN = re.compile(r"vit_(tiny|small|base|large|huge)_patch(\d+)_(\d+)")
+_SIZES = {
+    **{"tiny": (192, 12, 3), "small": (384, 12, 6), "base": (768, 12, 12)},
+    **{"large": (1024, 24, 16), "huge": (1280, 32, 16)},
+}
 
 # Our option: transformers' name of it.
 _FIELDS = {
@@ -115,11 +120,25 @@ class DeiTLayouts(FamilyLayouts):
         return replace(config, distilled=distilled)
 
     def from_timm_name(self, architecture: str, tag: str | None) -> str:
-        """The same name, or its variant for weights pre-trained on ImageNet-21k."""
-        return architecture + _SUFFIX_21K if tag == _TAG_21K else architecture
+        """The model whose weights timm publishes under this tag, else the same name, or DeiT-B for a plain ViT."""
+        known = find_repo(f"timm/{architecture}.{tag}")
+        if known is not None:
+            return known[0].name
+        return "deit_base_patch16_224" if _PLAIN.fullmatch(architecture) else architecture
+
+    def timm_shape(self, architecture: str) -> Mapping[str, Any]:
+        """The shape of a plain ViT."""
+        match = _PLAIN.fullmatch(architecture)
+        if match is None:
+            return {}
+        numbers = (*_SIZES[match[1]], int(match[2]), int(match[3]))
+        return dict(zip(("embed_dim", "depth", "num_heads", "patch_size", "img_size"), numbers, strict=True))
 
     def write_timm(self, name: str, config: Any) -> tuple[str, dict[str, Any]]:
-        """Shapes without a name of timm's are built from the smallest one."""
+        """Shapes without a name of timm's are built from the smallest one.
+
+        The tag is written where the architecture alone does not lead back to the name.
+        """
         facts = {
             "num_features": config.embed_dim,
             "pool_size": None,
@@ -132,9 +151,10 @@ class DeiTLayouts(FamilyLayouts):
         if three and config.distilled:
             raise ConfigError("timm has no DeiT III with a distillation token; save it with layout='native'")
         known = load_manifest().get(name)
-        if known is not None and any(source.layout == "timm" for source in known.sources):
-            if _is_three(model_spec(name).config) == three:
-                return name.removesuffix(_SUFFIX_21K), facts
+        repo = next((s.repo for s in known.sources if s.layout == "timm" and s.repo), None) if known else None
+        if repo is not None and _is_three(model_spec(name).config) == three:
+            architecture, _, tag = repo.removeprefix("timm/").partition(".")
+            return architecture, facts if self.from_timm_name(architecture, None) == name else {**facts, "tag": tag}
         return f"deit{'3_small' if three else '_tiny'}{'_distilled' if config.distilled else ''}_patch16_224", facts
 
     def read_transformers(self, data: Mapping[str, Any]) -> Any:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..checkpoint import Layout, Origin
+from ..checkpoint import Layout, Origin, load_manifest
 from ..errors import CheckpointError, ConfigError
+from ..registry import model_spec
 
 Naming = Literal["native", "timm", "timm-conv", "transformers", "transformers-5"]
 """Tensor names of a file. Published transformers files keep the classic names; "transformers-5" are the names of
@@ -203,6 +204,11 @@ class FamilyLayouts:
         del tag
         return architecture
 
+    def timm_shape(self, architecture: str) -> Mapping[str, Any]:
+        """Options of an architecture of timm's whose `from_timm_name` may have another shape; else none."""
+        del architecture
+        return {}
+
     def write_timm(self, name: str, config: Any) -> tuple[str, dict[str, Any]]:
         """The model of timm's to start from; `num_features`, `pool_size`, `first_conv`, `classifier` of the shape.
 
@@ -232,6 +238,27 @@ class FamilyLayouts:
 
 
 # Values of config.json
+
+
+def nearest_registered(config: Any, family: str) -> str | None:
+    """The registered model of the same shape; number of classes, size and epsilon may differ.
+
+    Of several, one that has a head where the config has one, and of the same size, comes first.
+    """
+    ignored = {
+        *("img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "patch_drop_rate", "dynamic_img_size"),
+    }
+
+    def shape(candidate: Any) -> list[Any]:
+        values = [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]
+        return [True if value == "token" else value for value in values]  # a DeiT with one head less
+
+    def difference(candidate: Any) -> tuple[bool, bool]:
+        return bool(candidate.num_classes) != bool(config.num_classes), candidate.image_hw != config.image_hw
+
+    configs = {name: model_spec(name).config for name, info in load_manifest().items() if info.family == family}
+    names = [name for name, candidate in configs.items() if shape(candidate) == shape(config)]
+    return min(names, key=lambda name: difference(configs[name]), default=None)
 
 
 def read_class_names(id2label: Any) -> tuple[str, ...] | None:

@@ -20,7 +20,7 @@ from ..config import is_finite, override
 from ..errors import ConfigError
 from ..files import tuples
 from ..registry import model_spec, unknown_model
-from .family import Description, FamilyLayouts, read_class_names
+from .family import Description, FamilyLayouts, nearest_registered, read_class_names
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,8 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
     """
     # Before 2023 timm wrote one flat table.
     cfg = data.get("pretrained_cfg", data)
-    name = _registered(str(data["architecture"]), cfg.get("tag"), families)
+    architecture = str(data["architecture"])
+    name = _registered(architecture, cfg.get("tag"), families)
     spec = model_spec(name)
     layouts = families[spec.family]
     ours = {theirs: name for name, theirs in layouts.timm_names.items()}
@@ -86,7 +87,10 @@ def read_timm_config(data: Mapping[str, Any], families: Mapping[str, FamilyLayou
         raise ConfigError(f"config.json sets model_args {sorted(unknown)}, which {name} does not have here")
     overrides = {key: value for key, value in options.items() if key in layouts.timm_options}
     overrides["num_classes"] = data.get("num_classes", cfg.get("num_classes", 1000))
-    config = override(spec.config, overrides)
+    shape = layouts.timm_shape(architecture)
+    config = override(spec.config, {**shape, **overrides})
+    if shape and name == layouts.from_timm_name(architecture, None):  # a name that the tag tells stays
+        name = nearest_registered(config, spec.family) or architecture
     origin = Origin(
         name=name,
         preprocessing=(
@@ -117,7 +121,7 @@ def write_timm_config(
     """
     config = model.config
     name, facts = layouts.write_timm(origin.name, config)
-    reference = model_spec(layouts.from_timm_name(name, None)).config
+    reference = override(model_spec(layouts.from_timm_name(name, None)).config, layouts.timm_shape(name))
     options = layouts.timm_options
     spec, nearest = origin.preprocessing, _covering(origin.preprocessing)
     differing = {

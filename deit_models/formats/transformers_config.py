@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any, Literal
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing, load_manifest
+from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, ModelLike, Origin, Preprocessing
 from ..config import is_finite
 from ..errors import ConfigError
 from ..files import tuples
-from ..registry import default_preprocessing, model_spec
-from .family import Description, FamilyLayouts, read_class_names, write_class_names
+from ..registry import default_preprocessing
+from .family import Description, FamilyLayouts, nearest_registered, read_class_names, write_class_names
 
 _FILE = "preprocessor_config.json"
 # Pillow's resampling filters by the numbers image processors store.
@@ -64,7 +64,10 @@ def read_transformers_config(
     if data.get("num_labels") not in (None, num_classes):
         raise ConfigError(f"config.json has num_labels={data['num_labels']!r} and {num_classes} names of classes")
     config = replace(layouts.read_transformers(tuples(data)), num_classes=num_classes)
-    name = _registered_name(config, layouts.family)
+    architectures = data.get("architectures") or ()
+    backbone = not any("ForImageClassification" in name for name in architectures)
+    headless = bool(architectures) and backbone
+    name = nearest_registered(replace(config, num_classes=0) if headless else config, layouts.family)
     preprocessing = None if processor is None else read_processor(processor, kind, channels=config.in_chans)
     origin = Origin(
         name=name or kind,
@@ -73,7 +76,6 @@ def read_transformers_config(
         problem_type=data.get("problem_type"),
         thresholds=tuples(data).get("thresholds"),
     )
-    backbone = not any("ForImageClassification" in name for name in data.get("architectures") or ())
     return Description(config=config, origin=origin, family=layouts.family, layout="transformers", backbone=backbone)
 
 
@@ -106,22 +108,6 @@ def _inverse(label2id: Any) -> dict[Any, str] | None:
     if len(labels) < len(label2id):
         raise ConfigError("config.json has two names for one class in label2id; each needs a number of its own")
     return labels
-
-
-def _registered_name(config: Any, family: str) -> str | None:
-    """The registered model of the same shape; number of classes, size and epsilon may differ."""
-    ignored = {
-        *("img_size", "num_classes", "norm_eps", "drop_rate", "drop_path_rate", "patch_drop_rate", "dynamic_img_size"),
-    }
-
-    def shape(candidate: Any) -> list[Any]:
-        values = [getattr(candidate, field.name) for field in fields(candidate) if field.name not in ignored]
-        return [True if value == "token" else value for value in values]  # a DeiT with one head less
-
-    rows = [name for name, info in load_manifest().items() if info.family == family]
-    names = [name for name in rows if shape(model_spec(name).config) == shape(config)]
-    same_size = [name for name in names if model_spec(name).config.image_hw == config.image_hw]
-    return next(iter(same_size + names), None)
 
 
 def read_processor(processor: Mapping[str, Any], model_type: str, *, channels: int) -> Preprocessing:

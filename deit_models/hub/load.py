@@ -331,7 +331,8 @@ def _class_map(folder: Path, said: str | None) -> list[str] | None:
 def _describe_registered(name: str) -> Description:
     """The description of a registered model's published weights. Raises: UnknownModelError: no such name."""
     spec = model_spec(name)
-    return Description(config=spec.config, origin=model_info(name).origin, family=spec.family)
+    headless = not spec.config.num_classes
+    return Description(config=spec.config, origin=model_info(name).origin, family=spec.family, backbone=headless)
 
 
 def _describe_bare(name: str) -> Description:
@@ -369,7 +370,8 @@ def _build(located: Located, changes: Mapping[str, Any], access: Access) -> Imag
     origin = said.origin.loaded(located.source, revision=located.revision, sha256=sha256)
     if wanted != said.config:
         class_names = None if remade else origin.class_names
-        origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=origin.dataset, new_heads=remade)
+        dataset = None if remade and not said.config.num_classes else origin.dataset  # else it would name new classes
+        origin = origin.adapted(wanted.image_hw, class_names=class_names, dataset=dataset, new_heads=remade)
     elif located.reference_logits is not None and payload == located.payload:
         check_reference(model.float(), located.reference_logits)
     model.origin = replace(origin, preprocessing=origin.preprocessing.for_channels(wanted.in_chans))
@@ -388,7 +390,8 @@ def _told(
     model_class, layouts, config, bare = type(model), layouts_of(said.family), said.config, not said.layout
     if said.layout in (None, "transformers"):
         config = layouts.read_heads(tensors, config, bare=bare)
-
+    if bare and not config.num_classes:  # a backbone, to which somebody may have given a head
+        config = replace(config, num_classes=1)
     if said.new_heads is not None:  # timm's name of the norm behind another pooling
         tensors = {name.replace("fc_norm.", "norm."): tensor for name, tensor in tensors.items()}
 
@@ -432,7 +435,7 @@ def _tokens(given: Description, tensors: Mapping[str, Tensor]) -> dict[str, Any]
 def _log_changes(located: Located, said: Any, wanted: Any, changes: Mapping[str, Any]) -> None:
     """One line for each guess, and for each change of the model that the caller did not name."""
     lines = []
-    if not said.num_classes:
+    if not said.num_classes and located.description.config.num_classes:
         made = f"new heads with {wanted.num_classes} classes" if wanted.num_classes else "model(x) gives features"
         lines.append(
             f"no classification head in the file: {made}"

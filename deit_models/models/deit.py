@@ -8,6 +8,9 @@ classifies the class token, another one the distillation token.
 DeiT III (Touvron et al., DeiT III: Revenge of the ViT, 2022, arXiv:2204.07118) is the same network with three settings
 changed: `layer_scale`, no positions for the class token, and the same stochastic depth in every block.
 
+The backbones of DINO (Caron et al., Emerging Properties in Self-Supervised Vision Transformers, 2021, arXiv:2104.14294)
+are plain DeiTs without a head, trained without labels: `model(x)` is the class token after the last LayerNorm.
+
 Parameters have the authors' names. Reading order: config, patches, model, variants; the blocks are in `transformer`.
 """
 
@@ -254,3 +257,9 @@ for _training in ("", "_in21ft1k"):  # on ImageNet-1k; on ImageNet-21k, and then
     register_model(f"deit3_large_patch16_224{_training}", DeiT, _LARGE3)
     register_model(f"deit3_large_patch16_384{_training}", DeiT, _LARGE3, img_size=384)
     register_model(f"deit3_huge_patch14_224{_training}", DeiT, _HUGE3)
+
+# DINO. At another size, positions are resized as DeiT's; DINO's code gives bicubic a scale factor instead.
+register_model("dino_vits16", DeiT, _SMALL, num_classes=0)
+register_model("dino_vits8", DeiT, _SMALL, num_classes=0, patch_size=8)
+register_model("dino_vitb16", DeiT, _BASE, num_classes=0)
+register_model("dino_vitb8", DeiT, _BASE, num_classes=0, patch_size=8)

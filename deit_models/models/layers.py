@@ -264,8 +264,8 @@ class ImageClassifier(LayerFeatures):
             head = getattr(fresh, name)
             setattr(self, name, head and head.to(device=some.device, dtype=some.dtype).train(self.training))
         if self.origin is not None:
-            # with as many logits as before, the old data set would give them its names
-            dataset = None if num_classes == before else self.origin.dataset
+            # with as many logits as before, or none, the old data set would give them its names
+            dataset = None if before in (num_classes, 0) else self.origin.dataset
             size = self.config.image_hw
             self.origin = self.origin.adapted(size, class_names=None, dataset=dataset, new_heads=True)
 
@@ -288,6 +288,16 @@ class ImageClassifier(LayerFeatures):
         from ..formats import publish
 
         return publish.push_to_hub(self, repo_id, layout=layout, token=token, private=private, onnx=onnx)
+
+
+def check_has_classes(model: Any) -> None:
+    """Raise ConfigError for a model with num_classes=0, such as a backbone of DINO."""
+    if not model.num_classes:
+        name = type(model).__name__ if model.origin is None else model.origin.name
+        raise ConfigError(
+            f"{name} has num_classes=0, no head and no classes: embed gives its features, evaluate --knn "
+            f"(evaluate_knn) scores them; finetune, or num_classes=N when it is loaded, gives it a head"
+        )
 
 
 def linear_head(width: int, num_classes: int) -> nn.Module:

@@ -1,14 +1,10 @@
-"""Embeddings of many images: results on disk in parts by any number of processes, files of features, retrieval."""
+"""Embeddings of many images: files of features, retrieval, the vote of the nearest neighbours."""
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-import time
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
 from itertools import islice
 from os import PathLike
@@ -17,137 +13,28 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ..batches.inputs import eval_batches
+from ..batches.loading import DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
+from ..data.datasets import open_images
+from ..data.records import ImageRecords, some
 from ..data.sources import ImageSources
 from ..distributed import Process, join_processes
-from ..errors import ConfigError, DataError, MissingExtraError, first_line, shown
-from ..files import atomic_write, read_json, write_json
+from ..errors import ConfigError, DataError, MissingExtraError, first_line
+from ..images.transforms import EvalTransform, preprocessing_of
+from ..models.layers import ImageClassifier
+from ..recipes.recipe import Precision
+from ..registry import own_model
+from .evaluation import Evaluation, autocast, eval_mode, evaluate, resolved_precision
+from .parts import Parts, check_same_run, digest_of_names
 
-_BLOCK, _BLOCKS_EACH = 1024, 16
-"""Images of a block, at most; blocks of a process, where the list is long enough."""
 _ROW_GROUP = 16_384
+_QUERIES = 1024
+"""Queries whose votes are counted at once."""
 _SIMILARITIES = 1 << 22
 """Numbers of a matrix of similarities, at most: 16 MiB."""
-
-
-class Parts:
-    """Results of a long list of images on disk: blocks of the list by any number of processes, joined in order.
-
-    Beside the output, say labels.csv, stands the folder labels.csv.parts: run.json, the run's settings, and a file for
-    each finished block. A file takes its place once complete, so a kill at any time loses only the blocks under way,
-    and the run goes on with any number of processes. Several machines must share the folder.
-
-    Attributes:
-        folder: of the parts.
-        mine: the blocks that this process is to make, as ranges of the list.
-    """
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self.folder = output.with_name(output.name + ".parts")
-        self.mine: list[range] = []
-        self._run, self._total, self._block = self.folder / "run.json", 0, _BLOCK
-
-    @property
-    def unfinished(self) -> bool:
-        """Whether there are parts that are not in the output yet; they are joined to it as it was at the beginning."""
-        return self._run.exists() and read_json(self._run).get("size") == self._size()
-
-    def _size(self) -> int:
-        return self.output.stat().st_size if self.output.is_file() else 0
-
-    def settle(self, process: Process, *, resume: bool, overwrite: bool) -> bool:
-        """Decide, for all processes, about earlier results; returns whether the output holds some, to be kept.
-
-        Raises: ConfigError: there are some, and neither `resume` nor `overwrite` is on.
-        """
-        if process.is_main:
-            if overwrite:
-                self.output.unlink(missing_ok=True)
-            elif not resume and (self._size() or self.folder.exists()):
-                there = self.output if self._size() else self.folder
-                raise ConfigError(f"{there} exists; --resume (resume=True) goes on with it, --overwrite replaces it")
-            if overwrite or not self.unfinished:  # joined right before a kill, or about to be removed
-                shutil.rmtree(self.folder, ignore_errors=True)
-        kept: bool = process.gather(self._size() > 0 if process.is_main else None)[0]
-        return kept
-
-    def begin(self, run: Mapping[str, Any], total: int, process: Process) -> None:
-        """Share the blocks that are missing of a list of `total` images; all processes call this.
-
-        Raises: ConfigError: the parts are of a run with other settings, or not all machines see the folder.
-        """
-        if process.is_main and not self._run.exists():
-            block = min(max(total // (_BLOCKS_EACH * process.world), 1), _BLOCK)
-            write_json(self._run, {**run, "block": block, "size": self._size()})
-        process.wait_for_all()
-        if not self._run.exists():
-            raise ConfigError(f"process {process.rank} sees no {self._run}: machines must share the output's folder")
-        known = read_json(self._run)
-        check_same_run(run, known, where=self.folder)
-        self._total, self._block = total, int(known["block"])
-        # as the first process sees it: a shared folder may show each machine another state
-        starts: list[int] = process.gather(self._missing() if process.is_main else None)[0]
-        mine = starts[process.rank :: process.world]
-        self.mine = [range(start, min(start + self._block, total)) for start in mine]
-
-    def _path(self, start: int) -> Path:
-        return self.folder / f"{start:012}.part"
-
-    def _missing(self) -> list[int]:
-        present = {path.name for path in self.folder.iterdir()}
-        return [start for start in range(0, self._total, self._block) if self._path(start).name not in present]
-
-    @contextmanager
-    def new(self, block: range, errors: list[str]) -> Iterator[Path]:
-        """A file to write a block's results to; it counts once complete, with the reasons of the block's failures.
-
-        Raises: SaveError: no space, no permission.
-        """
-        with atomic_write(self._path(block.start)) as path:
-            yield path
-            if errors:
-                write_json(self._path(block.start).with_suffix(".errors"), {"errors": errors})
-
-    def finish(self, process: Process, join: Callable[[Path, list[Path], list[str]], object]) -> list[str]:
-        """Wait for all parts; the first process joins them in order as the new output, and removes them.
-
-        `join` writes a file from the parts and the reasons of all failures, which the first process gets back.
-        """
-        errors: list[str] = []
-        if not process.is_main:
-            while self.folder.exists():
-                time.sleep(0.2)
-            return errors
-        while self._missing():
-            time.sleep(0.2)
-        for path in sorted(self.folder.glob("*.errors")):
-            errors += read_json(path)["errors"]
-        with atomic_write(self.output) as temporary:
-            join(temporary, [self._path(start) for start in range(0, self._total, self._block)], errors)
-        shutil.rmtree(self.folder)
-        return errors
-
-
-def check_same_run(run: Mapping[str, Any], known: Mapping[str, Any], *, where: Path) -> None:
-    """Raise ConfigError, which names the setting, unless results on disk are of a run with the same settings."""
-    for name, value in run.items():
-        if known.get(name) != value:
-            change = f"{name}: {shown(known.get(name))} then, {shown(value)} now"
-            raise ConfigError(f"{where} is of another run ({change}); repeat that one, or --overwrite starts anew")
-
-
-def digest_of_names(names: Iterable[str]) -> str:
-    """Sixteen hex digits of a list of names in their order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()[:16]
-
-
-# Files of features
 
 
 class Embeddings(NamedTuple):
@@ -423,14 +310,130 @@ def knn_accuracy(
     Without queries each image is classified by all others. Source: DINO, Caron et al. 2021, its k and temperature.
     Raises: ConfigError: a label is missing, a temperature of 0 or below, see also `nearest_neighbours`.
     """
-    if temperature <= 0:
-        raise ConfigError(f"temperature={temperature}; expected above 0")
+    _check_temperature(temperature)
     similarity, found = nearest_neighbours(embeddings, queries, k=k)
     total = len(embeddings) + (0 if queries is None else len(queries))
     numbers = _label_numbers([*labels, *query_labels], total)
+    right, wanted, classes = 0, numbers[-len(found) :], int(numbers.max()) + 1
+    for start in range(0, len(found), _QUERIES):  # of a thousand classes, the votes of all queries are large
+        part = slice(start, start + _QUERIES)
+        votes = _votes(similarity[part].cpu(), numbers[found[part].cpu()], classes, temperature)
+        right += int((votes.argmax(1) == wanted[part]).sum())
+    return 100 * right / len(found)
+
+
+def _check_temperature(temperature: float) -> None:
+    if temperature <= 0:
+        raise ConfigError(f"temperature={temperature}; expected above 0")
+
+
+def _votes(similarity: Tensor, classes: Tensor, count: int, temperature: float) -> Tensor:
+    """Votes (Q, count) of neighbours, by their similarities and classes, (Q, k) each."""
     weights = ((similarity - 1) / temperature).exp()  # as 1 is the largest cosine: the same winner, no overflow
-    votes = torch.zeros(len(found), int(numbers.max()) + 1).scatter_add_(1, numbers[found.cpu()], weights.cpu())
-    return 100 * float((votes.argmax(1) == numbers[-len(found) :]).double().mean())
+    return weights.new_zeros(len(weights), count).scatter_add_(1, classes, weights)
+
+
+class KnnClassifier(nn.Module):
+    """The nearest neighbours of a model's features as a classifier: (B, C, H, W) -> (B, K), logarithms of vote shares.
+
+    `embeddings` (N, D) are those of training images, `labels` (N,) their classes from 0; see `knn_accuracy`.
+    """
+
+    embeddings: Tensor
+    labels: Tensor
+
+    def __init__(
+        self,
+        model: ImageClassifier,
+        embeddings: Tensor,
+        labels: Tensor,
+        *,
+        num_classes: int,
+        k: int = 20,
+        temperature: float = 0.07,
+    ) -> None:
+        super().__init__()
+        _check_temperature(temperature)
+        self.backbone, self.k, self.temperature, self.num_classes = model, k, temperature, num_classes
+        self.register_buffer("embeddings", embeddings)
+        self.register_buffer("labels", labels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classify x; a class without votes gets a share of 1e-12."""
+        rows = self.backbone.embed(x)
+        with torch.autocast(x.device.type, enabled=False):
+            similarity, found = nearest_neighbours(self.embeddings, rows, k=self.k)
+            votes = _votes(similarity, self.labels[found], self.num_classes, self.temperature)
+        return (votes / votes.sum(1, keepdim=True)).clamp(min=1e-12).log()
+
+
+def evaluate_knn(
+    model: nn.Module,
+    train: Any,
+    data: Any,
+    *,
+    k: int = 20,
+    temperature: float = 0.07,
+    batch_size: int = 256,
+    workers: int | None = None,
+    device: str | torch.device | None = None,
+    precision: Precision = "float32",
+    transform: EvalTransform | None = None,
+    corrupt_limit: float = 0.01,
+    watch: Watch = plain_watch,
+) -> Evaluation:
+    """Score a model's features without a head: the nearest images of `train` classify `data`, see `knn_accuracy`.
+
+    Both are a folder or the name of a data set, or a Dataset, with one class an image; classes are matched by name, and
+    `train` may have more. No image is augmented. Memory holds the embeddings of `train`. The other arguments are those
+    of `evaluate`, the loss is that of the shares of votes.
+
+    Raises: ConfigError: several labels an image, see also `knn_accuracy`. DataError: images missing or damaged, or
+        classes that `train` lacks.
+    """
+    options: dict[str, Any] = {"batch_size": batch_size, "corrupt_limit": corrupt_limit, "watch": watch}
+    with join_processes(device) as process:
+        backbone: ImageClassifier = own_model(model).to(process.device)
+        known, records = open_images(train, "train"), open_images(data, "val")
+        if known.multi_label or records.multi_label:
+            raise ConfigError("k-NN accuracy is of one class an image; these images have several labels")
+        if lacking := sorted({*records.classes} - {*known.classes}):
+            raise DataError(f"{known.name}, the training images, lack classes of {records.name}: {some(lacking)}")
+        options |= {"transform": transform or EvalTransform(preprocessing_of(backbone))}
+        options |= {"precision": resolved_precision(precision, process)}
+        options |= {"workers": workers_beside(process.device, workers)}
+        rows, labels = _embedded(backbone, known, process, **options)
+        places = {name: number for number, name in enumerate(dict.fromkeys([*records.classes, *known.classes]))}
+        labels = torch.tensor([places[name] for name in known.classes])[labels]
+        voters = KnnClassifier(backbone, rows, labels, num_classes=len(places), k=k, temperature=temperature)
+        return evaluate(voters, records, device=process.device, **options)
+
+
+@torch.inference_mode()
+def _embedded(
+    model: ImageClassifier,
+    records: ImageRecords,
+    process: Process,
+    *,
+    transform: EvalTransform,
+    batch_size: int,
+    workers: int,
+    precision: Precision,
+    corrupt_limit: float,
+    watch: Watch,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings (N, D) float32 and labels (N,) of the images that can be read, of all processes, on the CPU."""
+    damage, rows, labels = DamageCount(records, corrupt_limit), [], []
+    batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
+    with explained_worker_failure(workers), eval_mode(model), autocast(process.device, precision):
+        for images, numbers, failures in watch(batches, len(batches)):
+            damage.add(failures)
+            rows.append(model.embed(images.to(process.device, non_blocking=True)).float().cpu())
+            labels.append(numbers.cpu())
+    damage.meet(process)
+    shares = [share for share in process.gather((rows, labels)) if share[0]]
+    found = torch.cat([part for _, share in shares for part in share])
+    return torch.cat([part for share, _ in shares for part in share])[found >= 0], found[found >= 0]
 
 
 def _label_numbers(labels: Sequence[Any], count: int) -> Tensor:

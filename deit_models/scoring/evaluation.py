@@ -22,7 +22,7 @@ from ..distributed import Process, has_bf16, join_processes
 from ..errors import ConfigError, DataError
 from ..files import read_text
 from ..images.transforms import EvalTransform, preprocessing_of, to_device
-from ..models.layers import HeadLogits, ImageClassifier
+from ..models.layers import HeadLogits, ImageClassifier, check_has_classes
 from ..recipes.recipe import Precision
 from ..registry import own_model
 from .metrics import UNSURE, average_precision, f1_scores, percent
@@ -101,6 +101,7 @@ def evaluate(
         model = own_model(model, others=True)
         thresholds = None
         if isinstance(model, ImageClassifier):
+            check_has_classes(model)
             if model.origin is not None:
                 model.origin.check_labels(records.multi_label, "evaluation")
                 thresholds = model.origin.thresholds

@@ -28,7 +28,7 @@ from ..hub.fetch import Access, first_sound
 from ..hub.load import from_pretrained, source_file
 from ..hub.payload import Expected
 from ..hub.weights import read_tensors, read_uncached, verified_state
-from ..models.layers import HeadLogits, ImageClassifier
+from ..models.layers import HeadLogits, ImageClassifier, check_has_classes
 from ..recipes.recipe import Precision
 from ..registry import list_models
 
@@ -236,7 +236,10 @@ def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _F
 def _described(network: Any) -> _Found:
     if not callable(network):
         raise ConfigError(f"{type(network).__name__} is no teacher; expected a name, a module or a callable")
-    origin = network.origin if isinstance(network, ImageClassifier) else None
+    origin = None
+    if isinstance(network, ImageClassifier):
+        check_has_classes(network)
+        origin = network.origin
     if origin is not None:
         origin.check_labels(False, "a teacher")
     return (network, None, None) if origin is None else (network, origin.preprocessing.mean, origin.preprocessing.std)

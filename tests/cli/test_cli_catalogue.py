@@ -13,9 +13,14 @@ from deit_models.cli import main
 # list and info
 
 
-def test_list_prints_every_name_on_a_line(capsys):
+def test_list_prints_every_name_on_a_line_and_beside_them_those_without_a_head(capsys):
     assert main(["list"]) == 0
-    assert capsys.readouterr() == ("\n".join(deit_models.list_models()) + "\n", "")
+    out, err = capsys.readouterr()
+    assert out == "\n".join(deit_models.list_models()) + "\n"
+    headless = ", ".join(deit_models.list_models("dino_*"))
+    assert err == f"deit-models: without a head or classes, for features: {headless}\n"
+    assert main(["list", "deit_*"]) == 0
+    assert capsys.readouterr().err == ""
 
 
 def test_list_takes_a_pattern_and_json(capsys):
@@ -53,6 +58,14 @@ def test_info_of_a_model_without_weights_says_so(capsys):
     out = capsys.readouterr().out
     assert "none published" in out
     assert "None" not in out
+
+
+def test_info_of_a_backbone_says_that_it_has_no_classes_and_what_its_figures_are(capsys):
+    assert main(["info", "dino_vits8"]) == 0
+    out = capsys.readouterr().out
+    assert "classes     none: it gives features; finetune, or num_classes=N, gives it a head" in out
+    assert "78.3 % k-NN top-1, 79.7 % linear-probe top-1" in out
+    assert "timm/vit_small_patch8_224.dino" in out
 
 
 def test_info_as_json_is_the_whole_record(capsys):

@@ -236,3 +236,33 @@ def test_report_has_the_printed_figures(capsys, saved, data, tmp_path):
 def test_report_that_cannot_be_written_is_refused_before_anything_is_read(capsys, tmp_path, file):
     message = failure(capsys, "evaluate", "no_such_model", tmp_path / "none", "--report", tmp_path / file)
     assert f"--report {tmp_path / file}: expected a file in a folder that is there" in message
+
+
+# Without a head
+
+
+def test_backbone_is_refused_with_what_to_do(tmp_path, data, capsys):
+    deit_models.create_model(PLAIN, num_classes=0).save_pretrained(tmp_path / "body")
+    for command in (["evaluate", tmp_path / "body", data], ["predict", data / "val", "--model", tmp_path / "body"]):
+        line = failure(capsys, *command)
+        assert "num_classes=0, no head and no classes: embed gives its features, evaluate --knn" in line
+        assert "finetune" in line
+
+
+def test_nearest_training_images_classify_without_a_head(tmp_path, data, capsys):
+    torch.manual_seed(0)
+    deit_models.create_model(PLAIN, num_classes=0).save_pretrained(tmp_path / "body")
+    found = evaluate(capsys, tmp_path / "body", data, "--knn", data)
+    (tmp_path / "mixed" / "train").mkdir(parents=True)
+    for name, other in zip(CLASSES, CLASSES[1:] + CLASSES[:1], strict=True):
+        shutil.copytree(data / "train" / name, tmp_path / "mixed" / "train" / other)
+    wrong = evaluate(capsys, tmp_path / "body", data, "--knn", tmp_path / "mixed")
+    assert (found["top1"], found["images"], found["knn"], found["published"]) == (100, 6, str(data), None)
+    assert wrong["top1"] == 0, "the labels are those of the training images"
+    assert main([*map(str, ["evaluate", tmp_path / "body", data, "--knn", data, *QUICK])]) == 0
+    assert f"by the nearest of {data}\n  top-1               100.00 %\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("option", [["--ignore-class-names"], ["--report", "x.html"]])
+def test_options_of_the_head_are_refused_beside_the_nearest_images(option, data, capsys):
+    assert "--knn classifies without the model's head" in failure(capsys, "evaluate", "x", data, "--knn", data, *option)

@@ -205,3 +205,18 @@ def test_without_a_model_it_begins_with_the_one_that_comes_with_the_package(
     shown = capsys.readouterr()
     assert f"no --model given: {DEFAULT_MODEL}" in shown.err
     assert shown.out.startswith(f"{DEFAULT_MODEL}, mode head")
+
+
+def test_backbone_without_a_head_is_embedded_and_learns_one(pictures, tmp_path, capsys):
+    torch.manual_seed(0)
+    body = deit_models.create_model(MODELS[0], num_classes=0).eval()
+    body.save_pretrained(tmp_path / "body")
+    assert main([*map(str, ["embed", pictures, "--model", tmp_path / "body", "--output", tmp_path / "x.npz"])]) == 0
+    out, err = capsys.readouterr()
+    assert (["width", "16"] in [line.split() for line in out.splitlines()], err) == (True, "")
+    finetune(capsys, pictures, tmp_path / "run", "--model", tmp_path / "body", "--mode", "head")
+    tuned = deit_models.from_pretrained(tmp_path / "run" / "best")
+    assert (tuned.num_classes, tuned.origin.class_names) == (3, CLASSES)
+    x = torch.rand(2, 3, 16, 16)
+    torch.testing.assert_close(tuned.embed(x), body(x))
+    assert json.loads((tmp_path / "run" / "metrics.json").read_text())["val"]["top1"] == 100

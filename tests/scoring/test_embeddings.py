@@ -1,12 +1,10 @@
-"""Files of features, retrieval by independent arithmetic, results in parts that survive any kill."""
+"""Files of features, which survive any kill; retrieval and votes by independent arithmetic."""
 
 import json
 import math
 import os
 import random
-import shutil
 from collections.abc import Callable
-from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,12 +14,10 @@ from PIL import Image
 from tiny_models import tiny_model
 
 from deit_models import create_model, optimize
-from deit_models.distributed import Process
+from deit_models.data.records import ArrayRecords
 from deit_models.errors import ConfigError, DataError, ImageError
 from deit_models.predict import Classifier
-from deit_models.scoring.embeddings import Parts, knn_accuracy, load_features, nearest_neighbours, retrieval
-
-ALONE = Process(0, 1, torch.device("cpu"))
+from deit_models.scoring.embeddings import evaluate_knn, knn_accuracy, load_features, nearest_neighbours, retrieval
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +83,7 @@ def test_model_without_a_head_is_embedded_and_does_not_classify(classes: Path, t
     headless.model.load_state_dict(whole.model.state_dict(), strict=False)
     assert headless.embed_files(classes, tmp_path / "x.npz").images == 20
     torch.testing.assert_close(load_features(tmp_path / "x.npz").embeddings, whole.embed(_readable(classes)))
-    with pytest.raises(ConfigError, match="num_classes=0 and no head"):
+    with pytest.raises(ConfigError, match="num_classes=0, no head and no classes"):
         headless(classes / "ant" / "1.png")
 
 
@@ -194,70 +190,6 @@ def test_run_that_is_killed_after_any_batch_goes_on_and_embeds_no_finished_block
         assert not list(tmp_path.glob("*.parts"))
 
 
-def write_numbers(parts: Parts, block: range) -> None:
-    errors: list[str] = []
-    with parts.new(block, errors) as path:
-        path.write_text("".join(f"{i}\n" for i in block))
-        errors += [f"no {i}" for i in block if i % 10 == 3]
-
-
-def joined(path: Path, files: list[Path], errors: list[str], *, begins: str = "") -> None:
-    path.write_text(begins + "".join(file.read_text() for file in files) + " ".join(errors))
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_parts_hold_every_number_once_whatever_was_killed_and_however_many_go_on(tmp_path: Path, seed: int) -> None:
-    draw, output, total = random.Random(seed), tmp_path / "numbers", 137
-    output.write_text("earlier\n")
-    while True:
-        parts = Parts(output)
-        assert parts.settle(ALONE, resume=True, overwrite=False), "earlier results are kept"
-        parts.begin({"total": total}, total, ALONE)
-        draw.shuffle(parts.mine)
-        if not parts.mine:
-            break
-        for block in parts.mine[: draw.randint(1, 40)]:
-            write_numbers(parts, block)
-        (parts.folder / "000.part.abc.tmp").write_text("torn")
-    errors = parts.finish(ALONE, lambda path, *found: joined(path, *found, begins=output.read_text()))
-    assert errors == [f"no {i}" for i in range(3, total, 10)]
-    lines = output.read_text().splitlines()
-    assert lines == ["earlier", *map(str, range(total)), " ".join(errors)]
-    assert [path.name for path in tmp_path.iterdir()] == ["numbers"]
-
-
-def test_blocks_of_several_processes_are_all_blocks_once(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "x")
-    parts.begin({}, 1000, ALONE)
-    starts = [block.start for block in parts.mine]
-    assert [i for block in parts.mine for i in block] == list(range(1000))
-    shares = [starts[rank::3] for rank in range(3)]
-    assert sorted(chain(*shares)) == starts
-    assert max(map(len, shares)) - min(map(len, shares)) <= 1
-
-
-def test_kill_between_joining_and_removing_parts_doubles_nothing(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "x")
-    parts.begin({}, 3, ALONE)
-    for block in parts.mine:
-        write_numbers(parts, block)
-    shutil.copytree(parts.folder, tmp_path / "copy")
-    parts.finish(ALONE, joined)
-    os.rename(tmp_path / "copy", parts.folder)
-    again = Parts(tmp_path / "x")
-    assert again.settle(ALONE, resume=True, overwrite=False), "the output is complete"
-    assert not parts.folder.exists()
-
-
-def test_parts_that_were_being_removed_are_not_gone_on_with(tmp_path: Path) -> None:
-    parts = Parts(tmp_path / "x")
-    parts.begin({}, 3, ALONE)
-    write_numbers(parts, parts.mine[0])
-    (parts.folder / "run.json").unlink()
-    assert not Parts(tmp_path / "x").settle(ALONE, resume=True, overwrite=False)
-    assert not parts.folder.exists()
-
-
 # Retrieval, against arithmetic of another kind: loops over Python's numbers
 
 
@@ -326,6 +258,48 @@ def test_many_images_are_compared_in_chunks_with_the_same_figures() -> None:
     assert [found.recall[1], found.recall[10]] == pytest.approx([100 * hits[:, :k].any(1).mean() for k in (1, 10)])
     precision = (hits.cumsum(1) / np.arange(1, 3000) * hits).sum(1) / hits.sum(1)
     assert found.mean_average_precision == pytest.approx(100 * precision.mean(), abs=1e-3)
+
+
+def test_votes_of_many_queries_are_counted_in_parts() -> None:
+    generator = torch.Generator().manual_seed(3)
+    embeddings, queries = torch.randn(50, 6, generator=generator), torch.randn(2500, 6, generator=generator)
+    labels, wanted = torch.arange(50) % 7, torch.arange(2500) % 7
+    parts = [
+        knn_accuracy(embeddings, labels, queries[i : i + 500], wanted[i : i + 500], k=5) for i in range(0, 2500, 500)
+    ]
+    assert knn_accuracy(embeddings, labels, queries, wanted, k=5) == pytest.approx(sum(parts) / 5)
+
+
+def test_vote_is_that_of_scikit_learn() -> None:
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    generator = torch.Generator().manual_seed(4)
+    embeddings, labels = torch.randn(400, 8, generator=generator), torch.arange(400) % 6
+    theirs = neighbors.KNeighborsClassifier(20, metric="cosine", weights=lambda d: np.exp((1 - d) / 0.07))
+    theirs.fit(embeddings[:300].numpy(), labels[:300].numpy())
+    expected = 100 * theirs.score(embeddings[300:].numpy(), labels[300:].numpy())
+    assert knn_accuracy(embeddings[:300], labels[:300], embeddings[300:], labels[300:]) == pytest.approx(expected)
+    assert 0 < expected < 100
+
+
+def test_model_and_two_sets_give_the_accuracy_of_their_features(classifier: Classifier, classes: Path) -> None:
+    """Of the training images one is damaged; a class of theirs is not among those that are asked for."""
+    draw = np.random.default_rng(5)
+    pixels, labels = draw.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8), draw.integers(0, 2, 40).tolist()
+    found = evaluate_knn(
+        classifier.model, classes, ArrayRecords("noise", pixels, labels, ("cat", "ant")), k=3, batch_size=8, workers=0
+    )
+    files = _readable(classes)
+    known, asked = (classifier.embed([*images]) for images in (files, pixels))
+    names = [path.parent.name for path in files]
+    expected = knn_accuracy(known, names, asked, [("cat", "ant")[label] for label in labels], k=3)
+    assert (found.images, found.top1) == (40, pytest.approx(expected))
+    assert 0 < expected < 100
+    for labels, name, kind, text in (
+        ([0, 0], "dog", DataError, "lack classes of noise: dog"),
+        ([(0,), ()], "ant", ConfigError, "several labels"),
+    ):
+        with pytest.raises(kind, match=text):
+            evaluate_knn(classifier.model, classes, ArrayRecords("noise", pixels[:2], labels, (name,)), workers=0)
 
 
 def test_copies_of_one_image_are_found_before_all_others() -> None:

@@ -334,6 +334,11 @@ def test_published_weights_bring_their_normalisation(weights: str | None, torch_
     torch.testing.assert_close(teacher.shift.flatten(), torch.tensor(expected))
 
 
+def test_backbone_without_a_head_is_no_teacher():
+    body = create_model("dino_vits16", img_size=32, embed_dim=24, num_heads=3, depth=1)
+    assert "num_classes=0, no head" in refusal(ConfigError, lambda: load(body))
+
+
 @pytest.mark.usefixtures("torch_home")
 def test_published_weights_of_other_classes_are_refused_before_the_download():
     assert "has 1000 classes" in refusal(TrainingError, lambda: load("torchvision:regnet_y_16gf"))
