@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .recipes.recipe import recipe_named
     from .scoring.evaluation import evaluate
     from .show.heat_maps import heat_maps
+    from .training.dense import make_label_maps
     from .training.losses import WithLoss
     from .training.run import train
 
@@ -69,6 +70,7 @@ __all__ = [
     "from_pretrained",
     "heat_maps",
     "list_models",
+    "make_label_maps",
     "model_info",
     "optimize",
     "push_to_hub",
@@ -92,6 +94,7 @@ _LAZY = {
     "finetune": ".finetuning.finetune",
     "from_pretrained": ".hub.load",
     "heat_maps": ".show.heat_maps",
+    "make_label_maps": ".training.dense",
     "optimize": ".deploy.optimize",
     "push_to_hub": ".formats.publish",
     "recipe_named": ".recipes.recipe",

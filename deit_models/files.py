@@ -125,6 +125,14 @@ def digest_of_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     return digest.hexdigest()
 
 
+def digest_of_names(names: Iterable[str]) -> str:
+    """Sixteen hex digits of a list of names in their order."""
+    digest = hashlib.sha256()
+    for name in names:
+        digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
+    return digest.hexdigest()[:16]
+
+
 def read_json(path: Path) -> Mapping[str, Any]:
     """A JSON table. Raises: CheckpointError: no JSON, something else than a table, no file, or a huge one."""
     facts = path.stat()

@@ -1,9 +1,11 @@
-"""Small labelled sets: class folders of plain images, and images that draw at random or cannot be read."""
+"""Small labelled sets: class folders of plain images, images that draw at random or cannot be read, label maps."""
 
+import json
 import os
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -11,6 +13,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
+from deit_models.augmentation.label_maps import images_in_words, packed
 from deit_models.data.records import ImageRecords
 from deit_models.errors import ImageError
 
@@ -56,3 +59,17 @@ def noisy(image: PIL.Image.Image) -> Tensor:
 
 def plain(image: PIL.Image.Image) -> Tensor:
     return TF.pil_to_tensor(image).float()
+
+
+def distributions(*shape: int, seed: int = 0) -> Tensor:
+    """Random probabilities, the second axis being that of the classes."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).mul(3).softmax(dim=1)
+
+
+def write_maps(folder: Path, records: Any, probabilities: Tensor, **changes: Any) -> Path:
+    """A folder of maps, without `make_label_maps`."""
+    folder.mkdir()
+    np.save(folder / "maps.npy", packed(probabilities))
+    about = {"teacher": "a teacher", "weights": "0", "grid": list(probabilities.shape[2:]), **images_in_words(records)}
+    (folder / "about.json").write_text(json.dumps({**about, **changes}), encoding="utf-8")
+    return folder

@@ -5,6 +5,7 @@ shape that is left when width and depth are taken away; a new family adds one en
 """
 
 import copy
+import math
 import pickle
 import warnings
 from collections.abc import Iterator
@@ -14,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 from families import TINY
+from small_sets import distributions, write_maps
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import deit_models
 from deit_models import CheckpointError, ConfigError, create_model, from_pretrained, list_models, model_info
+from deit_models.augmentation.label_maps import LabelMaps
 from deit_models.batches.loading import DamageCount
 from deit_models.config import override
 from deit_models.data.records import ArrayRecords
@@ -320,6 +323,38 @@ def test_training_step_with_teacher_and_average(model: ImageClassifier) -> None:
     assert learner.average is not None
     for key, tensor in learner.average.module.model.state_dict().items():
         assert tensor.isfinite().all(), key
+
+
+def test_token_labelling_with_mixtoken_trains_every_parameter(model: ImageClassifier, tmp_path: Path) -> None:
+    records = ArrayRecords("noise", [], [0, 1, 2, 3], [str(i) for i in range(5)])
+    maps = write_maps(tmp_path / "maps", records, distributions(4, 5, 3, 3))
+    recipe = Recipe(
+        batch_size=4, mixup=0.0, cutmix=0.0, ema_decay=0.5, lr_batch=0, lr=0.01, precision="float32",
+        token_labels=0.5, mix_token=True, label_heads="both",
+    )  # fmt: skip
+    learner = make_learner(
+        model,
+        recipe,
+        num_classes=5,
+        process=Process(0, 1, torch.device("cpu")),
+        preprocessing=model.origin.preprocessing,
+        label_maps=LabelMaps(maps, records),
+    )
+    places = torch.tensor([[i, 0, 0, 1, 1, i % 2] for i in range(4)], dtype=torch.float64)
+    batch = (images(model, batch=4), torch.tensor([0, 1, 2, 3]), torch.full((4,), -1), places)
+    before = copy.deepcopy(learner.bare.state_dict())
+    train_epoch(learner, [batch] * 3, steps=3, epoch=0, damage=DamageCount(records, limit=1.0))
+    for name, parameter in learner.bare.named_parameters():
+        if parameter.requires_grad and not name.endswith(NO_GRADIENT):
+            assert not torch.equal(parameter, before[name]), name
+    # without a box, MixToken changes nothing
+    heads, tokens = learner.bare.train(), math.prod(learner.mixing.tokens.tokens)
+    torch.manual_seed(0)
+    plain = heads(images(model))
+    torch.manual_seed(0)
+    boxless = heads(images(model), torch.zeros(tokens, dtype=torch.bool))
+    torch.testing.assert_close([x for x in boxless if x is not None], [x for x in plain if x is not None])
+    assert plain[2].shape == (2, math.prod(learner.mixing.tokens.patches), 5)
 
 
 def photographs(model: ImageClassifier) -> ArrayRecords:

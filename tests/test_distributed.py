@@ -43,6 +43,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     worker.replicated_adaptively(folder)
     worker.replicated_by_lamb(folder)
     worker.several(folder)
+    worker.labelled_patches(folder)
     return folder
 
 
@@ -102,6 +103,19 @@ def test_two_processes_learn_several_labels_in_a_balanced_order_as_one(
     for result in results:
         assert figures(result["several"]) == [pytest.approx(row, abs=1e-3) for row in rows]
     near(weights(folder / "several"), weights(alone / "several"), WEIGHT_TOLERANCE)
+
+
+def test_two_processes_make_label_maps_and_learn_from_them_as_one(
+    shared: tuple[Path, list[dict[str, Any]]], alone: Path
+) -> None:
+    folder, results = shared
+    assert (folder / "maps" / "maps.npy").read_bytes() == (alone / "maps" / "maps.npy").read_bytes()
+    rows = figures(read_log(alone / "patches" / "log.jsonl"))
+    for result in results:
+        assert figures(result["labelled_patches"]) == [pytest.approx(row, abs=1e-4) for row in rows]
+    one, two = (tiny.state(place / "patches") for place in (alone, folder))
+    names = ("model", "ema_model", "patch_head", "ema_patch_head")
+    near({name: two[name] for name in names}, {name: one[name] for name in names}, WEIGHT_TOLERANCE)
 
 
 def test_divided_parameters_train_as_copies_do_also_after_an_interruption(

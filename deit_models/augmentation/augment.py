@@ -14,10 +14,13 @@ from torchvision.transforms.v2 import functional as TF
 from ..checkpoint import Preprocessing
 from ..errors import ConfigError
 from ..images.decoding import ImageSource, load_planes
-from ..images.transforms import check_resized, resize_and_crop, to_device
+from ..images.transforms import check_resized, resize_and_crop, seen_box, to_device
 from ..recipes.recipe import Recipe
 from .levels import ErasingBox, Levels, Plan, box_sides, cut, greyed
 from .randaugment import ENHANCE, RandAugment, Resampling
+
+Box = tuple[float, float, float, float]
+"""Top, left, bottom and right of a crop as fractions of the image's sides."""
 
 
 class Resize:
@@ -77,6 +80,12 @@ class RandomResizedCrop:
         rows, columns = min(height, round(width * 4 / 3)), min(width, round(height * 4 / 3))
         return (height - rows) // 2, (width - columns) // 2, rows, columns
 
+    def box(self, height: int, width: int, rng: Random) -> Box:
+        """The next crop of an image of this size, drawn as a call draws it."""
+        top, left, rows, columns = self.draw(height, width, rng)
+        self.resize.draw(rng)
+        return top / height, left / width, (top + rows) / height, (left + columns) / width
+
     def __repr__(self) -> str:
         return f"random resized crop {self.size[0]}x{self.size[1]}, area {self.scale:g} to 1"
 
@@ -109,6 +118,14 @@ class PaddedCrop:
         """The next crop of an image that `fits`, as (top, left) in the padded image."""
         self.resize.draw(rng)
         return self._place(height, width, rng)
+
+    def box(self, height: int, width: int, rng: Random) -> Box:
+        """The next crop of an image of this size, drawn as a call draws it; it may lie outside of the image in part."""
+        height, width = covering(self.size, height, width)
+        top, left = (
+            start - padding for start, padding in zip(self.place(height, width, rng), self.padding, strict=True)
+        )
+        return top / height, left / width, (top + self.size[0]) / height, (left + self.size[1]) / width
 
     def _place(self, height: int, width: int, rng: Random) -> tuple[int, int]:
         vertical, horizontal = self.padding
@@ -147,6 +164,11 @@ class EvalCrop:
     def place(self, height: int, width: int, _: Random) -> tuple[int, int]:  # noqa: ARG002
         """The whole image, as (top, left)."""
         return 0, 0
+
+    def box(self, height: int, width: int, _: Random) -> Box:
+        """The crop of an image of this size."""
+        left, top, right, bottom = seen_box(self.spec, height, width)
+        return top / height, left / width, bottom / height, right / width
 
     def __repr__(self) -> str:
         return str(self.spec)
@@ -192,8 +214,7 @@ class TrainTransform:
 
     def __call__(self, image: ImageSource, rng: Random | None = None) -> Levels:
         """An image to levels of (C, H, W), and the box to erase; by default torch's generator seeds it."""
-        # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
-        rng = Random(int(torch.randint(2**62, ()))) if rng is None else rng
+        rng = drawn_rng() if rng is None else rng
         if self.channels == 3:
             values = self._levels(image if isinstance(image, Image.Image) else load_planes(image, 3)[0], rng)
         else:
@@ -203,6 +224,10 @@ class TrainTransform:
                 planes.append(self._levels(plane.convert("RGB"), rng)[:1])
             values = torch.cat(planes)
         return Levels(values, torch.tensor(self.erase(values.shape[1], values.shape[2], rng)))
+
+    def seen(self, height: int, width: int, rng: Random) -> tuple[float, ...]:
+        """The crop that a call makes of an image of this size with the same `rng`, and 1 if it mirrors it, else 0."""
+        return (*self.crop.box(height, width, rng), float(rng.random() < self.hflip))
 
     def _levels(self, image: Image.Image, rng: Random) -> Tensor:
         """Levels (3, H, W) of a changed RGB image."""
@@ -276,6 +301,12 @@ class TrainTransform:
     def __repr__(self) -> str:
         parts = [self.crop, f"hflip {self.hflip:g}", *self.changes, self.erase]
         return f"TrainTransform({', '.join(str(part) for part in parts)})"
+
+
+def drawn_rng() -> Random:
+    """A generator seeded by torch's global one."""
+    # Python's generator draws ten times as fast as torch's, which only seeds it; no other global state is touched
+    return Random(int(torch.randint(2**62, ())))
 
 
 def sample_rng(seed: int) -> Random:

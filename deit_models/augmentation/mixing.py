@@ -1,4 +1,4 @@
-"""Mixup and CutMix of a batch with its reverse, one draw for the whole batch, and smoothed targets."""
+"""Mixup, CutMix and MixToken of a batch with its reverse, one draw for the whole batch, and smoothed targets."""
 
 from __future__ import annotations
 
@@ -9,9 +9,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributions import Beta
+from torch.nn import functional as F
 
 from ..errors import ConfigError, DataError
+from ..images.transforms import to_device
 from ..recipes.recipe import Recipe
+from .label_maps import LabelMaps
 from .levels import Erasing
 
 
@@ -20,11 +23,37 @@ class Mix(NamedTuple):
 
     Attributes:
         share: lambda of the papers, from 0 to 1; for a box, the area outside it.
-        box: (top, bottom, left, right) in pixels, bottom and right excluded.
+        box: (top, bottom, left, right) in pixels, or of MixToken in tokens, bottom and right excluded.
     """
 
     share: float
     box: tuple[int, int, int, int] | None
+
+
+class TokenLabels(NamedTuple):
+    """The maps of a run with token labelling, and the grids (height, width) of its model.
+
+    `tokens` is the grid in front of the first block, `patches` that of the patches that are classified.
+    """
+
+    maps: LabelMaps
+    tokens: tuple[int, int]
+    patches: tuple[int, int]
+
+
+class TokenTargets(NamedTuple):
+    """Targets of token labelling.
+
+    Attributes:
+        labels: of the images, (B, K).
+        patches: of the patches, (B, N, K); the sum is less than 1 where a patch lies outside of its image in part.
+        exchanged: for each token in front of the first block whether MixToken takes it from the partner, (T,) bool on
+            the images' device; None: the batch is not mixed so.
+    """
+
+    labels: Tensor
+    patches: Tensor
+    exchanged: Tensor | None
 
 
 class Mixing:
@@ -38,6 +67,8 @@ class Mixing:
             `erase_after_mixing` are read.
         num_classes: K, the length of a target.
         own: used instead of mixup and CutMix, on images and smoothed targets; it may give further targets.
+        tokens: for token labelling; targets are `TokenTargets` then, mixed as the pixels under each patch are. For the
+            field `mix_token` images stay as they are, and the box is drawn on the grid of tokens.
 
     Raises: ConfigError: `num_classes` below 1.
     Source: mixup (arXiv:1710.09412), CutMix (arXiv:1905.04899), switched between as in DeiT, table 9.
@@ -49,20 +80,25 @@ class Mixing:
         num_classes: int,
         *,
         own: Callable[[Tensor, Tensor], tuple[Tensor, Any]] | None = None,
+        tokens: TokenLabels | None = None,
     ) -> None:
         if num_classes < 1:
             raise ConfigError(f"num_classes={num_classes}; expected at least 1")
         self.num_classes = num_classes
-        self.own = own
+        self.own, self.tokens, self.mix_token = own, tokens, recipe.mix_token
+        self.from_map = recipe.class_target == "map"
         self.smoothing, self.size = recipe.label_smoothing, recipe.mix_size
         self.erase = Erasing(recipe.erase) if recipe.erase and recipe.erase_after_mixing else None
-        self.prob = recipe.mix_prob if recipe.mixup or recipe.cutmix else 0.0
-        self.switch = 0.0 if not recipe.cutmix else 1.0 if not recipe.mixup else recipe.mix_switch
-        alphas = {"mixup": recipe.mixup, "cutmix": recipe.cutmix}
+        # MixToken draws its box as CutMix does; the authors' parameter is 1
+        alphas = {"mixup": recipe.mixup, "cutmix": 1.0 if recipe.mix_token else recipe.cutmix}
+        self.prob = recipe.mix_prob if any(alphas.values()) else 0.0
+        self.switch = 0.0 if not alphas["cutmix"] else 1.0 if not alphas["mixup"] else recipe.mix_switch
         self._laws = {name: Beta(alpha, alpha) for name, alpha in alphas.items() if alpha}
 
-    def __call__(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Any]:
+    def __call__(self, images: Tensor, labels: Tensor, places: Tensor | None = None) -> tuple[Tensor, Any]:
         """The mixed batch and its targets; `images` is changed in place and returned.
+
+        `places`, (B, 6), belong to `tokens`, see `TrainingSamples`.
 
         Shape: (B, 3, H, W) float and (B,) int64, or (B, K) of 0 and 1, which are not smoothed -> the same (B, 3, H, W)
             and (B, K) float32, beside the images.
@@ -72,29 +108,49 @@ class Mixing:
         """
         if labels.shape not in (images.shape[:1], (len(images), self.num_classes)):
             raise DataError(f"labels of shape {tuple(labels.shape)} for {len(images)} images; expected one label each")
+        targets: Any
         if labels.ndim == 2:
             targets = labels.to(images.device, torch.float32, non_blocking=True)
         else:
             targets = smooth_one_hot(labels, self.num_classes, self.smoothing, device=images.device)
         if self.own is not None:
             images, targets = self.own(images, targets)
+        elif self.tokens is not None and places is not None:
+            targets = self._with_patches(self.tokens, images, targets, places)
         else:
-            size = self.size or len(images)
-            pairs = zip(
-                torch.split(images, size), torch.split(targets, size), strict=True
-            )  # views, which change in place
-            targets = torch.cat([self._mixed(part, wanted) for part, wanted in pairs])
+            targets = self._mixed(images, [targets])[0]
         if self.erase is not None:
             self.erase(images)
         return images, targets
 
-    def _mixed(self, images: Tensor, targets: Tensor) -> Tensor:
-        """Mix images in place, by one draw; gives their targets."""
-        mix = self.draw(images.shape[-2], images.shape[-1])
+    def _mixed(self, images: Tensor, targets: list[Tensor], grid: tuple[int, int] = (1, 1)) -> list[Tensor]:
+        """Mix images in place, each `mix_size` by one draw; gives their targets (B, K), and those of patches."""
+        size, done = self.size or len(images), []
+        # views, which change in place
+        for part, *wanted in zip(*(torch.split(tensor, size) for tensor in (images, *targets)), strict=True):
+            mix = self.draw(*part.shape[-2:])
+            if mix is not None:
+                mix_images(part, mix)
+                wanted = mixed_targets(wanted, mix, (part.shape[-2], part.shape[-1]), grid)
+            done.append(wanted)
+        return [torch.cat(parts) for parts in zip(*done, strict=True)]
+
+    def _with_patches(self, tokens: TokenLabels, images: Tensor, targets: Tensor, places: Tensor) -> TokenTargets:
+        """The targets of images and patches, mixed; images are mixed in place, unless their tokens are to be."""
+        patches = tokens.maps.cut(places, tokens.patches, images.device)
+        # what has no label gets none by smoothing
+        off = self.smoothing / self.num_classes
+        patches = patches * (1 - self.smoothing) + patches.sum(dim=2, keepdim=True) * off
+        if self.from_map:
+            targets = mean_of_patches(patches)
+        if not self.mix_token:
+            targets, patches = self._mixed(images, [targets, patches], tokens.patches)
+            return TokenTargets(targets, patches, None)
+        mix = self.draw(*tokens.tokens)
         if mix is None:
-            return targets
-        mix_images(images, mix)
-        return mix_targets(targets, mix)
+            return TokenTargets(targets, patches, None)
+        targets, patches = mixed_targets([targets, patches], mix, tokens.tokens, tokens.patches)
+        return TokenTargets(targets, patches, to_device(inside_box(mix, tokens.tokens).bool().flatten(), images.device))
 
     def draw(self, height: int, width: int) -> Mix | None:
         """The mixture of the next batch, of this size in pixels; None: it is not mixed."""
@@ -141,6 +197,38 @@ def mix_images(images: Tensor, mix: Mix) -> Tensor:
 def mix_targets(targets: Tensor, mix: Mix) -> Tensor:
     """Targets (B, K) for images mixed by `mix_images`."""
     return targets * mix.share + targets.flip(0) * (1 - mix.share)
+
+
+def mixed_targets(targets: list[Tensor], mix: Mix, size: tuple[int, int], grid: tuple[int, int]) -> list[Tensor]:
+    """Mixed targets of images, (B, K), and of the patches of a grid, (B, N, K), if they are given.
+
+    `size` is the (height, width) on which the mixture was drawn: a patch has as much of the partner's target as of its
+    area lies in the box.
+    """
+    labels, *patches = targets
+    mixed = [mix_targets(labels, mix)]
+    for rows in patches:
+        shares = torch.tensor(1 - mix.share)
+        if mix.box is not None:
+            shares = F.adaptive_avg_pool2d(inside_box(mix, size)[None], grid).flatten()[:, None]
+        shares = to_device(shares, rows.device)
+        mixed.append(rows * (1 - shares) + rows.flip(0) * shares)
+    return mixed
+
+
+def inside_box(mix: Mix, size: tuple[int, int]) -> Tensor:
+    """1 inside the box of a mixture and 0 outside, (height, width) float32."""
+    inside = torch.zeros(size)
+    if mix.box is not None:
+        top, bottom, left, right = mix.box
+        inside[top:bottom, left:right] = 1
+    return inside
+
+
+def mean_of_patches(patches: Tensor) -> Tensor:
+    """An image's label by its patches, each weighted by its part inside the image: (B, N, K) -> (B, K), sum 1 or 0."""
+    total = patches.sum(dim=1)
+    return total / total.sum(dim=1, keepdim=True).clamp(min=1e-12)
 
 
 def smooth_one_hot(

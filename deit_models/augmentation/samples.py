@@ -17,7 +17,7 @@ from ..batches.loading import FINE, target_of
 from ..batches.memory import images_on
 from ..data.records import CachedRecords, ImageRecords, always_the_same
 from ..errors import ConfigError, DataError, ImageError
-from .augment import TrainTransform, sample_rng
+from .augment import TrainTransform, drawn_rng, sample_rng
 from .levels import TrainInput
 
 _T = TypeVar("_T")
@@ -156,24 +156,31 @@ def balanced_order(order: Tensor, classes: Tensor, generator: torch.Generator) -
     return drawn[torch.randperm(len(order), generator=generator)]
 
 
-class TrainingSamples(Dataset[tuple[Any, int, int]]):
+class TrainingSamples(Dataset[tuple[Any, ...]]):
     """Training samples, made by the loader's workers: (index, seed) -> (changed image, label, failed index or FINE).
 
     All randomness of a sample comes from its seed, so it is the same whichever process reads it, and when. An image
     that cannot be read is replaced by the next of a few `substitutes`; the third value is then its index, to be
     reported. `planned` samples are the `Plan` of each batch instead of its levels, for a set on the model's device.
+    With `located` a fourth value is the place of the pixels, (6,) float64: the image's number, `TrainTransform.seen`.
     """
 
     def __init__(
-        self, records: ImageRecords, transform: Transform, *, substitutes: int = 5, planned: bool = False
+        self,
+        records: ImageRecords,
+        transform: Transform,
+        *,
+        substitutes: int = 5,
+        planned: bool = False,
+        located: bool = False,
     ) -> None:
         self.records, self.transform = records, transform
-        self.substitutes, self.planned = substitutes, planned
+        self.substitutes, self.planned, self.located = substitutes, planned, located
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, Any, int]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Any, ...]:
         """One augmented sample. Raises: DataError: neither the image nor any of its substitutes can be read."""
         index, seed = key
         if not isinstance(self.transform, TrainTransform):  # an ImageError of which is a mistake and no damaged image
@@ -184,19 +191,27 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         # such a pair draws from no global generator, so it needs no seed: a sixth of the time of a small image
         unseeded = always_the_same(self.records)
 
-        def made(number: int) -> tuple[Any, Any]:
+        def made(number: int) -> tuple[Any, Any, list[Tensor]]:
             image, label = self.records[number]
-            return transform(image, sample_rng(seed) if unseeded else None), label
+            rng = sample_rng(seed) if unseeded else drawn_rng()
+            state = rng.getstate() if self.located else None
+            levels = transform(image, rng)
+            if state is None:
+                return levels, label, []
+            rng.setstate(state)
+            height, width = image.shape[1:] if isinstance(image, Tensor) else (image.height, image.width)
+            place = (number, *transform.seen(height, width, rng))
+            return levels, label, [torch.tensor(place, dtype=torch.float64)]
 
         with nullcontext() if unseeded else _seeded(seed):
-            (levels, label), failed = self._readable(index, made)
-        return levels, target_of(label, self.records), failed
+            (levels, label, place), failed = self._readable(index, made)
+        return (levels, target_of(label, self.records), failed, *place)
 
-    def batch(self, keys: Keys) -> tuple[Any, Tensor, Tensor]:
+    def batch(self, keys: Keys) -> tuple[Any, ...]:
         """The samples of some keys, joined; images in memory that need no resizing are cut all at once."""
         pair = _cut_at_once(self.records, self.transform)
         if pair is None:
-            samples: tuple[Any, Tensor, Tensor] = default_collate([self[key] for key in keys])
+            samples: tuple[Any, ...] = tuple(default_collate([self[key] for key in keys]))
             return samples
         records, transform = pair
         rows, seeds = (list(column) for column in zip(*keys, strict=True))
@@ -208,7 +223,10 @@ class TrainingSamples(Dataset[tuple[Any, int, int]]):
         else:
             images = transform.cut_batch(records.images, rows, seeds)
         labels = records.labels[rows]
-        return images, labels.float() if records.multi_label else labels, torch.tensor(failed)
+        seen = zip(rows, seeds, strict=True) if self.located else ()
+        places = [(row, *transform.seen(*records.size, sample_rng(seed))) for row, seed in seen]
+        located = [torch.tensor(places, dtype=torch.float64)] if places else []
+        return (images, labels.float() if records.multi_label else labels, torch.tensor(failed), *located)
 
     def _readable(self, index: int, read: Callable[[int], _T]) -> tuple[_T, int]:
         """An image as `read` gives it, and FINE; or the next that can be read, and the index."""
@@ -265,8 +283,11 @@ def training_batches(
     batch_size: int,
     workers: int,
     device: torch.device,
+    located: bool = False,
 ) -> InputBatches:
     """Augmented batches of a set as the model's input; they do not depend on the device or the number of workers.
+
+    `located`: each batch says where its pixels lie, see `TrainingSamples`.
 
     If a set in memory is only cut, flipped and erased, the device does all of it. Then no process loads; beside a GPU a
     few draw the random numbers ahead, one of them for some 60,000 images a second.
@@ -278,7 +299,7 @@ def training_batches(
         workers = min(workers, _PLANNERS) if device.type == "cuda" else 0
 
     return InputBatches(
-        TrainingSamples(records, transform, planned=images is not None),
+        TrainingSamples(records, transform, planned=images is not None, located=located),
         sampler,
         to_input if images is None else lambda plan: to_input(transform.carry_out(images, plan)),
         batch_size=batch_size,

@@ -88,10 +88,10 @@ class InputBatches:
 
     def _ready(self, parts: list[Any]) -> Batch:
         pixels, *numbers = zip(*parts, strict=True)
-        images, (labels, failed) = _joined(list(pixels), self.device), map(torch.cat, numbers)
+        images, rest = _joined(list(pixels), self.device), map(torch.cat, numbers)
         if self.device.type == "cuda":
-            labels, failed = labels.pin_memory(), failed.pin_memory()
-        return self.to_input(images), labels, failed
+            rest = map(Tensor.pin_memory, rest)
+        return (self.to_input(images), *rest)
 
     def _ahead(self, batches: Iterable[list[Any]], cuda: Any = torch.cuda) -> Iterator[Batch]:
         """One batch ahead of the reader, on a stream of its own."""

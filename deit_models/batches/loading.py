@@ -27,9 +27,10 @@ from ..errors import ConfigError, DataError, DeitModelsError, ImageError, Traini
 
 logger = logging.getLogger(__name__)
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
 """Images (B, 3, H, W) float32, labels (B,) int64, and for each sample FINE or the index of the image that could not be
-read; in evaluation the label of such an image is -1. Several labels an image are (B, K) float32 of 0 and 1."""
+read; in evaluation the label of such an image is -1. Several labels an image are (B, K) float32 of 0 and 1. For token
+labelling a fourth tensor has the places of the pixels, see `TrainingSamples`."""
 FINE = -1
 _MOST_WORKERS, _MOST_GIVEN = 12, 1024
 """Loading processes of the default, and those that may be asked for."""

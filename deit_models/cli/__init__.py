@@ -15,11 +15,11 @@ from .catalogue import add_cache, add_convert, add_info, add_list
 from .inference import add_bench, add_embed, add_evaluate, add_export, add_predict
 from .searching import add_search
 from .showing import add_demo, add_explain
-from .train import add_distill, add_finetune, add_train
+from .train import add_distill, add_finetune, add_label_maps, add_train
 
 _COMMANDS = (
     *(add_list, add_info, add_predict, add_explain, add_embed, add_evaluate),
-    *(add_finetune, add_train, add_distill, add_search),
+    *(add_finetune, add_train, add_distill, add_label_maps, add_search),
     *(add_convert, add_export, add_bench, add_cache, add_demo),
 )
 

@@ -148,8 +148,8 @@ def _begin_parts(
     args: argparse.Namespace, every: ImageSources, optimize: Any, process: Process
 ) -> tuple[Parts, Classifier, ImageSources, list[str]]:
     """Share the images that have no results yet among the processes; returns the earlier errors, too."""
-    from ..files import digest_of_numbers
-    from ..scoring.parts import Parts, digest_of_names
+    from ..files import digest_of_names, digest_of_numbers
+    from ..scoring.parts import Parts
     from .results import COLUMNS, resume_results, written_name
 
     if args.output is None or args.format == "text":

@@ -5,11 +5,25 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..checkpoint import DEFAULT_TEACHER
 from ..errors import ConfigError, DataError
-from .arguments import LOADING, add_data, add_options, chosen_model, command, loading, open_data, picked, say, watcher
+from .arguments import (
+    EXIT_OK,
+    LOADING,
+    add_data,
+    add_options,
+    at_least,
+    chosen_model,
+    command,
+    loading,
+    open_data,
+    picked,
+    say,
+    watcher,
+)
 from .long_runs import (
     TrainingDisplay,
     add_folder,
@@ -75,6 +89,8 @@ def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe:
     text = "start from these weights: a name, a folder, a file or a Hub repository; heads for other classes are new"
     parser.add_argument("--pretrained", metavar="SOURCE", help=text)
     add_options(parser, *LOADING, "--workers", "--device", "--cache", "--tensorboard", "--report-to")
+    text = "label maps of the training images, made by `label-maps`; they go with --token-labels"
+    parser.add_argument("--label-maps", type=Path, metavar="FOLDER", help=text)
     text = "under torchrun: a copy of the model in each process, or its parameters divided between them; default ddp"
     parser.add_argument("--shard", choices=["ddp", "fsdp"], default="ddp", help=text)
     parser.add_argument("--plot", action="store_true", help="at the end, draw the curves into curves.png in --out")
@@ -122,7 +138,7 @@ def _train(
             device=process.device,
             watch=display.watch,
             on_epoch=display.show_epoch,
-            **picked(args, "out", "workers", "cache", "shard", "tensorboard", "report_to"),
+            **picked(args, "out", "label_maps", "workers", "cache", "shard", "tensorboard", "report_to"),
         )
     say(_train_summary(result))
     if args.plot and process.is_main:
@@ -183,6 +199,49 @@ def _train_summary(result: TrainResult) -> str:
     name, last, most = ("mAP", result.map, result.best_map) if several else ("top-1", result.top1, result.best_top1)
     best = f", best {most:.2f} % after epoch {result.best_epoch + 1}"
     return f"{name} {last:.2f} %{best}; wrote {result.out / 'model'} and {result.out / 'best'}"
+
+
+def add_label_maps(commands: Any) -> None:
+    """Add the command `label-maps`."""
+    summary = "write a teacher's probabilities for each place of the training images, for token labelling"
+    example = "label-maps photos/ --teacher resnet50 --teacher-weights resnet50.pth --out maps/"
+    parser = command(commands, "label-maps", summary, example, _run_label_maps)
+    add_data(parser, "a folder with train/, with a folder of images for each class; or a name: cifar10, ...")
+    add_options(parser, "--teacher", required=True)
+    add_options(parser, "--teacher-weights")
+    parser.add_argument("--out", type=Path, required=True, metavar="FOLDER", help="for the maps")
+    text = "the model to train: a teacher without a normalisation or a size of its own takes this model's; default "
+    parser.add_argument("--model", default="deit_tiny_patch16_224", metavar="NAME", help=f"{text}%(default)s")
+    text = "pixels of the teacher's input; default: its own, else those of --model"
+    parser.add_argument("--img-size", type=at_least(1), metavar="N", help=text)
+    parser.add_argument("--batch-size", type=at_least(1), default=64, metavar="N", help="images at once, default 64")
+    add_options(parser, "--workers", "--device")
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--resume", action="store_true", help="continue an interrupted run")
+    existing.add_argument("--overwrite", action="store_true", help="replace maps that are there")
+
+
+def _run_label_maps(args: argparse.Namespace) -> int:
+    from ..distributed import join_processes
+    from ..registry import default_preprocessing, model_spec
+    from ..training.dense import make_label_maps
+
+    with join_processes(args.device) as process:
+        records = open_data(args, args.data, "train", process, own_folder=True)
+        done = make_label_maps(
+            args.teacher,
+            records,
+            args.out,
+            student=default_preprocessing(args.model, model_spec(args.model).config.image_hw),
+            weights=args.teacher_weights,
+            img_size=args.img_size and (args.img_size, args.img_size),
+            device=process.device,
+            watch=watcher("label maps"),
+            **picked(args, "batch_size", "workers", "resume", "overwrite"),
+        )
+    height, width = done["grid"]
+    say(f"wrote {args.out}: {done['images']} maps of {height}x{width} cells, {len(done['classes'])} classes")
+    return EXIT_OK
 
 
 def add_finetune(commands: Any) -> None:

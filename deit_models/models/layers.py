@@ -213,6 +213,27 @@ class ImageClassifier(LayerFeatures):
         """Logits of each head in any mode from the result of `forward_features`."""
         raise NotImplementedError(f"{type(self).__name__} does not define classify")
 
+    @property
+    def patch_classifier(self) -> nn.Module | None:
+        """The family's own head on patch tokens; None: there is none."""
+        return None
+
+    def classify_prefix(self, features: Tensor) -> HeadLogits:
+        """As `classify`, without the share of a head on patch tokens."""
+        return self.classify(features)
+
+    def classify_patches(self, features: Tensor) -> Tensor:
+        """Logits of each patch from the result of `forward_features`: (B, P + N, D) -> (B, N, num_classes).
+
+        By the head on patch tokens; without one, by the heads of the image on each patch alone, of two by their mean.
+        """
+        patches, prefix = features[:, self.num_prefix_tokens :], max(self.num_prefix_tokens, 1)
+        if self.patch_classifier is not None:
+            return cast(Tensor, self.patch_classifier(patches))
+        logits = self.classify(patches.flatten(0, 1)[:, None].expand(-1, prefix, -1))
+        each = [head for head in logits if head is not None]
+        return torch.stack(each).mean(dim=0).reshape(*patches.shape[:2], -1)
+
     def embed(self, x: Tensor) -> Tensor:
         """One vector an image, (B, C, H, W) -> (B, D), see `pool`."""
         return self.pool(self.forward_features(x))

@@ -312,6 +312,15 @@ class T2TViT(VisionTransformer):
             logits = logits + 0.5 * self.aux_head(features[:, 1:]).amax(dim=1)
         return HeadLogits(logits, None)
 
+    def classify_prefix(self, features: Tensor) -> HeadLogits:
+        """The class token's logits alone, which token labelling trains."""
+        return HeadLogits(self.head(features[:, 0]), None)
+
+    @property
+    def patch_classifier(self) -> nn.Module | None:
+        """The head of models trained with token labelling."""
+        return self.aux_head
+
     @classmethod
     def describe_state(cls, state: Mapping[str, Tensor], config: Any) -> Any:
         """The config of a bare state dict: `config` with the classes, channels and size of its tensors."""

@@ -384,6 +384,11 @@ class ViTResNAS(ImageClassifier):
         dist = None if self.dst_head is None else self.dst_head(features[:, 1])
         return PatchLogits(self.cls_head(features[:, 0]), dist, None if head is None else head(features[:, prefix:]))
 
+    @property
+    def patch_classifier(self) -> nn.Module | None:
+        """The head that is used in training only."""
+        return self.patch_head
+
     def extra_heads(self, *, mix_mode: str, mixup: float, cutmix: float) -> PatchTraining | None:
         """Training of the patch head, see `training.losses.HasExtraHeads`; None: there is no patch head."""
         if self.patch_head is None:

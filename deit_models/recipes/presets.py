@@ -122,6 +122,16 @@ _T2T: _Presets = {
     "t2t_24_300e": ("T2T-ViT-19, 24, t-19 and t-24 from scratch, likewise", _T2T_300E | dict(weight_decay=0.065)),
 }
 
+# LV-ViT's command; their code weighs the loss of patches with 1, the paper with 0.5
+_TOKEN_LABELS_300E = (
+    dict(cooldown_epochs=10, batch_size=1024, lr=1.6e-3, lr_batch=1024, schedule="epoch", best_of="ema")
+    | dict(interpolation="random", repeats=1, mixup=0.0, cutmix=0.0, ema_decay=0.99992)
+    | dict(token_labels=0.5, mix_token=True)
+)
+_TOKEN_LABELS: _Presets = {
+    "token_labels_300e": ("label maps and MixToken, any family: LV-ViT's settings, the authors", _TOKEN_LABELS_300E)
+}
+
 _VIT_RESNAS = dict(schedule="epoch", drop_path_rate=0.2, repeats=1, mix_mode="patch", best_of="ema")
 _SUPERNET = _VIT_RESNAS | dict(epochs=120, ema_decay=0.0, best_of="model")
 # The end of their cosine, 5e-6, lies above its peak, 2.5e-6: the rate rises after the warm-up.
@@ -180,5 +190,8 @@ _TRANSFER: _Presets = {
     "finetune_inaturalist": ("iNaturalist 2018 and 2019: the authors, issues 105 and 141", _FINETUNE_INATURALIST),
 }
 
-PRESETS: _Presets = {**_DEIT, **_DEIT3, **_LEVIT, **_T2T, **_VIT_RES, **_CAIT_RESMLP, **_CIFAR, **_TRANSFER}
+PRESETS: _Presets = {
+    **(_DEIT | _DEIT3 | _LEVIT | _T2T | _TOKEN_LABELS | _VIT_RES | _CAIT_RESMLP),
+    **(_CIFAR | _TRANSFER),
+}
 """Name to (description with source, fields that differ from the defaults)."""

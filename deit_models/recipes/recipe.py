@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
 from os import PathLike, fspath
 from pathlib import Path
@@ -129,6 +129,16 @@ class Recipe:
         "co-training of submodels: each image passes twice, with other blocks dropped, and either pass learns from the "
         "labels and from the other (binary cross-entropy)",
     )
+    token_labels: float = _option(
+        0.0,
+        "token labelling (Jiang et al. 2021: 0.5): weight of the loss of each patch by a teacher's label maps; 0: none",
+    )
+    class_target: Literal["map", "label"] = _option(
+        "map", "with token labels the class head learns: map: the mean of an image's map; label: the image's label"
+    )
+    mix_token: bool = _option(
+        False, "with token labels: paste a box of another image's tokens, in the place of mixup and CutMix (MixToken)"
+    )
     label_heads: Literal["class", "both"] = _option(
         "class",
         "which heads of a distilled model learn from the labels where there is no teacher; both: each alone",
@@ -189,9 +199,23 @@ class Recipe:
             ),
             (self.cosub and self.class_weights != "none", "cosub has a loss of its own, without class_weights"),
             (self.cosub and self.mix_mode != "batch", "cosub has a loss of its own, without that of mix_mode='patch'"),
+            *self._misfits_of_token_labels(),
         ):
             if impossible:
                 raise ConfigError(why)
+
+    def _misfits_of_token_labels(self) -> Iterator[tuple[bool, str]]:
+        """Settings that cannot work, and why."""
+        yield self.mix_token and not self.token_labels, "mix_token mixes labels of patches; pass token_labels above 0"
+        if self.token_labels:
+            mixes, taught = bool(self.mixup or self.cutmix or self.mix_size), self.distillation != "none"
+            yield self.mix_token and mixes, "mix_token takes the place of mixup, cutmix and mix_size; pass 0 for each"
+            yield self.mix_token and taught, "mix_token mixes no images that a teacher could see; pass mix_token=false"
+            yield self.loss != "ce", "token_labels are probabilities, which loss='bce' takes for yes or no; pass 'ce'"
+            yield self.cosub, "cosub has a loss of its own, without token_labels"
+            yield self.mix_mode != "batch", "token_labels have a loss of their own; pass mix_mode='batch'"
+            yield self.patch_drop_rate > 0, "token_labels need every patch; pass patch_drop_rate=0"
+            yield not self.train_mode, "token_labels train in training mode; pass train_mode=true"
 
     @property
     def peak_lr(self) -> float:
@@ -211,13 +235,15 @@ class Recipe:
     def for_several_labels(self) -> Recipe:
         """The same settings for images with several labels: a binary loss, without smoothing; a line says so.
 
-        Raises: ConfigError: it distils.
+        Raises: ConfigError: it distils, or has token labels.
         """
         if self.distillation != "none":
             raise ConfigError(
                 f"distillation={self.distillation!r} needs one class for each image, these have several labels; train "
                 "without a teacher, with distillation='none'"
             )
+        if self.token_labels:
+            raise ConfigError("token_labels are of one class for each image, these have several; pass token_labels=0")
         changed = replace(self, loss="bce", label_smoothing=0.0)
         if changed != self:
             logger.info("several labels an image: the loss is binary, each label for itself, without smoothing")
@@ -227,6 +253,7 @@ class Recipe:
         """The main settings, for a model card or a report."""
         names = ["epochs", "batch_size", "optimizer", "weight_decay", "layer_decay", "augment", "mixup", "cutmix"]
         names += [name for name in ("class_weights", "sampling") if getattr(self, name) == "balanced"]
+        names += ["token_labels", "class_target", "mix_token"] * bool(self.token_labels)
         settings = ", ".join(f"{name} {getattr(self, name)}" for name in (*names, "seed"))
         return f"recipe {self.preset}: learning rate {self.peak_lr:g}, {settings}; the rest in recipe.toml"
 
@@ -264,7 +291,7 @@ _RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
     ),
     (("epochs", "cooldown_epochs", "batch_size", "repeats", "img_size"), lambda v: v < 2**31, "less than 2**31"),
     (("lr", "warmup_lr", "min_lr", "weight_decay", "clip_grad"), lambda v: 0 <= v < math.inf, "0 or more"),
-    (("color_jitter", "mixup", "cutmix"), lambda v: 0 <= v < math.inf, "0 or more"),
+    (("color_jitter", "mixup", "cutmix", "token_labels"), lambda v: 0 <= v < math.inf, "0 or more"),
     (("eps", "tau"), lambda v: 0 < v < math.inf, "more than 0"),
     (("hflip", "erase", "mix_prob", "mix_switch", "label_smoothing", "alpha"), lambda v: 0 <= v <= 1, "0 to 1"),
     (("beta1", "beta2", "ema_decay"), lambda v: 0 <= v < 1, "0 or more and less than 1"),

@@ -23,12 +23,13 @@ from ..data.records import ImageRecords, some
 from ..data.sources import ImageSources
 from ..distributed import Process, join_processes
 from ..errors import ConfigError, DataError, MissingExtraError, first_line
+from ..files import digest_of_names
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
 from ..recipes.recipe import Precision
 from ..registry import own_model
 from .evaluation import Evaluation, autocast, eval_mode, evaluate, resolved_precision
-from .parts import Parts, check_same_run, digest_of_names
+from .parts import Parts, check_same_run
 
 _ROW_GROUP = 16_384
 _QUERIES = 1024

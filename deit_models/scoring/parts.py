@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -123,11 +122,3 @@ def check_same_run(run: Mapping[str, Any], known: Mapping[str, Any], *, where: P
         if known.get(name) != value:
             change = f"{name}: {shown(known.get(name))} then, {shown(value)} now"
             raise ConfigError(f"{where} is of another run ({change}); repeat that one, or --overwrite starts anew")
-
-
-def digest_of_names(names: Iterable[str]) -> str:
-    """Sixteen hex digits of a list of names in their order."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(name.encode("utf-8", "surrogateescape") + b"\n")
-    return digest.hexdigest()[:16]

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..augmentation.mixing import TokenTargets
 from ..batches.loading import Batch, DamageCount, Watch, plain_watch
 from ..errors import ConfigError, TrainingError, first_line
 from ..recipes.recipe import Precision
@@ -125,7 +126,8 @@ def forward_backward(
     """
     recipe, device = learner.recipe, learner.process.device
     heads = learner.heads if heads is None else heads
-    images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1])
+    images, targets = learner.mixing(batch[0].to(device, non_blocking=True), batch[1], *batch[3:])
+    exchanged = targets.exchanged if isinstance(targets, TokenTargets) else None
     teacher_logits = None if learner.teacher is None else learner.teacher(images)
     images = torch.cat([images, images]) if recipe.cosub else images
     # DDP exchanges gradients in the last backward pass of a step only; other modules have no such mode
@@ -134,7 +136,7 @@ def forward_backward(
         # around the backward pass too: gradient checkpointing computes attention there again
         with attention_for_training(device, images, recipe.precision):
             with autocast(device, recipe.precision):
-                output = _training_pass(heads, images)
+                output = _training_pass(heads, images, exchanged)
             loss: Tensor = learner.loss(output, targets, teacher_logits) / (recipe.accumulate * learner.parts)
             if first:
                 learner.optimizer.zero_grad(set_to_none=True)
@@ -142,10 +144,10 @@ def forward_backward(
     return loss.detach()
 
 
-def _training_pass(heads: nn.Module, images: Tensor) -> Any:
+def _training_pass(heads: nn.Module, images: Tensor, exchanged: Tensor | None) -> Any:
     """The heads' logits. Raises: ConfigError: one image alone, for a model that normalises over the batch."""
     try:
-        return heads(images)
+        return heads(images) if exchanged is None else heads(images, exchanged)
     except ValueError as error:
         if len(images) > 1 or "more than 1 value per channel" not in str(error):
             raise

@@ -10,15 +10,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from ..augmentation.mixing import Mixing
+from ..augmentation.label_maps import LabelMaps
+from ..augmentation.mixing import Mixing, TokenLabels
 from ..checkpoint import Preprocessing
 from ..distributed import Process, Shard, copy_from_first, shard_parameters, spread
 from ..errors import ConfigError, DataError
-from ..models.layers import ImageClassifier
+from ..models.layers import HeadLogits, ImageClassifier, init_vit_weights, linear_head
 from ..recipes.recipe import Recipe
 from ..scoring.evaluation import Heads, resolved_precision
-from .losses import DistillationLoss, ExtraHeads, HasExtraHeads
+from .losses import DistillationLoss, ExtraHeads, HasExtraHeads, PatchLoss
 from .optim import WeightAverage, make_optimizer
 from .teacher import Teacher, TeacherSpec, load_teacher
 
@@ -33,6 +35,36 @@ class AllHeads(Heads):
     def forward(self, x: Tensor) -> tuple[Any, ...]:
         """(B, 3, H, W) -> see `HasExtraHeads.forward_training`."""
         return cast(HasExtraHeads, self.model).forward_training(x)
+
+
+class TokenHeads(Heads):
+    """`Heads` that in training mode give the logits of every patch, too.
+
+    They are those of the model's own head on patches or, where it has none, of the linear layer `extra`, which is
+    trained, averaged and saved with a run's state, and is no part of the model.
+    """
+
+    def __init__(self, model: ImageClassifier, extra: nn.Module | None) -> None:
+        super().__init__(model)
+        self.extra = extra
+
+    def forward(self, x: Tensor, exchanged: Tensor | None = None) -> HeadLogits | tuple[Any, ...]:
+        """(B, 3, H, W) -> the heads' logits; in training mode then those of the patches, (B, N, K).
+
+        `exchanged`, (T,) bool: the patch tokens in front of the first block that are taken from the image at the
+        mirrored place of the batch, see `TokenTargets`.
+        """
+        if not self.training:
+            return super().forward(x)
+        model = cast(ImageClassifier, self.model)
+        if exchanged is None:
+            features = model.forward_features(x)
+        else:
+            tokens = model.forward_tokens(x)
+            taken = F.pad(exchanged, (tokens.shape[1] - len(exchanged), 0))[:, None]
+            features = model.finish(model.run_blocks(torch.where(taken, tokens.flip(0), tokens)))
+        head = cast(nn.Module, model.patch_classifier if self.extra is None else self.extra)
+        return (*model.classify_prefix(features), head(features[:, model.num_prefix_tokens :]))
 
 
 def compiled(heads: nn.Module, *, backend: str | Callable[..., Any] = "inductor") -> nn.Module:
@@ -97,11 +129,13 @@ def make_learner(
     shard: Shard = "ddp",
     weights: Tensor | None = None,
     multi_label: bool = False,
+    label_maps: LabelMaps | None = None,
 ) -> Learner:
     """Get a model ready to learn: on its device, in place.
 
     The model is any module that turns (B, 3, H, W) into (B, K) logits; `num_classes` and `preprocessing` are those of
     the training set, `teacher` is as in `load_teacher`, `shard` as in `spread`, the others as in `DistillationLoss`.
+    `label_maps` of the training set go with `token_labels`.
 
     Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.
@@ -115,13 +149,14 @@ def make_learner(
             f"batch_size={recipe.batch_size} cannot be shared evenly by {process.world} processes with "
             f"{recipe.accumulate} accumulation steps each"
         )
+    tokens = _token_labels(model, recipe, label_maps, shard)
     extra = extra_heads_of(model, recipe)
     if isinstance(model, ImageClassifier):
         _set_drop_rates(model, recipe)
     if recipe.grad_checkpointing:
         _store_less(model)
     device = process.device
-    bare = Heads(model.to(device)) if extra is None else AllHeads(model.to(device))
+    bare = _heads(model, recipe, None if tokens is None else num_classes, extra).to(device)
     copy_from_first(bare, process)  # before the average is made of it; DDP would do so after, FSDP not at all
     average = WeightAverage(bare, recipe.ema_decay) if recipe.ema_decay else None
     divided = shard == "fsdp" and process.world > 1
@@ -139,10 +174,10 @@ def make_learner(
         divided=divided,
         bare=bare,
         heads=compiled(heads) if recipe.compile == "on" else heads,
-        optimizer=make_optimizer(model, recipe),
+        optimizer=make_optimizer(model, recipe, extra=bare.extra if isinstance(bare, TokenHeads) else None),
         scaler=torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16"),
         average=average,
-        mixing=Mixing(recipe, num_classes, own=None if extra is None else extra.mix),
+        mixing=Mixing(recipe, num_classes, own=None if extra is None else extra.mix, tokens=tokens),
         loss=DistillationLoss(
             recipe,
             teacher=teacher,
@@ -159,13 +194,51 @@ def make_learner(
 
 
 def extra_heads_of(model: nn.Module, recipe: Recipe) -> ExtraHeads | None:
-    """The model's own extra heads, if it has any. Raises: ConfigError: the recipe's `mix_mode` needs them, or more."""
-    extra = None
+    """Extra heads for token labels, or the model's own ones, if it has any.
+
+    Raises: ConfigError: the recipe's `mix_mode` needs the model's own, or more.
+    """
+    extra: ExtraHeads | None = None
+    if recipe.token_labels:
+        return PatchLoss(recipe.token_labels)
     if isinstance(model, HasExtraHeads):
         extra = model.extra_heads(mix_mode=recipe.mix_mode, mixup=recipe.mixup, cutmix=recipe.cutmix)
     if recipe.mix_mode == "patch" and extra is None:
         raise ConfigError("mix_mode='patch' needs a model with a patch head, such as vit_resnas_tiny; pass 'batch'")
     return extra
+
+
+def _heads(model: nn.Module, recipe: Recipe, patch_classes: int | None, extra: ExtraHeads | None) -> Heads:
+    """The model behind its heads; with `patch_classes` for token labelling, with a fresh head unless it has one."""
+    if patch_classes is None or not isinstance(model, ImageClassifier):
+        return Heads(model) if extra is None else AllHeads(model)
+    if model.patch_classifier is not None:
+        return TokenHeads(model, None)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        head = linear_head(model.num_features, patch_classes)
+        init_vit_weights(head)
+    return TokenHeads(model, head)
+
+
+def _token_labels(model: nn.Module, recipe: Recipe, maps: LabelMaps | None, shard: Shard) -> TokenLabels | None:
+    """The label maps with the model's grids. Raises: ConfigError: they do not go with recipe, model or `shard`."""
+    if maps is None and not recipe.token_labels:
+        return None
+    if maps is None:
+        text = "pass label_maps=FOLDER (--label-maps), which `deit-models label-maps` makes, or token_labels=0"
+        raise ConfigError(f"token_labels={recipe.token_labels:g} needs label maps of the training images; {text}")
+    if not recipe.token_labels:
+        raise ConfigError("label maps are given, but token_labels=0 would not use them; pass token_labels=0.5")
+    if not isinstance(model, ImageClassifier):
+        raise ConfigError(f"token_labels need a model of this package, this is a {type(model).__name__}")
+    if shard == "fsdp":
+        raise ConfigError("token_labels train a head beside the model, which shard='fsdp' does not divide; use 'ddp'")
+    image, last = (
+        torch.empty(1, model.config.in_chans, *model.config.image_hw, device="meta"),
+        len(model.feature_levels),
+    )
+    return TokenLabels(maps, tokens=model.level_grid(image, 0), patches=model.level_grid(image, last - 1))
 
 
 def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:

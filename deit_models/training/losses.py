@@ -120,6 +120,23 @@ class HasExtraHeads(Protocol):
         """The extra heads for a recipe with these settings; None: this model has none."""
 
 
+class PatchLoss:
+    """`ExtraHeads` of token labelling: the cross-entropy of each patch with its label, averaged over all patches.
+
+    A patch without a label, outside of its image, adds nothing to the sum.
+    Source: Jiang et al., All Tokens Matter, 2021, equation 3; `weight` is beta.
+    """
+
+    mix: Callable[[Tensor, Tensor], tuple[Tensor, Any]] | None = None
+
+    def __init__(self, weight: float) -> None:
+        self.weight = weight
+
+    def loss(self, logits: Any, targets: Any, label_loss: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+        """See `ExtraHeads`; logits are those of `TokenHeads`, targets `TokenTargets`."""
+        return self.weight * label_loss(logits[2].flatten(0, 1), targets[1].flatten(0, 1))
+
+
 class DistillationLoss:
     """The loss of a recipe: (1 - alpha) * labels' loss + alpha * teacher's loss, or the labels' alone.
 

@@ -60,13 +60,18 @@ def layer_of_parameter(model: ImageClassifier, name: str) -> int:
     return layer_count(model) if name.partition(".")[0] in ("norm", *model.head_names) else 0
 
 
-def make_optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+def make_optimizer(model: nn.Module, recipe: Recipe, *, extra: nn.Module | None = None) -> torch.optim.Optimizer:
     """The recipe's optimiser over the groups; the learning rate is set before every step, see `learning_rate`.
+
+    `extra` is a head beside the model, with weights and biases; it learns as the model's own heads do.
 
     AdamW and SGD are torch's fused kernels: one pass over memory instead of a dozen, with the same arithmetic. SGD's
     kernel does not take divided parameters.
     """
-    groups = [group for group in parameter_groups(model, recipe.weight_decay, recipe.layer_decay) if group["params"]]
+    groups = parameter_groups(model, recipe.weight_decay, recipe.layer_decay)
+    for parameter in () if extra is None else extra.parameters():
+        groups[-1 if parameter.ndim == 1 else -2]["params"].append(parameter)
+    groups = [group for group in groups if group["params"]]
     if recipe.optimizer in ("sgd", "nesterov"):
         divided = any(isinstance(parameter, DTensor) for parameter in model.parameters())
         nesterov = recipe.optimizer == "nesterov"

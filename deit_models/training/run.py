@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from ..augmentation.augment import TrainTransform
+from ..augmentation.label_maps import LabelMaps
 from ..augmentation.samples import TrainSampler, sample_seed, training_batches
 from ..batches.inputs import InputBatches, eval_batches
 from ..batches.loading import DamageCount, Watch, check_workers, explained_worker_failure, plain_watch, workers_beside
@@ -104,6 +105,7 @@ def train(
     val: Any = None,
     out: str | PathLike[str],
     teacher: Teacher | TeacherSpec | None = None,
+    label_maps: str | PathLike[str] | None = None,
     preprocessing: Preprocessing | None = None,
     device: str | torch.device | None = None,
     workers: int | None = None,
@@ -126,6 +128,7 @@ def train(
         val: images to evaluate on, with the same classes, in the same forms; None: no evaluation.
         out: folder for the results: recipe.toml, log.jsonl, last.pt (the state to resume from), and model folders.
         teacher: see `load_teacher`; goes with a recipe that distils.
+        label_maps: folder that `make_label_maps` wrote for these images; goes with a recipe with `token_labels`.
         preprocessing: normalisation and size of the input, for modules without a `model.origin`.
         device: where to compute; default: the GPU if there is one.
         workers: loading processes; the result does not depend on them.
@@ -163,6 +166,7 @@ def train(
         val=val,
         out=Path(out),
         teacher=teacher,
+        label_maps=label_maps,
         preprocessing=preprocessing,
         computing=computing,
     )
@@ -177,6 +181,7 @@ def run_training(
     out: Path,
     computing: Computing,
     teacher: Teacher | TeacherSpec | None = None,
+    label_maps: str | PathLike[str] | None = None,
     preprocessing: Preprocessing | None = None,
     before_epoch: Callable[[int], None] | None = None,
     trackers: Trackers | None = None,
@@ -214,6 +219,7 @@ def run_training(
                 if counts and recipe.class_weights == "balanced"
                 else None,
                 multi_label=records.multi_label,
+                label_maps=None if label_maps is None else LabelMaps(label_maps, records),
             ),
             records=records,
             classes=one_class(labels) if recipe.sampling == "balanced" else None,
@@ -290,7 +296,7 @@ class Run:
         prefix, rows = "ema_" if "ema_" in self.found else "", result.log
         data = f"{self.records.name}, {len(self.records.classes)} classes: {len(self.records)} images for training"
         facts = {"started from": self.started_from, "data": f"{data}, {len(self.val or ())} for validation"}
-        facts |= {name: identity[name] for name in ("teacher", "trained") if name in identity}
+        facts |= {name: identity[name] for name in ("teacher", "label_maps", "trained") if name in identity}
         notes = [f"The figures are those of {'ema/' if prefix else 'model/'}, after the last epoch."]
         if result.best_epoch is not None:
             best = in_words({"top1": result.best_top1, "map": result.best_map})
@@ -347,6 +353,7 @@ class Run:
             batch_size=learner.batch_size,
             workers=self.workers,
             device=process.device,
+            located=learner.mixing.tokens is not None,
         )
         return sampler, batches
 

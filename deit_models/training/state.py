@@ -38,7 +38,7 @@ from ..models.layers import ImageClassifier
 from ..recipes.recipe import Recipe, recipe_from_toml
 from ..scoring.metrics import in_words
 from ..trackers import Trackers
-from .learner import Learner
+from .learner import Learner, TokenHeads
 
 logger = logging.getLogger(__name__)
 
@@ -214,7 +214,7 @@ class Progress:
 
 
 def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
-    """Fingerprint of a run; it must match to resume: model, data, teacher, trained parameters, sharding."""
+    """Fingerprint of a run; it must match to resume: model, data, teacher, label maps, trained parameters, sharding."""
     model, teacher, classes = learner.bare.model, learner.teacher, records.classes
     names = hashlib.sha256("\0".join(classes).encode()).hexdigest()[:8]
     identity = {
@@ -224,6 +224,8 @@ def identity_of(learner: Learner, records: ImageRecords) -> dict[str, str]:
     if teacher is not None:
         network = getattr(teacher.network, "__qualname__", type(teacher.network).__name__)
         identity["teacher"] = f"{network} for {teacher.img_size or 'any'} pixels ({digest_of_numbers(teacher)})"
+    if learner.mixing.tokens is not None:
+        identity["label_maps"] = str(learner.mixing.tokens.maps)
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if len(trained) < len(list(model.parameters())):
         identity["trained"] = f"{trained[0]} and {len(trained) - 1} more tensors"
@@ -256,8 +258,12 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
 
 
 def _models(learner: Learner) -> dict[str, nn.Module]:
-    """The models of a state: `model`, and `ema_model` where an average is kept."""
-    return {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+    """The models of a state: `model`, and `ema_model` where an average is kept; each with an extra head for patches."""
+    found = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+    for prefix, heads in learner.versions().items():
+        if isinstance(heads, TokenHeads) and heads.extra is not None:
+            found[f"{prefix}patch_head"] = heads.extra
+    return found
 
 
 def _write(state: dict[str, Any], path: Path) -> None:

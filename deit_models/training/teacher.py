@@ -102,11 +102,8 @@ class Teacher(nn.Module):
         return super().train(False)
 
     @torch.no_grad()
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits of a batch in the student's normalisation: (B, 3, H, W) -> (B, K) float32, without gradient.
-
-        Raises: TrainingError: the output of the network is not (B, K) logits.
-        """
+    def run(self, x: Tensor, network: Network | None = None) -> Any:
+        """The output of the network, or of another one, for a batch in the student's normalisation (B, 3, H, W)."""
         x = x.float()
         if self.renormalises:
             x = torch.addcmul(self.shift, x, self.scale)
@@ -114,7 +111,15 @@ class Teacher(nn.Module):
             x = F.interpolate(x, size=self.img_size, mode="bicubic", align_corners=False, antialias=True)
         # in place of the caller's autocast
         with torch.autocast(x.device.type, dtype=self.dtype, enabled=self.dtype is not None):
-            logits = _logits_of(self.network(x.contiguous(memory_format=self.memory_format)))
+            return (network or self.network)(x.contiguous(memory_format=self.memory_format))
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits of a batch in the student's normalisation: (B, 3, H, W) -> (B, K) float32, without gradient.
+
+        Raises: TrainingError: the output of the network is not (B, K) logits.
+        """
+        logits = _logits_of(self.run(x))
         if logits.ndim != 2 or logits.shape[0] != x.shape[0]:
             raise TrainingError(
                 f"the teacher gives {tuple(logits.shape)} for {len(x)} images; expected (images, classes)"

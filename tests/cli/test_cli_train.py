@@ -408,3 +408,38 @@ def test_of_two_processes_only_the_first_prints(data, tmp_path):
     assert [line.split()[0] for line in steps.splitlines()] == ["look", "classify", "evaluate"]
     status, out, _ = run("evaluate", tmp_path / "run" / "model", data, "--json", options=tuple(torchrun))
     assert (status, json.loads(out)["images"]) == (0, 6)
+
+
+# Token labelling
+
+
+def test_label_maps_are_made_and_trained_with(data, tmp_path, capsys):
+    torch.manual_seed(0)
+    teacher = deit_models.create_model(PLAIN)
+    teacher.save_pretrained(tmp_path / "teacher")
+    maps = ["label-maps", data, "--teacher", tmp_path / "teacher", "--model", PLAIN, "--out", tmp_path / "maps"]
+    maps = [str(argument) for argument in (*maps, "--workers=0", "--device=cpu")]
+    assert main(maps) == 0
+    assert capsys.readouterr().out == f"wrote {tmp_path / 'maps'}: 12 maps of 2x2 cells, 3 classes\n"
+    assert "--resume (resume=True) goes on" in failure(capsys, *maps)
+    assert main([*maps, "--overwrite"]) == 0
+    capsys.readouterr()
+    options = ["--model", PLAIN, "--label-maps", tmp_path / "maps", "--token-labels=0.5", "--mix-token"]
+    train(capsys, data, tmp_path / "run", *options)
+    assert read_recipe(tmp_path / "run" / "recipe.toml").token_labels == 0.5
+    assert "patch_head" in torch.load(tmp_path / "run" / "last.pt")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (["--token-labels=0.5"], r"token_labels=0.5 needs label maps of the training images; .*\(--label-maps\)"),
+        (["--label-maps=nowhere"], "nowhere holds no label maps .*`deit-models label-maps` makes them"),
+        (["--mix-token"], "mix_token mixes labels of patches; pass token_labels above 0"),
+    ],
+)
+def test_token_labelling_without_its_parts_is_refused(data, tmp_path, options, reason, capsys):
+    arguments = ["train", data, "--out", tmp_path / "run", "--recipe", "cifar_scratch", "--model", PLAIN, *QUICK]
+    assert main([str(argument) for argument in (*arguments, *options)]) == 1
+    assert re.search(reason, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()

@@ -12,6 +12,7 @@ from deit_models.cli import build_parser, main
 
 COMMANDS = [
     ["list"], ["info"], ["predict"], ["explain"], ["embed"], ["evaluate"], ["finetune"], ["train"], ["distill"],
+    ["label-maps"],
     ["search"], ["search", "all"], ["search", "supernet"], ["search", "evolve"], ["search", "show"],
     ["convert"], ["export"], ["bench"],
     ["cache"], ["cache", "list"], ["cache", "verify"], ["cache", "clear"], ["cache", "record"],

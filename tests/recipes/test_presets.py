@@ -33,6 +33,16 @@ def test_fine_tuning_on_other_data_is_as_the_authors_answered():
     assert (r.weight_decay, r.erase, r.drop_path_rate) == (1e-4, 0.0, 0.0)
 
 
+def test_token_labelling_has_the_settings_of_lv_vit() -> None:
+    r = recipe_named("token_labels_300e")
+    assert (r.peak_lr, r.batch_size, r.weight_decay, r.min_lr, r.warmup_epochs) == (1.6e-3, 1024, 0.05, 1e-5, 5)
+    assert (r.total_epochs, r.schedule, r.ema_decay, r.best_of, r.drop_path_rate) == (310, "epoch", 0.99992, "ema", 0.1)
+    assert (r.mixup, r.cutmix, r.label_smoothing, r.erase, r.repeats) == (0, 0, 0.1, 0.25, 1)
+    assert (r.augment, r.interpolation) == ("rand-m9-mstd0.5-inc1", "random")
+    assert (r.token_labels, r.mix_token, r.class_target) == (0.5, True, "map")
+    assert recipe_named("token_labels_300e", batch_size=512).peak_lr == 8e-4
+
+
 def test_fine_tuning_at_384_is_the_authors():
     expected = {
         "epochs": 30, "batch_size": 512, "lr": 5e-6, "min_lr": 5e-6, "weight_decay": 1e-8, "img_size": 384,

@@ -29,6 +29,7 @@ from deit_models.distributed import Process, join_processes
 from deit_models.errors import DeitModelsError
 from deit_models.images.transforms import EvalTransform
 from deit_models.scoring.evaluation import evaluate
+from deit_models.training.dense import make_label_maps
 from deit_models.training.engine import train_epoch
 from deit_models.training.learner import Learner
 from deit_models.training.run import train
@@ -332,7 +333,17 @@ def gradients(_: Path) -> dict[str, dict[str, Tensor]]:
 
 def small_run(out: Path, **options: Any) -> list[dict[str, Any]]:
     """Two epochs with an average and gradient clipping, nothing drawn but the order."""
-    own = {*tiny.LIVELY, "clip_mode", "min_lr", "optimizer", "class_weights", "sampling", "grad_checkpointing"}
+    own = {
+        *tiny.LIVELY,
+        "token_labels",
+        "label_heads",
+        "clip_mode",
+        "min_lr",
+        "optimizer",
+        "class_weights",
+        "sampling",
+        "grad_checkpointing",
+    }
     changes = {key: options.pop(key) for key in list(options) if key in own}
     settings = {"epochs": 2, "ema_decay": 0.5, "clip_grad": 1.0, "label_smoothing": 0.1, **changes}
     seed = options.pop("model_seed", 0)
@@ -397,6 +408,14 @@ def several(folder: Path) -> list[dict[str, Any]]:
     balanced = {"label_smoothing": 0.0, "class_weights": "balanced", "sampling": "balanced"}
     pictures = {"train": tiny.Several(26), "val": tiny.Several(13, seed=1, broken=(4,))}
     return small_run(folder / "several", epochs=1, warmup_epochs=0, **pictures, **balanced)
+
+
+def labelled_patches(folder: Path) -> list[dict[str, Any]]:
+    """Token labelling, by maps that the processes make together."""
+    teacher = tiny.model(seed=5)
+    make_label_maps(teacher, tiny.Pictures(26), folder / "maps", student=tiny.PREPROCESSING, workers=0, device="cpu")
+    fields = {"token_labels": 0.5, "label_heads": "both", "hflip": 0.5, "crop": "pad"}
+    return small_run(folder / "patches", label_maps=folder / "maps", val=None, **fields)
 
 
 def replicated_adaptively(folder: Path) -> list[dict[str, Any]]:
@@ -497,6 +516,7 @@ SCENARIOS: dict[str, Callable[[Path], Any]] = {
         gradients,
         replicated,
         several,
+        labelled_patches,
         divided,
         replicated_adaptively,
         divided_adaptively,
