@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,21 +97,30 @@ class CaiTConfig(ImageSize):
         return patch_grid(self.image_hw, self.patch_size)
 
 
+class HeadMixer(nn.Linear):
+    """A linear layer over the heads: (B, heads, N, N) -> (B, heads, N, N), as one matrix product that moves no axis."""
+
+    def forward(self, maps: Tensor) -> Tensor:
+        """Mix the heads."""
+        weight = self.weight.expand(maps.shape[0], -1, -1)
+        return torch.baddbmm(self.bias[:, None], weight, maps.flatten(2)).view_as(maps)
+
+
 class TalkingHeadAttention(Attention):
     """Self-attention whose heads are mixed before the softmax (`proj_l`) and after it (`proj_w`): (B, N, D) -> same.
 
-    Both are linear layers over the heads. Fused attention kernels cannot do that.
+    Fused attention kernels cannot do that.
     """
 
     def __init__(self, dim: int, num_heads: int, *, attn_dim: int, qkv_bias: bool, drop_rate: float) -> None:
         super().__init__(dim, num_heads, attn_dim=attn_dim, qkv_bias=qkv_bias, drop_rate=drop_rate)
-        self.proj_l = nn.Linear(num_heads, num_heads)
-        self.proj_w = nn.Linear(num_heads, num_heads)
+        self.proj_l = HeadMixer(num_heads, num_heads)
+        self.proj_w = HeadMixer(num_heads, num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens."""
         query, key, value = self.heads(x)
-        shares = _mix_heads(self.proj_w, self._probabilities(query, key))
+        shares = self.proj_w(self._probabilities(query, key))
         return self.proj_drop(self.proj((shares @ value).transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor) -> Tensor:
@@ -120,16 +129,11 @@ class TalkingHeadAttention(Attention):
 
     def shares(self, x: Tensor) -> Tensor:
         """The factors of the values: the probabilities after `proj_w`, (B, heads, N, N)."""
-        return _mix_heads(self.proj_w, self.weights(x))
+        return cast(Tensor, self.proj_w(self.weights(x)))
 
     def _probabilities(self, query: Tensor, key: Tensor) -> Tensor:
         scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-2, -1)
-        return _mix_heads(self.proj_l, scores).softmax(dim=-1)
-
-
-def _mix_heads(layer: nn.Linear, maps: Tensor) -> Tensor:
-    """A linear layer over the heads of (B, heads, N, N), as one matrix product that moves no axis."""
-    return torch.baddbmm(layer.bias[:, None], layer.weight.expand(maps.shape[0], -1, -1), maps.flatten(2)).view_as(maps)
+        return cast(Tensor, self.proj_l(scores).softmax(dim=-1))
 
 
 class ClassAttention(Attention):
