@@ -2,7 +2,7 @@
 
     python examples/families_cifar10.py path/to/cifar10 --out runs/families [--only deit levit]
 
-DeiT and ViT-ResNAS read 32 pixels in patches of 4. LeViT and T2T-ViT cut an image into sixteenths, so they read it
+DeiT, ViT-ResNAS, CaiT and ResMLP read 32 pixels in patches of 4. LeViT and T2T-ViT cut an image into sixteenths, so they read it
 enlarged to 128 pixels, as T2T-ViT's authors enlarge CIFAR: all begin with 64 tokens. The distilled DeiT learns from a
 convnet (`teachers.cifar_small`) through its token, the others from labels. A second start continues the first
 one. `table.json`, `table.md` and, with the extra `[plot]`, `plot.png` (accuracy against speed) are written.
@@ -30,6 +30,8 @@ MODELS = {
     "LeViT": "levit_micro_cifar10",
     "T2T-ViT": "t2t_vit_micro_cifar10",
     "ViT-ResNAS": "vit_res_mini_patch4_32",
+    "CaiT": "cait_micro_patch4_32",
+    "ResMLP": "resmlp_micro_patch4_32",
 }
 """Name in the table to the registered model."""
 
@@ -86,7 +88,7 @@ def brief(args: argparse.Namespace, epochs: int) -> dict[str, int]:
         "epochs": epochs,
         "warmup_epochs": min(5, epochs // 3),
         "seed": args.seed,
-        "eval_every": max(epochs // 10, 1),
+        "eval_every": max(epochs // 5, 1),
     }
 
 
