@@ -97,8 +97,14 @@ class CaiTConfig(ImageSize):
         return patch_grid(self.image_hw, self.patch_size)
 
 
-class HeadMixer(nn.Linear):
+class HeadMixer(nn.Module):
     """A linear layer over the heads: (B, heads, N, N) -> (B, heads, N, N), as one matrix product that moves no axis."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        # no nn.Linear: libraries that put other layers in the place of these expect the heads on the last axis
+        self.weight = nn.Parameter(torch.empty(num_heads, num_heads))
+        self.bias = nn.Parameter(torch.zeros(num_heads))
 
     def forward(self, maps: Tensor) -> Tensor:
         """Mix the heads."""
@@ -114,8 +120,8 @@ class TalkingHeadAttention(Attention):
 
     def __init__(self, dim: int, num_heads: int, *, attn_dim: int, qkv_bias: bool, drop_rate: float) -> None:
         super().__init__(dim, num_heads, attn_dim=attn_dim, qkv_bias=qkv_bias, drop_rate=drop_rate)
-        self.proj_l = HeadMixer(num_heads, num_heads)
-        self.proj_w = HeadMixer(num_heads, num_heads)
+        self.proj_l = HeadMixer(num_heads)
+        self.proj_w = HeadMixer(num_heads)
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens."""
@@ -198,7 +204,9 @@ class CaiT(VisionTransformer):
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         init_vit_weights(self)
         for name, parameter in self.named_parameters():
-            if ".gamma_" in name:
+            if name.endswith((".proj_l.weight", ".proj_w.weight")):
+                nn.init.trunc_normal_(parameter, std=0.02)
+            elif ".gamma_" in name:
                 nn.init.constant_(parameter, self.config.layer_scale)
 
     @property

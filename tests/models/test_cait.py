@@ -89,6 +89,18 @@ def test_talking_heads_are_mixed_before_and_after_the_softmax() -> None:
     torch.testing.assert_close(attention(x), mixed @ attention.proj.weight.T + attention.proj.bias)
 
 
+def test_fresh_weights_are_the_authors() -> None:
+    torch.manual_seed(0)
+    model = CaiT(CaiTConfig(**{**SMALL, "num_heads": 12, "layer_scale": 1e-5}))
+    for name, parameter in model.named_parameters():
+        if "gamma" in name:
+            torch.testing.assert_close(parameter, torch.full((24,), 1e-5))
+        elif name.endswith(("proj_l.weight", "proj_w.weight", "fc1.weight", "pos_embed", "cls_token")):
+            assert 0.01 < parameter.std() < 0.03, name
+        elif name.endswith("bias") and "patch_embed" not in name:
+            assert not parameter.any(), name
+
+
 def test_class_blocks_change_the_class_token_alone() -> None:
     model = small()
     x = torch.randn(2, 5, 24)
