@@ -2,10 +2,10 @@
 
     python examples/families_cifar10.py path/to/cifar10 --out runs/families [--only deit levit]
 
-DeiT, ViT-ResNAS, CaiT and ResMLP read 32 pixels in patches of 4. LeViT and T2T-ViT cut an image into sixteenths, so they read it
-enlarged to 128 pixels, as T2T-ViT's authors enlarge CIFAR: all begin with 64 tokens. The distilled DeiT learns from a
-convnet (`teachers.cifar_small`) through its token, the others from labels. A second start continues the first
-one. `table.json`, `table.md` and, with the extra `[plot]`, `plot.png` (accuracy against speed) are written.
+DeiT, ViT-ResNAS, CaiT and ResMLP read 32 pixels in patches of 4. LeViT and T2T-ViT cut an image into sixteenths, so
+they read it enlarged to 128 pixels, as T2T-ViT's authors enlarge CIFAR: all begin with 64 tokens. The distilled DeiT
+learns from a convnet (`teachers.cifar_small`) through its token, the others from labels. A second start continues the
+first one. `table.json`, `table.md` and, with the extra `[plot]`, `plot.png` (accuracy against speed) are written.
 """
 
 from __future__ import annotations

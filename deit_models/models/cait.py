@@ -13,9 +13,8 @@ shares with DeiT is in `transformer`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
+from .layers import HeadLogits, ImageSize, init_vit_weights, linear_head, patch_grid
 from .transformer import (
     Attention,
     Block,
@@ -246,11 +245,6 @@ class CaiT(VisionTransformer):
         """
         tokens, maps = maps_of(self.blocks, self.forward_tokens(x))
         return maps + maps_of(self.blocks_token_only, self.with_class_token(tokens))[1]
-
-    def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
-        """The state fitted to this model's grid and channels."""
-        weight = fit_channels(state["patch_embed.proj.weight"], self.config.in_chans)
-        return super().fit_state({**state, "patch_embed.proj.weight": weight}, made_for)
 
     def no_weight_decay(self) -> set[str]:
         """Parameters the authors exclude from weight decay besides biases and norms; `proj_l`, `proj_w` are decayed."""

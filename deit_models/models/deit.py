@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
+from .layers import HeadLogits, ImageSize, init_vit_weights, linear_head, patch_grid
 from .transformer import PatchEmbed, VisionTransformer, drop_path_rates, make_blocks
 
 
@@ -209,7 +209,6 @@ class DeiT(VisionTransformer):
         if before != after:
             rows = [0] * after + list(range(before, state["pos_embed"].shape[1]))
             fitted["pos_embed"] = state["pos_embed"][:, rows]
-        fitted["patch_embed.proj.weight"] = fit_channels(state["patch_embed.proj.weight"], self.config.in_chans)
         return super().fit_state(fitted, made_for)
 
     def no_weight_decay(self) -> set[str]:

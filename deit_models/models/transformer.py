@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from ..errors import ConfigError
 from .features import FeatureLevel
-from .layers import DropPath, ImageClassifier, described, is_symbolic, patch_grid, resize_pos_embed
+from .layers import DropPath, ImageClassifier, described, fit_channels, is_symbolic, patch_grid, resize_pos_embed
 
 
 class PatchEmbed(nn.Module):
@@ -233,7 +233,9 @@ class VisionTransformer(ImageClassifier):
         )
 
     def fit_state(self, state: Mapping[str, Tensor], made_for: Any) -> dict[str, Tensor]:
-        """The state with its positions resized to this model's grid."""
+        """The state with its positions resized to this model's grid, and the patch projection to its channels."""
         prefix, grid = self.config.num_prefix_positions, self.config.grid
         pos_embed = resize_pos_embed(state["pos_embed"], num_prefix=prefix, grid=grid, source_grid=made_for.grid)
-        return {**state, "pos_embed": pos_embed}
+        first = "patch_embed.proj.weight"  # T2T-ViT has another one
+        fitted = {first: fit_channels(state[first], self.config.in_chans)} if first in state else {}
+        return {**state, **fitted, "pos_embed": pos_embed}
