@@ -14,6 +14,10 @@ nothing: see accuracy.py. `--write` writes the tables after every cell, and the 
 compares the choice of `optimize` with that of trying everything: the first call without a cache and that of a second
 process are timed, then each backend and precision runs in a process of its own, and those within 10 % of the fastest
 again, in turns, for medians. No peer is needed.
+
+    python benchmarks/inference.py --families [--write benchmarks/results/family_speed.md]
+
+times two models of each family, one image and eight, as they are and by `optimize`: the table that docs/families/ show.
 """
 
 from __future__ import annotations
@@ -43,6 +47,13 @@ from deit_models.deploy.runtimes import BACKENDS
 from deit_models.distributed import has_bf16
 
 OURS, OURS_INT8 = "deit-models", "deit-models int8"
+PLAIN = "as it is"
+FAMILIES = (
+    *("deit_tiny_patch16_224", "deit_small_patch16_224", "deit3_small_patch16_224", "deit3_base_patch16_224"),
+    *("dino_vits16", "dino_vits8", "cait_xxs24_224", "cait_s24_224", "resmlp_12", "resmlp_24", "levit_128s"),
+    *("levit_256", "t2t_vit_7", "t2t_vit_14", "vit_resnas_tiny", "vit_resnas_small"),
+)
+"""Two models of each family."""
 OPENVINO_INT8 = "OpenVINO int8"
 Run = Callable[[Tensor], Any]
 
@@ -136,6 +147,11 @@ def in_onnxruntime(name: str, images: Tensor, folder: Path) -> Run:
     return lambda batch: torch.from_numpy(session.run(None, {place: batch.numpy()})[0])
 
 
+def plain(name: str, _: Tensor, __: Path) -> Run:
+    """Our model in float32, as `from_pretrained` gives it."""
+    return deit_models.create_model(name).eval()
+
+
 def optimized(name: str, images: Tensor, folder: Path) -> Run:
     """Result of `optimize`, chosen before: see `measure`. The seconds of the call go into `took`."""
     options: dict[str, Any] = {"sample": images, "cache_dir": folder, "min_agreement": 0.0}
@@ -153,6 +169,7 @@ def optimized_int8(name: str, images: Tensor, folder: Path) -> Run:
 
 
 SIDES = {
+    PLAIN: Side(plain, "deit_models"),
     "timm": Side(in_timm, "timm"),
     "timm bf16": Side(in_timm_bf16, "timm", bf16=True),
     "torch.compile": Side(compiled, "timm"),
@@ -274,14 +291,15 @@ def report(cells: list[Cell], sides: list[str], args: argparse.Namespace) -> str
         "# Inference (images/s)",
         "",
         f"{machine(packages)}, {torch.backends.cpu.get_cpu_capability()}. Random weights, 224 pixels. Medians of "
-        f"{args.rounds} interleaved rounds of {args.seconds:g} s, one process each; `python benchmarks/inference.py`.",
+        f"{args.rounds} interleaved rounds of {args.seconds:g} s, one process each; `python benchmarks/inference.py"
+        f"{' --families' * args.families}`.",
         "",
         f"| model | batch | {' | '.join(sides)} |",
         f"| --- | ---: |{' ---: |' * len(sides)}",
     ]
     for cell in cells:
         lines.append(row(cell, *(f"{cell.median(side):.1f}" for side in sides)))
-    if OURS not in sides:
+    if OURS not in sides or "timm" not in sides:
         return "\n".join(lines) + "\n"
     lines += [
         "",
@@ -396,8 +414,9 @@ def main() -> None:
     models = ["deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224"]
     shipped = "deit_micro_distilled_patch4_32"
     parser.add_argument("--models", nargs="+", help=f"default: {' '.join(models)}; for --choices {shipped} too")
+    parser.add_argument("--families", action="store_true", help="two models of each family, as they are and optimised")
     parser.add_argument("--choices", action="store_true", help="compare what `optimize` chooses with everything")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8, 32], help="default: %(default)s")
+    parser.add_argument("--batches", nargs="+", type=int, help="default: 1 8 32; for --families 1 8")
     parser.add_argument("--sides", nargs="+", choices=list(SIDES), help="default: all that are installed")
     parser.add_argument("--backend", default="auto", help="what `optimize` may choose from; one by name is quicker")
     parser.add_argument("--rounds", type=int, default=5)
@@ -411,6 +430,8 @@ def main() -> None:
         serve(side, name, int(batch_size), Path(folder), answers)
         return
     os.environ[BACKEND] = args.backend  # the sides inherit it
+    chosen = (list(FAMILIES), [1, 8], [PLAIN, OURS]) if args.families else (models, [1, 8, 32], args.sides)
+    models, args.batches, args.sides = chosen[0], args.batches or chosen[1], chosen[2]
     if args.choices:
         choices: list[Choice] = []
         for name in args.models or [shipped, *models]:
@@ -422,7 +443,9 @@ def main() -> None:
         return
     native = has_bf16(torch.device("cpu"))
     sides = args.sides or [
-        name for name, side in SIDES.items() if importlib.util.find_spec(side.package) and (native or not side.bf16)
+        name
+        for name, side in SIDES.items()
+        if name != PLAIN and importlib.util.find_spec(side.package) and (native or not side.bf16)
     ]
     cells: list[Cell] = []
     for name in args.models or models:

@@ -11,8 +11,8 @@ import shlex
 import subprocess
 import sys
 import urllib.request
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -35,10 +35,17 @@ DOCS = {
     for path in sorted(ROOT.glob(pattern))
 }
 _PAGES = ("data", "loading", "finetuning", "training", "deployment", "search", "labels", "scale", "demo", "heat_maps")
-GUIDES = ("README.md", *(f"docs/{name}.md" for name in _PAGES))
+FAMILIES = {
+    **{"deit": "deit_*", "deit3": "deit3_*", "dino": "dino_*", "cait": "cait_*", "resmlp": "resmlp_*"},
+    **{"levit": "levit_*", "t2t_vit": "t2t_vit_*", "vit_resnas": "vit_res*"},
+}
+"""Page below docs/families/ -> the names of its models."""
+FAMILY_PAGES = tuple(f"docs/families/{page}.md" for page in FAMILIES)
+GUIDES = ("README.md", *(f"docs/{name}.md" for name in _PAGES), *FAMILY_PAGES)
+SPEEDS = ROOT / "benchmarks" / "results" / "family_speed.md"
 NOTEBOOKS = [json.loads(path.read_bytes()) for path in (ROOT / "examples").glob("*.ipynb")]
 MAX_README_LINES = 120
-TABLE = re.compile(r"(<!-- models:.*?-->\n)(.*?)(<!-- /models -->)", re.DOTALL)
+PART = re.compile(r"(<!-- (models|sources|families|speed):.*?-->\n)(.*?)(<!-- /\2 -->)", re.DOTALL)
 # The models people come for, which the README shows
 CHOSEN = (
     "deit_tiny_patch16_224", "deit_small_patch16_224", "deit_base_patch16_224", "deit_small_distilled_patch16_224",
@@ -52,42 +59,130 @@ def blocks(document: str, language: str) -> list[str]:
 
 
 def published(checkpoint: ModelInfo) -> str:
-    """Links to the places of publication: `timm`, `facebook`, `authors`; a second place of one owner has a number."""
-    places = [(s.repo.partition("/")[0], f"https://huggingface.co/{s.repo}") for s in checkpoint.sources if s.repo]
-    places += [("authors", s.url) for s in checkpoint.sources if s.url]
-    seen: Counter[str] = Counter()
-    links = []
-    for owner, address in places:
-        seen[owner] += 1
-        links.append(f"[{owner}{f' {seen[owner]}' * (seen[owner] > 1)}]({address})")
-    return ": " * bool(links) + ", ".join(links)
+    """Links to the places of publication, under their names there: repositories of the Hub, then the authors' files."""
+    places = [(source.repo, f"https://huggingface.co/{source.repo}") for source in checkpoint.sources if source.repo]
+    places += [(source.url.rpartition("/")[2], source.url) for source in checkpoint.sources if source.url]
+    shipped = ["[the package](../../weights/README.md)" for s in checkpoint.sources if s.file]
+    return ", ".join([*shipped, *(f"[{name}]({address})" for name, address in places)])
 
 
-def model_table(names: Iterable[str], *, links: bool) -> str:
-    lines = [
-        "| name | parameters | MACs | input | top-1 | top-5 | weights |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | --- |",
-    ]
-    manifest = load_manifest()
-    for c in map(manifest.__getitem__, names):
-        accuracy = ["" if value is None else f"{value:.1f}" for value in (c.top1, c.top5)]
+def markdown_table(heads: Iterable[str], rows: Iterable[Iterable[str]], *, right: Iterable[str]) -> str:
+    """A table in Markdown; the columns in `right` are aligned so."""
+    heads = list(heads)
+    lines = [heads, ["---:" if head in set(right) else "---" for head in heads], *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def size_and_accuracy(checkpoint: ModelInfo, accuracies: Iterable[str]) -> list[str]:
+    """Cells of a row: name, parameters, MACs, input, and these accuracies."""
+    known = checkpoint.accuracies
+    figures = [f"{known[name]:.1f}" if name in known else "" for name in accuracies]
+    size = [f"{checkpoint.params / 1e6:.1f} M", f"{checkpoint.macs / 1e9:.2f} G", str(checkpoint.input_size)]
+    return [f"`{checkpoint.name}`", *size, *figures]
+
+
+SIZE = ("parameters", "MACs", "input")
+
+
+def chosen_table() -> str:
+    """The models of the README."""
+    accuracies, rows = ("top-1", "top-5"), []
+    for c in map(load_manifest().__getitem__, CHOSEN):
         data = "shipped, " * any(s.file for s in c.sources) + (c.dataset or "") if c.sources else "none"
-        data += published(c) * links
-        row = [f"`{c.name}`", f"{c.params / 1e6:.1f} M", f"{c.macs / 1e9:.2f} G", str(c.input_size), *accuracy, data]
-        lines.append("| " + " | ".join(row) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append([*size_and_accuracy(c, accuracies), data])
+    return markdown_table(["name", *SIZE, *accuracies, "weights"], rows, right=(*SIZE, *accuracies))
 
 
-@pytest.mark.parametrize(("document", "names"), [("README.md", CHOSEN), ("docs/models.md", None)])
-def test_table_of_models_equals_the_manifest(
-    document: str, names: tuple[str, ...] | None, request: pytest.FixtureRequest
-) -> None:
-    table, path = model_table(names or load_manifest(), links=names is None), ROOT / document
+def models_of(page: str) -> list[ModelInfo]:
+    """The models of a family's page."""
+    return [load_manifest()[name] for name in deit_models.list_models(FAMILIES[page])]
+
+
+def family_table(page: str) -> str:
+    """All models of a family's page, with the accuracies that some of them have."""
+    models = models_of(page)
+    accuracies = list(dict.fromkeys(name for c in models for name in c.accuracies))
+    rows = [[*size_and_accuracy(c, accuracies), c.dataset or ("" if c.licence else "no weights")] for c in models]
+    return markdown_table(["name", *SIZE, *accuracies, "trained on"], rows, right=(*SIZE, *accuracies))
+
+
+def table_of_sources(page: str) -> str:
+    """Where the weights of a family are published, under which names and licence."""
+    models = models_of(page)
+    (licence,) = {c.licence for c in models if c.licence}
+    rows = [[f"`{c.name}`", published(c)] for c in models if c.sources]
+    table = markdown_table(["name", "repositories of the Hub, then the authors' file"], rows, right=()) if rows else ""
+    return f"Licence of the weights: {licence}.\n\n" + table
+
+
+def table_of_families() -> str:
+    """A row a family, with a link to its page."""
+    rows = []
+    for page in FAMILIES:
+        models = models_of(page)
+        title = DOCS[f"docs/families/{page}.md"].partition("\n")[0].removeprefix("# ")
+        low, high = (pick(c.params for c in models) / 1e6 for pick in (min, max))
+        best = max((c.top1 or c.knn_top1 or 0, "" if c.top1 else " k-NN") for c in models if c.dataset == "ImageNet-1k")
+        papers = [c.paper for c in models if c.paper]
+        paper = f"[{papers[0]}](https://arxiv.org/abs/{papers[0].removeprefix('arXiv:')})"
+        licence = next(c.licence for c in models if c.licence)
+        counts = [str(len(models)), str(sum(bool(c.sources) for c in models)), f"{low:.1f} to {high:.1f} M"]
+        rows.append([f"[{title}](families/{page}.md)", *counts, f"{best[0]:.1f}{best[1]}", paper, licence])
+    right = ("models", "with weights", "parameters", "best accuracy")
+    return markdown_table(["family", *right, "paper", "licence of the weights"], rows, right=right)
+
+
+def speed_table(page: str) -> str:
+    """What benchmarks/inference.py measured of a family's models."""
+    text = SPEEDS.read_text(encoding="utf-8") if SPEEDS.exists() else ""
+    rows = [line.strip("| ").split(" | ") for line in re.findall(r"(?m)^\| `.*$", text)]
+    found = [row for row in rows if row[0].strip("`") in deit_models.list_models(FAMILIES[page])]
+    if not found:
+        return "Not measured yet: `python benchmarks/inference.py --families` does.\n"
+    where = next(line for line in text.splitlines() if line and line[0] not in "#|")
+    heads = ["model", "batch", "images/s as it is", "images/s by `optimize`"]
+    return f"{where}\n\n" + markdown_table(heads, found, right=heads[1:])
+
+
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "README.md": {"models": chosen_table},
+    "docs/models.md": {"families": table_of_families},
+    **{
+        f"docs/families/{page}.md": {
+            "models": partial(family_table, page),
+            "sources": partial(table_of_sources, page),
+            "speed": partial(speed_table, page),
+        }
+        for page in FAMILIES
+    },
+}
+
+
+@pytest.mark.parametrize("document", PARTS)
+def test_tables_of_models_equal_the_manifest(document: str, request: pytest.FixtureRequest) -> None:
+    path, parts = ROOT / document, PARTS[document]
     if request.config.getoption("--update-docs"):
-        path.write_text(TABLE.sub(lambda m: m[1] + table + m[3], DOCS[document]), encoding="utf-8")
-    match = TABLE.search(path.read_text(encoding="utf-8"))
-    assert match is not None
-    assert match[2] == table, "run pytest tests/test_docs.py --update-docs"
+        path.write_text(PART.sub(lambda m: m[1] + parts[m[2]]() + m[4], DOCS[document]), encoding="utf-8")
+    found = {match[2]: match[3] for match in PART.finditer(path.read_text(encoding="utf-8"))}
+    assert found.keys() == parts.keys()
+    for name, write in parts.items():
+        assert found[name] == write(), "run pytest tests/test_docs.py --update-docs"
+
+
+def test_every_model_is_on_one_page_of_a_family() -> None:
+    listed = [name for pattern in FAMILIES.values() for name in deit_models.list_models(pattern)]
+    assert sorted(listed) == sorted(load_manifest())
+    assert {path.stem for path in (ROOT / "docs" / "families").glob("*.md")} == set(FAMILIES)
+
+
+@pytest.mark.parametrize("document", FAMILY_PAGES)
+def test_page_of_a_family_names_recipes_that_exist_and_its_paper(document: str) -> None:
+    text = DOCS[document]
+    recipes = text.partition("## Recipes")[2].partition("## Speed here")[0]
+    named = {name for name in re.findall(r"`([a-z0-9]+_[a-z0-9_]+)`", recipes) if name not in deit_models.list_models()}
+    assert named | {"finetune"} <= {*PRESETS}
+    paper = next(c.paper for c in models_of(Path(document).stem) if c.paper)
+    assert f"https://arxiv.org/abs/{paper.removeprefix('arXiv:')}" in text
 
 
 def test_readme_fits_on_two_screens() -> None:
@@ -102,7 +197,7 @@ def test_first_two_shell_blocks_of_the_readme_are_those_that_ci_runs() -> None:
 
 @pytest.mark.parametrize("document", GUIDES)
 def test_documents_name_only_models_and_presets_that_exist(document: str) -> None:
-    named = set(re.findall(r'"((?:deit3?|levit|t2t_vit|vit_res)_[a-z0-9_]+)"', DOCS[document]))
+    named = set(re.findall(r'"((?:deit3?|levit|t2t_vit|vit_res(?:nas)?|cait|resmlp|dino)_[a-z0-9_]+)"', DOCS[document]))
     assert named or document == "docs/search.md"
     assert named <= {*deit_models.list_models(), *PRESETS}
 

@@ -92,13 +92,16 @@ def test_every_preset_and_field_of_a_recipe_is_shown(site: Path) -> None:
 
 
 def test_every_model_is_shown_with_links_to_its_weights(site: Path) -> None:
-    html = page(site, "models")
-    assert set(load_manifest()) == first_cells(html)
+    families = [path.stem for path in (ROOT / "docs" / "families").glob("*.md")]
+    html = "".join(page(site, f"families/{family}") for family in families)
+    assert set(load_manifest()) <= first_cells(html)
     links = set(re.findall(r'href="(https://[^"]*)"', html))
     for checkpoint in load_manifest().values():
         for source in checkpoint.sources:
             address = f"https://huggingface.co/{source.repo}" if source.repo else source.url
             assert source.file or address in links, checkpoint.name
+    overview = page(site, "models")
+    assert all(f'href="../families/{family}/"' in overview for family in families)
 
 
 def test_documents_of_the_repository_are_pages(site: Path) -> None:
@@ -134,7 +137,7 @@ def test_pages_are_accessible_fit_and_ask_no_other_host(address: str, width: int
         tab = context.new_page()
         asked: list[str] = []
         tab.on("request", lambda request: asked.append(request.url))
-        for place in ("", "reference/loading/"):
+        for place in ("", "reference/loading/", "families/deit/"):
             tab.goto(address + place)
             tab.wait_for_load_state("networkidle")
             faults = [fault for fault in accessibility_faults(tab) if fault.partition(":")[0] not in FAULTS_OF_MATERIAL]

@@ -6,20 +6,26 @@ A block that cannot run has a comment before it, `<!-- not run: reason -->`.
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from families import TINY
 from PIL import Image
 from test_docs import DOCS, ROOT
 from tiny_models import published_files
 
 import deit_models
+from deit_models.models.layers import ImageClassifier
 
 BLOCK = re.compile(r"^(?:<!-- not run: (?P<reason>.+?) -->\n)?```python\n(?P<code>.*?)^```$", re.DOTALL | re.MULTILINE)
 WITH_PYTHON = [page for page, text in DOCS.items() if "```python" in text]
 
+_OTHERS = r"(?:deit3|dino|cait|resmlp|levit|t2t_vit|vit_res)\w+"
 SMALLER = {
     r'"(?:facebook|timm)/deit.tiny[^"]*"': '"out/"',
+    rf'deit_models\.(?:from_pretrained|create_model)\("({_OTHERS})"': r'small("\1"',
+    rf'finetune\("({_OTHERS})"': r'finetune(small("\1")',
     r"deit_(?:tiny|small)(_distilled)?_patch16_224\b": r"deit_micro\1_patch4_32",
     r"1, 3, 224, 224\b": "1, 3, 32, 32",
     r'load\("OWNER/deit-models", ': f'load({str(ROOT)!r}, source="local", model=',
@@ -32,6 +38,14 @@ SMALLER = {
     r'"tench"': '"cat"',
 }
 """What a page says -> what runs here in its place: models that come with the package, and less work."""
+
+
+def small(name: str, **options: Any) -> ImageClassifier:
+    """A model of any family, small and with random weights, in the place of one that would be downloaded."""
+    if name.startswith("vit_res"):  # whose stem shrinks 32 pixels to nothing
+        return deit_models.create_model("vit_res_micro_patch4_32", **options).eval()
+    shape = {**TINY[deit_models.model_info(name).family], "img_size": 32}
+    return deit_models.create_model(name, **{**shape, **options}).eval()
 
 
 @pytest.fixture
@@ -61,7 +75,7 @@ def prepared(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.parametrize("page", WITH_PYTHON)
 @pytest.mark.usefixtures("prepared")
 def test_python_of_a_page_runs(page: str) -> None:
-    text, names = DOCS[page], dict[str, object]()
+    text, names = DOCS[page], dict[str, object](small=small)
     for block in BLOCK.finditer(text):
         code = block["code"]
         for said, done in SMALLER.items():
