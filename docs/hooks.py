@@ -44,7 +44,7 @@ PYTHON = {
     ),
     "training": (
         "Fine-tune and train",
-        ("finetune", "adapt_head", "train", "recipe_named", "recipes.recipe.Recipe", "WithLoss"),
+        ("finetune", "adapt_head", "train", "make_label_maps", "recipe_named", "recipes.recipe.Recipe", "WithLoss"),
     ),
     "data": ("Data", ("wrap", "data.datasets.open_dataset", "data.sources.image_sources")),
     "deployment": (
