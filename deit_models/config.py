@@ -101,6 +101,7 @@ def is_finite(value: Any) -> bool:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of an error message: the three nearest known names."""
-    close = difflib.get_close_matches(str(name)[:100], list(known), n=3, cutoff=0.0)
-    return f"; nearest: {', '.join(close)}" if close else ""
+    """The end of an error message: the three nearest known names, capitals aside."""
+    lowered = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(str(name)[:100].lower(), list(lowered), n=3, cutoff=0.0)
+    return f"; nearest: {', '.join(lowered[each] for each in close)}" if close else ""

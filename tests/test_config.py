@@ -65,6 +65,7 @@ def test_rates_are_below_one(value: Any) -> None:
 def test_nearest_names_are_three_at_most() -> None:
     assert nearest("ab", ["abc", "abd", "abe", "abf"]).count(",") == 2
     assert nearest("ab", []) == ""
+    assert nearest("cait_XXS24_224", ["cait_s24_224", "cait_xxs24_224"]).startswith("; nearest: cait_xxs24_224")
 
 
 @pytest.mark.parametrize(
