@@ -327,9 +327,7 @@ class ModelInfo:
         input_size: side of the input in pixels.
         num_classes: logits; 0: a backbone without a head, whose result are features.
         dataset: what the weights were trained on, and the accuracies (percent) measured on.
-        top1, top5: of the model's own head.
-        knn_top1: of a vote of the nearest training images by the features, see `scoring.embeddings.knn_accuracy`.
-        linear_top1: of a linear layer that the authors trained on the features, and published apart.
+        knn_top1, linear_top1: of the features: by `scoring.embeddings.knn_accuracy`; by a linear layer, not in the file.
         preprocessing: the authors' evaluation transform.
         timm_crop_pct: the crop ratio timm evaluates the same weights with.
         licence: SPDX identifier of the weights.
@@ -363,11 +361,8 @@ class ModelInfo:
     @property
     def accuracies(self) -> dict[str, float]:
         """The published accuracies in percent, by what they measure."""
-        figures = {
-            **{"top-1": self.top1, "top-5": self.top5},
-            **{"k-NN top-1": self.knn_top1, "linear-probe top-1": self.linear_top1},
-        }
-        return {name: value for name, value in figures.items() if value is not None}
+        kinds = {"top-1": "top1", "top-5": "top5", "k-NN top-1": "knn_top1", "linear-probe top-1": "linear_top1"}
+        return {kind: value for kind, name in kinds.items() if (value := getattr(self, name)) is not None}
 
     @property
     def origin(self) -> Origin:
@@ -430,7 +425,12 @@ def load_manifest() -> Mapping[str, ModelInfo]:
 @cache
 def load_teachers() -> Mapping[str, TeacherInfo]:
     """Teachers of the manifest by name. Raises: ManifestError: see `parse_manifest`."""
-    tables = _manifest_of((weights_dir() / "manifest.toml").read_text(encoding="utf-8")).get("teacher", {})
+    return parse_teachers((weights_dir() / "manifest.toml").read_text(encoding="utf-8"))
+
+
+def parse_teachers(text: str) -> dict[str, TeacherInfo]:
+    """Read and check a manifest's teachers. Raises: ManifestError: see `parse_manifest`."""
+    tables = _manifest_of(text).get("teacher", {})
     return {name: _read_table(f"teacher.{name}", table, TeacherInfo) for name, table in tables.items()}
 
 

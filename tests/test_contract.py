@@ -457,7 +457,7 @@ def test_other_calls_trace_with_torch_fx_too(model: ImageClassifier) -> None:
 
         def forward(self, x: Tensor) -> list[Any]:
             layers = self.net.get_intermediate_layers(x)
-            maps = self.net.attention_maps(x)[-1:] if hasattr(self.net, "attention_maps") else []
+            maps = [self.net.attention_maps(x)[-1]] if hasattr(self.net, "attention_maps") else []
             return [self.net.embed(x), layers[-1].patches, *maps, *self.net.forward_heads(x)]
 
     for own, traced in zip(Parts()(images(model)), torch.fx.symbolic_trace(Parts())(images(model)), strict=True):

@@ -107,6 +107,7 @@ def test_folders_of_transformers_load_and_ours_load_there(name: str, tmp_path: P
     torch.testing.assert_close(loaded(images(ours)), theirs(images(ours))[0][:, 0], atol=1e-4, rtol=1e-4)
 
     ours.save_pretrained(tmp_path / "ours", layout="transformers")
+    assert "AutoModel.from_pretrained(" in (tmp_path / "ours" / "README.md").read_text(encoding="utf-8")
     back = transformers.AutoModel.from_pretrained(tmp_path / "ours", add_pooling_layer=False).eval()
     torch.testing.assert_close(back(images(ours))[0], ours.forward_features(images(ours)), atol=1e-4, rtol=1e-4)
 

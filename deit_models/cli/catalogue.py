@@ -115,7 +115,7 @@ def add_cache(commands: Any) -> None:
     chosen = parsers["clear"].add_mutually_exclusive_group(required=True)
     chosen.add_argument("name", nargs="?", help="a model, or a Hub repository or URL")
     chosen.add_argument("--all", action="store_true", help="all files of `cache list`, and interrupted downloads")
-    parsers["record"].add_argument("names", nargs="*", help="models, default all")
+    parsers["record"].add_argument("names", nargs="*", help="models and teachers, default all")
     parsers["record"].add_argument("--manifest", type=Path, help="manifest.toml to write, default the installed one")
 
 

@@ -99,11 +99,6 @@ def _add_training_options(parser: argparse.ArgumentParser, name: str, *, recipe:
 def run_train(args: argparse.Namespace, *, train: Callable[..., TrainResult] | None = None) -> int:
     """Run `train` or `distill`; `train` does the work, by default `training.run.train`."""
     recipe = chosen_recipe(args)
-    if args.teacher is None and recipe.distillation != "none":
-        raise ConfigError(
-            f"this recipe has distillation={recipe.distillation!r}, which needs a teacher: use `deit-models distill`, "
-            f"or --distillation none"
-        )
     if args.teacher is not None and recipe.distillation == "none":
         raise ConfigError("this recipe has distillation='none' and would not use the teacher; pass --distillation hard")
     check_fresh(args)

@@ -21,6 +21,7 @@ _USE = {
     "native": "import deit_models\n\nmodel = deit_models.from_pretrained({repo!r})",
     "timm": "import timm\n\nmodel = timm.create_model({timm_repo!r}, pretrained=True)",
     "transformers": "from transformers import pipeline\n\nclassify = pipeline('image-classification', {repo!r})",
+    "backbone": "from transformers import AutoModel\n\nbackbone = AutoModel.from_pretrained({repo!r})",
 }
 
 
@@ -159,7 +160,8 @@ def model_card(model: ModelLike, layout: Layout, *, repo_id: str = "owner/name")
         "Paper": known.paper if known is not None else None,
     }
     kind = f"An image classifier with {model.num_classes} classes" if model.num_classes else "A backbone without a head"
-    use = _USE[layout.removesuffix("-conv")].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}")
+    program = "backbone" if layout == "transformers" and not model.num_classes else layout.removesuffix("-conv")
+    use = _USE[program].format(repo=repo_id, timm_repo=f"hf_hub:{repo_id}")
     parts = [
         f"---\n{_front_matter(model, origin, layout).to_yaml()}\n---",
         f"# {markdown(origin.name)}",

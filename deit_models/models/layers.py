@@ -34,6 +34,11 @@ class HeadLogits(NamedTuple):
     cls: Tensor
     dist: Tensor | None
 
+    @property
+    def mean(self) -> Tensor:
+        """The answer in eval mode: the mean of both heads' logits, as in the authors' code; with one head its own."""
+        return self.cls if self.dist is None else (self.cls + self.dist) / 2
+
 
 class ImageSize:
     """Input size of a config: every family's has the field `img_size`."""
@@ -253,9 +258,7 @@ class ImageClassifier(LayerFeatures):
 
     def _joined(self, logits: HeadLogits) -> Tensor | tuple[Tensor, Tensor]:
         cls, dist = logits
-        if dist is None:
-            return cls
-        return (cls, dist) if self.training else (cls + dist) / 2
+        return (cls, dist) if self.training and dist is not None else logits.mean
 
     # timm's surface, beside that of `LayerFeatures`
 

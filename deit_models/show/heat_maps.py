@@ -264,9 +264,9 @@ def _keeper(kept: dict[nn.Module, Tensor], layer: nn.Module) -> Callable[[nn.Mod
 
 def _logits(model: ImageClassifier, x: Tensor, classes: list[int] | None, token: Token) -> Tensor:
     """The logit of each image's class, (B,)."""
-    cls, dist = model.forward_heads(x)
-    answer = cls if dist is None else (cls + dist) / 2
+    heads = model.forward_heads(x)
+    answer = heads.mean
     chosen = answer.argmax(1) if classes is None else torch.tensor(classes, device=answer.device)
-    if dist is not None and token != "mean":
-        answer = cls if token == "class" else dist
+    if heads.dist is not None and token != "mean":
+        answer = heads.cls if token == "class" else heads.dist
     return answer.gather(1, chosen[:, None])[:, 0]

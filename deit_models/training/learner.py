@@ -22,7 +22,7 @@ from ..recipes.recipe import Recipe
 from ..scoring.evaluation import Heads, resolved_precision
 from .losses import DistillationLoss, ExtraHeads, HasExtraHeads, PatchLoss
 from .optim import WeightAverage, make_optimizer
-from .teacher import Teacher, TeacherSpec, load_teacher
+from .teacher import Teacher, TeacherSpec, default_teacher, load_teacher
 
 logger = logging.getLogger(__name__)
 
@@ -134,8 +134,8 @@ def make_learner(
     """Get a model ready to learn: on its device, in place.
 
     The model is any module that turns (B, 3, H, W) into (B, K) logits; `num_classes` and `preprocessing` are those of
-    the training set, `teacher` is as in `load_teacher`, `shard` as in `spread`, the others as in `DistillationLoss`.
-    `label_maps` of the training set go with `token_labels`.
+    the training set, `teacher` is as in `load_teacher` (where the recipe distils, the papers' by default), `shard` as
+    in `spread`, the others as in `DistillationLoss`. `label_maps` of the training set go with `token_labels`.
 
     Raises: ConfigError: the recipe does not fit the model. DataError: another number of classes. TrainingError: the
         teacher does not fit.
@@ -163,6 +163,8 @@ def make_learner(
     heads = spread(bare, process, shard, unused=_has_idle_head(model, recipe))
     if divided and average is not None:
         shard_parameters(average.module)
+    if teacher is None and recipe.distillation != "none":
+        teacher = default_teacher(num_classes)
     if teacher is not None:
         teacher = load_teacher(
             teacher, num_classes=num_classes, student=preprocessing, device=device, precision=recipe.precision

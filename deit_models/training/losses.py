@@ -266,10 +266,11 @@ class WithLoss(nn.Module):
 
         Labels are class numbers (B,), or one number a class (B, num_classes).
         """
-        heads = [logits for logits in self.model.forward_heads(pixel_values) if logits is not None]
-        found = {"logits": torch.stack(heads).mean(dim=0)}
+        heads = self.model.forward_heads(pixel_values)
+        found = {"logits": heads.mean}
         if labels is not None:
-            found["loss"] = torch.stack([self._loss(logits.float(), labels) for logits in heads]).mean()
+            losses = [self._loss(logits.float(), labels) for logits in heads if logits is not None]
+            found["loss"] = torch.stack(losses).mean()
         return found
 
     def _loss(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -127,7 +127,7 @@ def train(
         train: training images: a folder or the name of a data set (see `open_dataset`), or a Dataset (see `wrap`).
         val: images to evaluate on, with the same classes, in the same forms; None: no evaluation.
         out: folder for the results: recipe.toml, log.jsonl, last.pt (the state to resume from), and model folders.
-        teacher: see `load_teacher`; goes with a recipe that distils.
+        teacher: see `load_teacher`; goes with a recipe that distils, which by default takes the papers', regnety_160.
         label_maps: folder that `make_label_maps` wrote for these images; goes with a recipe with `token_labels`.
         preprocessing: normalisation and size of the input, for modules without a `model.origin`.
         device: where to compute; default: the GPU if there is one.

@@ -6,6 +6,7 @@ Source: DeiT, section 3: the teacher labels the same batch as the student gets, 
 from __future__ import annotations
 
 import copy
+import logging
 import pkgutil
 import re
 import runpy
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision import models as torchvision_models
 
-from ..checkpoint import IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Source, TeacherInfo, load_teachers
+from ..checkpoint import DEFAULT_TEACHER, IMAGENET_MEAN, IMAGENET_STD, Preprocessing, Source, TeacherInfo, load_teachers
 from ..config import nearest
 from ..errors import CheckpointError, ConfigError, FetchError, TrainingError, UnknownModelError, first_line
 from ..formats.family import FamilyLayouts, Mapped, Naming
@@ -31,6 +32,8 @@ from ..hub.weights import read_tensors, read_uncached, verified_state
 from ..models.layers import HeadLogits, ImageClassifier, check_has_classes
 from ..recipes.recipe import Precision
 from ..registry import list_models
+
+logger = logging.getLogger(__name__)
 
 Network = Callable[[Tensor], Any]
 _Found = tuple[Network, Sequence[float] | None, Sequence[float] | None]
@@ -139,7 +142,7 @@ def _only_size(network: Network) -> tuple[int, int] | None:
 
 def _logits_of(output: Any) -> Tensor:
     if isinstance(output, HeadLogits):
-        return output.cls if output.dist is None else (output.cls + output.dist) / 2
+        return output.mean
     logits = getattr(output, "logits", output)  # of torchvision's Inception and of transformers
     if not isinstance(logits, Tensor):
         raise TrainingError(f"the teacher gives {type(output).__name__}; wrap it in a function that gives logits")
@@ -194,6 +197,17 @@ def load_teacher(
     return spec
 
 
+def default_teacher(num_classes: int) -> str:
+    """The papers' teacher, with a log line. Raises: TrainingError: it has other classes than the data."""
+    if (known := load_teachers()[DEFAULT_TEACHER].num_classes) != num_classes:
+        raise TrainingError(
+            f"the recipe needs a teacher; the papers', {DEFAULT_TEACHER}, has {known} classes, the data {num_classes}: "
+            f"pass teacher=... (deit-models distill --teacher NAME), or distillation='none' (--distillation none)"
+        )
+    logger.warning("the recipe distils and no teacher is given: taking the papers', %s", DEFAULT_TEACHER)
+    return DEFAULT_TEACHER
+
+
 def _try_out(teacher: Teacher, *, num_classes: int, student: Preprocessing) -> None:
     # two images, because some networks drop a batch dimension of one
     blank = torch.zeros(2, len(student.mean), *student.crop, device=teacher.scale.device)
@@ -241,10 +255,9 @@ def _find(spec: TeacherSpec, weights: PathOrName | None, num_classes: int) -> _F
 def _described(network: Any) -> _Found:
     if not callable(network):
         raise ConfigError(f"{type(network).__name__} is no teacher; expected a name, a module or a callable")
-    origin = None
     if isinstance(network, ImageClassifier):
         check_has_classes(network)
-        origin = network.origin
+    origin = network.origin if isinstance(network, ImageClassifier) else None
     if origin is not None:
         origin.check_labels(False, "a teacher")
     return (network, None, None) if origin is None else (network, origin.preprocessing.mean, origin.preprocessing.std)

@@ -301,7 +301,7 @@ def test_named_set_that_is_not_there_says_how_to_get_it(tmp_path, capsys):
         (["DATA", "--recipe", "no_such.toml"], "no_such.toml: No such file"),
         (["DATA", "--epochs", "0"], "epochs=0; expected 1 or more"),
         (["DATA", "--model", PLAIN, "--img-size", "20"], "img_size=20 is not a multiple of patch_size=8"),
-        (["DATA", "--distillation", "soft"], "use `deit-models distill`"),
+        (["DATA", "--distillation", "soft"], "the data 3: pass teacher=... (deit-models distill --teacher NAME)"),
         (["DATA", "--pretrained", PLAIN, "--model", DISTILLED], f"leave out --model {DISTILLED}"),
     ],
 )

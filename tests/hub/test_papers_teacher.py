@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from hub.conftest import HubEnv
 from PIL import Image
@@ -18,8 +19,9 @@ from training.test_teacher import STUDENT, filled_regnet, images, timm_names
 
 from deit_models.checkpoint import DEFAULT_TEACHER, IMAGENET_MEAN, IMAGENET_STD, Source, load_teachers
 from deit_models.cli import main
-from deit_models.errors import FetchError
+from deit_models.errors import FetchError, TrainingError
 from deit_models.training import teacher
+from deit_models.training.run import train
 from deit_models.training.teacher import load_teacher
 
 
@@ -79,6 +81,25 @@ def test_papers_teacher_falls_back_to_the_authors_file(
 def test_papers_teacher_that_is_nowhere_is_explained(small: nn.Module, hub_env: HubEnv) -> None:
     hub_env.go_offline()
     assert "regnety_160" in refusal(FetchError, lambda: check_answers(small))
+
+
+@pytest.mark.usefixtures("small")
+def test_training_that_distils_takes_it_by_default_and_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    student = tiny.model(num_classes=10, distilled=True)
+    settings = tiny.recipe(epochs=1, warmup_epochs=0, distillation="hard", distill_on="token")
+    data = tiny.Pictures(8, classes=10)
+    with pytest.raises(TrainingError, match=r"has 10 classes, the data 3: pass teacher=.* or distillation='none'"):
+        train(tiny.model(distilled=True), recipe=settings, train=tiny.Pictures(8), out=tmp_path / "x", workers=0)
+    train(student, recipe=settings, train=data, out=tmp_path / "run", device="cpu", workers=0)
+    assert [r.message for r in caplog.records if "teacher" in r.message] == [
+        "the recipe distils and no teacher is given: taking the papers', regnety_160"
+    ]
+    other = tiny.model(num_classes=10, distilled=True)
+    named = {"out": tmp_path / "named", "teacher": DEFAULT_TEACHER}
+    train(other, recipe=settings, train=data, device="cpu", workers=0, **named)
+    tiny.same_bits(student.state_dict(), other.state_dict())
 
 
 @pytest.mark.slow

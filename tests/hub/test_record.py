@@ -5,11 +5,12 @@ import difflib
 import pytest
 import torch
 from hub_protocol import sha256
+from safetensors.torch import save
 from tiny_models import answer, assert_same_answer, published_files, refusal, tiny_model
 from toy_manifest import HEAD, put_in_force, register_toys, toy_table
 
 from deit_models import CheckpointError, ManifestError, SaveError, UnknownModelError, from_pretrained
-from deit_models.checkpoint import Source, parse_manifest
+from deit_models.checkpoint import Source, parse_manifest, parse_teachers
 from deit_models.cli import main
 from deit_models.hub.fetch import Access
 from deit_models.hub.load import load_source
@@ -271,6 +272,60 @@ def test_manifest_that_cannot_be_written_is_one_line(published, full_disk, tmp_p
     assert published.read_text(encoding="utf-8") == text
 
 
+# Teachers
+
+TEACHER = """
+[teacher.old]
+network = "regnet_y_400mf"
+num_classes = 10
+
+[[teacher.old.source]]
+repo = "lab/teacher"
+layout = "timm"
+
+[[teacher.old.source]]
+url = "{url}"
+layout = "timm"
+payload = "model"
+"""
+
+
+@pytest.fixture
+def teacher(hub_server, hub_env, tmp_path):
+    """A manifest with a teacher alone, at two places, and its weights."""
+    assert hub_env
+    weights = {
+        "stem.conv.weight": torch.rand(4, 3),
+        "fc.bias": torch.rand(10),
+        "bn.num_batches_tracked": torch.tensor(3),
+    }
+    hub_server.add_repo("lab/teacher", {WEIGHTS: save(weights)})
+    torch.save({"model": weights}, tmp_path / "old.pth")
+    url = hub_server.add_file("old.pth", (tmp_path / "old.pth").read_bytes())
+    (tmp_path / "manifest.toml").write_text(f"{HEAD}{TEACHER.format(url=url)}", encoding="utf-8")
+    return tmp_path / "manifest.toml", weights
+
+
+def test_teacher_gets_its_digests_and_its_revision(teacher, hub_server, tmp_path):
+    manifest, _ = teacher
+    assert errors(record(manifest, ["old"])) == dict.fromkeys(errors(record(manifest)))
+    repo, file = parse_teachers(manifest.read_text(encoding="utf-8"))["old"].sources
+    assert (repo.sha256, repo.revision) == (
+        sha256(hub_server.files("lab/teacher")[WEIGHTS]), hub_server.repos["lab/teacher"].branches["main"],
+    )  # fmt: skip
+    assert file.sha256 == sha256((tmp_path / "old.pth").read_bytes())
+    assert "reference_logits" not in manifest.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [{"fc.bias": torch.ones(10)}, {"more": torch.ones(1)}])
+def test_copy_of_a_teacher_with_other_weights_is_not_recorded(teacher, hub_server, change):
+    manifest, weights = teacher
+    hub_server.commit("lab/teacher", {WEIGHTS: save({**weights, **change})})
+    *_, file = record(manifest)
+    assert "weights differ from those of lab/teacher by " in file.error
+    assert parse_teachers(manifest.read_text(encoding="utf-8"))["old"].sources[1].sha256 is None
+
+
 # The text
 
 
@@ -310,10 +365,12 @@ def test_one_value_is_set_and_everything_else_kept(model, repo, key, value, old,
     source = None if repo is None else Source(repo=repo, layout="timm")
     head, _, tail = TEXT.rpartition(old)
     assert head or tail
-    assert set_value(TEXT, model, source, key, value) == head + new + tail
+    assert set_value(TEXT, f"model.{model}", source, key, value) == head + new + tail
 
 
 @pytest.mark.parametrize(("model", "repo"), [("c", None), ("b", "me/a"), ("a", "me/abc")])
 def test_value_of_a_table_that_is_not_there_is_refused(model, repo):
     source = None if repo is None else Source(repo=repo, layout="timm")
-    assert "has no table for" in refusal(ManifestError, lambda: set_value(TEXT, model, source, "sha256", "x"))
+    assert f"has no table model.{model}" in refusal(
+        ManifestError, lambda: set_value(TEXT, f"model.{model}", source, "sha256", "x")
+    )
