@@ -327,7 +327,7 @@ class ModelInfo:
         input_size: side of the input in pixels.
         num_classes: logits; 0: a backbone without a head, whose result are features.
         dataset: what the weights were trained on, and the accuracies (percent) measured on.
-        knn_top1, linear_top1: of the features: by `scoring.embeddings.knn_accuracy`; by a linear layer, not in the file.
+        knn_top1, linear_top1: of the features: `scoring.embeddings.knn_accuracy`; by a linear layer, not in the file.
         preprocessing: the authors' evaluation transform.
         timm_crop_pct: the crop ratio timm evaluates the same weights with.
         licence: SPDX identifier of the weights.
