@@ -6,6 +6,8 @@ from cifar10 import first_images, needs_cifar10
 
 import deit_models
 from deit_models.checkpoint import load_manifest, weights_dir
+from deit_models.registry import DEFAULT_MODEL
+from deit_models.scoring.embeddings import knn_accuracy
 
 SHIPPED = [c.name for c in load_manifest().values() if any(source.file for source in c.sources)]
 MAX_BYTES = 12_000_000
@@ -47,6 +49,15 @@ def accuracy(name: str, per_class: int) -> float:
 def test_accuracy_on_some_test_images_is_near_the_recorded_one(name: str) -> None:
     recorded = deit_models.model_info(name).top1
     assert accuracy(name, 50) == pytest.approx(recorded, abs=6)  # 500 images: a standard error of about 2 points
+
+
+@needs_cifar10
+@torch.inference_mode()
+def test_features_are_about_as_good_as_the_head_by_their_nearest_neighbours() -> None:
+    model = deit_models.from_pretrained(DEFAULT_MODEL)
+    images, targets = first_images(model, "test", 60)  # of each image, all others are asked
+    found = knn_accuracy(torch.cat([model.embed(x) for x in images.split(300)]), targets)
+    assert found == pytest.approx(deit_models.model_info(DEFAULT_MODEL).top1, abs=6)
 
 
 @pytest.mark.slow
