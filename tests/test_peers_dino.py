@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,7 @@ def test_other_vits_of_timm_are_refused_by_name(architecture: str, options: dict
 
 def test_new_head_does_not_take_the_names_of_the_data_without_labels(tmp_path: Path) -> None:
     model = short("dino_vits16", embed_dim=24, num_heads=3)
+    model.origin = replace(model.origin, dataset="ImageNet-1k")
     model.save_pretrained(tmp_path)
     assert deit_models.Classifier(from_pretrained(tmp_path, num_classes=1000)).labels[7] == "class 7"
     adapted = deit_models.adapt_head(from_pretrained(tmp_path), num_classes=1000)
