@@ -236,11 +236,9 @@ def _token_labels(model: nn.Module, recipe: Recipe, maps: LabelMaps | None, shar
         raise ConfigError(f"token_labels need a model of this package, this is a {type(model).__name__}")
     if shard == "fsdp":
         raise ConfigError("token_labels train a head beside the model, which shard='fsdp' does not divide; use 'ddp'")
-    image, last = (
-        torch.empty(1, model.config.in_chans, *model.config.image_hw, device="meta"),
-        len(model.feature_levels),
-    )
-    return TokenLabels(maps, tokens=model.level_grid(image, 0), patches=model.level_grid(image, last - 1))
+    image, last = torch.empty(1, 1, *model.config.image_hw, device="meta"), len(model.feature_levels) - 1
+    image = image.expand(-1, model.config.in_chans, -1, -1)
+    return TokenLabels(maps, tokens=model.level_grid(image, 0), patches=model.level_grid(image, last))
 
 
 def _set_drop_rates(model: ImageClassifier, recipe: Recipe) -> None:
