@@ -88,7 +88,7 @@ def brief(args: argparse.Namespace, epochs: int) -> dict[str, int]:
         "epochs": epochs,
         "warmup_epochs": min(5, epochs // 3),
         "seed": args.seed,
-        "eval_every": max(epochs // 5, 1),
+        "eval_every": max(epochs // 2, 1) if epochs < 20 else epochs // 10,
     }
 
 

@@ -123,7 +123,7 @@ class WiderConfig(DeiTConfig):
 @pytest.mark.parametrize("given", [WiderConfig(), DeiTConfig, 224, None, nn.Linear(2, 2)], ids=repr)
 def test_unknown_configs_are_refused(given: Any) -> None:
     name = re.escape(type(given).__name__)
-    expected = rf"^cannot count the MACs of {name}; expected DeiTConfig, LeViTConfig, T2TViTConfig, ViT.*model_info"
+    expected = rf"^cannot count the MACs of {name}; expected CaiTConfig, DeiTConfig, LeViTConfig, ResMLP.*model_info"
     with pytest.raises(ConfigError, match=expected):
         count_macs(given)
 

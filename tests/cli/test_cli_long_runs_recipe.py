@@ -21,7 +21,7 @@ OTHER = {
     "precision": "fp16", "compile": "on", "seed": 9, "eval_every": 5, "save_every": 3, "patience": 4,
     "class_weights": "balanced", "sampling": "balanced", "grad_checkpointing": True,
     "layer_decay": 0.75, "label_heads": "both", "mix_mode": "patch", "erase_after_mixing": True, "best_of": "ema",
-    "mix_size": 64, "cosub": True,
+    "mix_size": 64, "cosub": True, "token_labels": 0.5, "class_target": "label", "mix_token": True,
 }  # fmt: skip
 """Another value of each field than the default."""
 
@@ -51,8 +51,10 @@ def test_every_field_is_an_option(name):
     arguments = [option, value]
     if isinstance(value, bool):
         arguments = [option if value else "--no-" + option[2:]]
-    more = {"label_smoothing": 0.0} if name == "loss" else {}
-    arguments += ["--label-smoothing", 0] if more else []
+    needed = {"loss": {"label_smoothing": 0.0}, "mix_token": {"token_labels": 0.5, "mixup": 0.0, "cutmix": 0.0}}
+    more = needed.get(name, {})
+    for other, wanted in more.items():
+        arguments += ["--" + other.replace("_", "-"), wanted]
     assert recipe_of(*arguments) == recipe_named("deit_300e", **{name: value}, **more)
 
 
