@@ -319,7 +319,6 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
-    from ..scoring.embeddings import evaluate_knn
     from ..scoring.evaluation import evaluate
 
     if args.knn is not None and (args.report is not None or args.ignore_class_names):
@@ -337,6 +336,8 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     with join_processes(args.device) as process:
         records = open_data(args, args.data, args.split, process, own_folder=True)
         if args.knn is not None:
+            from ..scoring.embeddings import evaluate_knn
+
             known = open_data(args, args.knn, "train", process, own_folder=True)
             result = evaluate_knn(model, known, records, device=process.device, **options)
         else:

@@ -236,8 +236,7 @@ class ImageClassifier(LayerFeatures):
         if self.patch_classifier is not None:
             return cast(Tensor, self.patch_classifier(patches))
         logits = self.classify(patches.flatten(0, 1)[:, None].expand(-1, prefix, -1))
-        each = [head for head in logits if head is not None]
-        return torch.stack(each).mean(dim=0).reshape(*patches.shape[:2], -1)
+        return logits.mean.reshape(*patches.shape[:2], -1)
 
     def embed(self, x: Tensor) -> Tensor:
         """One vector an image, (B, C, H, W) -> (B, D), see `pool`."""

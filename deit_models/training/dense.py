@@ -70,7 +70,7 @@ def make_label_maps(
     """
     folder, name = Path(out), fspath(teacher) if isinstance(teacher, (str, PathLike)) else type(teacher).__name__
     with join_processes(device) as process:
-        records = open_images(data, "train")
+        records, workers = open_images(data, "train"), workers_beside(process.device, workers)
         if records.multi_label:
             raise DataError(f"{records.name}: label maps are of one class for each image, these have several labels")
         options: dict[str, Any] = {"weights": weights, "img_size": img_size, "device": process.device}
@@ -93,10 +93,10 @@ def make_label_maps(
             EvalTransform(replace(student, resize=size, crop=size, fit="squash")),
             Process(0, 1, process.device),
             batch_size=batch_size,
-            workers=workers_beside(process.device, workers),
+            workers=workers,
         )
         rows = _rows(lambda x: loaded.run(x, dense), watch(batches, len(batches)), DamageCount(mine, corrupt_limit))
-        with explained_worker_failure(workers_beside(process.device, workers)):
+        with explained_worker_failure(workers):
             for block in parts.mine:
                 with parts.new(block, []) as path, path.open("wb") as file:
                     np.save(file, np.stack(list(islice(rows, len(block)))))
@@ -116,9 +116,9 @@ def _rows(logits: Callable[[Tensor], Tensor], batches: Iterable[Batch], damage: 
 
 def _join(path: Path, parts: Sequence[Path], _: list[str], *, about: Mapping[str, Any]) -> None:
     """Write the parts as one array, with the memory of one of them, and the facts beside it."""
-    kind, num_classes = row_type(len(about["classes"])), len(about["classes"])
+    num_classes = len(about["classes"])
     shape = (about["images"], min(KEPT, num_classes), *about["grid"])
-    header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    header = {"descr": np.lib.format.dtype_to_descr(row_type(num_classes)), "fortran_order": False, "shape": shape}
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, header)
         for part in parts:

@@ -259,8 +259,9 @@ def save_state(out: Path, learner: Learner, progress: Progress, *, run: dict[str
 
 def _models(learner: Learner) -> dict[str, nn.Module]:
     """The models of a state: `model`, and `ema_model` where an average is kept; each with an extra head for patches."""
-    found = {f"{prefix}model": heads.model for prefix, heads in learner.versions().items()}
+    found: dict[str, nn.Module] = {}
     for prefix, heads in learner.versions().items():
+        found[f"{prefix}model"] = heads.model
         if isinstance(heads, TokenHeads) and heads.extra is not None:
             found[f"{prefix}patch_head"] = heads.extra
     return found
