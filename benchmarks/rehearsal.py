@@ -1,11 +1,11 @@
 """Several processes share many small files, and one of them is killed twice: is every file in the results exactly once?
 
-    python benchmarks/rehearsal.py [--files 100000] [--processes 4] [--command predict | embed]
+    python benchmarks/rehearsal.py [--files 100000] [--processes 4] [--command predict | embed | evaluate]
 
-Tiny JPEG files are made (links to a hundred different ones), torchrun starts the command, and one process is killed
-without warning (SIGKILL) once some blocks of the list are done. torchrun ends the others. The command, with --resume,
-goes on, is killed once more, and goes on to the end with one process fewer. The results are then compared with the list
-of files, in order. The exit status is 0 if every file is there exactly once.
+Tiny JPEG files are made (links to a hundred different ones, in ten class folders), torchrun starts the command, and
+one process is killed without warning (SIGKILL) once some blocks of the list are done. torchrun ends the others. The
+command, with --resume, goes on, is killed once more, and goes on to the end with one process fewer. The results are
+then compared with the list of files, in order. The exit status is 0 if every file is there exactly once.
 """
 
 from __future__ import annotations
@@ -23,13 +23,17 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+import deit_models
 from deit_models.scoring.embeddings import load_features
 
 ORIGINALS = 100
+OUTPUTS = {"predict": "results.jsonl", "embed": "features.npz", "evaluate": "outcomes.npz"}
+"""Each command's file of results."""
+MODEL = "deit_micro_distilled_patch4_32"
 
 
 def make_files(folder: Path, count: int) -> list[str]:
-    """Files in folders of a thousand, so that no folder is slow to list; their names in order."""
+    """Files in folders named after the classes of the shipped model; their names in order."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     originals = []
@@ -37,9 +41,11 @@ def make_files(folder: Path, count: int) -> list[str]:
         originals.append(folder.parent / f"original {i}.jpg")
         pixels = generator.integers(0, 256, (4, 4, 3), dtype=np.uint8)
         Image.fromarray(pixels).resize((32, 32)).save(originals[-1])
+    origin = deit_models.from_pretrained(MODEL).origin
+    classes = sorted(origin.class_names)
     names = []
     for i in range(count):
-        inner = folder / f"{i // 1000:06}"
+        inner = folder / classes[i * len(classes) // count]
         inner.mkdir(exist_ok=True)
         names.append(str(inner / f"{i:09}.jpg"))
         os.link(originals[i % len(originals)], names[-1])
@@ -88,6 +94,9 @@ def run_killed(arguments: list[str], processes: int, output: Path, more: int) ->
 
 def names_in(output: Path) -> list[str]:
     """Names of the images in the results, in order."""
+    if output.stem == "outcomes":
+        with np.load(output) as rows:
+            return [str(output.parent / "photos" / name) for name in rows["images"]]
     if output.suffix == ".npz":
         return list(load_features(output).paths)
     with output.open(encoding="utf-8") as lines:
@@ -99,12 +108,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--files", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--command", choices=["predict", "embed"], default="predict")
+    parser.add_argument("--command", choices=list(OUTPUTS), default="predict")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="rehearsal") as place:
         names = make_files(Path(place) / "photos", args.files)
-        output = Path(place) / ("results.jsonl" if args.command == "predict" else "features.npz")
-        arguments = [args.command, str(Path(place) / "photos"), "--output", str(output), "--resume", "--offline"]
+        output = Path(place) / OUTPUTS[args.command]
+        model = [MODEL] if args.command == "evaluate" else []
+        arguments = [args.command, *model, str(Path(place) / "photos")]
+        arguments += ["--output", str(output), "--resume", "--offline"]
         arguments += ["--json", "--batch-size", "64"]
         for fraction in (5, 4):
             settings = output.with_name(f"{output.name}.parts") / "run.json"

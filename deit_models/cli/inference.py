@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from ..distributed import Process
     from ..models.layers import ImageClassifier
     from ..predict import Classifier
-    from ..scoring.evaluation import Evaluation
+    from ..scoring.outcomes import Evaluation
     from ..scoring.parts import Parts
 
 _JUDGES, _CALIBRATION = 64, 128  # images that `optimize` compares logits on, and that int8 ranges are fitted to
@@ -312,6 +312,9 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--knn", metavar="TRAIN", help=text)
     text = "also write a report: figures, confusion of classes, worst mistakes, calibration, on one page"
     parser.add_argument("--report", type=Path, metavar="FILE.html", help=text)
+    text = "also write a row for each image: name, label, predicted class, probability, loss; in parts until then"
+    parser.add_argument("--output", type=Path, metavar="FILE.npz", help=text)
+    _add_resume(parser)
     add_options(parser, "--model", *LOADING, "--json")
 
 
@@ -319,10 +322,13 @@ def _run_evaluate(args: argparse.Namespace) -> int:
     from ..distributed import join_processes
     from ..hub.load import from_pretrained
     from ..images.transforms import transform_for
-    from ..scoring.evaluation import evaluate
+    from ..scoring.evaluation import check_output, evaluate
 
-    if args.knn is not None and (args.report is not None or args.ignore_class_names):
-        raise ConfigError("--knn classifies without the model's head: leave out --report and --ignore-class-names")
+    if args.knn is not None and (args.report is not None or args.output is not None or args.ignore_class_names):
+        text = "leave out --report, --output and --ignore-class-names"
+        raise ConfigError(f"--knn classifies without the model's head: {text}")
+    _check_output(args)
+    check_output(args.output, resume=args.resume, overwrite=args.overwrite)
     if args.report is not None and (args.report.is_dir() or not args.report.absolute().parent.is_dir()):
         raise ConfigError(f"--report {args.report}: expected a file in a folder that is there")
     model = from_pretrained(args.source, model=args.model, **loading(args))
@@ -341,7 +347,7 @@ def _run_evaluate(args: argparse.Namespace) -> int:
             known = open_data(args, args.knn, "train", process, own_folder=True)
             result = evaluate_knn(model, known, records, device=process.device, **options)
         else:
-            options["ignore_class_names"] = args.ignore_class_names
+            options |= picked(args, "ignore_class_names", "output", "resume", "overwrite")
             result = evaluate(model, records, device=process.device, **options)
     if process_number() == 0:
         published = None if args.knn else _published(model, len(records.classes))

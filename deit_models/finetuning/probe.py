@@ -29,8 +29,9 @@ from ..files import digest_of_numbers, write_tensors, write_text
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
 from ..recipes.recipe import Precision
-from ..scoring.evaluation import Outcomes, Tally, autocast
+from ..scoring.evaluation import autocast
 from ..scoring.metrics import choosing_figure
+from ..scoring.outcomes import Outcomes, Tally
 from ..training.losses import several_labels
 from ..training.run import Computing
 

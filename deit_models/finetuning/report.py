@@ -19,8 +19,8 @@ from ..formats.layouts import CARD_NAME
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
 from ..recipes.recipe import Recipe
-from ..scoring.evaluation import Evaluation, Outcomes
 from ..scoring.metrics import FIGURES, UNSURE, average_precision, f1_scores, in_words
+from ..scoring.outcomes import Evaluation, Outcomes
 from ..show.charts import draw_confusion, draw_mistakes, plot_curves
 from ..show.pages import SET_NAMES, Report, add_page, costs_of
 

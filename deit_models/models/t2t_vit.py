@@ -27,7 +27,7 @@ from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
 from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
-from .transformer import Mlp, VisionTransformer, drop_path_rates, make_blocks
+from .transformer import Mlp, VisionTransformer, attention, drop_path_rates, make_blocks
 
 WINDOW = 7 * 7
 """Pixels of a window of the first step."""
@@ -173,7 +173,7 @@ class TokenAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens; the skip connection starts at the values."""
         query, key, value = self.qkv(x).unsqueeze(1).chunk(3, dim=-1)
-        mixed = F.scaled_dot_product_attention(query, key, value, scale=self.scale)
+        mixed = attention(query, key, value, scale=self.scale)
         return (value + self.proj(mixed)).squeeze(1)
 
 

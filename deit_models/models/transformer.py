@@ -29,6 +29,23 @@ class PatchEmbed(nn.Module):
         return self.proj(x).flatten(2).transpose(1, 2)
 
 
+_MOST_PLAIN = 256
+"""Tokens up to which the scores are stored for the backward pass: 12 blocks of 6 heads take 9 MB an image."""
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
+    """softmax(query key^T * scale) value, (B, heads, N, width) -> same; the scale is width ** -0.5 by default.
+
+    torch's own kernel, except for training in bfloat16 on a CPU: two products and a softmax take a quarter to a half of
+    its time there (`benchmarks/results/training.md`).
+    """
+    trained = not is_symbolic(query) and torch.is_grad_enabled() and query.requires_grad
+    if trained and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= _MOST_PLAIN:
+        scores = query * (query.shape[-1] ** -0.5 if scale is None else scale) @ key.transpose(-2, -1)
+        return scores.softmax(dim=-1) @ value
+    return F.scaled_dot_product_attention(query, key, value, scale=scale)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention over tokens, (B, N, D) -> (B, N, D), with one fused projection for q, k and v.
 
@@ -55,7 +72,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Mix the tokens."""
-        mixed = F.scaled_dot_product_attention(*self.heads(x))
+        mixed = attention(*self.heads(x))
         return self.proj_drop(self.proj(mixed.transpose(1, 2).flatten(2)))
 
     def weights(self, x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..checkpoint import Layout
 from ..errors import ConfigError, shown
 from ..models.layers import HeadLogits, ImageClassifier
-from ..models.transformer import Attention, Block, Mlp
+from ..models.transformer import Attention, Block, Mlp, attention
 from ..models.vit_resnas import PatchLogits, PatchTraining, SpatialReduction, ViTResNAS
 from ..registry import meta_model
 from .settings import Sampling
@@ -228,7 +228,7 @@ def _run_block(block: Block, x: Tensor, masks: Sequence[Tensor | None]) -> Tenso
     The masks of tokens, heads and hidden units are (B, 1, channels), that of the whole block (B, 1, 1).
     """
     (width, heads, units, kept), attn, mlp = masks, block.attn, block.mlp
-    mixed = F.scaled_dot_product_attention(*attn.heads(_normed(block.norm1, x, width))).transpose(1, 2).flatten(2)
+    mixed = attention(*attn.heads(_normed(block.norm1, x, width))).transpose(1, 2).flatten(2)
     x = x + block.drop_path(_masked(attn.proj_drop(attn.proj(_masked(mixed, heads))), width, kept))
     hidden = _masked(mlp.drop(F.gelu(mlp.fc1(_normed(block.norm2, x, width)))), units)
     return x + block.drop_path(_masked(mlp.drop(mlp.fc2(hidden)), width, kept))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import islice
@@ -28,9 +27,11 @@ from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
 from ..recipes.recipe import Precision
 from ..registry import own_model
-from .evaluation import Evaluation, autocast, eval_mode, evaluate, resolved_precision
-from .parts import Parts, check_same_run
+from .evaluation import autocast, eval_mode, evaluate, resolved_precision
+from .outcomes import Evaluation
+from .parts import Parts, about_of, check_same_run, column, join_columns, texts
 
+_KIND = "features that embed wrote"
 _ROW_GROUP = 16_384
 _QUERIES = 1024
 """Queries whose votes are counted at once."""
@@ -105,9 +106,9 @@ def write_features(
         found = list(zip(block, islice(rows, len(block)), strict=True))
         known = [(i, name, row) for i, (name, row, _) in found if row is not None]
         vectors = torch.stack([torch.empty(run["width"]), *(row for *_, row in known)])[1:]
-        arrays = {"embeddings": vectors.to(kind).numpy(), "paths": _texts(name for _, name, _ in known)}
+        arrays = {"embeddings": vectors.to(kind).numpy(), "paths": texts(name for _, name, _ in known)}
         if labelled:
-            arrays["labels"] = _texts(label(i) for i, *_ in known)
+            arrays["labels"] = texts(label(i) for i, *_ in known)
         errors = [error for _, (*_, error) in found if error is not None]
         with parts.new(block, errors) as path, path.open("wb") as file:
             np.savez(file, **arrays)
@@ -130,52 +131,26 @@ def _parquet() -> Any:
     return pyarrow
 
 
-def _texts(texts: Iterable[str]) -> Any:
-    escaped = [text.encode("utf-8", "backslashreplace").decode() for text in texts]  # for bytes that are no Unicode
-    return np.array(escaped, dtype=str if escaped else "<U1")
-
-
-def _column(part: Path, name: str) -> Any:
-    with np.load(part) as arrays:
-        return arrays[name]
-
-
 def _join(path: Path, parts: Sequence[Path], errors: list[str], *, run: Mapping[str, Any], suffix: str) -> None:
     """Write the parts as one file, with the memory of a few of them."""
     with np.load(parts[0]) as arrays:
         names = list(arrays)
     about = json.dumps({**run, "unreadable": errors})
     if suffix == ".npz":
-        _join_as_npz(path, parts, names, about, run["images"] - len(errors))
+        join_columns(path, parts, names, about, run["images"] - len(errors))
     else:
         _join_as_parquet(path, parts, names, about)
 
 
-def _join_as_npz(path: Path, parts: Sequence[Path], names: Sequence[str], about: str, rows: int) -> None:
-    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
-        for name in names:
-            first = _column(parts[0], name)
-            kinds = {_column(part, name).dtype for part in parts} if name != "embeddings" else {first.dtype}
-            kind = np.result_type(*kinds)  # the width of the longest text
-            shape = (rows, *first.shape[1:])
-            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
-                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(member, header)
-                for part in parts:
-                    member.write(_column(part, name).astype(kind).tobytes())
-        with archive.open(zipfile.ZipInfo("about.npy"), "w") as member:
-            np.lib.format.write_array(member, np.array(about))
-
-
 def _join_as_parquet(path: Path, parts: Sequence[Path], names: Sequence[str], about: str) -> None:
     arrow = _parquet()
-    first = _column(parts[0], "embeddings")
+    first = column(parts[0], "embeddings")
     vector = arrow.list_(arrow.from_numpy_dtype(first.dtype), first.shape[1])
     fields = [(name.removesuffix("s"), vector if name == "embeddings" else arrow.string()) for name in names]
     schema = arrow.schema(fields, metadata={"deit_models": about})
 
     def table(part: Path) -> Any:
-        rows, *texts = (_column(part, name) for name in names)
+        rows, *texts = (column(part, name) for name in names)
         vectors = arrow.FixedSizeListArray.from_arrays(arrow.array(rows.reshape(-1)), type=vector)
         return arrow.Table.from_arrays(
             [vectors, *(arrow.array(text.tolist(), arrow.string()) for text in texts)], schema=schema
@@ -192,14 +167,12 @@ def _join_as_parquet(path: Path, parts: Sequence[Path], names: Sequence[str], ab
 
 def _about(path: Path) -> dict[str, Any]:
     """A file's settings alone. Raises: DataError: it is no file of features."""
+    if path.suffix == ".npz":
+        return about_of(path, _KIND)
     try:
-        if path.suffix == ".npz":
-            text = str(_column(path, "about"))
-        else:
-            text = _parquet().parquet.read_schema(path).metadata[b"deit_models"].decode()
-        about: dict[str, Any] = json.loads(text)
-    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} is no file of features that embed wrote: {first_line(error)}") from error
+        about: dict[str, Any] = json.loads(_parquet().parquet.read_schema(path).metadata[b"deit_models"].decode())
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise DataError(f"{path} is no file of {_KIND}: {first_line(error)}") from error
     return about
 
 

@@ -6,12 +6,15 @@ import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
+from functools import partial
+from itertools import chain
+from os import PathLike
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..batches.inputs import eval_batches
 from ..batches.loading import Batch, DamageCount, Watch, explained_worker_failure, plain_watch, workers_beside
@@ -20,47 +23,18 @@ from ..data.datasets import open_images
 from ..data.records import ImageRecords, SubsetRecords, some
 from ..distributed import Process, has_bf16, join_processes
 from ..errors import ConfigError, DataError
-from ..files import read_text
-from ..images.transforms import EvalTransform, preprocessing_of, to_device
+from ..files import digest_of_names, digest_of_numbers, read_text
+from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import HeadLogits, ImageClassifier, check_has_classes
 from ..recipes.recipe import Precision
 from ..registry import own_model
-from .metrics import UNSURE, average_precision, f1_scores, percent
+from .outcomes import Evaluation, Outcomes, Tally, in_blocks, join_blocks, read_outcomes, write_block
+from .parts import Parts
 
 logger = logging.getLogger(__name__)
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 _WORDNET_FILE = "imagenet_wordnet_ids.txt"
-
-
-@dataclass(frozen=True, slots=True)
-class Evaluation:
-    """Accuracy and loss of a model on a labelled set; figures but the loss in percent.
-
-    Attributes:
-        top1: images whose likeliest class is the label, or one of several.
-        top5: images with a label among the five likeliest classes (among all, with fewer than five).
-        loss: mean cross-entropy; of several labels an image the binary one, averaged over the classes, too.
-        images: images scored, each once.
-        skipped: images that could not be read.
-        heads: top-1 of each head by itself, for models with two.
-        balanced_accuracy: mean over the classes of the share of their images that is recognised; None for several
-            labels an image.
-        macro_f1: mean over the classes of F1, without classes that neither occur nor are predicted.
-        micro_f1: F1 of all decisions together; for several labels an image, as is the next, else None.
-        map: mean average precision, over the classes that occur.
-    """
-
-    top1: float
-    top5: float
-    loss: float
-    images: int
-    skipped: int
-    heads: dict[str, float] = field(default_factory=dict)
-    balanced_accuracy: float | None = None
-    macro_f1: float = 0.0
-    micro_f1: float | None = None
-    map: float | None = None
 
 
 def evaluate(
@@ -76,6 +50,9 @@ def evaluate(
     corrupt_limit: float = 0.01,
     watch: Watch = plain_watch,
     on_outcomes: Callable[[ImageRecords, Outcomes], None] | None = None,
+    output: str | PathLike[str] | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> Evaluation:
     """Score a model on labelled images, each exactly once, also under torchrun.
 
@@ -93,9 +70,15 @@ def evaluate(
         watch: wraps the batches, for a progress bar.
         on_outcomes: called in the first process with the images, labelled as the model numbers its classes, and their
             outcomes; `show.pages.evaluation_page` makes one that writes a report.
+        output: an .npz file to write with a row for each image that can be read: its name, label, predicted class and
+            more, see `Outcomes`. Until it is complete, its rows are kept in parts beside it.
+        resume: go on with an interrupted run, by any number of processes; a complete file is read instead.
+        overwrite: replace the file, and what an interrupted run has left.
 
-    Raises: DataError: images missing or damaged, other classes than the model's. ConfigError: no transform known.
+    Raises: DataError: images missing or damaged, other classes than the model's. ConfigError: no transform known; an
+        output that exists, without `resume` or `overwrite`; a run to resume with other images, weights or settings.
     """
+    check_output(output, resume=resume, overwrite=overwrite)
     with join_processes(device) as process:
         records = open_images(data, "val")
         model = own_model(model, others=True)
@@ -106,17 +89,15 @@ def evaluate(
                 model.origin.check_labels(records.multi_label, "evaluation")
                 thresholds = model.origin.thresholds
             records = in_the_models_order(model, records, ignore_class_names=ignore_class_names)
-        outcomes = collect_outcomes(
-            model,
-            records,
-            process,
-            transform=transform,
-            batch_size=batch_size,
-            workers=workers_beside(process.device, workers),
-            precision=resolved_precision(precision, process),
-            corrupt_limit=corrupt_limit,
-            watch=watch,
-        )
+        options: dict[str, Any] = {"batch_size": batch_size, "corrupt_limit": corrupt_limit, "watch": watch}
+        options |= {"transform": transform or EvalTransform(preprocessing_of(model))}
+        options |= {"precision": resolved_precision(precision, process)}
+        options |= {"workers": workers_beside(process.device, workers)}
+        if output is None:
+            outcomes = collect_outcomes(model, records, process, **options)
+        else:
+            options |= {"resume": resume, "overwrite": overwrite}
+            outcomes = _collect_in_parts(model, records, process, Path(output), **options)
         if on_outcomes is not None and process.is_main:
             on_outcomes(records, outcomes)
         return outcomes.evaluation(thresholds)
@@ -144,6 +125,51 @@ def collect_outcomes(
     batches = eval_batches(records, transform, process, batch_size=batch_size, workers=workers)
     with explained_worker_failure(workers):
         return score(heads, watch(batches, len(batches)), process, precision=precision, damage=damage)
+
+
+def check_output(output: str | PathLike[str] | None, *, resume: bool, overwrite: bool) -> None:
+    """Raise ConfigError for another suffix than .npz, both flags, or one of them without an output."""
+    if output is None and (resume or overwrite):
+        raise ConfigError(f"{'resume' if resume else 'overwrite'} is for a file of outcomes; name it with output")
+    if output is not None and (Path(output).suffix != ".npz" or (resume and overwrite)):
+        raise ConfigError(f"output={output}, resume={resume}, overwrite={overwrite}; expected .npz, one flag at most")
+
+
+def _collect_in_parts(
+    model: nn.Module,
+    records: ImageRecords,
+    process: Process,
+    output: Path,
+    *,
+    resume: bool,
+    overwrite: bool,
+    transform: EvalTransform,
+    precision: Precision,
+    batch_size: int,
+    workers: int,
+    corrupt_limit: float,
+    watch: Watch,
+) -> Outcomes:
+    """As `collect_outcomes`, through a file that is written in parts: what a kill has left is not scored again."""
+    names = (f"{records.key(i)}\t{records.label(i) if records.knows_labels else None}" for i in range(len(records)))
+    run: dict[str, Any] = {"model": digest_of_numbers(model), "preprocessing": str(transform), "precision": precision}
+    run |= {"classes": list(records.classes), "images": len(records), "names": digest_of_names(names)}
+    parts, alone = Parts(output), replace(process, rank=0, world=1)
+    if not parts.settle(process, resume=resume, overwrite=overwrite):
+        parts.begin(run, len(records), process)
+        mine, heads = SubsetRecords(records, chain(*parts.mine)), Heads(model.to(process.device))
+        batches = eval_batches(mine, transform, alone, batch_size=batch_size, workers=workers)
+        damage = DamageCount(records, corrupt_limit)
+        with explained_worker_failure(workers):
+            for block, some_batches in in_blocks(watch(batches, len(batches)), parts.mine):
+                found = score(heads, some_batches, alone, precision=precision, damage=damage)
+                with parts.new(block, []) as path:
+                    write_block(path, found, block, records)
+        parts.finish(process, partial(join_blocks, run=run))
+    outcomes = read_outcomes(output, run)
+    unread = set(range(len(records))).difference(outcomes.index.tolist())
+    DamageCount(records, corrupt_limit, failed=unread).meet(alone)
+    return outcomes
 
 
 def score(
@@ -239,129 +265,6 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, training in modes:
             module.training = training
-
-
-@dataclass(frozen=True, slots=True)
-class Outcomes:
-    """The result for each image that could be read, in the order of the set; tensors on the CPU, (N,).
-
-    Attributes:
-        index: its number in the set.
-        label: its class; of several labels an image (N, K) bool.
-        predicted: the likeliest class.
-        probability: of that class.
-        in_top5: whether a label is among the five likeliest.
-        losses: cross-entropy, see `Evaluation`.
-        heads: for each head of a model with two, whether its own likeliest class is a label.
-        skipped: images that could not be read.
-        scores: of several labels an image the probability of each, (N, K); else None.
-    """
-
-    index: Tensor
-    label: Tensor
-    predicted: Tensor
-    probability: Tensor
-    in_top5: Tensor
-    losses: Tensor
-    heads: dict[str, Tensor]
-    skipped: int
-    scores: Tensor | None = None
-
-    def evaluation(self, thresholds: Sequence[float] | None = None) -> Evaluation:
-        """The means over the images; 0 without images. `thresholds` are those of several labels, by default UNSURE."""
-        top1, top5, *heads = (100 * _mean(right) for right in (self.right(), self.in_top5, *self.heads.values()))
-        last = max((int(numbers.max()) for numbers in (self.label, self.predicted) if len(numbers)), default=0)
-        images, right, predicted = self.by_class(last + 1, thresholds)
-        figures: dict[str, Any] = {"macro_f1": percent(f1_scores(right, images, predicted))}
-        if self.scores is None:
-            figures["balanced_accuracy"] = percent(right.double() / images)
-        else:
-            figures["micro_f1"] = percent(f1_scores(*(counts.sum()[None] for counts in (right, images, predicted))))
-            figures["map"] = percent(average_precision(self.scores, self.label))
-        each = dict(zip(self.heads, heads, strict=True))
-        return Evaluation(top1, top5, _mean(self.losses), len(self.index), self.skipped, each, **figures)
-
-    def right(self) -> Tensor:
-        """Whether the likeliest class is a label, (N,) bool."""
-        if self.scores is None:
-            return self.predicted == self.label
-        return self.label.gather(1, self.predicted[:, None])[:, 0]
-
-    def by_class(self, num_classes: int, thresholds: Sequence[float] | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """For each class the number of its images, of those recognised, and of all that are taken for it; (K,) each."""
-        if self.scores is not None:
-            chosen = self.scores.double() >= torch.tensor(thresholds or UNSURE, dtype=torch.double)
-            return self.label.sum(0), (self.label & chosen).sum(0), chosen.sum(0)
-        groups = (self.label, self.label[self.right()], self.predicted)
-        images, right, predicted = (torch.bincount(group, minlength=num_classes) for group in groups)
-        return images, right, predicted
-
-    def worst(self, count: int) -> list[int]:
-        """Positions of the mistakes with the highest loss, the highest first."""
-        wrong = (~self.right()).nonzero().flatten()
-        order = self.losses[wrong].argsort(descending=True, stable=True)
-        return wrong[order][:count].tolist()
-
-
-def _mean(values: Tensor) -> float:
-    return float(values.double().mean()) if len(values) else 0.0
-
-
-class Tally:
-    """Collects the results of a pass over images; they stay on the model's device until `outcomes` reads them."""
-
-    def __init__(self) -> None:
-        self._labels: list[Tensor] = []
-        self._results: list[Tensor] = []
-        self._scores: list[Tensor] = []
-
-    def add(self, heads: Sequence[Tensor], labels: Tensor) -> None:
-        """Note a batch.
-
-        Args:
-            heads: the logits of one or two heads, (B, K) each; their mean decides, as in eval mode.
-            labels: (B,) int64, or (B, K) of 0 and 1 for several an image, beside the logits or on the CPU; below 0 for
-                images that could not be read.
-        """
-        heads = [logits.float() for logits in heads]
-        mean = torch.stack(heads).mean(dim=0)
-        # unreadable images are left out at the end: to choose the others here would wait for their number
-        target = to_device(labels, mean.device).clamp(min=0)
-        likeliest = mean.topk(min(5, mean.shape[1]), dim=1).indices
-        if labels.ndim == 1:
-            scores, losses = mean.softmax(dim=1), F.cross_entropy(mean, target, reduction="none")
-        else:
-            scores = mean.sigmoid()
-            losses = F.binary_cross_entropy_with_logits(mean, target, reduction="none").mean(dim=1)
-            self._scores.append(scores)
-
-        def met(classes: Tensor) -> Tensor:  # (B, n): whether one of them is a label
-            return (classes == target[:, None] if labels.ndim == 1 else target.gather(1, classes) > 0).any(dim=1)
-
-        tops = (logits.argmax(dim=1, keepdim=True) for logits in heads)
-        rows = [likeliest[:, 0], scores.amax(dim=1), met(likeliest), losses, *map(met, tops)]
-        self._labels.append(labels)
-        self._results.append(torch.stack([row.float() for row in rows]))  # class numbers up to 2**24 are exact
-
-    def outcomes(self, process: Process | None = None) -> Outcomes:
-        """The results; with a process, those of all of them, of which each had every world-th image."""
-        labels, results, scores = torch.empty(0, dtype=torch.int64), torch.empty(5, 0), None
-        if self._labels:
-            labels, results = torch.cat(self._labels).cpu(), torch.cat(self._results, dim=1).cpu()
-            scores = torch.cat(self._scores).cpu() if self._scores else None
-        shares = [(labels, results, scores)] if process is None else process.gather((labels, results, scores))
-        index = torch.cat([torch.arange(len(share)) * len(shares) + rank for rank, (share, *_) in enumerate(shares)])
-        labels = torch.cat([share for share, *_ in shares])
-        results = torch.cat([share for _, share, _ in shares if share.numel()] or [results], dim=1)
-        scored = [share for *_, share in shares if share is not None]
-        order = index.argsort()
-        order = order[(labels[order] if labels.ndim == 1 else labels[order, 0]) >= 0]
-        predicted, probability, in_top5, losses, *right = results[:, order]
-        heads = dict(zip(("class", "distillation"), (row.bool() for row in right), strict=True)) if right[1:] else {}
-        skipped = len(labels) - len(order)
-        index, label = index[order], labels[order]
-        label, scores = (label.bool(), torch.cat(scored)[order]) if scored else (label, None)
-        return Outcomes(index, label, predicted.long(), probability, in_top5.bool(), losses, heads, skipped, scores)
 
 
 def class_labels(model: ImageClassifier, given: Sequence[str] | None = None) -> tuple[str, ...]:

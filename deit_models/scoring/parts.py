@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
+import zipfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..distributed import Process
-from ..errors import ConfigError, shown
+from ..errors import ConfigError, DataError, first_line, shown
 from ..files import atomic_write, read_json, write_json
 
 _BLOCK, _BLOCKS_EACH = 1024, 16
@@ -122,3 +126,44 @@ def check_same_run(run: Mapping[str, Any], known: Mapping[str, Any], *, where: P
         if known.get(name) != value:
             change = f"{name}: {shown(known.get(name))} then, {shown(value)} now"
             raise ConfigError(f"{where} is of another run ({change}); repeat that one, or --overwrite starts anew")
+
+
+# Columns of numbers and texts in .npz files
+
+
+def texts(given: Iterable[str]) -> Any:
+    """A column of texts."""
+    escaped = [text.encode("utf-8", "backslashreplace").decode() for text in given]  # for bytes that are no Unicode
+    return np.array(escaped, dtype=str if escaped else "<U1")
+
+
+def column(part: Path, name: str) -> Any:
+    """A column of a file."""
+    with np.load(part) as arrays:
+        return arrays[name]
+
+
+def join_columns(path: Path, parts: Sequence[Path], names: Sequence[str], about: str, rows: int) -> None:
+    """Write the parts as one file, column by column, with `rows` rows in all and a text `about` it."""
+    with zipfile.ZipFile(path, "w", allowZip64=True) as archive:
+        for name in names:
+            first = column(parts[0], name)
+            kinds = {column(part, name).dtype for part in parts} if name != "embeddings" else {first.dtype}
+            kind = np.result_type(*kinds)  # the width of the longest text
+            shape = (rows, *first.shape[1:])
+            with archive.open(zipfile.ZipInfo(f"{name}.npy"), "w", force_zip64=True) as member:
+                header = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(member, header)
+                for part in parts:
+                    member.write(column(part, name).astype(kind).tobytes())
+        with archive.open(zipfile.ZipInfo("about.npy"), "w") as member:
+            np.lib.format.write_array(member, np.array(about))
+
+
+def about_of(path: Path, kind: str) -> dict[str, Any]:
+    """Settings that `join_columns` wrote into a file. Raises: DataError: it is no file of that kind."""
+    try:
+        about: dict[str, Any] = json.loads(str(column(path, "about")))
+    except (ValueError, KeyError, TypeError, OSError, zipfile.BadZipFile) as error:
+        raise DataError(f"{path} is no file of {kind}: {first_line(error)}") from error
+    return about

@@ -19,8 +19,8 @@ from torch import Tensor
 from ..data.records import ImageRecords
 from ..errors import ImageError, MissingExtraError
 from ..files import atomic_write, printable
-from ..scoring.evaluation import Outcomes
 from ..scoring.metrics import FIGURES, Calibration
+from ..scoring.outcomes import Outcomes
 
 _WIDTH, _HEIGHT = 440, 280
 _LEFT, _RIGHT, _TOP, _BOTTOM = 56, 14, 34, 46  # margins, for the labels of the axes and the names of the lines

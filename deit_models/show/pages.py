@@ -26,8 +26,8 @@ from ..errors import ConfigError, first_line
 from ..files import printable, read_text, write_text
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..models.layers import ImageClassifier
-from ..scoring.evaluation import Evaluation, Outcomes
 from ..scoring.metrics import FIGURES, UNSURE, average_precision, calibration, f1_scores, wilson_interval
+from ..scoring.outcomes import Evaluation, Outcomes
 from .charts import confusion_matrix, counts_among, line_chart, reliability_diagram
 from .heat_maps import heat_maps
 from .pictures import overlay, view

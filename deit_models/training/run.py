@@ -29,8 +29,9 @@ from ..errors import ConfigError, DataError, TrainingError, shown
 from ..files import write_text
 from ..images.transforms import EvalTransform, preprocessing_of
 from ..recipes.recipe import Recipe, recipe_of
-from ..scoring.evaluation import Heads, Outcomes, score_each
+from ..scoring.evaluation import Heads, score_each
 from ..scoring.metrics import FIGURES, best_thresholds, check_kinds, choosing_figure, count_classes, in_words
+from ..scoring.outcomes import Outcomes
 from ..show.pages import Report, add_page, costs_of, weights_in_words
 from ..trackers import Trackers, chosen_trackers
 from .engine import train_epoch

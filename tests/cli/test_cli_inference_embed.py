@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from command_line import CLASSES, failure, save_class_folders, save_pictures, usage_error
@@ -169,9 +170,30 @@ def test_three_processes_write_the_file_of_one(tiny, tmp_path, capsys):
     assert not list(tmp_path.glob("*.parts"))
 
 
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without distributed")
+def test_two_processes_evaluate_into_the_file_of_one(tmp_path, capsys):
+    for number, name in enumerate(("ant", "bee", "cat")):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        save_pictures(tmp_path / "data" / name, 6 + number)
+    model = deit_models.create_model("deit_micro_patch4_32", num_classes=3, depth=1)
+    model.save_pretrained(tmp_path / "model")
+    arguments = ["evaluate", str(tmp_path / "model"), str(tmp_path / "data"), "--json", "--ignore-class-names"]
+    assert main([*arguments, "--output", str(tmp_path / "alone.npz")]) == 0
+    alone = json.loads(capsys.readouterr().out)
+    done = torchrun(2, *arguments, "--output", tmp_path / "shared.npz")
+    assert done.returncode == 0, done.stderr
+    shared = json.loads(done.stdout)
+    assert shared.pop("loss") == pytest.approx(alone.pop("loss"), rel=1e-4)
+    assert shared == alone
+    with np.load(tmp_path / "alone.npz") as one, np.load(tmp_path / "shared.npz") as two:
+        assert one["images"].tolist() == two["images"].tolist()
+        assert len(one["images"]) == 21
+        np.testing.assert_allclose(one["losses"], two["losses"], rtol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="finds the processes of torchrun as Linux lists them")
-@pytest.mark.parametrize("command", ["predict", "embed"])
+@pytest.mark.parametrize("command", ["predict", "embed", "evaluate"])
 def test_rehearsal_finds_every_file_once_although_a_process_is_killed_twice(command):
     script = [sys.executable, ROOT / "benchmarks" / "rehearsal.py", "--files", "2000", "--command", command]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

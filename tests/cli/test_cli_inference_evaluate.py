@@ -5,6 +5,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import PIL.Image
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.nn import functional as F
 
 import deit_models
 from deit_models.cli import main
+from deit_models.scoring import evaluation
 
 PLAIN, DISTILLED = MODELS
 QUICK = ["--workers", "0", "--device", "cpu"]
@@ -238,6 +240,21 @@ def test_report_that_cannot_be_written_is_refused_before_anything_is_read(capsys
     assert f"--report {tmp_path / file}: expected a file in a folder that is there" in message
 
 
+def test_row_for_each_image_gives_the_same_figures_and_is_read_again(capsys, saved, data, tmp_path, monkeypatch):
+    output, plain = tmp_path / "rows.npz", evaluate(capsys, saved, data)
+    first = evaluate(capsys, saved, data, "--output", output)
+    assert first.pop("loss") == pytest.approx(plain.pop("loss"), rel=1e-5)
+    assert first == plain
+    with np.load(output) as rows:
+        assert len(rows["images"]) == plain["images"]
+    assert f"--output {output} exists" in failure(capsys, "evaluate", saved, data, "--output", output)
+    monkeypatch.setattr(evaluation, "score", None)  # nothing is scored any more
+    again = evaluate(capsys, saved, data, "--output", output, "--resume")
+    assert {**again, "loss": None} == {**plain, "loss": None}
+    assert "expected .npz" in failure(capsys, "evaluate", saved, data, "--output", tmp_path / "rows.csv")
+    assert "--resume is for a file" in failure(capsys, "evaluate", saved, data, "--resume")
+
+
 # Without a head
 
 
@@ -263,6 +280,6 @@ def test_nearest_training_images_classify_without_a_head(tmp_path, data, capsys)
     assert f"by the nearest of {data}\n  top-1               100.00 %\n" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("option", [["--ignore-class-names"], ["--report", "x.html"]])
+@pytest.mark.parametrize("option", [["--ignore-class-names"], ["--report", "x.html"], ["--output", "x.npz"]])
 def test_options_of_the_head_are_refused_beside_the_nearest_images(option, data, capsys):
     assert "--knn classifies without the model's head" in failure(capsys, "evaluate", "x", data, "--knn", data, *option)

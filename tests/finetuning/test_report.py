@@ -13,7 +13,7 @@ from coloured import CLASSES, Counted, atom, recipe, save_folders
 import deit_models
 from deit_models.finetuning.report import Learned, write_report
 from deit_models.models.layers import ImageClassifier
-from deit_models.scoring.evaluation import Outcomes, Tally
+from deit_models.scoring.outcomes import Outcomes, Tally
 
 FACTS = {"started_from": "a|b", "mode": "head", "recipe": "finetune", "data": "pets", "classes": 3, "train_images": 7}
 

@@ -1,10 +1,11 @@
 """The shared transformer block, alone: attention, MLP, layer scale, stochastic depth."""
 
+import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deit_models.models.transformer import Attention, Block, drop_path_rates
+from deit_models.models.transformer import Attention, Block, attention, drop_path_rates
 
 
 def test_attention_is_torchs_multi_head_attention() -> None:
@@ -22,6 +23,40 @@ def test_attention_is_torchs_multi_head_attention() -> None:
     mixed, weights = theirs(x, x, x, average_attn_weights=False)
     torch.testing.assert_close(attention(x), mixed)
     torch.testing.assert_close(attention.weights(x), weights)
+
+
+@pytest.mark.parametrize("tokens", [5, 300])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_attention_trained_in_bfloat16_is_that_of_float32(tokens: int, scale: float | None) -> None:
+    torch.manual_seed(0)
+    exact = torch.randn(3, 2, 3, tokens, 16).requires_grad_()
+    rounded = exact.detach().bfloat16().requires_grad_()
+    expected, mixed = attention(*exact, scale=scale), attention(*rounded, scale=scale)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), expected, atol=0.03, rtol=0)
+    out = torch.randn_like(expected)
+    expected.backward(out)
+    mixed.backward(out.bfloat16())
+    assert exact.grad is not None
+    assert rounded.grad is not None
+    assert (rounded.grad - exact.grad).norm() < 0.02 * exact.grad.norm()
+
+
+def test_scores_are_stored_only_where_that_is_faster_and_small() -> None:
+    def stored(tokens: int, dtype: torch.dtype) -> bool:
+        shapes: list[torch.Size] = []
+
+        def note(kept: torch.Tensor) -> torch.Tensor:
+            shapes.append(kept.shape)
+            return kept
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda kept: kept):
+            attention(*torch.randn(3, 1, 2, tokens, 8, dtype=dtype, requires_grad=True))
+        return (1, 2, tokens, tokens) in shapes
+
+    assert stored(20, torch.bfloat16)
+    assert not stored(20, torch.float32)
+    assert not stored(300, torch.bfloat16)
 
 
 def test_heads_may_be_wider_together_than_a_token() -> None:

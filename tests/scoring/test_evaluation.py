@@ -23,15 +23,14 @@ from deit_models.images.transforms import EvalTransform
 from deit_models.models.layers import ImageClassifier
 from deit_models.scoring import evaluation
 from deit_models.scoring.evaluation import (
-    Evaluation,
     Heads,
     Match,
-    Tally,
     in_the_models_order,
     match_classes,
     score,
     score_each,
 )
+from deit_models.scoring.outcomes import Evaluation, Tally
 
 evaluate = partial(evaluation.evaluate, device="cpu")
 

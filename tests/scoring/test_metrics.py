@@ -9,7 +9,6 @@ import torch
 from small_sets import Pictures
 
 from deit_models.data.records import ArrayRecords
-from deit_models.scoring.evaluation import Tally
 from deit_models.scoring.metrics import (
     average_precision,
     best_thresholds,
@@ -19,6 +18,7 @@ from deit_models.scoring.metrics import (
     percent,
     wilson_interval,
 )
+from deit_models.scoring.outcomes import Tally
 
 CLASSES = 5
 

@@ -14,8 +14,8 @@ from coloured import save_folders
 
 from deit_models.data.datasets import open_dataset
 from deit_models.errors import MissingExtraError
-from deit_models.scoring.evaluation import Outcomes, Tally
 from deit_models.scoring.metrics import calibration
+from deit_models.scoring.outcomes import Outcomes, Tally
 from deit_models.show.charts import (
     confusion_matrix,
     draw_confusion,

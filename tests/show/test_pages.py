@@ -27,7 +27,7 @@ import deit_models
 from deit_models.data.records import ArrayRecords, ImageRecords
 from deit_models.errors import SaveError
 from deit_models.images.transforms import EvalTransform
-from deit_models.scoring.evaluation import Outcomes, Tally
+from deit_models.scoring.outcomes import Outcomes, Tally
 from deit_models.show.heat_maps import heat_maps
 from deit_models.show.pages import Report, add_page, costs_of, evaluation_page, write_page
 from deit_models.show.pictures import overlay, view
