@@ -253,6 +253,7 @@ class _Search:
         self.tried: dict[Way, _Trial | None] = {}
         self.prepared: dict[torch.dtype, tuple[Prepared, dict[int, Any]]] = {}
         self.disagreements: list[str] = []
+        self.disagreeing: dict[Way, Runner] = {}
 
     def best(self, candidates: list[Way], access: Access) -> OptimizedClassifier:
         """The fastest candidate that works and agrees; torch in float32 if none does.
@@ -317,12 +318,15 @@ class _Search:
         fastest are timed in a second round.
         """
         times: dict[Way, list[float]] = {}
+        of_torch: dict[Way, list[float]] = {}  # where torch itself disagrees: others are compared with its speed
         for way in candidates:
             best = min(map(self._batch_seconds, times.values()), default=math.inf)
-            if self._cannot_win(way, times, best):
+            if self._cannot_win(way, times | of_torch, best):
                 logger.info("%s is left out: it cannot be faster than what is measured already", way)
             elif (trial := self._try(way)) is not None:
                 times[way] = self.timer(trial.run, self.example, warm_up=0, give_up=_CLOSE * best)
+            elif way in self.disagreeing:
+                of_torch[way] = self.timer(self.disagreeing[way], self.example, warm_up=0, give_up=best)
         best = min(map(self._batch_seconds, times.values()), default=math.inf)
         close = [way for way, taken in times.items() if min(taken) <= _CLOSE * best]  # one call may have been disturbed
         for way in close if len(close) > 1 else ():
@@ -377,6 +381,8 @@ class _Search:
         if self._agrees(way, agreement):
             self.tried[way] = _Trial(way, run, agreement)
             return self.tried[way]
+        if way.backend == "eager":
+            self.disagreeing[way] = run
         exact = way.precision == "float32"
         found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
         wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"

@@ -20,9 +20,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import check_positive, check_rates
-from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, init_vit_weights, linear_head, patch_grid
+from .layers import GridConfig, HeadLogits, init_vit_weights, linear_head
 from .transformer import (
     Attention,
     Block,
@@ -36,7 +35,7 @@ from .transformer import (
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class CaiTConfig(ImageSize):
+class CaiTConfig(GridConfig):
     """Shape of a CaiT. The defaults are CaiT-XXS-24 at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -86,14 +85,6 @@ class CaiTConfig(ImageSize):
         check_positive(self, "norm_eps", most=0.1)
         check_rates(self, "drop_rate", "drop_path_rate")
         self.check_fields()
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
-        patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of the input in patches."""
-        return patch_grid(self.image_hw, self.patch_size)
 
 
 class HeadMixer(nn.Module):

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, init_vit_weights, linear_head, patch_grid
+from .layers import GridConfig, HeadLogits, init_vit_weights, linear_head
 from .transformer import PatchEmbed, VisionTransformer, drop_path_rates, make_blocks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DeiTConfig(ImageSize):
+class DeiTConfig(GridConfig):
     """Shape of a DeiT. The defaults are DeiT-B at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -90,14 +90,6 @@ class DeiTConfig(ImageSize):
             check_positive(self, "layer_scale")
         if self.distilled not in (True, False, "token"):
             raise ConfigError(f"distilled={self.distilled!r}; expected True, False or 'token'")
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
-        patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of the input in patches."""
-        return patch_grid(self.image_hw, self.patch_size)
 
     @property
     def num_prefix_tokens(self) -> int:

@@ -68,6 +68,25 @@ class ImageSize:
         check_fields(self)
 
 
+class GridConfig(ImageSize):
+    """Config of a network with one grid of tokens, each for a square of `patch_size` pixels."""
+
+    patch_size: int
+    embed_dim: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(height, width) of the input in tokens."""
+        return patch_grid(self.image_hw, self.patch_size)
+
+    def check_fields(self) -> None:
+        """Check also that heads divide the width, and tokens the image. Raises: ConfigError: naming both numbers."""
+        super().check_fields()
+        if self.embed_dim % (heads := getattr(self, "num_heads", 1)):
+            raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={heads}")
+        patch_grid(self.image_hw, self.patch_size)
+
+
 def check_device(device: torch.device | str | None) -> None:
     """Raise ConfigError for a device that does not exist here."""
     try:

@@ -25,20 +25,19 @@ from ..registry import register_model
 from .features import FeatureLevel
 from .layers import (
     DropPath,
+    GridConfig,
     HeadLogits,
     ImageClassifier,
-    ImageSize,
     described,
     fit_channels,
     init_vit_weights,
     linear_head,
-    patch_grid,
 )
 from .transformer import Mlp, PatchEmbed, scaled
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ResMLPConfig(ImageSize):
+class ResMLPConfig(GridConfig):
     """Shape of a ResMLP. The defaults are ResMLP-12 at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -71,12 +70,6 @@ class ResMLPConfig(ImageSize):
         check_positive(self, "layer_scale")
         check_rates(self, "drop_rate", "drop_path_rate")
         self.check_fields()
-        patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of the input in patches."""
-        return patch_grid(self.image_hw, self.patch_size)
 
 
 class Affine(nn.Module):

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from ..config import check_positive, check_rates
 from ..errors import ConfigError
 from ..registry import register_model
-from .layers import HeadLogits, ImageSize, fit_channels, init_vit_weights, linear_head, patch_grid
+from .layers import GridConfig, HeadLogits, fit_channels, init_vit_weights, linear_head
 from .transformer import Mlp, VisionTransformer, attention, drop_path_rates, make_blocks
 
 WINDOW = 7 * 7
@@ -38,7 +38,7 @@ PosResize = Literal["interpolate", "recompute"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class T2TViTConfig(ImageSize):
+class T2TViTConfig(GridConfig):
     """Shape of a T2T-ViT. The defaults are T2T-ViT-14 at 224 pixels; the variants stand below the model.
 
     Attributes:
@@ -63,7 +63,7 @@ class T2TViTConfig(ImageSize):
         dynamic_img_size: accept any multiple of 16 when called, resizing the positions on the fly.
     """
 
-    patch_size: ClassVar[int] = 16
+    patch_size: ClassVar[int] = 16  # type: ignore[misc]  # no field here
     """Pixels a token's side stands for: the strides 4, 2 and 2 of the three steps."""
     num_prefix_tokens: ClassVar[int] = 1
     num_prefix_positions: ClassVar[int] = 1
@@ -95,17 +95,9 @@ class T2TViTConfig(ImageSize):
         for name, choices in (("tokens_type", get_args(TokensType)), ("pos_resize", get_args(PosResize))):
             if getattr(self, name) not in choices:
                 raise ConfigError(f"{name}={getattr(self, name)!r}; expected {' or '.join(map(repr, choices))}")
-        if self.embed_dim % self.num_heads:
-            raise ConfigError(f"embed_dim={self.embed_dim} is not a multiple of num_heads={self.num_heads}")
         for name in ("embed_dim", "token_dim"):
             if getattr(self, name) % 2:
                 raise ConfigError(f"{name}={getattr(self, name)} is odd; positions and random features come in pairs")
-        patch_grid(self.image_hw, self.patch_size)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """(height, width) of the input in tokens."""
-        return patch_grid(self.image_hw, self.patch_size)
 
 
 @torch.fx.wrap  # one node in a graph of torch.fx, which would leave autocast's switch out

@@ -241,6 +241,36 @@ def test_backends_that_cannot_win_are_not_built(tmp_path: Path, caplog: pytest.L
     ]
 
 
+@pytest.mark.parametrize(("eager_bf16", "built_too"), [(0.012, True), (0.020, False)])
+def test_torch_that_disagrees_in_bf16_still_tells_what_its_compiled_form_can_reach(
+    tmp_path: Path, eager_bf16: float, built_too: bool
+) -> None:
+    seconds = {("openvino", "bf16"): 0.010, ("eager", "bf16"): eager_bf16, ("eager", "float32"): 0.030}
+    built: dict[hardware.Runner, tuple[str, str]] = {}
+
+    def made(name: BackendName, precisions: tuple[InferencePrecision, ...], reach: float) -> Backend:
+        def build_noted(job: Job) -> hardware.Runner:
+            exact, wrong = EAGER.build(job), (name, job.precision) == ("eager", "bf16")
+            run = (lambda images: -exact(images)) if wrong else (lambda images: exact(images))
+            built[run] = name, job.precision
+            return run
+
+        return Backend(build_noted, precisions, reach=reach)
+
+    backends = {
+        "openvino": made("openvino", ("bf16",), float("inf")),
+        "eager": made("eager", ("bf16", "float32"), 1.0),
+        "inductor": made("inductor", ("bf16",), 1.3),
+    }
+
+    def timer(run: hardware.Runner, *_: object, **__: object) -> list[float]:
+        return [seconds.get(built[run], 0.0095)]
+
+    found = search(tmp_path, backends, timer=timer, native_bf16=True, min_agreement=0.5)
+    assert (("inductor", "bf16") in built.values()) == built_too
+    assert found.choice.backend == ("inductor" if built_too else "openvino")
+
+
 def test_only_close_candidates_are_timed_twice(tmp_path: Path) -> None:
     calls: list[float] = []
     seconds: dict[hardware.Runner, float] = {}
