@@ -40,6 +40,25 @@ def quiet() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def no_reports() -> Iterator[None]:
+    """Inside, OpenVINO's converter and NNCF do not report their use to their makers.
+
+    Each report is a process of its own. Where processes are spawned, as in `bench` and on a Mac, it imports the main
+    module again, which takes seconds from what is timed beside it.
+    """
+    try:
+        from openvino_telemetry.utils.sender import TelemetrySender
+    except ImportError:
+        yield
+        return
+    send, TelemetrySender.send = TelemetrySender.send, lambda *_, **__: None
+    try:
+        yield
+    finally:
+        TelemetrySender.send = send
+
+
 def call_times(
     run: Runner, example: Tensor, *, seconds: float = 0.5, warm_up: int = 1, give_up: float = math.inf
 ) -> list[float]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..distributed import has_bf16
 from ..errors import ConfigError, MissingExtraError
-from .hardware import Runner, has_int8_products, on_gpu, quiet
+from .hardware import Runner, has_int8_products, no_reports, on_gpu, quiet
 from .network import Prepared
 
 ExportFormatName = Literal["onnx", "openvino", "torch-export"]
@@ -151,7 +151,7 @@ def _openvino_model(prepared: Prepared, example: Tensor, *, fixed: bool = False)
     """The network as an `openvino.Model`, see `_traced`. Raises: MissingExtraError: OpenVINO is not installed."""
     with extra_needed("OpenVINO"):
         import openvino
-    with quiet():
+    with quiet(), no_reports():
         model = openvino.convert_model(_traced(prepared, example, fixed=fixed))
     model.inputs[0].get_tensor().set_names({_INPUT})
     model.outputs[0].get_tensor().set_names({"logits"})
@@ -447,7 +447,7 @@ def _quantized(model: Any, calibration: Tensor | None) -> Any:
     batches = nncf.Dataset([image.contiguous().numpy() for image in torch.split(calibration, 1)])
     overflow = nncf.OverflowFix.DISABLE if has_int8_products() else nncf.OverflowFix.ENABLE
     # NNCF draws progress bars on the standard output
-    with quiet(), contextlib.redirect_stdout(io.StringIO()):
+    with quiet(), contextlib.redirect_stdout(io.StringIO()), no_reports():
         return nncf.quantize(
             model,
             batches,

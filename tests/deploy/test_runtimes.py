@@ -19,6 +19,7 @@ from deit_models.deploy.runtimes import (
     BACKENDS,
     EXPORT_FORMATS,
     BackendName,
+    InferencePrecision,
     Job,
     Way,
     open_exported,
@@ -27,6 +28,26 @@ from deit_models.deploy.runtimes import (
 )
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize("precision", ["float32", "int8"])
+def test_building_reports_nothing_to_the_makers_of_the_runtime(
+    precision: InferencePrecision, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("openvino", "openvino_telemetry", "nncf")
+    from nncf.telemetry import wrapper
+    from openvino_telemetry.main import Telemetry
+    from openvino_telemetry.utils.sender import TelemetrySender
+
+    sent: list[object] = []
+    monkeypatch.setattr(TelemetrySender, "send", lambda _, __, message: sent.append(message))
+    monkeypatch.setattr(wrapper, "_IS_IN_PYTEST_CONTEXT", False)
+    model = build("deit")
+    images = normalised(model, pixels(2))
+    BACKENDS["openvino"].build(Job(prepare(model), images, precision, calibration=images))
+    assert sent == []
+    Telemetry().send_event("a", "b", "c", force_send=True)
+    assert len(sent) == 1, "the user's own calls report as before"
 
 
 def test_native_bf16_is_tried_and_int8_only_if_asked_for() -> None:
