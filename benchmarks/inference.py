@@ -189,6 +189,7 @@ BACKEND = "OPTIMIZE_BACKEND"
 
 def serve(side: str, name: str, batch_size: int, folder: Path, out: IO[str]) -> None:
     """Build a side; then, for every number of seconds on the standard input, write images/s of the median call."""
+    torch.manual_seed(0)  # weights and images of a second process are those of the first
     if side == PEAK:
         kind = torch.bfloat16 if has_bf16(torch.device("cpu")) else torch.float32
         images, unit = torch.randn(2048, 2048).to(kind), 2 * 2048**3

@@ -80,6 +80,11 @@ def call_times(
     return times
 
 
+def backends_are_ranked() -> bool:
+    """Whether this is a processor as those on which the backends were compared: of Intel's kind, without AMX."""
+    return platform.machine() in ("x86_64", "AMD64") and not cpu_has("amx_bf16", "amx_int8")
+
+
 def machine(device: torch.device) -> dict[str, str | int | None]:
     """Processor, threads and library versions as plain values: speed depends on them. None: not installed."""
     return {

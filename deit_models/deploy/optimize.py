@@ -22,7 +22,7 @@ from ..files import digest_of_tensors
 from ..hub.fetch import Access
 from ..models.layers import HeadLogits, ImageClassifier
 from ..registry import own_model
-from .hardware import Runner, call_times, exact_float32, quiet
+from .hardware import Runner, backends_are_ranked, call_times, exact_float32, quiet
 from .kept import decision_key, has_network, keep, keep_network, kept_network, recall
 from .network import Prepared, TokenMerging, merging_plan, prepare, random_images
 from .runtimes import BACKENDS, Backend, BackendName, InferencePrecision, Job, KeepableRunner, Way, ways_on
@@ -36,6 +36,8 @@ _CLOSE = 1.25
 """Candidates that take at most this much longer than the fastest are timed in a second round."""
 _FOLDED = 1.5
 """Folding and pieces that fit the caches make torch itself at most this much faster than the model."""
+_LONG = 0.1
+"""Seconds of a batch from which on a backend's `reach` is known; what launching takes differs more."""
 _PART = 8
 """Images that the reference computes at once."""
 _FEW = 4
@@ -229,13 +231,14 @@ class _Search:
         backends: Mapping[BackendName, Backend] = BACKENDS,
         timer: Callable[..., list[float]] = call_times,
         exact: Callable[[torch.device], AbstractContextManager[None]] = exact_float32,
+        ranked: Callable[[], bool] = backends_are_ranked,
     ) -> None:
         """Plan the merging and make the batches, from the arguments of `optimize`. Raises: ConfigError: see there."""
         if isinstance(model, OptimizedClassifier):
             raise ConfigError("this model is optimised already; optimise the model it was made from")
         self.model = model = model if isinstance(model, ImageClassifier) else own_model(model)
         self.goal, self.pixels, self.min_agreement = goal, pixels, min_agreement
-        self.backends, self.timer, self.exact = backends, timer, exact
+        self.backends, self.timer, self.exact, self.ranked = backends, timer, exact, ranked
         self.plan, self.device = merging_plan(model, merging), next(model.parameters()).device
         given = sample if isinstance(sample, Tensor) else None
         count = len(given) if given is not None else _DEFAULT_BATCH[goal] if sample is None else int(sample)
@@ -321,11 +324,11 @@ class _Search:
         of_torch: dict[Way, list[float]] = {}  # where torch itself disagrees: others are compared with its speed
         for way in candidates:
             best = min(map(self._batch_seconds, times.values()), default=math.inf)
-            if self._cannot_win(way, times | of_torch, best):
-                logger.info("%s is left out: it cannot be faster than what is measured already", way)
+            if reason := self._cannot_win(way, times | of_torch, best):
+                logger.info("%s is left out: %s", way, reason)
             elif (trial := self._try(way)) is not None:
                 times[way] = self.timer(trial.run, self.example, warm_up=0, give_up=_CLOSE * best)
-            elif way in self.disagreeing:
+            elif way in self.disagreeing and way.backend == "eager":
                 of_torch[way] = self.timer(self.disagreeing[way], self.example, warm_up=0, give_up=best)
         best = min(map(self._batch_seconds, times.values()), default=math.inf)
         close = [way for way, taken in times.items() if min(taken) <= _CLOSE * best]  # one call may have been disturbed
@@ -346,16 +349,20 @@ class _Search:
         """Seconds of a batch, by the goal: the median of the calls, or their mean."""
         return statistics.median(taken) if self.goal == "latency" else statistics.mean(taken)
 
-    def _cannot_win(self, way: Way, times: Mapping[Way, list[float]], best: float) -> bool:
-        """Whether a way on a CPU would have to be faster, compared with torch itself, than its backend ever is."""
+    def _cannot_win(self, way: Way, times: Mapping[Way, list[float]], best: float) -> str:
+        """Why a way need not be tried on a CPU; empty if it must be."""
         backend, itself = self.backends[way.backend], Way("eager", way.precision)
         if self.device.type != "cpu" or not times:
-            return False
-        if backend.prefers_bf16 and way.precision == "float32" and Way(way.backend, "bf16") in times:
-            return True
-        if itself in times:
-            return self._batch_seconds(times[itself]) / backend.reach > best
-        return way.precision == "float32" and self._expected[1] / _FOLDED / backend.reach > best
+            return ""
+        for ahead in backend.behind.get(way.precision, ()) if self.ranked() else ():
+            if ahead in times:
+                return f"{ahead} was faster wherever both were measured"
+        if way.precision == "bf16" and sum(other.precision == "bf16" for other in self.disagreeing) > 1:
+            return "the bf16 of two others disagrees, and all round alike"
+        least = self._expected[1] / _FOLDED if way.precision == "float32" else 0.0
+        least = self._batch_seconds(times[itself]) if itself in times else least
+        beaten = best > _LONG and least / backend.reach > best
+        return "it cannot be faster than what is measured already" if beaten else ""
 
     def _job(self, way: Way) -> Job:
         """Inputs of a backend; ways of one dtype have the prepared network in common."""
@@ -373,7 +380,8 @@ class _Search:
         try:
             with quiet(), torch.no_grad():
                 run = self.backends[way.backend].build(self._job(way))
-                run(self.example)
+                if len(self.judges) < len(self.example):  # else comparing warms up
+                    run(self.example)
                 agreement = self._compare(run)
         except Exception as error:  # noqa: BLE001  # compilers and runtimes raise many types: another backend is used
             logger.warning("%s is not used: %s", way, first_line(error))
@@ -381,8 +389,7 @@ class _Search:
         if self._agrees(way, agreement):
             self.tried[way] = _Trial(way, run, agreement)
             return self.tried[way]
-        if way.backend == "eager":
-            self.disagreeing[way] = run
+        self.disagreeing[way] = run
         exact = way.precision == "float32"
         found = f"logits differ by {agreement.max_abs_diff:.2g}" if exact else f"{agreement.top1:.1%} agree"
         wanted = f"{FLOAT32_TOLERANCE:g} is allowed" if exact else f"min_agreement={self.min_agreement:g} is asked for"

@@ -268,9 +268,10 @@ class Backend(NamedTuple):
         devices: its device types.
         takes_bf16: whether the network itself is in bfloat16 for bf16; other libraries cast on their own.
         keeps: whether `build` makes a `KeepableRunner`.
-        reach: on a CPU, its highest speed over torch itself in the same precision: the most that was measured
-            (benchmarks/results/inference.md), and some more. A backend that cannot win is not built.
-        prefers_bf16: whether bf16 is always faster than float32 where the processor has it.
+        reach: on a CPU, its highest speed over torch itself in the same precision, for batches that take long: the most
+            that was measured (benchmarks/results/inference.md), and some more. A backend that cannot win is not built.
+        behind: by precision, ways that were faster in every cell of benchmarks/results/choices.md, on processors as in
+            `backends_are_ranked`; where one of them works, this backend is not built.
     """
 
     build: Callable[[Job], Runner]
@@ -279,7 +280,7 @@ class Backend(NamedTuple):
     takes_bf16: bool = False
     keeps: bool = False
     reach: float = math.inf
-    prefers_bf16: bool = False
+    behind: Mapping[InferencePrecision, tuple[Way, ...]] = {}  # read only
 
     def dtype(self, precision: InferencePrecision) -> torch.dtype:
         """Network dtype."""
@@ -481,10 +482,18 @@ class _ONNXRunner:
         return self._run(images)
 
 
+_OPENVINO_BF16, _OPENVINO_FLOAT32 = Way("openvino", "bf16"), Way("openvino", "float32")
+_TORCH: dict[str, Any] = {
+    "precisions": ("bf16", "float32"),
+    "takes_bf16": True,
+    "behind": {"bf16": (_OPENVINO_BF16,), "float32": (_OPENVINO_BF16, _OPENVINO_FLOAT32)},
+}
+_BF16_WINS: dict[InferencePrecision, tuple[Way, ...]] = {"float32": (_OPENVINO_BF16,)}
+
 # the likeliest to win first, so that others need not be built
 BACKENDS: dict[BackendName, Backend] = {
-    "openvino": Backend(_OpenVINORunner, ("bf16", "float32", "int8"), keeps=True, prefers_bf16=True),
-    "eager": Backend(_eager, ("bf16", "float32"), ("cpu", "cuda", "mps"), takes_bf16=True, reach=1.0),
-    "onnxruntime": Backend(_ONNXRunner, ("float32",), keeps=True, reach=1.5),
-    "inductor": Backend(_inductor, ("bf16", "float32"), ("cpu", "cuda"), takes_bf16=True, reach=1.3),
+    "openvino": Backend(_OpenVINORunner, ("bf16", "float32", "int8"), keeps=True, behind=_BF16_WINS),
+    "eager": Backend(_eager, devices=("cpu", "cuda", "mps"), reach=1.0, **_TORCH),
+    "onnxruntime": Backend(_ONNXRunner, ("float32",), keeps=True, reach=1.4, behind=_BF16_WINS),
+    "inductor": Backend(_inductor, devices=("cpu", "cuda"), reach=1.3, **_TORCH),
 }
