@@ -114,7 +114,7 @@ def test_head_mode_runs_functions_of_few_modules(photos, tmp_path):
     passed = modules_run(lambda: act(model, out=tmp_path / "out"))
     assert {"finetuning.finetune", "finetuning.probe", "finetuning.report", "models.deit"} <= passed
     assert not passed & {"training.engine", "training.learner", "training.losses", "training.teacher", "hub.load"}
-    # ten for the data, six that write three layouts, four of fine-tuning, three of the model and of scoring, two of training
+    # ten for the data, six that write three layouts, four of fine-tuning, three each of the model and of scoring
     passed = {name for name in passed if not name.startswith("show.")}  # the report, when all is done
     assert len(passed) <= 32, sorted(passed)
 
