@@ -312,7 +312,7 @@ def add_evaluate(commands: Any) -> None:
     parser.add_argument("--knn", metavar="TRAIN", help=text)
     text = "also write a report: figures, confusion of classes, worst mistakes, calibration, on one page"
     parser.add_argument("--report", type=Path, metavar="FILE.html", help=text)
-    text = "also write a row for each image: name, label, predicted class, probability, loss; in parts until then"
+    text = "also write a row for each image: name, label, predicted class, probability, loss"
     parser.add_argument("--output", type=Path, metavar="FILE.npz", help=text)
     _add_resume(parser)
     add_options(parser, "--model", *LOADING, "--json")

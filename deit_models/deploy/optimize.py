@@ -359,10 +359,13 @@ class _Search:
                 return f"{ahead} was faster wherever both were measured"
         if way.precision == "bf16" and sum(other.precision == "bf16" for other in self.disagreeing) > 1:
             return "the bf16 of two others disagrees, and all round alike"
-        least = self._expected[1] / _FOLDED if way.precision == "float32" else 0.0
-        least = self._batch_seconds(times[itself]) if itself in times else least
-        beaten = best > _LONG and least / backend.reach > best
-        return "it cannot be faster than what is measured already" if beaten else ""
+        if best <= _LONG:
+            return ""
+        if itself in times:
+            least = self._batch_seconds(times[itself])
+        else:
+            least = self._expected[1] / _FOLDED if way.precision == "float32" else 0.0
+        return "it cannot be faster than what is measured already" if least / backend.reach > best else ""
 
     def _job(self, way: Way) -> Job:
         """Inputs of a backend; ways of one dtype have the prepared network in common."""

@@ -36,8 +36,8 @@ _MOST_PLAIN = 256
 def attention(query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None) -> Tensor:
     """softmax(query key^T * scale) value, (B, heads, N, width) -> same; the scale is width ** -0.5 by default.
 
-    torch's own kernel, except for training in bfloat16 on a CPU: two products and a softmax take a quarter to a half of
-    its time there (`benchmarks/results/training.md`).
+    torch's own kernel, except for training in bfloat16 on a CPU: with its backward pass, it is slower there than two
+    products and a softmax. `benchmarks/training.py` measures whole steps with them.
     """
     trained = not is_symbolic(query) and torch.is_grad_enabled() and query.requires_grad
     if trained and query.device.type == "cpu" and query.dtype == torch.bfloat16 and query.shape[-2] <= _MOST_PLAIN:
